@@ -1,0 +1,102 @@
+"""What the CPU library implementations share: the streams of an input folded into query rows, inputs of one shape taken together."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import token_major
+
+
+class Group(NamedTuple):
+    """Consecutive inputs with equally many streams and equally many keys."""
+
+    streams: slice
+    inputs: slice
+    length: int
+
+
+def unavailable(device: str) -> str | None:
+    return None if device == "cpu" else f"it reads lengths on the host and is for the CPU; on {device} take 'triton'"
+
+
+def groups(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index: Tensor | None) -> list[Group]:
+    """Every stream once, in order; inputs without streams are left out."""
+    inputs, n = key.shape[0], key.shape[2]
+    streams = [query.shape[0] // max(inputs, 1)] * inputs if encoder_index is None else torch.bincount(encoder_index, minlength=inputs).tolist()
+    lengths = [n] * inputs if key_lengths is None else key_lengths.tolist()
+    result, u, i = [], 0, 0
+    while i < inputs:
+        j = i + 1
+        while j < inputs and (streams[j], lengths[j]) == (streams[i], lengths[i]):
+            j += 1
+        v = u + (j - i) * streams[i]
+        if v > u:
+            result.append(Group(slice(u, v), slice(i, j), lengths[i]))
+        u, i = v, j
+    return result
+
+
+def fold(x: Tensor, inputs: int) -> Tensor:
+    """(g*M, H, t, ...) -> (g, H, M*t, ...) for g inputs; a view where ``x`` is token-major."""
+    x = x.transpose(1, 2)
+    return x.reshape(inputs, x.shape[0] // inputs * x.shape[1], *x.shape[2:]).transpose(1, 2)
+
+
+def unfold(x: Tensor, tokens: int) -> Tensor:
+    """(g, H, M*t, ...) -> (g*M, H, t, ...), token-major."""
+    x = x.transpose(1, 2)
+    return x.reshape(-1, tokens, *x.shape[2:]).transpose(1, 2)
+
+
+def forward(attend, query, key, value, key_lengths, encoder_index, scale, need_lse) -> tuple[Tensor, Tensor | None]:
+    """Run ``attend(query, key, value, scale, need_lse) -> out, lse`` on every group."""
+    streams, heads, tokens, _ = query.shape
+    if key_lengths is None and encoder_index is None and query.numel() and key.numel():  # no plan, no slices: a call costs microseconds
+        out, lse = attend(fold(query, key.shape[0]), key, value, scale, need_lse)
+        return unfold(out, tokens), unfold(lse, tokens) if need_lse else None
+    out = token_major(*query.shape, like=query)
+    lse = token_major(streams, heads, tokens, like=query, dtype=torch.promote_types(query.dtype, torch.float32)) if need_lse else None
+    for group in groups(query, key, key_lengths, encoder_index) if query.numel() else ():
+        if group.length:
+            group_out, group_lse = attend(_rows(query, group), *_keys(key, value, group), scale, need_lse)
+            out[group.streams] = unfold(group_out, tokens)
+            if need_lse:
+                lse[group.streams] = unfold(group_lse, tokens)
+        else:
+            out[group.streams] = 0
+            if need_lse:
+                lse[group.streams] = float("-inf")
+    return out, lse
+
+
+def backward(attend_backward, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs):
+    """Run ``attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, needs) -> dq, dk, dv`` on every group."""
+    tokens = query.shape[2]
+    plan = groups(query, key, key_lengths, encoder_index) if query.numel() else []
+
+    def of(group):
+        rows = [None if x is None else _rows(x, group) for x in (grad_out, grad_lse, query, out, lse)]
+        return attend_backward(*rows[:3], *_keys(key, value, group), *rows[3:], scale, needs)
+
+    if len(plan) == 1 and plan[0].inputs == slice(0, key.shape[0]) and plan[0].length == key.shape[2] > 0:
+        grad_query, grad_key, grad_value = of(plan[0])
+        return unfold(grad_query, tokens) if needs[0] else None, grad_key, grad_value
+    grads = [token_major(*x.shape, like=x).zero_() if needed else None for x, needed in zip((query, key, value), needs)]
+    for group in plan:
+        if group.length:
+            grad_query, *rest = of(group)
+            if needs[0]:
+                grads[0][group.streams] = unfold(grad_query, tokens)
+            for whole, part in zip(grads[1:], rest):
+                if whole is not None:
+                    whole[group.inputs, :, : group.length] = part
+    return tuple(grads)
+
+
+def _rows(x, group):
+    return fold(x[group.streams], group.inputs.stop - group.inputs.start)
+
+
+def _keys(key, value, group):
+    return key[group.inputs, :, : group.length], value[group.inputs, :, : group.length]

@@ -1,0 +1,62 @@
+"""The attention functions that transformers calls by name once ``pid.enable`` has set it."""
+
+import sys
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from ..ops import shared_cross_attention
+from ..ops.shared_cross_attention.folding import fold, unfold
+from . import streams
+
+NAMES = {"sdpa": "peft_kernels_sdpa", "eager": "peft_kernels_eager"}
+
+
+def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Cross-attention of several streams per input by our operator; everything else by transformers' own function."""
+    if not _shares(module, query, key, attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if dropout:
+        return _folded(sdpa_attention_forward, module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    lengths, index = streams.unpack(attention_mask, key.shape[0])
+    out = shared_cross_attention(query, key, value, key_lengths=lengths, encoder_index=index, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """The model's own eager function, on folded rows where streams share an input, so that attention weights can be returned."""
+    stock = sys.modules[type(module).__module__].eager_attention_forward
+    if not _shares(module, query, key, attention_mask):
+        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return _folded(stock, module, query, key, value, attention_mask, dropout, scaling, kwargs)
+
+
+AttentionInterface.register(NAMES["sdpa"], sdpa)
+AttentionMaskInterface.register(NAMES["sdpa"], sdpa_mask)
+AttentionInterface.register(NAMES["eager"], eager)
+AttentionMaskInterface.register(NAMES["eager"], eager_mask)
+
+
+def _shares(module, query, key, attention_mask) -> bool:
+    return getattr(module, "pid_cross_attention", False) and (query.shape[0] != key.shape[0] or streams.is_packed(attention_mask))
+
+
+def _folded(stock, module, query, key, value, packed, dropout, scaling, kwargs) -> tuple[Tensor, Tensor | None]:
+    """A stock function on (b, H, M*t, D) queries; ragged streams see their input's keys and values by index."""
+    inputs, tokens = key.shape[0], query.shape[2]
+    lengths, index = streams.unpack(packed, inputs)
+    if index is not None:
+        key, value = key[index], value[index]
+        lengths, inputs = lengths[index], index.shape[0]
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(key.shape[2], device=key.device) < lengths[:, None])[:, None, None]  # (b, 1, 1, n)
+        if stock is not sdpa_attention_forward:
+            mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    kwargs = {**kwargs, "position_bias": None, "is_causal": False}  # T5's bias is all zeros here
+    out, weights = stock(module, fold(query, inputs), key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    out = unfold(out.transpose(1, 2), tokens).transpose(1, 2)  # (N, t, H, D)
+    return out, None if weights is None else unfold(weights, tokens)

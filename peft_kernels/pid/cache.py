@@ -1,0 +1,95 @@
+"""A cache whose cross-attention part belongs to the encoder inputs, not to the streams."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from . import families, streams
+
+LOOK_EVERY = 4  # steps between two looks at which streams have finished: on a GPU each look waits for the device
+DROP_BELOW = 0.5  # the finished streams are dropped once at most this share of the decoded ones is unfinished
+
+
+class SharedEncoderDecoderCache(EncoderDecoderCache):
+    """Self-attention keys and values of N streams, cross-attention keys and values of the b inputs they share.
+
+    Reordering beams never touches the cross-attention part.
+
+    Attributes:
+        num_streams: N.
+        left_padded: the prompts are padded on the left, so positions come from the decoder's mask.
+        rows: (k,) the streams that are still decoded; None while all are.
+    """
+
+    def __init__(
+        self,
+        self_attention: Cache,
+        cross_attention: Cache,
+        *,
+        num_streams: int,
+        left_padded: bool = False,
+        eos_token_ids: Tensor | None = None,
+    ):
+        super().__init__(self_attention, cross_attention)
+        self.num_streams = num_streams
+        self.left_padded = left_padded
+        self.rows: Tensor | None = None
+        self._eos_token_ids = eos_token_ids
+        self._prompt_length: int | None = None
+        self._mask: Tensor | None = None
+
+    def reorder_cache(self, beam_idx: Tensor):
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int):
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor):
+        self.self_attention_cache.batch_select_indices(indices)
+
+    def drop_finished(self, input_ids: Tensor):
+        """Stop decoding streams that have ended, once most have; called before every step with all (N, length) ids so far."""
+        if self._prompt_length is None:
+            self._prompt_length = input_ids.shape[1]
+        steps = input_ids.shape[1] - self._prompt_length
+        if self._eos_token_ids is None or steps == 0 or steps % LOOK_EVERY:
+            return
+        unfinished = ~torch.isin(input_ids[:, -steps:], self._eos_token_ids).any(1)
+        if self.rows is not None:
+            unfinished = unfinished[self.rows]
+        keep = unfinished.nonzero().squeeze(1)
+        if 0 < len(keep) <= DROP_BELOW * len(unfinished):
+            self.batch_select_indices(keep)
+            self.rows = keep if self.rows is None else self.rows[keep]
+            self._mask = None
+
+    def encoder_index(self, mask: Tensor | None) -> Tensor:
+        """(N,) the input of every stream, from the packed lengths and indices."""
+        keys = self.cross_attention_cache.layers[0].keys
+        index = streams.unpack(mask, keys.shape[0])[1]
+        if index is None:
+            index = torch.arange(keys.shape[0], device=keys.device).repeat_interleave(self.num_streams // keys.shape[0])
+        return index
+
+    def mask_of_rows(self, mask: Tensor | None) -> Tensor:
+        """The packed lengths and indices of the rows that are left, from those of all streams."""
+        if self._mask is None:
+            inputs, _, n, _ = self.cross_attention_cache.layers[0].keys.shape
+            lengths = streams.unpack(mask, inputs)[0]
+            if lengths is None:
+                lengths = torch.full((inputs,), n, device=self.rows.device)
+            self._mask = streams.pack(lengths, self.encoder_index(mask)[self.rows])
+        return self._mask
+
+    def for_all_streams(self, logits: Tensor) -> Tensor:
+        """Logits (k, ...) of the rows that are left as (N, ...): ``generate`` pads the others whatever their logits."""
+        return logits.new_zeros(self.num_streams, *logits.shape[1:]).index_copy_(0, self.rows, logits)
+
+
+def filled(model: torch.nn.Module, states: Tensor, self_attention: Cache, **kwargs) -> SharedEncoderDecoderCache:
+    """A cache with the cross-attention keys and values of (b, n, d) encoder states, computed once per layer."""
+    cache = SharedEncoderDecoderCache(self_attention, DynamicCache(), **kwargs)
+    for layer, attention in enumerate(families.cross_attentions(model)):
+        cache.cross_attention_cache.update(*families.keys_and_values(attention, states), layer)
+        cache.is_updated[layer] = True
+    return cache

@@ -1,0 +1,105 @@
+"""What of transformers' ``generate`` changes when streams share their encoder input."""
+
+import copy
+
+import torch
+from transformers.cache_utils import EncoderDecoderCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from . import packing, streams
+from .cache import SharedEncoderDecoderCache, filled
+
+
+class PiDGenerationMixin:
+    """Put in front of a model's class by ``pid.enable``. Names and signatures are those of ``GenerationMixin``."""
+
+    def generate(self, *args, **kwargs):
+        with packing.packed_linears(self):
+            return super().generate(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ("encoder_index", "left_padded_prompts")})
+
+    def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, decoder_start_token_id, device=None):
+        ids = model_kwargs.get("decoder_input_ids")
+        if ids is not None and ids.shape[0] != batch_size:
+            batch_size = ids.shape[0]
+            if decoder_start_token_id.ndim == 1 and decoder_start_token_id.shape[0] != batch_size:
+                decoder_start_token_id = decoder_start_token_id[:1].expand(batch_size)
+        return super()._prepare_decoder_input_ids_for_generation(batch_size, model_input_name, model_kwargs, decoder_start_token_id, device)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeat what belongs to streams; leave the encoder's output and its mask as they are."""
+        encoder_outputs, mask = model_kwargs.pop("encoder_outputs"), model_kwargs.pop("attention_mask", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, False, input_ids, **model_kwargs)
+        encoder_index = model_kwargs.pop("encoder_index", None)
+        states = encoder_outputs[0]
+        if encoder_index is not None or input_ids.shape[0] != states.shape[0]:
+            states, mask = streams.prepare(states, mask, input_ids.shape[0], encoder_index)
+            model_kwargs["shared_streams"] = input_ids.shape[0]
+            if states is not encoder_outputs[0]:
+                encoder_outputs = copy.copy(encoder_outputs) if isinstance(encoder_outputs, BaseModelOutput) else BaseModelOutput()
+                encoder_outputs["last_hidden_state"] = states
+        return input_ids, {**model_kwargs, "encoder_outputs": encoder_outputs, "attention_mask": mask}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
+        """Fill the cross-attention cache with one row per input."""
+        shared = model_kwargs.pop("shared_streams", None)  # how many
+        left_padded = model_kwargs.pop("left_padded_prompts", False)
+        expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if shared:
+            batch_size = shared // expand_size
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if not (shared or left_padded) or (cache is None and not left_padded):
+            return
+        if type(cache) is not EncoderDecoderCache or any(cache.is_updated.values()):
+            raise ValueError(
+                "pid: streams that share an input need an empty key/value cache of transformers' own,"
+                f" got {'use_cache=False' if cache is None else type(cache).__name__}"
+            )
+        states = model_kwargs["encoder_outputs"][0]
+        if getattr(self, "enc_to_dec_proj", None) is not None:
+            states = self.enc_to_dec_proj(states)
+        eos = None
+        asked_for = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(getattr(generation_config, name) for name in asked_for)
+        if shared and greedy_or_sampling and not isinstance(cache.self_attention_cache, StaticCache):
+            eos = generation_config._eos_token_tensor
+        model_kwargs["past_key_values"] = filled(
+            self, states, cache.self_attention_cache, num_streams=shared or states.shape[0], left_padded=left_padded, eos_token_ids=eos
+        )
+
+    def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, model_kwargs=None, **kwargs):
+        """Processors that compare with the encoder's input look it up by stream, divided by the number of beams."""
+        cache = (model_kwargs or {}).get("past_key_values")
+        if isinstance(cache, SharedEncoderDecoderCache) and encoder_input_ids is not None:
+            encoder_input_ids = encoder_input_ids[cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]]
+        return super()._get_logits_processor(generation_config, *args, encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs, **kwargs)
+
+    def _prefill(self, *args, **kwargs):
+        """The first pass over the prompts: logits for the last position only."""
+        head = self.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:], *inputs[1:])) if head is not None else None
+        try:
+            return super()._prefill(*args, **kwargs)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        cache = inputs.get("past_key_values")
+        if not isinstance(cache, SharedEncoderDecoderCache):
+            return inputs
+        cache.drop_finished(input_ids)
+        if cache.rows is not None:
+            inputs = {k: v[cache.rows] if k.startswith("decoder_") and torch.is_tensor(v) else v for k, v in inputs.items()}
+            inputs["attention_mask"] = cache.mask_of_rows(inputs["attention_mask"])
+        return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
+        cache = outputs.get("past_key_values")
+        if isinstance(cache, SharedEncoderDecoderCache) and cache.rows is not None:
+            outputs.logits = cache.for_all_streams(outputs.logits)
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)

@@ -1,0 +1,200 @@
+"""Many prompts of one input: the decoder prefixes of Prompt-in-Decoder, for generation and for training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import FAMILIES, max_positions
+from .swap import _base, is_enabled
+
+Prompts = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
+
+
+@dataclass
+class PiDOutput:
+    """What ``pid.generate`` returns.
+
+    Attributes:
+        sequences: ``sequences[i][u]`` are the generated token ids of input i, prompt u, without prompt and padding, the end token
+            included; with ``num_return_sequences`` > 1, a list of such lists.
+        scores: with ``output_scores=True``, log-probabilities of those tokens in the same nesting, 1-d float32 tensors on the CPU; else None.
+        output: what transformers' ``generate`` returned, rows of all streams in order.
+    """
+
+    sequences: list[list]
+    scores: list[list] | None
+    output: Any
+
+
+def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention_mask: Tensor | None = None, **generate_kwargs) -> PiDOutput:
+    """Encode every input once and continue each of its prompts. Prompt-in-Decoder, arXiv 2403.13112, section 3.
+
+    A prompt is a forced prefix of the decoder; the decoder's start token is put in front. Prompts of different length are padded on
+    the left, which is exact: masks leave the padding out and positions do not count it. Inputs with attention masks that are padded on
+    either side or have holes are exact too.
+
+    Args:
+        model: one that ``pid.enable`` has changed.
+        input_ids: (b, n), the encoder's inputs.
+        prompts: token-id lists that every input is asked, or one such list per input. A prompt may be empty: the start token alone.
+            Nested one level deeper, ``prompts[i][u]`` is a list; the depth tells the two apart.
+        attention_mask: (b, n), nonzero where ``input_ids`` are not padding; None: no padding.
+        generate_kwargs: anything of ``model.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``cache_implementation``...
+            ``max_length`` counts the longest prompt.
+
+    Raises:
+        ValueError: a model that is not enabled; no inputs, no prompts, or not as many lists of prompts as inputs; a prompt longer than
+            the decoder has positions for.
+        TypeError: token ids that are no integers.
+    """
+    base = _checked(model, "generate")
+    if input_ids.ndim != 2 or input_ids.shape[0] == 0:
+        raise ValueError(f"pid.generate: input_ids must be (b, n) with b > 0, got {tuple(input_ids.shape)}")
+    per_input = _per_input(prompts, input_ids.shape[0], "prompts")
+    flat = [prompt for one in per_input for prompt in one]
+    config, _ = base._prepare_generation_config(generate_kwargs.get("generation_config"), **{k: v for k, v in generate_kwargs.items() if k != "generation_config"})
+    longest = max(map(len, flat)) + 1
+    _check_positions(base, longest + (config.max_new_tokens or 1), longest - 1)
+
+    start = _start_token(base, config)
+    device = input_ids.device
+    ids = torch.full((len(flat), longest), start, device=device)
+    if config.pad_token_id is not None:
+        ids.fill_(config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(flat):
+        ids[row, longest - 1 - len(prompt) :] = torch.tensor([start, *prompt], device=device)
+        mask[row, longest - 1 - len(prompt) :] = 1
+    streams = {"decoder_input_ids": ids, "left_padded_prompts": not bool(mask.all())}
+    if streams["left_padded_prompts"] or len(flat) != input_ids.shape[0]:
+        streams["decoder_attention_mask"] = mask
+    counts = [len(one) for one in per_input]
+    if len(set(counts)) > 1:
+        streams["encoder_index"] = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
+
+    want_scores = config.output_scores
+    output = model.generate(
+        input_ids=input_ids, attention_mask=attention_mask, **streams, **{**generate_kwargs, "return_dict_in_generate": True}
+    )
+    repeats = config.num_return_sequences or 1
+    tails = _generated(output.sequences[:, longest:], config.eos_token_id, config.pad_token_id)
+    scores = None
+    if want_scores:
+        steps = base.compute_transition_scores(output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=True).cpu()
+        scores = _nested([row[: len(tail)] for row, tail in zip(steps, tails)], counts, repeats)
+    return PiDOutput(_nested(tails, counts, repeats), scores, output)
+
+
+def forward(
+    model: nn.Module, input_ids: Tensor, prompts: Prompts, targets: Sequence[Sequence[Sequence[int]]], *, attention_mask: Tensor | None = None, **kwargs
+):
+    """One training forward: the loss over the target tokens of every stream, given its input, its prompt and the tokens before.
+
+    ``-sum log p(y_t | E, prompt, y_<t)`` over all streams, divided by the number of target tokens as transformers does.
+    Prompt-in-Decoder, arXiv 2403.13112, equation 4; prompt positions carry the label -100.
+
+    Args:
+        model: one that ``pid.enable`` has changed.
+        input_ids: (b, n).
+        prompts: as in ``generate``.
+        targets: ``targets[i][u]`` are the token ids to be learned for input i, prompt u, the end token included.
+        attention_mask: (b, n) or None.
+        kwargs: anything of the model's forward.
+
+    Returns:
+        The model's output; ``loss`` is a scalar, ``logits`` are (N, T, V) for the streams in order, padded on the right.
+
+    Raises:
+        ValueError, TypeError: as ``generate``; also targets that do not match the prompts in number, and no target tokens at all.
+    """
+    base = _checked(model, "forward")
+    per_input = _per_input(prompts, input_ids.shape[0], "prompts")
+    wanted = _per_input(targets, input_ids.shape[0], "targets", shared=False)
+    if [len(one) for one in per_input] != [len(one) for one in wanted]:
+        raise ValueError(f"pid.forward: every prompt needs a target, got {[len(x) for x in per_input]} prompts and {[len(x) for x in wanted]} targets per input")
+    pairs = [(list(p), list(y)) for ps, ys in zip(per_input, wanted) for p, y in zip(ps, ys)]
+    if not any(y for _, y in pairs):
+        raise ValueError("pid.forward: targets hold no token")
+    length = max(len(p) + len(y) for p, y in pairs)
+    _check_positions(base, length, max(len(p) for p, _ in pairs))
+    start, device = _start_token(base, base.generation_config), input_ids.device
+    pad = base.config.get_text_config(decoder=True).pad_token_id
+    ids = torch.full((len(pairs), length), start if pad is None else pad, device=device)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (prompt, target) in enumerate(pairs):
+        tokens = [start, *prompt, *target[:-1]] if target else [start, *prompt][: max(len(prompt), 1)]
+        ids[row, : len(tokens)] = torch.tensor(tokens, device=device)
+        mask[row, : len(tokens)] = 1
+        labels[row, len(prompt) : len(prompt) + len(target)] = torch.tensor(target, dtype=ids.dtype, device=device)
+    counts = torch.tensor([len(one) for one in per_input], device=device)
+    name = "decoder_encoder_index" if base.config.model_type == "encoder-decoder" else "encoder_index"
+    index = {} if bool((counts == counts[0]).all()) else {name: torch.arange(len(counts), device=device).repeat_interleave(counts)}
+    return model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=ids, decoder_attention_mask=mask, labels=labels, **index, **kwargs)
+
+
+def _checked(model, what):
+    if not is_enabled(model):
+        raise ValueError(f"pid.{what}: the model is not enabled; call pid.enable(model) first")
+    base = _base(model)
+    if not FAMILIES[base.config.model_type].takes_encoder_mask:
+        raise ValueError(f"pid.{what}: model_type {base.config.model_type!r} takes no text prompts; use model.generate")
+    return base
+
+
+def _per_input(prompts, inputs: int, label: str, shared: bool = True) -> list[list]:
+    """One list of token-id lists per input."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"pid: {label} must be a list that is not empty, got {prompts!r}")
+    deep = any(isinstance(p, Sequence) and any(isinstance(token, Sequence) for token in p) for p in prompts)
+    if not deep and not shared:
+        raise ValueError(f"pid: {label} must be nested: {label}[i][u] is the token-id list of input i, prompt u")
+    per_input = [list(one) for one in prompts] if deep else [list(prompts)] * inputs
+    if len(per_input) != inputs:
+        raise ValueError(f"pid: {label} must have one list per input, got {len(per_input)} lists for {inputs} inputs")
+    if not any(per_input):
+        raise ValueError(f"pid: {label} are empty for every input")
+    for one in per_input:
+        for prompt in one:
+            if not isinstance(prompt, Sequence) or isinstance(prompt, str) or any(isinstance(t, bool) or not isinstance(t, int) for t in prompt):
+                raise TypeError(f"pid: {label} must hold lists of int token ids, got {prompt!r}")
+    return per_input
+
+
+def _start_token(base, config) -> int:
+    start = config.decoder_start_token_id
+    if start is None:
+        start = getattr(base.config, "decoder_start_token_id", None)
+    if start is None:
+        start = config.bos_token_id
+    if start is None:
+        raise ValueError("pid: the model has no decoder_start_token_id; set model.generation_config.decoder_start_token_id")
+    return start if isinstance(start, int) else start[0]
+
+
+def _check_positions(base, length: int, prompt: int):
+    limit = max_positions(base)
+    if limit is not None and length > limit:
+        raise ValueError(f"pid: the decoder has {limit} positions, but a prompt of {prompt} tokens with its start token and what follows needs {length}")
+
+
+def _generated(tails: Tensor, eos, pad) -> list[list[int]]:
+    """Rows cut after the first end token; where there is none, without trailing padding."""
+    ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    result = []
+    for row in tails.tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        if end is not None:
+            row = row[: end + 1]
+        else:
+            while row and row[-1] == pad:
+                row.pop()
+        result.append(row)
+    return result
+
+
+def _nested(rows: list, counts: list[int], repeats: int) -> list[list]:
+    streams = iter(rows if repeats == 1 else [rows[i : i + repeats] for i in range(0, len(rows), repeats)])
+    return [[next(streams) for _ in range(count)] for count in counts]

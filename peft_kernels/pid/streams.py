@@ -1,0 +1,76 @@
+"""Which encoder input each decoder stream belongs to and how many keys it has, on its way through a stock model.
+
+Decoders hand their ``encoder_attention_mask`` to every cross-attention, and a mask of four dimensions passes untouched. So that is
+where the two small vectors travel: (1, 1, 1, b) int64 key lengths, followed by (N,) stream-to-input indices where streams are ragged.
+No mask is built, and an argument, unlike state on a module, is right again when a checkpointed layer is run twice.
+"""
+
+import torch
+from torch import Tensor
+
+
+def pack(key_lengths: Tensor, encoder_index: Tensor | None) -> Tensor:
+    parts = [key_lengths] if encoder_index is None else [key_lengths, encoder_index]
+    return torch.cat([x.to(torch.int64) for x in parts])[None, None, None]
+
+
+def is_packed(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int64 and mask.ndim == 4
+
+
+def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | None]:
+    """The key lengths and the encoder index, each None where it says nothing."""
+    if mask is None:
+        return None, None
+    flat = mask.view(-1)
+    return flat[:inputs], flat[inputs:] if flat.shape[0] > inputs else None
+
+
+def prepare(states: Tensor, mask: Tensor | None, streams: int, encoder_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Check the streams against the inputs; return encoder states with every input's keys in front, and what ``pack`` makes of them.
+
+    Cross-attention has no positions, so keys may change places: with left padding or holes in the mask they are gathered to the front,
+    exactly. Reads the mask's values, so once per forward pass or generation, never per layer or step.
+
+    Args:
+        states: (b, n, d), the encoder's last hidden states.
+        mask: (b, n), nonzero where there is a key, or None.
+        streams: N, the rows of the decoder.
+        encoder_index: (N,) or None.
+
+    Raises:
+        ValueError: N is no multiple of b and there is no index; an index that decreases or is out of range; a mask of another shape.
+    """
+    inputs, n = states.shape[:2]
+    if encoder_index is None:
+        if streams % inputs:
+            raise ValueError(
+                f"the decoder's rows must be a multiple of the encoder's inputs, got {streams} rows for {inputs} inputs: "
+                "pass encoder_index, the input of every row, where inputs have different numbers of streams"
+            )
+    else:
+        encoder_index = _checked(encoder_index.to(states.device), inputs, streams)
+    if mask is None:
+        full = torch.full((inputs,), n, device=states.device)
+        return states, None if encoder_index is None else pack(full, encoder_index)
+    if mask.shape != (inputs, n):
+        raise ValueError(f"attention_mask must be ({inputs}, {n}), one row per encoder input, got {tuple(mask.shape)}")
+    visible = mask.to(states.device) != 0
+    lengths = visible.sum(1)
+    positions = torch.arange(n, device=states.device)
+    if not bool((visible == (positions < lengths[:, None])).all()):
+        order = torch.argsort(~visible, dim=1, stable=True)
+        states = states.gather(1, order[..., None].expand_as(states))
+    if encoder_index is None and bool((lengths == n).all()):
+        return states, None
+    return states, pack(lengths, encoder_index)
+
+
+def _checked(index: Tensor, inputs: int, streams: int) -> Tensor:
+    if index.shape != (streams,) or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"encoder_index must be ({streams},) integers, one per row of the decoder, got {tuple(index.shape)} {index.dtype}")
+    if bool((index[1:] < index[:-1]).any()):
+        raise ValueError(f"encoder_index must not decrease, got {index.tolist()}")
+    if streams and not 0 <= int(index[0]) <= int(index[-1]) < inputs:
+        raise ValueError(f"encoder_index must lie in [0, {inputs}), got values from {int(index[0])} to {int(index[-1])}")
+    return index
