@@ -55,7 +55,7 @@ def _folded(stock, module, query, key, value, packed, dropout, scaling, kwargs) 
     if lengths is not None:
         mask = (torch.arange(key.shape[2], device=key.device) < lengths[:, None])[:, None, None]  # (b, 1, 1, n)
         if stock is not sdpa_attention_forward:
-            mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
     kwargs = {**kwargs, "position_bias": None, "is_causal": False}  # T5's bias is all zeros here
     out, weights = stock(module, fold(query, inputs), key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     out = unfold(out.transpose(1, 2), tokens).transpose(1, 2)  # (N, t, H, D)

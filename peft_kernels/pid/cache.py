@@ -18,6 +18,7 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
     Attributes:
         num_streams: N.
         left_padded: the prompts are padded on the left, so positions come from the decoder's mask.
+        returned: the decoder's caller wants it back; False under ``use_cache=False``.
         rows: (k,) the streams that are still decoded; None while all are.
     """
 
@@ -28,11 +29,13 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         *,
         num_streams: int,
         left_padded: bool = False,
+        returned: bool = True,
         eos_token_ids: Tensor | None = None,
     ):
         super().__init__(self_attention, cross_attention)
         self.num_streams = num_streams
         self.left_padded = left_padded
+        self.returned = returned
         self.rows: Tensor | None = None
         self._eos_token_ids = eos_token_ids
         self._prompt_length: int | None = None

@@ -23,10 +23,7 @@ def packed_linears(model: nn.Module):
 
     Only where ``pid.enable(model, pack_weights=True)`` asked for it, on the CPU, in float32 or bfloat16; elsewhere nothing happens.
     """
-    if not getattr(model, "pid_pack_weights", False) or torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        yield
-        return
-    layers = [m for m in _linears(model) if _packable(m)]
+    layers = [m for m in _linears(model) if _packable(m)] if model.pid_pack_weights else []
     try:
         for layer in layers:
             layer.forward = partial(_forward, layer, _weight(layer))
@@ -62,4 +59,6 @@ def _weight(layer) -> Tensor:
 
 
 def _forward(layer, weight, x):
+    if torch.is_grad_enabled():  # the packed product has no gradient
+        return nn.functional.linear(x, layer.weight, layer.bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")

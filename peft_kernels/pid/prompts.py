@@ -148,7 +148,7 @@ def _per_input(prompts, inputs: int, label: str, shared: bool = True) -> list[li
     """One list of token-id lists per input."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"pid: {label} must be a list that is not empty, got {prompts!r}")
-    deep = any(isinstance(p, Sequence) and any(isinstance(token, Sequence) for token in p) for p in prompts)
+    deep = any(isinstance(p, Sequence) and any(isinstance(token, Sequence) and not isinstance(token, str) for token in p) for p in prompts)
     if not deep and not shared:
         raise ValueError(f"pid: {label} must be nested: {label}[i][u] is the token-id list of input i, prompt u")
     per_input = [list(one) for one in prompts] if deep else [list(prompts)] * inputs

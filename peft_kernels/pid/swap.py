@@ -16,19 +16,32 @@ class _DecoderHooks:
 
     def __init__(self, model: nn.Module):
         self.model, self.family = model, family_of(model)
-        self.positions: torch.Tensor | None = None  # from the decoder's pre-hook to its embed_positions' hook, within one forward
+        # each from one hook to the next within one forward: the model's to the decoder's, the decoder's to its embed_positions'
+        self.encoder_index: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         decoder = model.get_decoder()
-        self.handles = [decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)]
+        self.handles = [
+            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+        ]
+        if self.family.views_decoder_batch:
+            self.handles.append(decoder.register_forward_hook(self.after_decoder))
         if self.family.positions == "table":
             self.handles.append(decoder.embed_positions.register_forward_hook(self.after_positions))
 
+    def before_model(self, model, args, kwargs):
+        """Some models would hand the index to their encoder too, LongT5 to nobody."""
+        self.encoder_index = kwargs.pop("encoder_index", None)
+        return args, kwargs
+
     def before_decoder(self, decoder, args, kwargs):
+        index, self.encoder_index = self.encoder_index, None
         cache, states = kwargs.get("past_key_values"), kwargs.get("encoder_hidden_states")
         if isinstance(cache, SharedEncoderDecoderCache):
             if cache.left_padded:
                 return args, self.place(args, kwargs)
             return None
-        encoder_index = kwargs.pop("encoder_index", None)
+        encoder_index = kwargs.pop("encoder_index", index)
         tokens = _decoder_tokens(args, kwargs)
         if states is None or tokens is None or (tokens.shape[0] == states.shape[0] and encoder_index is None):
             return args, kwargs
@@ -45,8 +58,18 @@ class _DecoderHooks:
                 raise ValueError(
                     f"pid: model_type {self.model.config.model_type!r} shares keys and values through its cache, which gradient checkpointing turns off"
                 )
-            kwargs["past_key_values"] = filled(self.model, states, DynamicCache(), num_streams=tokens.shape[0])
+            asked = kwargs.get("use_cache")
+            returned = decoder.config.use_cache if asked is None else asked
+            kwargs["past_key_values"] = filled(self.model, states, DynamicCache(), num_streams=tokens.shape[0], returned=returned)
+            kwargs["use_cache"] = True
         return args, kwargs
+
+    def after_decoder(self, decoder, args, output):
+        """Take back a cache that nobody asked for."""
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, SharedEncoderDecoderCache) and not cache.returned:
+            return type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        return None
 
     def place(self, args, kwargs):
         tokens, mask = _decoder_tokens(args, kwargs), kwargs.get("attention_mask")

@@ -1,0 +1,31 @@
+# `make demo` and `make test` need nothing but a Python and a network: each makes its environment, builds, and does its job.
+PYTHON ?= python3
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
+SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: env demo test test-oldest lint clean
+
+env: .venv/.ready
+demo: env
+	.venv/bin/peft-kernels demo
+test: env lint
+	$(call PYTEST,.venv) tests
+test-oldest: .venv-oldest/.ready
+	$(call PYTEST,.venv-oldest) tests/pid
+lint: env
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+clean:
+	rm -rf .venv .venv-oldest build *.egg-info peft_kernels/*.so
+
+# torch comes first, and the package is built against it: an isolated build would fetch a torch of its own
+.venv/.ready: constraints.txt $(SOURCES)
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -c constraints.txt setuptools ninja torch
+	.venv/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+.venv-oldest/.ready: constraints-oldest.txt $(SOURCES)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt setuptools ninja torch
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[hf]' pytest pytest-xdist hypothesis
+	touch $@

@@ -1,0 +1,236 @@
+"""Generation end to end on T5-base's architecture: many prompts of one input, beam search, and the overhead where nothing is shared.
+
+    python benchmarks/pid_generate.py --device cpu --dtype float32 bfloat16 --out benchmarks/results/cpu/pid_generate.json
+
+Weights are random and every run decodes all its steps. Tokens are compared before anything is timed; in float32 a difference stops the
+run, in 16 bits it is counted, since a near-tie may fall either way with the order of a sum.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from peft_kernels import pid
+from peft_kernels.bench import methods
+from peft_kernels.bench.measure import Ceilings, ceilings, interleaved, write_json
+from peft_kernels.bench.workloads import VOCAB_SIZE, built_in
+
+NEW_TOKENS, BEAM_TOKENS, OVERHEAD_TOKENS = 10, 24, 32
+BEAM_SHAPES = ((2, 512, 8), (2, 1024, 16))  # b, n, beams
+TINY = {"vocab_size": VOCAB_SIZE, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 16}
+PIE, REPEATED, STOCK = "PiE", "repeated", "stock"  # each with stock generate
+OURS, UNPACKED = "ours", "ours, not packed"
+
+
+class Bench:
+    """The models, all on one set of weights, and what is measured on them."""
+
+    def __init__(self, dtype: torch.dtype, device: str, repeats: int, quick: bool):
+        self.dtype, self.device, self.repeats, self.quick = dtype, device, repeats, quick
+        self.limits = ceilings(dtype, device, quick=quick)
+        self.stock = methods.t5_base(dtype, device, **(TINY if quick else {}))
+        self.packed = pid.enable(methods.twin(self.stock))
+        self.plain = pid.enable(methods.twin(self.stock), pack_weights=False)
+
+    def prompts(self) -> dict:
+        """One input of 512 tokens, 30 prompts of 8, 10 new tokens, greedy."""
+        workload = built_in(16, 3) if self.quick else built_in()
+
+        def asking(method, model):
+            return lambda: methods.ask(method, model, workload, NEW_TOKENS, full_length=True)
+
+        ways = {
+            PIE: asking(methods.prompt_in_encoder, self.stock),
+            REPEATED: asking(methods.repeated, self.stock),
+            OURS: asking(methods.shared, self.packed),
+            UNPACKED: asking(methods.shared, self.plain),
+        }
+        streams, prefix = len(workload.prompts), len(workload.prompts[0])
+        floor = generation_floor(self.stock, self.limits, 1, len(workload.inputs[0]), streams, prefix, NEW_TOKENS)
+        title = f"{len(workload.inputs[0])} tokens, {streams} prompts of {prefix}, {NEW_TOKENS} new tokens, greedy"
+        return self.compare(title, ways, REPEATED, (OURS, UNPACKED), floor, {PIE: max(1, self.repeats // 4)})
+
+    def beams(self, inputs: int, n: int, beams: int) -> dict:
+        """Ordinary beam search through ``model.generate``."""
+        ids = random_ids(inputs, n, self.device)
+
+        def searching(model):
+            def search():
+                with torch.inference_mode():
+                    output = model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        num_beams=beams,
+                        max_new_tokens=BEAM_TOKENS,
+                        min_new_tokens=BEAM_TOKENS,
+                        do_sample=False,
+                        return_dict_in_generate=True,
+                    )
+                return methods.Answers(output.sequences.cpu(), methods.cross_bytes(output))
+
+            return search
+
+        ways = {STOCK: searching(self.stock), OURS: searching(self.packed), UNPACKED: searching(self.plain)}
+        floor = generation_floor(self.stock, self.limits, inputs, n, inputs * beams, 0, BEAM_TOKENS)
+        return self.compare(f"beam search, b={inputs}, {n} tokens, {beams} beams, {BEAM_TOKENS} new tokens", ways, STOCK, (OURS, UNPACKED), floor, {})
+
+    def compare(self, title: str, ways: dict, truth: str, checked: tuple, floor: float, repeats: dict[str, int]) -> dict:
+        answers = {name: way() for name, way in ways.items()}  # the warm-up too
+        wrong = {name: methods.differing(answers[truth], answers[name]) for name in checked}
+        if self.dtype == torch.float32 and any(wrong.values()):
+            raise SystemExit(f"{title}: tokens differ from {truth} in {wrong} streams")
+        timings = interleaved(ways, {**dict.fromkeys(ways, self.repeats), **repeats}, warmup=0, device=self.device)
+        rows = {
+            name: {
+                **timing.to_json(),
+                "share_of_floor": floor / timing.median,
+                "speedup": {other: timings[other].median / timing.median for other in ways if other not in (*checked, name)},
+                "cross_kv_bytes": answers[name].cross_bytes,
+                "streams_differing": wrong.get(name),
+            }
+            for name, timing in timings.items()
+        }
+        return {
+            "title": title,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "floor_s": floor,
+            "streams": len(answers[truth].tokens),
+            "ways": rows,
+        }
+
+    def overhead(self) -> dict:
+        """A decoding step of a model that shares nothing, stock and enabled without packed weights: what enabling costs in Python."""
+        ids = random_ids(2, 16 if self.quick else 512, self.device)
+        steps = {STOCK: [], "enabled": []}
+        tokens = {}
+        with torch.inference_mode():
+            states = self.stock.get_encoder()(input_ids=ids).last_hidden_state
+
+            def decoding(name, model):
+                def decode():
+                    clock = StepClock()
+                    tokens[name] = model.generate(
+                        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=OVERHEAD_TOKENS,
+                        min_new_tokens=OVERHEAD_TOKENS,
+                        do_sample=False,
+                        streamer=clock,
+                    )
+                    steps[name].append(clock.steps())
+
+                return decode
+
+            interleaved({STOCK: decoding(STOCK, self.stock), "enabled": decoding("enabled", self.plain)}, self.repeats, device=self.device)
+        if not torch.equal(tokens[STOCK], tokens["enabled"]):
+            raise SystemExit("tokens of a model that shares nothing differ once it is enabled")
+        median = {name: statistics.median(s for run in runs[1:] for s in run) for name, runs in steps.items()}  # without the warm-up
+        return {
+            "title": "a decoding step of a model that shares nothing, b=2, no beams",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "median_step_s": median,
+            "steps": (len(steps[STOCK]) - 1) * (OVERHEAD_TOKENS - 1),
+            "overhead": median["enabled"] / median[STOCK] - 1,
+        }
+
+
+class StepClock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, tokens):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    def steps(self) -> list[float]:
+        """Seconds from token to token; the first note is the prompt's, the second comes after the first pass."""
+        return [b - a for a, b in zip(self.times[1:], self.times[2:])]
+
+
+def random_ids(inputs: int, n: int, device: str) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (inputs, n), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def generation_floor(model: nn.Module, limits: Ceilings, inputs: int, n: int, streams: int, prefix: int, new_tokens: int) -> float:
+    """Encoder once, keys and values once, one pass over the prompts, the remaining steps: each bound by bytes or by operations.
+
+    ``streams`` are those of all inputs. Weights, keys and values are read once per pass; self-attention's own keys are left out.
+    """
+    config, itemsize = model.config, model.dtype.itemsize
+    inner = config.num_heads * config.d_kv
+    weights = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    cross = sum(w for name, w in weights.items() if name.endswith(("EncDecAttention.k", "EncDecAttention.v")))
+    encoder = sum(w for name, w in weights.items() if name.startswith("encoder."))
+    decoder = sum(w for name, w in weights.items() if name.startswith("decoder.")) - cross
+    head = weights["lm_head"]
+    keys = 2 * inputs * n * inner * config.num_decoder_layers
+
+    def decode(tokens):
+        operations = 2 * streams * (decoder * tokens + head) + 4 * streams * tokens * n * inner * config.num_decoder_layers
+        return limits.floor((decoder + head + keys) * itemsize, operations)
+
+    encode = limits.floor(encoder * itemsize, 2 * encoder * inputs * n + 4 * inputs * n * n * inner * config.num_layers)
+    project = limits.floor((cross + keys) * itemsize, 2 * cross * inputs * n)
+    return encode + project + decode(prefix + 1) + (new_tokens - 1) * decode(1)
+
+
+def table(result: dict) -> Table:
+    against = list(dict.fromkeys(other for row in result["ways"].values() for other in row["speedup"]))
+    title = f"{result['dtype']}: {result['title']}; floor {result['floor_s']:.3f} s"
+    table = Table("way", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("s", "spread", "runs", "of floor", *(f"x {other}" for other in against), "K/V MB", "tokens"):
+        table.add_column(column, justify="right")
+    for name, row in result["ways"].items():
+        wrong = row["streams_differing"]
+        table.add_row(
+            name,
+            f"{row['median_s']:.3f}",
+            "-" if row["spread"] is None else f"{row['spread']:.0%}",
+            str(row["runs"]),
+            f"{row['share_of_floor']:.0%}",
+            *(f"{row['speedup'][other]:.2f}" if other in row["speedup"] else "-" for other in against),
+            f"{row['cross_kv_bytes'] / 1e6:.1f}",
+            "-" if wrong is None else "same" if not wrong else f"{wrong}/{result['streams']} off",
+        )
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each way; a quarter of them for PiE")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, two runs: does it work at all")
+    options = parser.parse_args()
+    console, machine, results, overheads = Console(), {}, [], []
+    for name in options.dtype:
+        bench = Bench(getattr(torch, name), options.device, 2 if options.quick else options.repeats, options.quick)
+        machine[name] = vars(bench.limits)
+        console.print(f"{name}: {bench.limits}; random weights")
+        results.append(bench.prompts())
+        console.print(table(results[-1]))
+        for shape in ((2, 16, 2),) if options.quick else BEAM_SHAPES:
+            results.append(bench.beams(*shape))
+            console.print(table(results[-1]))
+        overheads.append(bench.overhead())
+        medians = ", ".join(f"{way} {seconds * 1e3:.3f} ms" for way, seconds in overheads[-1]["median_step_s"].items())
+        console.print(f"{overheads[-1]['title']}: {medians}, overhead {overheads[-1]['overhead']:+.2%} (medians of {overheads[-1]['steps']} steps)")
+    if options.out:
+        write_json(options.out, device=options.device, ceilings=machine, results=results, overhead=overheads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What is here: versions, devices, and every operator's implementations."""
+
+import os
+from importlib import import_module
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .. import ops
+from .measure import cpu_model, gpus, versions
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def show(console: Console):
+    console.print(_versions())
+    console.print(_devices())
+    for name in ops.__all__:
+        console.print(_implementations(name))
+
+
+def _versions() -> Table:
+    table = Table("package", "version", title="Versions", title_justify="left")
+    for row in versions().items():
+        table.add_row(*row)
+    return table
+
+
+def _devices() -> Table:
+    table = Table("device", "what", title="Devices", title_justify="left")
+    table.add_row("cpu", f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for what in gpus() or ["none that torch sees"]:
+        table.add_row("gpu", what)
+    return table
+
+
+def _implementations(operator: str) -> Table:
+    table = Table("impl", *device_types(), title=f"peft_kernels.ops.{operator}: available here, or why not", title_justify="left", show_lines=True)
+    for impl, cells in availability(operator).items():
+        table.add_row(impl, *(_cell(reasons) for reasons in cells.values()))
+    return table
+
+
+def device_types() -> list[str]:
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def availability(operator: str) -> dict[str, dict[str, dict[torch.dtype, str | None]]]:
+    """implementation -> device type -> dtype -> why it cannot run here, None where it can."""
+    package = import_module(f"peft_kernels.ops.{operator}")
+    return {
+        impl: {device: {dtype: _reason(f"{package.__name__}.{module}", device, dtype) for dtype in DTYPES} for device in device_types()}
+        for impl, module in package.IMPLEMENTATIONS.items()
+    }
+
+
+def _reason(module: str, device: str, dtype: torch.dtype) -> str | None:
+    try:
+        return import_module(module).unavailable(device, dtype)
+    except ImportError as error:
+        return str(error)
+
+
+def _cell(reasons: dict[torch.dtype, str | None]) -> str:
+    """One line per answer; the dtypes are named only where they differ."""
+    by_answer: dict[str | None, list[str]] = {}
+    for dtype, reason in reasons.items():
+        by_answer.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
+    lines = []
+    for reason, dtypes in by_answer.items():
+        answer = "[green]yes[/green]" if reason is None else f"[yellow]no[/yellow]: {escape(reason)}"
+        lines.append(answer if len(by_answer) == 1 else f"{', '.join(dtypes)}: {answer}")
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""How everything here is measured: runs interleaved in one process, medians with their spread, ceilings of the same machine in the same run."""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "triton")
+COPY_BYTES = 1 << 28  # past every cache
+L2_FLUSH_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every run of one function."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range over the median; None for a single run."""
+        if len(self.seconds) < 2:
+            return None
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+    def to_json(self) -> dict:
+        return {"median_s": self.median, "spread": self.spread, "runs": len(self.seconds), "seconds": list(self.seconds)}
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int | Mapping[str, int],
+    *,
+    warmup: int = 1,
+    device: str = "cpu",
+    notify: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timing]:
+    """Time every function ``repeats`` times, turn by turn, so that a change of the machine's mood meets all of them.
+
+    ``repeats`` may differ by name; a slow function then leaves the later turns to the others.
+
+    Every other turn goes backwards, so that none always runs after the same other. On CUDA the L2 cache is flushed before each run and
+    events are timed. ``notify`` gets the name before each timed run.
+    """
+    wanted = repeats if isinstance(repeats, Mapping) else dict.fromkeys(functions, repeats)
+    clock = _cuda_clock() if device == "cuda" else _wall_clock
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    samples = {name: [] for name in functions}
+    for turn in range(max(wanted.values())):
+        for name in list(functions)[:: -1 if turn % 2 else 1]:
+            if turn < wanted[name]:
+                notify(name)
+                samples[name].append(clock(functions[name]))
+    return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def _wall_clock(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _cuda_clock():
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def clock(function) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def captured(function: Callable[[], Any]) -> Callable[[], None]:
+    """``function`` as a CUDA graph: replaying it times the kernels without Python and launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def peak_memory(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, int | None, float]:
+    """Run once: the result, by how many bytes memory rose above where it stood before, and the seconds it took.
+
+    On a CPU the kernel keeps the high-water mark of resident memory (``VmHWM``), reset before the run after free memory has been given
+    back; so nothing is sampled or missed, and what the allocator holds on to counts. None where the system has no such mark (only Linux does).
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        result = function()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before, time.perf_counter() - start
+    before = _reset_high_water()
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    return result, None if before is None else _resident("VmHWM") - before, seconds
+
+
+def _reset_high_water() -> int | None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches, measured in this run: a floor is the larger of bytes and operations over these."""
+
+    bandwidth: float  # bytes per second of a copy, read and written counted
+    rate: float  # operations per second of a large matrix product, a multiplication and an addition counted as two
+
+    def floor(self, nbytes: float, operations: float) -> float:
+        return max(nbytes / self.bandwidth, operations / self.rate)
+
+    def __str__(self):
+        return f"copy {self.bandwidth / 1e9:.1f} GB/s, matrix product {self.rate / 1e9:,.0f} GFLOP/s"
+
+
+def ceilings(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> Ceilings:
+    return Ceilings(copy_bandwidth(device, COPY_BYTES >> (5 if quick else 0)), matrix_rate(dtype, device, 256 if quick else None))
+
+
+def copy_bandwidth(device: str = "cpu", nbytes: int = COPY_BYTES) -> float:
+    source, target = (torch.ones(nbytes, dtype=torch.int8, device=device) for _ in range(2))
+    return 2 * nbytes / interleaved({"copy": lambda: target.copy_(source)}, 7, device=device)["copy"].median
+
+
+def matrix_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None) -> float:
+    size = size or (8192 if device == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / interleaved({"product": lambda: torch.mm(a, b, out=out)}, 7, device=device)["product"].median
+
+
+def versions() -> dict[str, str]:
+    found = {"peft_kernels": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def cpu_model() -> str:
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    kind = "ROCm" if torch.version.hip else "CUDA"
+    names = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        arch = p.gcnArchName if torch.version.hip else f"sm_{p.major}{p.minor}"
+        names.append(f"{kind} {i}: {p.name}, {arch}, {p.total_memory / 2**30:.0f} GiB")
+    return names
+
+
+def environment() -> dict:
+    """The fingerprint that goes with every figure."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus(),
+    }
+
+
+def write_json(path: Path, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")

@@ -1,0 +1,150 @@
+"""The three ways to ask many things of one input, and the models they are compared on."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from .. import pid
+from ..pid.families import family_of
+from .workloads import VOCAB_SIZE, Workload
+
+
+@dataclass
+class Answers:
+    """(b*M, tokens) generated ids in order of the streams, padded, and the bytes of the cross-attention cache while they were made."""
+
+    tokens: Tensor
+    cross_bytes: int
+
+
+Method = Callable[..., Answers]
+
+
+def t5_base(dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides) -> nn.Module:
+    """T5-base's architecture with random weights from a fixed seed.
+
+    With the usual initialisation and tied embeddings a random T5 repeats its last token whatever it reads. Smaller embeddings and
+    sharper attention make the tokens depend on input, prompt and step, so that comparing them says something.
+    """
+    sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12, "d_kv": 64}
+    config = {"vocab_size": VOCAB_SIZE, **sizes, "decoder_start_token_id": 0, **overrides}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**config))
+    with torch.no_grad():
+        model.shared.weight.mul_(0.05)
+        for block in model.decoder.block:
+            own, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
+            own.q.weight.mul_(8)
+            own.o.weight.mul_(2)
+            cross.q.weight.mul_(8)
+    return model.to(device, dtype).eval()
+
+
+def load(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
+    family_of(model)  # says early what is not supported
+    return model.to(device).eval()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second model on the same weights, so that one can be enabled while the other stays stock."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+
+
+def prompt_in_encoder(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
+    """PiE: every input with every prompt behind it through the encoder, one ``generate`` over all rows."""
+    ids, mask = padded([one + prompt for one in inputs for prompt in prompts], model)
+    output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **kwargs)
+    return Answers(output.sequences[:, 1:], cross_bytes(output))
+
+
+def repeated(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
+    """PiD without this package: inputs encoded once, the encoder's output repeated per prompt, stock ``generate``.
+
+    Prompts of different length are padded on the left where the decoder's positions are relative; elsewhere stock models go wrong on
+    that, so prompts of each length get a ``generate`` of their own.
+    """
+    ids, mask = padded(inputs, model)
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    start, pad = start_token(model), pad_token(model)
+    lengths = sorted({len(prompt) for prompt in prompts})
+    together = [lengths] if family_of(model).positions == "relative" else [[length] for length in lengths]
+    tokens = torch.full((len(inputs), len(prompts), 0), pad, device=ids.device)
+    most = 0
+    for group in together:
+        columns = [u for u, prompt in enumerate(prompts) if len(prompt) in group]
+        decoder_ids, decoder_mask = padded([[start, *prompts[u]] for _ in inputs for u in columns], model, left=True)
+        output = model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states.repeat_interleave(len(columns), 0)),
+            attention_mask=mask.repeat_interleave(len(columns), 0),
+            decoder_input_ids=decoder_ids,
+            decoder_attention_mask=decoder_mask,
+            return_dict_in_generate=True,
+            **kwargs,
+        )
+        tail = output.sequences[:, decoder_ids.shape[1] :].unflatten(0, (len(inputs), len(columns)))
+        width = max(tail.shape[2], tokens.shape[2])
+        tokens = _widened(tokens, width, pad)
+        tokens[:, columns] = _widened(tail, width, pad)
+        most = max(most, cross_bytes(output))
+    return Answers(tokens.flatten(0, 1), most)
+
+
+def shared(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
+    """PiD with this package; ``model`` is enabled."""
+    ids, mask = padded(inputs, model)
+    output = pid.generate(model, ids, prompts, attention_mask=mask, **kwargs).output
+    return Answers(output.sequences[:, 1 + max(map(len, prompts)) :], cross_bytes(output))
+
+
+def ask(method: Method, model: nn.Module, workload: Workload, new_tokens: int, *, full_length: bool) -> Answers:
+    """All batches of a workload, greedy; ``full_length`` keeps models with random weights from ending early.
+
+    ``cross_bytes`` is that of the largest batch.
+    """
+    kwargs = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
+    if full_length:
+        kwargs["min_new_tokens"] = new_tokens
+    with torch.inference_mode():
+        answers = [method(model, batch, workload.prompts, **kwargs) for batch in workload.batches()]
+    tokens = torch.cat([_widened(a.tokens, new_tokens, pad_token(model)) for a in answers])
+    return Answers(tokens.cpu(), max(a.cross_bytes for a in answers))
+
+
+def cross_bytes(output) -> int:
+    """Bytes of the keys and values that cross-attention really held."""
+    return sum(x.nbytes for layer in output.past_key_values.cross_attention_cache.layers for x in (layer.keys, layer.values))
+
+
+def differing(a: Answers, b: Answers) -> int:
+    """How many streams do not have the same tokens."""
+    return int((a.tokens != b.tokens).any(1).sum())
+
+
+def padded(rows: Sequence[list[int]], model: nn.Module, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Ids and mask of rows of different length."""
+    width, pad = max(map(len, rows)), pad_token(model)
+    fill = [[pad] * (width - len(row)) for row in rows]
+    ids = torch.tensor([f + row if left else row + f for row, f in zip(rows, fill)], device=model.device)
+    used = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    positions = torch.arange(width, device=model.device)
+    return ids, (positions >= width - used if left else positions < used).long()
+
+
+def pad_token(model: nn.Module) -> int:
+    config = model.generation_config
+    return next((x for x in (config.pad_token_id, model.config.get_text_config(decoder=True).pad_token_id) if x is not None), 0)
+
+
+def start_token(model: nn.Module) -> int:
+    config = model.generation_config
+    return config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+
+
+def _widened(tokens: Tensor, width: int, pad: int) -> Tensor:
+    return nn.functional.pad(tokens, (0, width - tokens.shape[-1]), value=pad)
