@@ -15,8 +15,8 @@ __all__ = ["shared_cross_attention"]
 IMPLEMENTATIONS = {"reference": "reference", "sdpa": "folded_sdpa", "matmul": "folded_matmul", "cpp": "native", "triton": "triton"}
 MAX_HEAD_DIM = 256
 
-# On a CPU the operator's work is folded into one attention per input; which library product is fastest there was measured
-# with benchmarks/pid_attention.py. Score bytes are those of one head of one input: beyond them the product leaves the cache.
+# Without the native library, and for gradients, a CPU takes PyTorch's flash attention or two matrix products on folded rows, whichever
+# benchmarks/pid_attention.py showed faster: products in these dtypes, while the scores of one head of one input stay in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
 
@@ -79,11 +79,10 @@ def shared_cross_attention(
     _check(query, key, value, key_lengths, encoder_index)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    if impl == "auto":
-        pass  # chosen below the dispatcher, at every call: shapes may be symbolic here
-    elif impl not in IMPLEMENTATIONS:
+    # "auto" is resolved below the dispatcher, where shapes are never symbolic
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"shared_cross_attention: impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    elif reason := _module(impl).unavailable(device, query.dtype):
+    if impl != "auto" and (reason := _module(impl).unavailable(device, query.dtype)):
         raise ValueError(f"shared_cross_attention: impl={impl!r} cannot run here: {reason}")
     need_lse = return_lse or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
     out, lse = torch.ops.peft_kernels.shared_cross_attention.default(query, key, value, key_lengths, encoder_index, scale, need_lse, impl)
@@ -91,21 +90,35 @@ def shared_cross_attention(
 
 
 def choose(query: Tensor, key: Tensor) -> str:
-    """What ``impl="auto"`` takes."""
+    """What ``impl="auto"`` takes for the forward pass: the first row that holds.
+
+    | where and what                                    | implementation                    |
+    | ------------------------------------------------- | --------------------------------- |
+    | float64                                           | reference                         |
+    | CPU, float32 or bfloat16, native library built    | cpp                               |
+    | CPU                                               | matmul or sdpa, as the constants above say |
+    | CUDA or ROCm, triton installed                    | triton                            |
+    | anything else                                     | reference                         |
+    """
     if query.dtype == torch.float64:
         return "reference"
-    if query.device.type != "cpu":
-        return "triton"
-    if query.dtype in MATMUL_DTYPES:
-        rows = query.shape[0] * query.shape[2] // max(key.shape[0], 1)  # a mean where streams are ragged
-        if rows * key.shape[2] * query.element_size() <= MATMUL_MAX_SCORE_BYTES:
-            return "matmul"
-    return "sdpa"
+    device = query.device.type
+    if device == "cpu":
+        return "cpp" if _module("cpp").unavailable(device, query.dtype) is None else _choose_library(query, key)
+    return "triton" if _module("triton").unavailable(device, query.dtype) is None else "reference"
 
 
-def choose_backward(query: Tensor, key: Tensor, need_query: bool, need_key: bool, need_value: bool) -> str:
-    """The backward of what ``choose`` takes; the library's flash backward always computes all three gradients."""
+def choose_backward(query: Tensor, key: Tensor) -> str:
+    """What ``impl="auto"`` takes for the gradients: as above, but the library on a CPU."""
+    if query.device.type == "cpu" and query.dtype != torch.float64:
+        return _choose_library(query, key)
     return choose(query, key)
+
+
+def _choose_library(query, key):
+    rows = query.shape[0] * query.shape[2] // max(key.shape[0], 1)  # a mean where streams are ragged
+    cached = rows * key.shape[2] * query.element_size() <= MATMUL_MAX_SCORE_BYTES
+    return "matmul" if query.dtype in MATMUL_DTYPES and cached else "sdpa"
 
 
 def _check(query, key, value, key_lengths, encoder_index):
@@ -177,7 +190,7 @@ def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, imp
 def _backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key, need_value, impl):
     needs = (need_query, need_key, need_value)
     if impl == "auto":
-        impl = choose_backward(query, key, *needs)
+        impl = choose_backward(query, key)
     gradients = _module(impl).backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs)
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 

@@ -1,0 +1,51 @@
+// What the operator hands to a kernel: no torch header here or in the kernels, which are compiled once per instruction set.
+
+#pragma once
+
+#include <cstdint>
+
+enum class Storage { float32, bfloat16 };
+
+// One call. Strides in elements; a query row is (stream, token), a stream belongs to one input.
+struct Attention {
+  const void* query;  // (streams, heads, tokens, head_dim)
+  const void* key;    // (inputs, heads, keys, head_dim)
+  const void* value;
+  void* out;   // (streams, heads, tokens, head_dim), head_dim dense
+  float* lse;  // (streams, heads, tokens)
+  int64_t query_stride[4], key_stride[4], value_stride[4], out_stride[4], lse_stride[3];
+  int64_t tokens;
+  int64_t head_dim;
+  float scale;
+  Storage storage;
+};
+
+// A head of one input: some of its rows against some of its keys. Row r is token r % tokens of stream first_stream + r / tokens.
+struct Task {
+  int64_t input, head, first_stream;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;
+  float* partial;  // where keys are split: (rows, head_dim + 2), sums, largest score, sum of weights; else null
+};
+
+// One row in the results of its key splits, `stride` floats apart.
+struct Partials {
+  const float* first;
+  int64_t splits, stride;
+};
+
+// A task has at most this many rows: their sums stay in the second-level cache.
+constexpr int64_t kMaxTaskRows = 256;
+constexpr int64_t kMaxHeadDim = 256;
+
+struct Kernels {
+  int64_t (*scratch_floats)(const Attention&);
+  // `following`, or null: a task likely to be next, whose first keys are fetched ahead. scratch: 64-byte aligned.
+  void (*attend)(const Attention&, const Task&, const Task* following, float* scratch);
+  void (*merge)(const Attention&, const Partials&, int64_t stream, int64_t head, int64_t token);
+};
+
+extern const Kernels kKernelsDefault;
+extern const Kernels kKernelsAVX2;
+extern const Kernels kKernelsAVX512;
+extern const Kernels kKernelsAVX512BF16;

@@ -1,0 +1,248 @@
+"""GPU kernels: the rows of all streams of an input are folded into tiles, so its keys and values are read once for many streams.
+
+Rows are addressed by one stride, as (streams, tokens, heads, D) in memory has it; a query or gradient that is laid out otherwise, and
+a key or value whose D is not contiguous, is copied first. Nothing waits for the device, and no launch depends on a value there.
+"""
+
+import os
+from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import as_token_major, token_major
+
+try:
+    from . import triton_backward, triton_forward
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton_forward = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_STRIDE = (1 << 31) // 128  # of rows and keys: offsets inside a tile are int32
+MAX_SPLITS = 64
+SPLIT_KEYS = 256  # a split of fewer keys costs more in the merge than it saves
+FMA_DEPTH = 16  # columns at a time where there are no tensor cores
+ROW_HEADS = 16  # (row, head) pairs to a program where nothing is multiplied
+
+
+class Config(NamedTuple):
+    """Rows and keys to a block."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Configs(NamedTuple):
+    """``forward`` in ascending order of rows: the first that holds the rows of a mean input is taken, else the last.
+
+    With ``apart`` the gradients of keys and of values are computed one after the other, since both do not fit in the registers.
+    """
+
+    forward: tuple[Config, ...]
+    query_grad: Config
+    key_value_grad: Config
+    apart: bool = False
+
+
+# (family, bytes of an element, BLOCK_D; 64 also for less). Every row is compiled without a GPU by
+# tests/ops/test_shared_cross_attention_compiles.py: no spills, tensor cores of the family, shared memory that fits. sm_80 also serves
+# the families that are not named, whose shared memory may be smaller: it stays below 99 KiB.
+C = Config
+CONFIGS = {
+    ("sm_80", 2, 64): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 2), C(128, 64, 8, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)),
+    ("sm_80", 2, 128): Configs((C(16, 64, 4, 3), C(32, 64, 4, 2), C(64, 32, 4, 2), C(128, 32, 8, 3)), C(64, 32, 8, 2), C(32, 64, 8, 2)),
+    ("sm_80", 2, 256): Configs((C(16, 32, 4, 3), C(32, 64, 4, 2), C(64, 32, 8, 2)), C(64, 16, 8, 2), C(16, 64, 8, 2)),
+    ("sm_80", 4, 64): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
+    ("sm_80", 4, 128): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
+    ("sm_80", 4, 256): Configs((C(16, 32, 8, 2), C(32, 32, 8, 2)), C(32, 16, 8, 2), C(16, 16, 8, 2)),
+    ("sm_90", 2, 64): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 3), C(128, 64, 8, 3)), C(64, 64, 4, 2), C(64, 128, 8, 2)),
+    ("sm_90", 2, 128): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 2), C(128, 64, 8, 3)), C(128, 64, 8, 2), C(32, 128, 8, 2)),
+    ("sm_90", 2, 256): Configs((C(16, 32, 4, 3), C(32, 32, 4, 2), C(64, 64, 8, 2), C(128, 32, 8, 2)), C(64, 32, 8, 2), C(32, 64, 8, 2), apart=True),
+    ("sm_90", 4, 64): Configs((C(16, 32, 4, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
+    ("sm_90", 4, 128): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
+    ("sm_90", 4, 256): Configs((C(16, 32, 8, 2), C(32, 32, 8, 2)), C(32, 16, 8, 2), C(16, 16, 8, 2)),
+    ("sm_100", 2, 64): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 3), C(128, 64, 8, 3)), C(128, 64, 8, 2), C(64, 128, 8, 2)),
+    ("sm_100", 2, 128): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 32, 4, 3), C(128, 64, 8, 3)), C(128, 64, 8, 2), C(32, 128, 8, 2)),
+    ("sm_100", 2, 256): Configs((C(16, 32, 4, 3), C(32, 32, 8, 2), C(64, 64, 8, 2), C(128, 32, 8, 2)), C(64, 32, 8, 2), C(32, 64, 8, 2)),
+    ("sm_100", 4, 64): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
+    ("sm_100", 4, 128): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
+    ("sm_100", 4, 256): Configs((C(16, 32, 8, 2), C(32, 32, 8, 2)), C(32, 16, 8, 2), C(16, 16, 8, 2)),
+    ("gfx942", 2, 64): Configs((C(16, 64, 4, 2), C(32, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 4, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)),
+    ("gfx942", 2, 128): Configs((C(16, 64, 4, 2), C(32, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 4, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)),
+    ("gfx942", 2, 256): Configs((C(16, 32, 4, 2), C(64, 32, 4, 2)), C(64, 16, 4, 2), C(16, 64, 4, 2)),
+    ("gfx942", 4, 64): Configs((C(16, 32, 4, 2), C(64, 32, 4, 2)), C(64, 16, 4, 2), C(16, 64, 4, 2)),
+    ("gfx942", 4, 128): Configs((C(16, 32, 4, 2), C(64, 32, 4, 2)), C(64, 16, 4, 2), C(16, 64, 4, 2)),
+    ("gfx942", 4, 256): Configs((C(16, 16, 4, 2), C(32, 16, 4, 2)), C(16, 16, 4, 2), C(16, 32, 4, 2)),
+}
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    if triton_forward is None:
+        return "triton is not installed"
+    if dtype not in DTYPES:
+        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
+    if device == "cpu" and not INTERPRETED:
+        return "on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1 set before the first call"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "the arithmetic of Triton's interpreter is wrong in bfloat16"
+    if device not in ("cpu", "cuda"):
+        return f"its kernels are for CUDA and ROCm devices, not {device}"
+    return None
+
+
+def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True) -> tuple[Tensor, Tensor | None]:
+    streams, heads, tokens, head_dim = query.shape
+    inputs, n = key.shape[0], key.shape[2]
+    out = token_major(*query.shape, like=query)
+    lse = token_major(streams, heads, tokens, like=query, dtype=torch.float32) if need_lse else None
+    if not query.numel():
+        return out, lse
+    if scale < 0:  # the kernel takes the greatest score before it scales
+        query, scale = -query, -scale
+    query, key, value = _rows(query), _keys(key), _keys(value)
+    rows = streams * tokens
+    family, processors = device_of(query.device)
+    configs = configs_of(family, query.element_size(), head_dim)
+    config = next((c for c in configs.forward if c.rows * inputs >= rows), configs.forward[-1])
+    with _guard(query.device):
+        cu_streams = _cu_streams(encoder_index, inputs)
+        tiles = _tiles(config.rows, rows, inputs, cu_streams)
+        splits = num_splits(tiles * heads, n, processors)
+        part_out, part_lse = out, lse
+        if splits > 1:
+            part_out = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=query.device)
+            part_lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=query.device)
+        triton_forward.attend_kernel[tiles, heads, splits](
+            query, key, value, part_out, part_lse, key_lengths, cu_streams,
+            tokens, rows // inputs, rows, inputs, n, scale,
+            *_row_strides(query), *key.stride()[:3], *value.stride()[:3],
+            **launch_options(config, family, query.element_size(), head_dim),
+        )  # fmt: skip
+        if splits > 1:
+            triton_forward.merge_kernel[_cdiv(rows * heads, ROW_HEADS),](
+                part_out, part_lse, out, lse, rows * heads, splits,
+                **row_options(head_dim),
+            )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key, need_value
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    _, heads, tokens, head_dim = query.shape
+    inputs, n = key.shape[0], key.shape[2]
+    grad_query, grad_key, grad_value = (
+        token_major(*x.shape, like=x) if needed else None for x, needed in ((query, need_query), (key, need_key), (value, need_value))
+    )
+    query, grad_out, out, key, value, lse = _rows(query), _rows(grad_out), _rows(out), _keys(key), _keys(value), as_token_major(lse)
+    rows = query.shape[0] * tokens
+    family, _ = device_of(query.device)
+    configs = configs_of(family, query.element_size(), head_dim)
+    strides = *_row_strides(query), *key.stride()[:3], *value.stride()[:3], *_row_strides(grad_out)
+    with _guard(query.device):
+        delta = torch.empty((rows, heads), dtype=torch.float32, device=query.device) if need_query or need_key else None
+        if delta is not None and delta.numel():
+            triton_backward.delta_kernel[_cdiv(rows * heads, ROW_HEADS),](
+                grad_out, out, grad_lse, delta, rows * heads, tokens, heads,
+                *_row_strides(grad_out), *_row_strides(out), *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+                **row_options(head_dim),
+            )  # fmt: skip
+        cu_streams = _cu_streams(encoder_index, inputs)
+        if rows * heads and need_query:
+            config = configs.query_grad
+            triton_backward.query_grad_kernel[_tiles(config.rows, rows, inputs, cu_streams), heads](
+                query, key, value, grad_out, lse, delta, grad_query, key_lengths, cu_streams,
+                tokens, rows // inputs, inputs, n, scale, *strides,
+                **launch_options(config, family, query.element_size(), head_dim),
+            )  # fmt: skip
+        if key.numel() and (need_key or need_value):
+            config = configs.key_value_grad
+            for grads in ((grad_key, None), (None, grad_value)) if configs.apart else ((grad_key, grad_value),):
+                if any(grad is not None for grad in grads):
+                    triton_backward.key_value_grad_kernel[inputs * _cdiv(n, config.keys), heads](
+                        query, key, value, grad_out, lse, delta, *grads, key_lengths, cu_streams,
+                        tokens, rows // inputs, n, scale, *strides,
+                        **launch_options(config, family, query.element_size(), head_dim),
+                    )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+def num_splits(programs: int, n: int, processors: int) -> int:
+    """Ranges of keys for each tile, so that two programs run on every processor."""
+    return max(1, min(2 * processors // programs, n // SPLIT_KEYS, MAX_SPLITS))
+
+
+def block_d(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def configs_of(family: str, size: int, head_dim: int) -> Configs:
+    return CONFIGS[family, size, max(64, block_d(head_dim))]
+
+
+@cache
+def launch_options(config: Config, family: str, size: int, head_dim: int) -> dict[str, int]:
+    """The constants and options of a kernel of blocks."""
+    depth = FMA_DEPTH if size == 4 and family.startswith("sm") else block_d(head_dim)
+    blocks = {"D": head_dim, "BLOCK_D": block_d(head_dim), "BM": config.rows, "BN": config.keys, "BK": min(depth, block_d(head_dim))}
+    return {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def row_options(head_dim: int) -> dict[str, int]:
+    """Those of the kernels that multiply nothing."""
+    return {"D": head_dim, "BLOCK_D": block_d(head_dim), "BR": ROW_HEADS, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
+
+@cache
+def device_of(device: torch.device) -> tuple[str, int]:
+    """The family whose configurations fit, and the number of processors."""
+    if device.type == "cpu":
+        return "sm_80", 4
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        family = "gfx942"
+    else:
+        family = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return family, properties.multi_processor_count
+
+
+def _rows(x: Tensor) -> Tensor:
+    streams, _, tokens, _ = x.shape
+    s = x.stride()
+    folds = s[3] == 1 and (tokens == 1 or streams == 1 or s[0] == tokens * s[2]) and _row_strides(x)[0] < MAX_STRIDE
+    return x if folds else as_token_major(x)
+
+
+def _row_strides(x: Tensor) -> tuple[int, int]:
+    """Of (stream, token) rows and of heads."""
+    return x.stride(0 if x.shape[2] == 1 else 2), x.stride(1)
+
+
+def _keys(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 and x.stride(2) < MAX_STRIDE else as_token_major(x)
+
+
+def _cu_streams(encoder_index: Tensor | None, inputs: int) -> Tensor | None:
+    """(b + 1,) where the streams of each input begin; None where every input has equally many."""
+    if encoder_index is None:
+        return None
+    return torch.searchsorted(encoder_index, torch.arange(inputs + 1, dtype=encoder_index.dtype, device=encoder_index.device), out_int32=True)
+
+
+def _tiles(block: int, rows: int, inputs: int, cu_streams: Tensor | None) -> int:
+    return inputs * _cdiv(rows // inputs, block) if cu_streams is None else rows // block + inputs
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _guard(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,194 @@
+"""The C++ implementation against float64, on this processor's kernels and on the lesser ones that it can run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peft_kernels.ops.shared_cross_attention import native, reference, shared_cross_attention
+
+if native.unavailable("cpu", torch.float32):
+    pytest.skip(native.unavailable("cpu", torch.float32), allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+# streams per input, heads, tokens, keys, D
+SHAPES = {
+    "decode": ([30], 12, 1, 512, 64),
+    "long": ([8], 3, 1, 2048, 64),
+    "prime": ([7, 7], 3, 5, 131, 64),
+    "every D: 1": ([3, 3], 2, 3, 37, 1),
+    "every D: 16": ([5, 5], 2, 3, 101, 16),
+    "every D: 24": ([5, 5], 3, 3, 97, 24),
+    "every D: 33": ([5], 2, 7, 97, 33),
+    "every D: 80": ([9, 9], 2, 2, 113, 80),
+    "every D: 128": ([11], 2, 2, 200, 128),
+    "every D: 256": ([3, 3], 2, 5, 73, 256),
+    "one key": ([2, 2], 2, 3, 1, 64),
+    "more rows than one task takes": ([67], 2, 9, 150, 64),
+    "streams differ": ([4, 0, 1, 17, 0], 2, 3, 61, 64),
+    "splits": ([2], 1, 1, 1500, 64),
+}
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(streams, heads, tokens, keys, width, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(shape, generator=generator).to(dtype).transpose(1, 2)  # noqa: E731
+    query = 2 * randn(sum(streams), tokens, heads, width)
+    key, value = randn(len(streams), keys, heads, width), randn(len(streams), keys, heads, width)
+    index = None if len(set(streams)) <= 1 else torch.arange(len(streams)).repeat_interleave(torch.tensor(streams))
+    return query, key, value, index
+
+
+def assert_close(got, want, truth, name):
+    """Summed error at most twice plain PyTorch's in the same dtype."""
+    visible = torch.isfinite(truth)
+    assert torch.equal(torch.isfinite(got), visible), f"{name}: not finite where it should be, or the reverse"
+    error, allowed = ((x.double() - truth)[visible].abs().sum().item() for x in (got, want))
+    floor = torch.finfo(got.dtype).eps * truth[visible].abs().sum().item()
+    assert error <= 2 * allowed + floor, f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}"
+
+
+def check(query, key, value, lengths, index, scale):
+    arguments = lengths, index, scale, True
+    out, lse = shared_cross_attention(query, key, value, key_lengths=lengths, encoder_index=index, scale=scale, return_lse=True, impl="cpp")
+    want, want_lse = reference.forward(query, key, value, *arguments)
+    truth, truth_lse = reference.forward(query.double(), key.double(), value.double(), *arguments)
+    assert out.dtype == query.dtype and out.transpose(1, 2).is_contiguous() and lse.dtype == torch.float32
+    assert_close(out, want, truth, "out")
+    assert_close(lse, want_lse, truth_lse, "lse")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+def test_forward(shape, dtype, ragged):
+    query, key, value, index = make(*shape, dtype)
+    lengths = None
+    if ragged:
+        lengths = torch.randint(0, shape[3] + 1, (len(shape[0]),), dtype=torch.int32)
+        lengths[0] = shape[3]
+        lengths[-1] = 0 if len(lengths) > 1 else shape[3] - 1
+        hidden = torch.arange(shape[3]) >= lengths[:, None]
+        key, value = (x.masked_fill(hidden[:, None, :, None], float("nan")) for x in (key, value))
+    check(query, key, value, lengths, index, shape[4] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
+def test_scale(dtype, scale):
+    query, key, value, index = make([5, 5], 2, 3, 83, 64, dtype)
+    check(query, key, value, None, index, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype):
+    query, key, value, index = make([4, 4], 3, 5, 90, 32, dtype)
+    wide = lambda x: x.repeat_interleave(2, -1)[..., ::2]  # noqa: E731  D stride 2
+    odd = lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1]  # noqa: E731  rows an odd number of elements apart
+    for change in (wide, odd, torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT):
+        check(change(query), key, value, None, index, 0.2)
+        check(query, change(key), value, None, index, 0.2)
+        check(query, key, change(value), None, index, 0.2)
+    check(query[:1].expand(8, -1, -1, -1), key[:1].expand(2, -1, -1, -1), value[:, :, :1].expand(-1, -1, 90, -1), None, index, 0.2)
+    check(query, key[:, :, ::3], value[:, :, ::3], torch.tensor([30, 7])[:, None].expand(-1, 2)[:, 0], torch.tensor([0, 0, 1, 1, 1, 1, 1, 1]), 0.2)
+
+
+def test_large_scores():
+    query, key, value, index = make([3], 2, 2, 300, 64, torch.float32)
+    check(query * 20, key * 20, value, None, index, 1.0)  # most weights underflow
+
+
+def test_nan_reaches_only_its_row():
+    query, key, value, _ = make([6], 2, 1, 50, 16, torch.float32)
+    query[2] = float("nan")
+    out = shared_cross_attention(query, key, value, impl="cpp")
+    assert out[2].isnan().all() and not out[[0, 1, 3, 4, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_repeats_are_bit_equal(dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        query, key, value, _ = make([13], 3, 2, 700, 64, dtype)
+        check(query, key, value, None, None, 0.1)
+        first, *rest = (shared_cross_attention(query, key, value, return_lse=True, impl="cpp") for _ in range(10))
+        assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [([], 2, 3, 5, 8), ([0, 0], 2, 3, 5, 8), ([2, 2], 0, 3, 5, 8), ([2, 2], 2, 0, 5, 8), ([2, 2], 2, 3, 0, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty(shape, dtype):
+    query, key, value, index = make(*shape, dtype)
+    out, lse = shared_cross_attention(query, key, value, encoder_index=index, return_lse=True, impl="cpp")
+    assert out.shape == query.shape and (out == 0).all() and (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ([6, 6], [4, 0, 1, 7]), ids=str)
+@pytest.mark.parametrize("lengths", (None, "ragged"))
+def test_backward(shape, dtype, lengths):
+    query, key, value, index = make(shape, 3, 5, 67, 32, dtype)
+    if lengths:
+        lengths = torch.tensor([67, 0, 13, 1])[: len(shape)]
+    probe, lse_probe = torch.randn(query.shape), torch.randn(query.shape[:-1])
+    if lengths is not None:  # the log-sum-exp of no keys is -inf: nothing to differentiate
+        lse_probe[reference.forward(query, key, value, lengths, index, 0.1)[1].isinf()] = 0
+
+    def gradients(impl, dtype):
+        inputs = [x.to(dtype).detach().requires_grad_() for x in (query, key, value)]
+        out, lse = shared_cross_attention(*inputs, key_lengths=lengths, encoder_index=index, scale=0.3, return_lse=True, impl=impl)
+        loss = (out * probe.to(out)).sum() + (lse.masked_fill(lse.isinf(), 0) * lse_probe).sum()
+        return torch.autograd.grad(loss, inputs)
+
+    for name, *grads in zip(("query", "key", "value"), gradients("cpp", dtype), gradients("reference", dtype), gradients("reference", torch.float64)):
+        assert_close(*grads, f"gradient of {name}")
+
+
+def test_frozen_inputs_get_no_gradient():
+    query, key, value, _ = make([3, 3], 2, 4, 50, 16, torch.float32)
+    query.requires_grad_()
+    shared_cross_attention(query, key, value, impl="cpp").sum().backward()
+    assert query.grad is not None and key.grad is None and value.grad is None
+
+
+def test_refusals():
+    query, key, value, _ = make([2], 1, 1, 4, 8, torch.float16)
+    with pytest.raises(ValueError, match="impl='cpp' cannot run here: its kernels take torch.float32 and torch.bfloat16, not torch.float16"):
+        shared_cross_attention(query, key, value, impl="cpp")
+    operator = torch.ops.peft_kernels.shared_cross_attention_cpu
+    query, key, value = (x.float() for x in (query, key, value))
+    for arguments, message in (
+        ((query.double(), key, value, None, None, 1.0), "query must be float32 or bfloat16"),
+        ((query, key.double(), value, None, None, 1.0), "one dtype"),
+        ((query, key[..., :4], value, None, None, 1.0), "heads and D"),
+        ((query, key, value, torch.tensor([5]), None, 1.0), r"key_lengths must lie in \[0, 4\]"),
+        ((query, key, value, None, torch.tensor([0, 1]), 1.0), "encoder_index"),
+        ((query, key, value, None, torch.tensor([0.0, 0.0]), 1.0), "encoder_index must be int32 or int64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(*arguments)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_lesser_instruction_sets(capability):
+    if "PEFT_KERNELS_CPU_CAPABILITY" in os.environ:
+        pytest.skip("already in a test of one")
+    environment = {**os.environ, "PEFT_KERNELS_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", "test_forward or test_strides or test_empty"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
