@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from . import packing, streams
 from .cache import SharedEncoderDecoderCache, filled
+from .families import family_of
 
 
 class PiDGenerationMixin:
@@ -64,7 +65,7 @@ class PiDGenerationMixin:
         eos = None
         asked_for = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(getattr(generation_config, name) for name in asked_for)
-        if shared and greedy_or_sampling and not isinstance(cache.self_attention_cache, StaticCache):
+        if shared and greedy_or_sampling and family_of(self).takes_encoder_mask and not isinstance(cache.self_attention_cache, StaticCache):
             eos = generation_config._eos_token_tensor
         model_kwargs["past_key_values"] = filled(
             self, states, cache.self_attention_cache, num_streams=shared or states.shape[0], left_padded=left_padded, eos_token_ids=eos

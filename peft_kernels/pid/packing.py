@@ -1,8 +1,8 @@
 """Linear layers on weights packed for oneDNN, on a CPU, without gradients.
 
 A decoding step multiplies a few dozen rows by every weight of the decoder. With plain weights the library's product at so few rows
-reaches a third to a half of the machine's matrix rate; with weights reordered once it reaches most of it (benchmarks/pid_generate.py).
-The packed copies cost the decoder's weights once more in memory and are dropped by ``pid.disable``.
+reaches a third to a half of the machine's matrix rate; with weights reordered once it reaches most of it, and the encoder gains a
+little too (benchmarks/pid_generate.py). The packed copies cost the linear weights once more in memory and go with ``pid.disable``.
 """
 
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _packed: WeakKeyDictionary[nn.Linear, tuple[tuple, Tensor]] = WeakKeyDictionary(
 
 @contextmanager
 def packed_linears(model: nn.Module):
-    """Run the plain ``nn.Linear`` modules of the decoder and the head on packed weights within the context.
+    """Run the plain ``nn.Linear`` modules of encoder, decoder and head on packed weights within the context.
 
     Only where ``pid.enable(model, pack_weights=True)`` asked for it, on the CPU, in float32 or bfloat16; elsewhere nothing happens.
     """
@@ -40,13 +40,19 @@ def forget(model: nn.Module):
 
 
 def _linears(model):
-    roots = [model.get_decoder(), model.get_output_embeddings()]
+    roots = [model.get_encoder(), model.get_decoder(), model.get_output_embeddings()]
     return dict.fromkeys(m for root in roots if root is not None for m in root.modules() if type(m) is nn.Linear)
 
 
 def _packable(layer):
     weight = layer.weight
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available() and "forward" not in layer.__dict__
+    return (
+        weight.device.type == "cpu"
+        and not weight.is_inference()  # which does not count its changes
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and "forward" not in layer.__dict__
+    )
 
 
 def _weight(layer) -> Tensor:

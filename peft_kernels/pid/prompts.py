@@ -55,7 +55,9 @@ def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention
         raise ValueError(f"pid.generate: input_ids must be (b, n) with b > 0, got {tuple(input_ids.shape)}")
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
     flat = [prompt for one in per_input for prompt in one]
-    config, _ = base._prepare_generation_config(generate_kwargs.get("generation_config"), **{k: v for k, v in generate_kwargs.items() if k != "generation_config"})
+    config, _ = base._prepare_generation_config(
+        generate_kwargs.get("generation_config"), **{k: v for k, v in generate_kwargs.items() if k != "generation_config"}
+    )
     longest = max(map(len, flat)) + 1
     _check_positions(base, longest + (config.max_new_tokens or 1), longest - 1)
 
@@ -76,9 +78,7 @@ def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention
         streams["encoder_index"] = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
     want_scores = config.output_scores
-    output = model.generate(
-        input_ids=input_ids, attention_mask=attention_mask, **streams, **{**generate_kwargs, "return_dict_in_generate": True}
-    )
+    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **streams, **{**generate_kwargs, "return_dict_in_generate": True})
     repeats = config.num_return_sequences or 1
     tails = _generated(output.sequences[:, longest:], config.eos_token_id, config.pad_token_id)
     scores = None
@@ -89,7 +89,13 @@ def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention
 
 
 def forward(
-    model: nn.Module, input_ids: Tensor, prompts: Prompts, targets: Sequence[Sequence[Sequence[int]]], *, attention_mask: Tensor | None = None, **kwargs
+    model: nn.Module,
+    input_ids: Tensor,
+    prompts: Prompts,
+    targets: Sequence[Sequence[Sequence[int]]],
+    *,
+    attention_mask: Tensor | None = None,
+    **kwargs,
 ):
     """One training forward: the loss over the target tokens of every stream, given its input, its prompt and the tokens before.
 
@@ -114,7 +120,9 @@ def forward(
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
     wanted = _per_input(targets, input_ids.shape[0], "targets", shared=False)
     if [len(one) for one in per_input] != [len(one) for one in wanted]:
-        raise ValueError(f"pid.forward: every prompt needs a target, got {[len(x) for x in per_input]} prompts and {[len(x) for x in wanted]} targets per input")
+        raise ValueError(
+            f"pid.forward: every prompt needs a target, got {[len(x) for x in per_input]} prompts and {[len(x) for x in wanted]} targets per input"
+        )
     pairs = [(list(p), list(y)) for ps, ys in zip(per_input, wanted) for p, y in zip(ps, ys)]
     if not any(y for _, y in pairs):
         raise ValueError("pid.forward: targets hold no token")
@@ -132,7 +140,9 @@ def forward(
     counts = torch.tensor([len(one) for one in per_input], device=device)
     name = "decoder_encoder_index" if base.config.model_type == "encoder-decoder" else "encoder_index"
     index = {} if bool((counts == counts[0]).all()) else {name: torch.arange(len(counts), device=device).repeat_interleave(counts)}
-    return model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=ids, decoder_attention_mask=mask, labels=labels, **index, **kwargs)
+    return model(
+        input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=ids, decoder_attention_mask=mask, labels=labels, **index, **kwargs
+    )
 
 
 def _checked(model, what):
@@ -177,7 +187,9 @@ def _start_token(base, config) -> int:
 def _check_positions(base, length: int, prompt: int):
     limit = max_positions(base)
     if limit is not None and length > limit:
-        raise ValueError(f"pid: the decoder has {limit} positions, but a prompt of {prompt} tokens with its start token and what follows needs {length}")
+        raise ValueError(
+            f"pid: the decoder has {limit} positions, but a prompt of {prompt} tokens with its start token and what follows needs {length}"
+        )
 
 
 def _generated(tails: Tensor, eos, pad) -> list[list[int]]:

@@ -19,8 +19,11 @@ def is_packed(mask: Tensor | None) -> bool:
 
 
 def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | None]:
-    """The key lengths and the encoder index, each None where it says nothing."""
-    if mask is None:
+    """The key lengths and the encoder index, each None where it says nothing.
+
+    A mask that is not packed was made by transformers out of none, under ``torch.compile``: every key is visible.
+    """
+    if not is_packed(mask):
         return None, None
     flat = mask.view(-1)
     return flat[:inputs], flat[inputs:] if flat.shape[0] > inputs else None

@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from . import folded_matmul
 from .layout import token_major
 
 __all__ = ["shared_cross_attention"]
@@ -19,6 +20,7 @@ MAX_HEAD_DIM = 256
 # benchmarks/pid_attention.py showed faster: products in these dtypes, while the scores of one head of one input stay in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
+AUTOGRAD_MAX_SCORE_BYTES = 32 << 20  # of all heads and inputs
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -79,12 +81,12 @@ def shared_cross_attention(
     _check(query, key, value, key_lengths, encoder_index)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    # "auto" is resolved below the dispatcher, where shapes are never symbolic
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"shared_cross_attention: impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl != "auto" and (reason := _module(impl).unavailable(device, query.dtype)):
-        raise ValueError(f"shared_cross_attention: impl={impl!r} cannot run here: {reason}")
-    need_lse = return_lse or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+    need_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if impl == "auto" and need_grad and not return_lse and key_lengths is None and encoder_index is None and _few_scores(query, key):
+        return folded_matmul.differentiable(query, key, value, scale)
+    need_lse = return_lse or need_grad
     out, lse = torch.ops.peft_kernels.shared_cross_attention.default(query, key, value, key_lengths, encoder_index, scale, need_lse, impl)
     return (out, lse) if return_lse else out
 
@@ -92,13 +94,14 @@ def shared_cross_attention(
 def choose(query: Tensor, key: Tensor) -> str:
     """What ``impl="auto"`` takes for the forward pass: the first row that holds.
 
-    | where and what                                    | implementation                    |
-    | ------------------------------------------------- | --------------------------------- |
-    | float64                                           | reference                         |
-    | CPU, float32 or bfloat16, native library built    | cpp                               |
-    | CPU                                               | matmul or sdpa, as the constants above say |
-    | CUDA or ROCm, triton installed                    | triton                            |
-    | anything else                                     | reference                         |
+    | where and what                                             | implementation                             |
+    | ---------------------------------------------------------- | ------------------------------------------ |
+    | float64                                                    | reference                                  |
+    | CPU, gradients wanted, few scores, neither lengths nor index | two matrix products under autograd       |
+    | CPU, float32 or bfloat16, native library built             | cpp                                        |
+    | CPU                                                        | matmul or sdpa, as the constants above say |
+    | CUDA or ROCm, triton installed                             | triton                                     |
+    | anything else                                              | reference                                  |
     """
     if query.dtype == torch.float64:
         return "reference"
@@ -115,6 +118,12 @@ def choose_backward(query: Tensor, key: Tensor) -> str:
     return choose(query, key)
 
 
+def _few_scores(query, key) -> bool:
+    """Whether probabilities may be kept for the gradients: there is no kernel whose backward is as fast on so few."""
+    size = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.element_size()
+    return query.device.type == "cpu" and query.dtype != torch.float64 and 0 < size <= AUTOGRAD_MAX_SCORE_BYTES
+
+
 def _choose_library(query, key):
     rows = query.shape[0] * query.shape[2] // max(key.shape[0], 1)  # a mean where streams are ragged
     cached = rows * key.shape[2] * query.element_size() <= MATMUL_MAX_SCORE_BYTES
@@ -127,16 +136,18 @@ def _check(query, key, value, key_lengths, encoder_index):
         if type(x) is not Tensor and hasattr(x, "placements"):
             raise TypeError(f"{name}: {label} is a DTensor, which is not supported: pass its local tensor")
         if x.is_nested or x.ndim != 4:
-            raise ValueError(f"{name}: {label} must be a dense tensor of 4 dimensions, got {'a nested tensor' if x.is_nested else tuple(x.shape)}")
+            got = "a nested tensor" if x.is_nested else tuple(x.shape)
+            raise ValueError(f"{name}: {label} must be a dense tensor of 4 dimensions, got {got}")
     n_streams, heads, _, head_dim = query.shape
-    inputs, n = key.shape[0], key.shape[2]
+    inputs = key.shape[0]
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"{name}: query must be float32, float16, bfloat16 or float64, got {query.dtype}")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise TypeError(f"{name}: key and value must be {query.dtype} as query is, got {key.dtype} and {value.dtype}")
     if key.shape != value.shape or key.shape[1] != heads or key.shape[3] != head_dim:
         raise ValueError(
-            f"{name}: key and value must both be (b, {heads}, n, {head_dim}) for query {tuple(query.shape)}, got {tuple(key.shape)} and {tuple(value.shape)}"
+            f"{name}: key and value must both be (b, {heads}, n, {head_dim}) for query {tuple(query.shape)},"
+            f" got {tuple(key.shape)} and {tuple(value.shape)}"
         )
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: head width D must be between 1 and {MAX_HEAD_DIM}, got {head_dim}")
@@ -151,9 +162,12 @@ def _check(query, key, value, key_lengths, encoder_index):
             raise ValueError(f"{name}: {label} must be ({length},), got {tuple(x.shape)}")
         if x.device != query.device:
             raise ValueError(f"{name}: {label} must be on {query.device} as query is, got {x.device}")
-    if encoder_index is None and (n_streams % inputs if inputs else n_streams):
+    if n_streams and not inputs:
+        raise ValueError(f"{name}: {n_streams} streams need at least one input, got key {tuple(key.shape)}")
+    if encoder_index is None and inputs and n_streams % inputs:
         raise ValueError(
-            f"{name}: without encoder_index the number of streams must be a multiple of the number of inputs, got {n_streams} streams and {inputs} inputs"
+            f"{name}: without encoder_index the number of streams must be a multiple of the number of inputs,"
+            f" got {n_streams} streams and {inputs} inputs"
         )
 
 
@@ -180,8 +194,10 @@ def _module(impl: str):
 def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
     if (key_lengths is not None or encoder_index is not None) and (query.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"):
         _check_values(key, key_lengths, encoder_index)
-    if impl == "auto":
+    if impl == "auto":  # resolved here, below the dispatcher, where shapes are never symbolic
         impl = choose(query, key)
+    elif reason := _module(impl).unavailable(query.device.type, query.dtype):
+        raise ValueError(f"shared_cross_attention: impl={impl!r} cannot run here: {reason}")
     out, lse = _module(impl).forward(query, key, value, key_lengths, encoder_index, scale, need_lse)
     return out, lse if need_lse else out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
 

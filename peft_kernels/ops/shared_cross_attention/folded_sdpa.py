@@ -20,10 +20,13 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encod
 
 
 def _attend(query, key, value, scale, need_lse):
+    query, key, value = _rows_contiguous(query, key, value)
     return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
 
 
 def _attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, needs):
+    grad_out, query, key, value, out = _rows_contiguous(grad_out, query, key, value, out)
+
     def library(grad):
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, query, key, value, out, lse, 0.0, False, scale=scale)
 
@@ -33,3 +36,8 @@ def _attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, nee
         dq = dq + weight * _attend(query, key, key, scale, False)[0]
         dk = dk + library(weight * query)[2]
     return tuple(g if needed else None for g, needed in zip((dq, dk, dv), needs))
+
+
+def _rows_contiguous(*tensors):
+    """The library takes the last stride to be 1 without looking."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

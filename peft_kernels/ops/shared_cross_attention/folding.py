@@ -82,15 +82,21 @@ def backward(attend_backward, grad_out, grad_lse, query, key, value, out, lse, k
     if len(plan) == 1 and plan[0].inputs == slice(0, key.shape[0]) and plan[0].length == key.shape[2] > 0:
         grad_query, grad_key, grad_value = of(plan[0])
         return unfold(grad_query, tokens) if needs[0] else None, grad_key, grad_value
-    grads = [token_major(*x.shape, like=x).zero_() if needed else None for x, needed in zip((query, key, value), needs)]
+    grads = [token_major(*x.shape, like=x) if needed else None for x, needed in zip((query, key, value), needs)]
+    unasked = 0  # the inputs from here to a group have no streams
     for group in plan:
-        if group.length:
-            grad_query, *rest = of(group)
-            if needs[0]:
-                grads[0][group.streams] = unfold(grad_query, tokens)
-            for whole, part in zip(grads[1:], rest):
-                if whole is not None:
-                    whole[group.inputs, :, : group.length] = part
+        grad_query, *rest = of(group) if group.length else (0, 0, 0)
+        if needs[0]:
+            grads[0][group.streams] = unfold(grad_query, tokens) if group.length else 0
+        for whole, part in zip(grads[1:], rest):
+            if whole is not None:
+                whole[unasked : group.inputs.start] = 0
+                whole[group.inputs, :, : group.length] = part
+                whole[group.inputs, :, group.length :] = 0
+        unasked = group.inputs.stop
+    for whole in grads[1:]:
+        if whole is not None:
+            whole[unasked:] = 0
     return tuple(grads)
 
 

@@ -31,8 +31,7 @@ def _probabilities(query: Tensor, key: Tensor, visible: Tensor, scale: float):
     scores = torch.einsum("uhtd,uhnd->uhtn", query, key) * scale  # (N, H, t, n)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)  # (N, H, t)
-    p = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
-    return p.to(query.dtype), lse
+    return torch.softmax(scores, -1).masked_fill(~visible, 0), lse  # not exp(scores - lse), which inherits the rounding of a large lse
 
 
 def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True) -> tuple[Tensor, Tensor]:
@@ -54,10 +53,11 @@ def backward(
         wide = per_stream.to(torch.promote_types(per_stream.dtype, torch.float32))
         return as_token_major(torch.zeros(key.shape, dtype=wide.dtype, device=key.device).index_add(0, index, wide).to(key.dtype))
 
-    delta = (grad_out * out).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse[..., None].to(delta.dtype)
-    ds = p * (torch.einsum("uhtd,uhnd->uhtn", grad_out, values) - delta) * scale
+    if need_query or need_key:
+        delta = (grad_out * out).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse[..., None].to(delta.dtype)
+        ds = p * (torch.einsum("uhtd,uhnd->uhtn", grad_out, values) - delta) * scale
     return (
         as_token_major(torch.einsum("uhtn,uhnd->uhtd", ds, keys)) if need_query else None,
         over_streams(torch.einsum("uhtn,uhtd->uhnd", ds, query)) if need_key else None,

@@ -1,0 +1,20 @@
+"""What every test shares: the device it runs on, and no look at the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: with as many workers as cores, spinning threads stall each other
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated, on the first use of impl="triton"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors live: cpu (default) or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    return torch.device(request.config.getoption("--device"))

@@ -1,0 +1,261 @@
+"""Every implementation in plain PyTorch, and ``auto``, against attention written out stream by stream in float64."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from peft_kernels.ops import shared_cross_attention
+from peft_kernels.ops.shared_cross_attention import _module, choose, reference
+
+IMPLS = ["reference", "sdpa", "matmul", "auto"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (streams, inputs, heads, tokens, keys, width), key_lengths, encoder_index
+CASES = {
+    "uniform": ((6, 2, 3, 5, 17, 16), None, None),
+    "decode": ((30, 1, 2, 1, 67, 64), None, None),
+    "one-of-all": ((1, 1, 1, 1, 1, 1), None, None),
+    "lengths": ((6, 3, 2, 3, 13, 24), [13, 0, 5], None),
+    "all-empty": ((4, 2, 2, 3, 7, 16), [0, 0], None),
+    "ragged": ((7, 4, 2, 3, 19, 80), None, [0, 0, 0, 1, 3, 3, 3]),
+    "ragged-lengths": ((7, 6, 2, 4, 23, 24), [23, 7, 0, 11, 1, 23], [1, 1, 2, 3, 4, 4, 4]),
+    "wide": ((4, 2, 2, 7, 31, 256), [31, 12], None),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every uninitialised tensor holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request, device):
+    if request.param != "auto" and (reason := _module(request.param).unavailable(device.type, torch.float32)):
+        pytest.skip(reason)
+    return request.param
+
+
+def make(case, dtype=torch.float32, device="cpu", seed=0):
+    (streams, inputs, heads, tokens, keys, width), lengths, index = case
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((streams, heads, tokens, width), (inputs, heads, keys, width), (inputs, heads, keys, width))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    where = {"key_lengths": lengths, "encoder_index": index}
+    where = {name: None if x is None else torch.tensor(x, dtype=torch.int32, device=device) for name, x in where.items()}
+    for key_or_value in tensors[1:]:
+        for i, length in enumerate(lengths or []):
+            key_or_value[i, :, length:] = torch.nan
+    return tensors, where
+
+
+def by_hand(query, key, value, *, key_lengths=None, encoder_index=None, scale=None):
+    """Softmax attention of one stream after the other; autograd does the rest."""
+    per_input = query.shape[0] // max(key.shape[0], 1)
+    outs, lses = [], []
+    for u, q in enumerate(query):
+        i = u // per_input if encoder_index is None else int(encoder_index[u])
+        length = key.shape[2] if key_lengths is None else int(key_lengths[i])
+        scores = q @ key[i, :, :length].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        outs.append(scores.softmax(-1) @ value[i, :, :length])
+        lses.append(scores.logsumexp(-1))
+    return torch.stack(outs), torch.stack(lses)
+
+
+def results(attend, tensors, grads, **where):
+    """Output, log-sum-exp, and the gradients of query, key and value."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out, lse = attend(*leaves, **where)
+    given = [(x, g.to(x.dtype)) for x, g in zip((out, lse), grads) if g is not None]
+    torch.autograd.backward(*zip(*given))
+    return [out.detach(), lse.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+def assert_no_worse_than_plain(attend, tensors, where, grads, plain, floor=1):
+    """Sums of errors: at most twice plain PyTorch's, and ``floor`` eps per number."""
+    exact = results(by_hand, [x.double() for x in tensors], grads, **where)
+    for name, mine, theirs, truth in zip(
+        ("out", "lse", "dQ", "dK", "dV"), results(attend, tensors, grads, **where), results(plain, tensors, grads, **where), exact
+    ):
+        finite = truth.isfinite()
+        assert torch.equal(mine.isfinite(), finite), name
+        assert torch.equal(mine[~finite].double(), truth[~finite]), name
+        error, allowed = ((x.double() - truth)[finite].abs().sum() for x in (mine, theirs))
+        assert error <= 2 * allowed + floor * torch.finfo(tensors[0].dtype).eps * truth.numel(), (
+            f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}"
+        )
+
+
+def grads_of(query, through_lse=True, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (query.shape, query.shape[:3] if through_lse else None)
+    return [None if s is None else torch.randn(s, generator=generator, dtype=torch.float64).to(query.device) for s in shapes]
+
+
+def attention(impl):
+    return partial(shared_cross_attention, return_lse=True, impl=impl)
+
+
+def plain_for(impl):
+    return by_hand if impl == "reference" else attention("reference")
+
+
+@pytest.mark.parametrize("through_lse", [False, True], ids=["out", "out-and-lse"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_no_worse_than_plain(case, dtype, through_lse, impl, device):
+    tensors, where = make(CASES[case], dtype, device)
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(tensors[0], through_lse), plain_for(impl))
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
+def test_scale(scale, impl, device):
+    tensors, where = make(CASES["ragged-lengths"], device=device)
+    attend, plain = (partial(f, scale=scale) for f in (attention(impl), plain_for(impl)))
+    generator = partial(by_hand, scale=scale)
+    exact = results(generator, [x.double() for x in tensors], grads_of(tensors[0]), **where)
+    for mine, theirs, truth in zip(*(results(f, tensors, grads_of(tensors[0]), **where) for f in (attend, plain)), exact):
+        finite = truth.isfinite()
+        allowed = 2 * (theirs - truth)[finite].abs().sum() + torch.finfo(torch.float32).eps * truth.numel()
+        assert (mine - truth)[finite].abs().sum() <= allowed
+
+
+LAYOUTS = {
+    "token-major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every-other": lambda x: torch.stack([x, x + 1], -1).flatten(3)[..., ::2],
+    "one-head-for-all": lambda x: x[:, :1].expand_as(x),
+    "one-token-for-all": lambda x: x[:, :, :1].expand_as(x),
+    "one-batch-for-all": lambda x: x[:1].expand_as(x),
+    "one-number-for-all": lambda x: x[:1, :1, :1, :1].expand_as(x),
+    "width-first": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("case", ["uniform", "ragged-lengths"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout, case, impl, device):
+    (query, key, value), where = make(CASES[case], device=device)
+    if "all" in layout:  # NaN of the padding would be everywhere
+        key, value = key.nan_to_num(0.5), value.nan_to_num(0.5)
+    tensors = [LAYOUTS[layout](x) for x in (query, key, value)]
+    assert not tensors[0].is_contiguous()
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(query), plain_for(impl))
+
+
+@pytest.mark.parametrize("layout", ["token-major", "one-head-for-all", "width-first", "one-number-for-all"])
+def test_strides_of_the_incoming_gradient(layout, impl, device):
+    tensors, where = make(CASES["lengths"], device=device)
+    grads = [LAYOUTS[layout](grads_of(tensors[0])[0]), None]
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads, plain_for(impl))
+
+
+def test_results_are_token_major(impl, device):
+    for case in ("uniform", "ragged-lengths"):
+        tensors, where = make(CASES[case], device=device)
+        out, lse = attention(impl)(*tensors, **where)
+        assert out.transpose(1, 2).is_contiguous() and lse.transpose(1, 2).is_contiguous()
+        assert lse.dtype == torch.float32
+
+
+def test_padding_gets_no_gradient(impl, device):
+    tensors, where = make(CASES["ragged-lengths"], device=device)
+    _, _, _, *grads = results(attention(impl), tensors, grads_of(tensors[0]), **where)
+    for grad in grads:
+        for i, length in enumerate(where["key_lengths"].tolist()):
+            assert not grad[i, :, length:].any()
+    assert not any(grad[i].any() for grad in grads for i in (0, 2, 5))  # without streams, without keys, without streams
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5, 7, 16), (0, 0, 3, 5, 7, 16), (6, 2, 3, 0, 7, 16), (6, 2, 3, 5, 0, 16), (6, 2, 0, 5, 7, 16)], ids=str)
+@pytest.mark.parametrize("extra", ["none", "lengths", "index", "both"])
+def test_empty(shape, extra, impl, device):
+    streams, inputs, *_ = shape
+    lengths = [shape[4]] * inputs if extra in ("lengths", "both") else None
+    index = sorted(u % max(inputs, 1) for u in range(streams)) if extra in ("index", "both") else None
+    tensors, where = make((shape, lengths, index), device=device)
+    out, lse, *grads = results(attention(impl), tensors, grads_of(tensors[0]), **where)
+    assert out.shape == tensors[0].shape and lse.shape == tensors[0].shape[:3]
+    assert not out.any() and (lse == -torch.inf).all()
+    assert [g.shape for g in grads] == [x.shape for x in tensors] and not any(g.any() for g in grads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    small = st.integers(1, 5)
+    inputs, heads, tokens, keys, width = (data.draw(s) for s in (small, st.integers(1, 3), small, st.integers(1, 40), st.integers(1, 70)))
+    index = data.draw(st.none() | st.lists(st.integers(0, inputs - 1), min_size=1, max_size=9).map(sorted))
+    lengths = data.draw(st.none() | st.lists(st.integers(0, keys), min_size=inputs, max_size=inputs))
+    streams = inputs * data.draw(st.integers(1, 3)) if index is None else len(index)
+    tensors, where = make(((streams, inputs, heads, tokens, keys, width), lengths, index), seed=data.draw(st.integers(0, 99)))
+    impl = data.draw(st.sampled_from(IMPLS))
+    assert_no_worse_than_plain(
+        attention(impl), tensors, where, grads_of(tensors[0], data.draw(st.booleans())), plain_for(impl), floor=4
+    )  # few numbers are no statistics
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ten_times_the_same_bits(dtype, impl, device):
+    tensors, where = make(CASES["ragged-lengths"], dtype, device)
+    first, *others = (results(attention(impl), tensors, grads_of(tensors[0]), **where) for _ in range(10))
+    for other in others:
+        for a, b in zip(first, other):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", ["uniform", "lengths", "ragged-lengths", "all-empty"])
+@pytest.mark.parametrize("name", ["reference", "sdpa", "matmul"])
+def test_gradcheck(case, name):
+    tensors, where = make(CASES[case], torch.float64)
+    tensors = [x.nan_to_num(0.5)[..., :6].detach().requires_grad_() for x in tensors]
+
+    def attend(*tensors):
+        out, lse = shared_cross_attention(*tensors, **where, return_lse=True, impl=name)
+        return out, lse.nan_to_num(neginf=0.0)
+
+    assert torch.autograd.gradcheck(attend, tensors)
+
+
+def test_float64_takes_the_reference(device):
+    tensors, where = make(CASES["ragged-lengths"], torch.float64, device)
+    assert choose(tensors[0], tensors[1]) == "reference"
+    expected = reference.forward(*tensors, **where, scale=0.2)
+    for a, b in zip(shared_cross_attention(*tensors, **where, scale=0.2, return_lse=True), expected):
+        assert torch.equal(a, b) and a.dtype == torch.float64
+
+
+@pytest.mark.parametrize("frozen", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0)], ids=str)
+def test_frozen_inputs_get_no_gradient(frozen, impl, device):
+    tensors, where = make(CASES["ragged-lengths"], device=device)
+    grads = grads_of(tensors[0])
+    everything = results(attention(impl), tensors, grads, **where)[2:]
+    leaves = [x.requires_grad_(not f) for x, f in zip(tensors, frozen)]
+    out = shared_cross_attention(*leaves, **where, impl=impl)
+    torch.autograd.backward(attention(impl)(*leaves, **where), [g.to(out.dtype) for g in grads])
+    for leaf, expected, f in zip(leaves, everything, frozen):
+        assert leaf.grad is None if f else torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize(("needs", "products"), [((1, 1, 1), 5), ((1, 0, 0), 3), ((0, 1, 0), 3), ((0, 0, 1), 2), ((1, 0, 1), 4)], ids=str)
+def test_frozen_inputs_get_no_work(needs, products):
+    """S and dP once, then one product for each gradient; dP only where dS is needed."""
+    (query, key, value), _ = make(CASES["uniform"])
+    module = _module("matmul")
+    out, lse = module.forward(query, key, value, None, None, 0.3, True)
+    with FlopCounterMode(display=False) as flops:
+        module.backward(out, None, query, key, value, out, lse, None, None, 0.3, *map(bool, needs))
+    streams, heads, tokens, width = query.shape
+    assert flops.get_total_flops() == products * 2 * streams * heads * tokens * key.shape[2] * width
+
+
+def test_nothing_is_kept_without_gradients(device):
+    tensors, where = make(CASES["uniform"], device=device)
+    assert not shared_cross_attention(*tensors).requires_grad
+    with torch.no_grad():
+        assert shared_cross_attention(*(x.requires_grad_() for x in tensors)).grad_fn is None

@@ -1,0 +1,178 @@
+"""What PyTorch and the user are promised around the numbers: registration, compilation, autocast, errors, a light import."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_shared_cross_attention import CASES, IMPLS, make
+
+from peft_kernels.ops import shared_cross_attention
+from peft_kernels.ops.shared_cross_attention import IMPLEMENTATIONS, _module
+
+NAMED = [("uniform", "auto"), ("ragged-lengths", "reference"), ("ragged-lengths", "sdpa"), ("ragged-lengths", "matmul"), ("lengths", "auto")]
+
+
+def leaves(case, dtype=torch.float32):
+    tensors, where = make(CASES[case], dtype)
+    return [x.nan_to_num(0.5).requires_grad_() for x in tensors], where
+
+
+@pytest.mark.parametrize(("case", "impl"), NAMED)
+@pytest.mark.parametrize("need_lse", [True, False])
+def test_opcheck(case, impl, need_lse):
+    tensors, where = leaves(case)
+    if not need_lse:
+        tensors = [x.detach() for x in tensors]
+    torch.library.opcheck(torch.ops.peft_kernels.shared_cross_attention.default, (*tensors, *where.values(), 0.3, need_lse, impl))
+
+
+@pytest.mark.parametrize(("case", "impl"), NAMED)
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
+def test_opcheck_backward(case, impl, needs):
+    tensors, where = leaves(case)
+    tensors = [x.detach() for x in tensors]
+    out, lse = torch.ops.peft_kernels.shared_cross_attention(*tensors, *where.values(), 0.3, True, impl)
+    args = (torch.ones_like(out), torch.ones_like(lse), *tensors, out, lse, *where.values(), 0.3, *needs, impl)
+    torch.library.opcheck(torch.ops.peft_kernels.shared_cross_attention_backward.default, args)
+
+
+def both(attend, tensors, where):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out, lse = attend(*tensors, **where)
+    (out.square().sum() + lse.clamp_min(-1).sum()).backward()
+    return [out.detach(), lse.detach(), *(x.grad for x in tensors)]
+
+
+def assert_compiles(backend, impls, cases):
+    def attend(query, key, value, key_lengths, encoder_index, impl):
+        return shared_cross_attention(query, key, value, key_lengths=key_lengths, encoder_index=encoder_index, return_lse=True, impl=impl)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
+    for impl in impls:
+        for case in cases:
+            tensors, where = leaves(case)
+            where["impl"] = impl
+            torch.testing.assert_close(both(compiled, tensors, where), both(attend, tensors, where), rtol=1e-6, atol=1e-6)
+
+
+def test_compiles_as_one_graph_for_all_shapes():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_compiles("aot_eager", ["auto"], ["lengths-of-two", "more-lengths"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_in_every_form(impl):
+    torch._dynamo.reset()
+    assert_compiles("aot_eager", [impl], ["uniform", "lengths", "ragged", "ragged-lengths"])
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    assert_compiles("inductor", ["auto"], ["ragged-lengths"])
+
+
+CASES |= {"lengths-of-two": ((6, 2, 3, 5, 17, 16), [9, 17], None), "more-lengths": ((12, 3, 2, 4, 11, 16), [0, 7, 11], None)}
+
+
+def test_exports():
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value, key_lengths):
+            return shared_cross_attention(query, key, value, key_lengths=key_lengths)
+
+    (query, key, value), where = make(CASES["lengths"])
+    args = (query, key.nan_to_num(), value.nan_to_num(), where["key_lengths"])
+    program = torch.export.export(Attend(), args)
+    assert any("shared_cross_attention" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(*args), Attend()(*args))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl):
+    tensors, where = leaves("ragged-lengths")
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = shared_cross_attention(*tensors, **where, impl=impl, return_lse=True)
+        kept = shared_cross_attention(*(x.double() for x in tensors), **where)
+    assert (out.dtype, lse.dtype, kept.dtype) == (torch.bfloat16, torch.float32, torch.float64)
+    assert torch.equal(out, shared_cross_attention(*(x.bfloat16() for x in tensors), **where, impl=impl))
+    out.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in tensors)
+
+
+TOO_WIDE = torch.zeros(2, 1, 1, 257)
+X = torch.zeros(4, 2, 3, 8)
+K = torch.zeros(2, 2, 5, 8)
+
+
+def ints(*values, dtype=torch.int64):
+    return torch.tensor(values, dtype=dtype)
+
+
+WRONG = [
+    ({"query": X[0]}, ValueError, r"query must be a dense tensor of 4 dimensions, got \(2, 3, 8\)"),
+    ({"key": torch.nested.nested_tensor([K[0], K[1]])}, ValueError, "key must be a dense tensor .* got a nested tensor"),
+    ({"query": X.int()}, TypeError, "query must be float32, float16, bfloat16 or float64, got torch.int32"),
+    ({"key": K.half()}, TypeError, "key and value must be torch.float32 as query is, got torch.float16 and torch.float32"),
+    ({"value": K[:, :, :4]}, ValueError, r"key and value must both be \(b, 2, n, 8\).*got \(2, 2, 5, 8\) and \(2, 2, 4, 8\)"),
+    ({"key": K[:, :1], "value": K[:, :1]}, ValueError, r"must both be \(b, 2, n, 8\).*got \(2, 1, 5, 8\)"),
+    ({"query": TOO_WIDE, "key": TOO_WIDE, "value": TOO_WIDE}, ValueError, "between 1 and 256, got 257"),
+    ({"query": X[..., :0], "key": K[..., :0], "value": K[..., :0]}, ValueError, "between 1 and 256, got 0"),
+    ({"key": K.to("meta")}, ValueError, "key and value must be on cpu as query is, got meta and cpu"),
+    ({"query": X[:3]}, ValueError, "multiple of the number of inputs, got 3 streams and 2 inputs"),
+    ({"key": K[:0], "value": K[:0]}, ValueError, r"4 streams need at least one input, got key \(0, 2, 5, 8\)"),
+    ({"key_lengths": torch.zeros(2)}, TypeError, "key_lengths must be int32 or int64, got torch.float32"),
+    ({"key_lengths": ints(5)}, ValueError, r"key_lengths must be \(2,\), got \(1,\)"),
+    ({"key_lengths": ints(5, 6)}, ValueError, r"key_lengths must lie in \[0, 5\], got values from 5 to 6"),
+    ({"key_lengths": ints(-1, 5)}, ValueError, r"key_lengths must lie in \[0, 5\], got values from -1 to 5"),
+    ({"key_lengths": ints(1, 2).to("meta")}, ValueError, "key_lengths must be on cpu as query is, got meta"),
+    ({"encoder_index": ints(0, 0, 1)}, ValueError, r"encoder_index must be \(4,\), got \(3,\)"),
+    ({"encoder_index": ints(0, 0, 1, 1).bool()}, TypeError, "encoder_index must be int32 or int64, got torch.bool"),
+    ({"encoder_index": ints(0, 1, 0, 1)}, ValueError, "encoder_index must not decrease"),
+    ({"encoder_index": ints(0, 1, 1, 2)}, ValueError, r"encoder_index must lie in \[0, 2\), got values from 0 to 2"),
+    ({"encoder_index": ints(-1, 0, 0, 1)}, ValueError, r"encoder_index must lie in \[0, 2\), got values from -1 to 1"),
+    ({"impl": "fast"}, ValueError, r"impl must be 'auto' or one of \['reference', .*got 'fast'"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), WRONG, ids=[w[2][:40] for w in WRONG])
+def test_says_what_is_wrong(change, kind, message):
+    args = {"query": X, "key": K, "value": K, **change}
+    with pytest.raises(kind, match="shared_cross_attention: .*" + message):
+        shared_cross_attention(**args)
+
+
+def test_an_implementation_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setattr(_module("sdpa"), "unavailable", lambda device, dtype: "the moon is full")
+    with pytest.raises(ValueError, match="impl='sdpa' cannot run here: the moon is full"):
+        shared_cross_attention(X, K, K, impl="sdpa")
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "matmul"])
+def test_host_implementations_refuse_other_devices(impl):
+    assert "triton" in _module(impl).unavailable("cuda", torch.float32)
+    assert impl in IMPLEMENTATIONS
+
+
+IMPORT = """
+import sys, time
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "peft", "triton", "typer", "rich", "safetensors", "matplotlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+import torch
+sys.meta_path.insert(0, Blocked())
+start = time.perf_counter()
+import peft_kernels
+print(time.perf_counter() - start)
+x = torch.zeros(4, 2, 3, 8)
+peft_kernels.ops.shared_cross_attention(x, x[:2], x[:2])
+assert not torch.cuda.is_initialized()
+assert "torch._inductor" not in sys.modules and "torch._dynamo" not in sys.modules
+"""
+
+
+def test_import_needs_torch_only():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.5

@@ -1,0 +1,212 @@
+"""The Triton kernels against the reference: in the interpreter without a GPU, on it with ``--device cuda``."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from peft_kernels.ops.shared_cross_attention import reference, shared_cross_attention
+from peft_kernels.ops.shared_cross_attention import triton as implementation
+
+DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():  # the interpreter's arithmetic is wrong in it
+    DTYPES.append(torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(device):
+    """Every torch.empty is full of NaN."""
+    if reason := implementation.unavailable(device.type, torch.float32):
+        pytest.skip(reason)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Problem(NamedTuple):
+    streams: tuple[int, ...]  # of each input
+    tokens: int
+    keys: int
+    head_dim: int
+    heads: int = 2
+    lengths: tuple[int, ...] | None = None
+    strided: bool = False
+
+    def make(self, dtype, device):
+        """query, key, value, grad_out, grad_lse, key_lengths, encoder_index; NaN where keys are padding."""
+        inputs, total = len(self.streams), sum(self.streams)
+
+        def random(n, tokens, width):
+            if self.strided:  # heads first, as rotary embeddings leave it, every second column
+                return torch.randn(n, self.heads, tokens, 2 * width, dtype=torch.float64)[..., ::2].to(device, dtype)
+            return torch.randn(n, tokens, self.heads, width, dtype=torch.float64).to(device, dtype).transpose(1, 2)
+
+        query, grad_out = random(total, self.tokens, self.head_dim), random(total, self.tokens, self.head_dim)
+        key, value = random(inputs, self.keys, self.head_dim), random(inputs, self.keys, self.head_dim)
+        grad_lse = torch.randn(total, self.heads, self.tokens, device=device)
+        lengths = index = None
+        if self.lengths is not None:
+            lengths = torch.tensor(self.lengths, device=device)
+            padding = torch.arange(self.keys, device=device) >= lengths[:, None]
+            key, value = (x.masked_fill(padding[:, None, :, None], float("nan")) for x in (key, value))
+        if len(set(self.streams)) > 1:
+            index = torch.arange(inputs, device=device, dtype=torch.int32).repeat_interleave(torch.tensor(self.streams, device=device))
+        return query, key, value, grad_out, grad_lse, lengths, index
+
+
+PROBLEMS = {
+    "decode": Problem((3, 3), 1, 67, 64),
+    "decode, ragged": Problem((2, 0, 19, 1), 1, 70, 16, lengths=(70, 3, 65, 0)),
+    "beams of 32": Problem((29,), 1, 131, 128, heads=1),
+    "tiles": Problem((5, 5), 13, 97, 24, heads=1, lengths=(97, 31)),
+    "tiles, ragged": Problem((0, 7, 1, 0, 11), 13, 71, 80, heads=1, lengths=(5, 71, 0, 9, 64)),
+    "strided": Problem((2, 4), 17, 37, 24, lengths=(37, 1), strided=True),
+    "wide heads": Problem((3, 1), 7, 37, 256, heads=1, lengths=(35, 37)),
+    "one of everything": Problem((1,), 1, 1, 1, heads=1),
+}
+
+
+def check(ours, plain, truth, what):
+    finite = truth.isfinite()
+    assert torch.equal(finite, ours.isfinite()), what
+    error, allowed = ((x.double() - truth)[finite].abs().sum().item() for x in (ours, plain))
+    floor = torch.finfo(ours.dtype).eps * truth[finite].abs().sum().item()
+    assert error <= 2 * allowed + floor, f"{what}: error {error:.3g}, plain {allowed:.3g}, floor {floor:.3g}"
+
+
+def all_results(impl, tensors, scale, with_grad_lse=True):
+    query, key, value, grad_out, grad_lse, lengths, index = tensors
+    out, lse = impl.forward(query, key, value, lengths, index, scale)
+    grads = impl.backward(grad_out, grad_lse if with_grad_lse else None, query, key, value, out, lse, lengths, index, scale, True, True, True)
+    return dict(zip(("out", "lse", "grad_query", "grad_key", "grad_value"), (out, lse, *grads)))
+
+
+def widen(tensors):
+    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_no_worse_than_torch(problem, dtype, splits, device, monkeypatch):
+    monkeypatch.setattr(implementation, "num_splits", lambda programs, n, processors: splits)
+    tensors = PROBLEMS[problem].make(dtype, device)
+    scale = PROBLEMS[problem].head_dim ** -0.5
+    ours, plain = (all_results(impl, tensors, scale, with_grad_lse=splits == 1) for impl in (implementation, reference))
+    truth = all_results(reference, widen(tensors), scale, with_grad_lse=splits == 1)
+    for name, result in ours.items():
+        assert result.shape == truth[name].shape and result.dtype == plain[name].dtype, name
+        assert result.transpose(1, 2).is_contiguous(), name
+        check(result, plain[name], truth[name], name)
+
+
+def test_padding_and_inputs_without_streams_have_gradient_zero(device):
+    tensors = Problem((2, 0, 1), 5, 40, 16, lengths=(33, 40, 0)).make(torch.float32, device)
+    results = all_results(implementation, tensors, 0.25)
+    for grad in (results["grad_key"], results["grad_value"]):
+        assert not grad[0, :, 33:].any() and not grad[1:].any()
+    assert not results["out"][2].any() and results["lse"][2].eq(float("-inf")).all() and not results["grad_query"][2].any()
+
+
+@pytest.mark.parametrize("needs", [(q, k, v) for q in (False, True) for k in (False, True) for v in (False, True)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_only_what_is_asked_for(needs, apart, device, monkeypatch):
+    configs_of = implementation.configs_of
+    monkeypatch.setattr(implementation, "configs_of", lambda *a: configs_of(*a)._replace(apart=apart))
+    query, key, value, grad_out, grad_lse, lengths, index = Problem((2, 1), 3, 19, 16, lengths=(17, 19)).make(torch.float32, device)
+    out, lse = implementation.forward(query, key, value, lengths, index, 0.3)
+    arguments = grad_out, grad_lse, query, key, value, out, lse, lengths, index, 0.3
+    everything = implementation.backward(*arguments, True, True, True)
+    for grad, whole, needed in zip(implementation.backward(*arguments, *needs), everything, needs):
+        assert torch.equal(grad, whole) if needed else grad is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.7])
+def test_any_scale(scale, device):
+    tensors = Problem((3, 2), 1, 21, 16, lengths=(21, 4)).make(torch.float32, device)
+    truth, plain = all_results(reference, widen(tensors), scale), all_results(reference, tensors, scale)
+    for name, result in all_results(implementation, tensors, scale).items():
+        check(result, plain[name], truth[name], name)
+
+
+def test_large_scores(device):
+    query, key, value, *rest = Problem((3, 2), 1, 21, 16, lengths=(21, 4)).make(torch.float32, device)
+    tensors = 100 * query, 100 * key, value, *rest
+    truth, plain = all_results(reference, widen(tensors), 1.0), all_results(reference, tensors, 1.0)
+    for name, result in all_results(implementation, tensors, 1.0).items():
+        check(result, plain[name], truth[name], name)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_repeats_are_bit_equal(splits, device, monkeypatch):
+    monkeypatch.setattr(implementation, "num_splits", lambda programs, n, processors: splits)
+    tensors = Problem((3, 0, 9), 1, 67, 16, lengths=(64, 1, 67)).make(torch.float16, device)
+    first = all_results(implementation, tensors, 0.25)
+    for _ in range(9):
+        for name, result in all_results(implementation, tensors, 0.25).items():
+            assert torch.equal(result, first[name]), name
+
+
+@pytest.mark.parametrize("streams, tokens, keys", [((0, 0), 3, 5), ((2, 2), 0, 5), ((2, 2), 3, 0), ((), 3, 5), ((1, 3), 2, 0)])
+def test_empty(streams, tokens, keys, device):
+    tensors = Problem(streams, tokens, keys, 16).make(torch.float32, device)
+    results, expected = all_results(implementation, tensors, 1.0), all_results(reference, tensors, 1.0)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+
+
+def test_lengths_and_index_of_either_width(device):
+    query, key, value, _, _, lengths, index = Problem((3, 1), 2, 21, 16, lengths=(21, 4)).make(torch.float32, device)
+    wide, narrow = (implementation.forward(query, key, value, lengths.to(d), index.to(d), 1.0) for d in (torch.int64, torch.int32))
+    assert torch.equal(wide[0], narrow[0]) and torch.equal(wide[1], narrow[1])
+
+
+def test_strides_of_zero(device):
+    query, key, value, grad_out, _, lengths, index = Problem((3, 2), 2, 21, 16).make(torch.float32, device)
+    spread = [x[:1, :, :1].expand(x.shape) for x in (query, key, value)] + [grad_out[:1, :1, :1, :1].expand(grad_out.shape)]
+    results = all_results(implementation, (*spread, None, lengths, index), 1.0)
+    expected = all_results(implementation, (*(x.clone() for x in spread), None, lengths, index), 1.0)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+
+
+def test_through_the_operator(device):
+    query, key, value, grad_out, *_, lengths, index = Problem((3, 2), 2, 21, 16, lengths=(21, 4)).make(torch.float32, device)
+    query.requires_grad_()
+    value.requires_grad_()
+    out = shared_cross_attention(query, key, value, key_lengths=lengths, encoder_index=index, impl="triton")
+    out.backward(grad_out)
+    lse = implementation.forward(query.detach(), key, value.detach(), lengths, index, 0.25)[1]
+    arguments = grad_out, None, query.detach(), key, value.detach(), out.detach(), lse, lengths, index, 0.25
+    expected = implementation.backward(*arguments, True, False, True)
+    assert torch.equal(query.grad, expected[0]) and torch.equal(value.grad, expected[2]) and key.grad is None
+
+
+@pytest.mark.parametrize("rows", [(7,), (0, 5, 0, 1), (40, 0, 0, 129, 16, 1, 15), (1,) * 50])
+@pytest.mark.parametrize("block", [16, 64])
+def test_the_grid_of_ragged_streams_covers_every_row(rows, block):
+    """The arithmetic that tile_of_rows bisects: programs from first_row // block + input on belong to that input."""
+    first = [sum(rows[:i]) for i in range(len(rows) + 1)]
+    starts = [first[i] // block + i for i in range(len(rows))] + [first[-1] // block + len(rows)]
+    assert starts[-1] == implementation._tiles(block, first[-1], len(rows), torch.empty(0))
+    assert all((starts[i + 1] - starts[i]) * block >= rows[i] for i in range(len(rows)))
+
+
+def test_splits_fill_the_device_and_stay_long_enough():
+    assert implementation.num_splits(1000, 1 << 20, 132) == 1
+    assert implementation.num_splits(8, 4096, 132) == 16
+    assert implementation.num_splits(8, 300, 132) == 1
+    assert implementation.num_splits(1, 1 << 20, 132) == implementation.MAX_SPLITS
+
+
+@pytest.mark.parametrize("device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")])
+def test_says_why_it_cannot_run(device_type, dtype, reason):
+    assert reason in implementation.unavailable(device_type, dtype)
+
+
+def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(implementation, "INTERPRETED", False)
+    assert "TRITON_INTERPRET" in implementation.unavailable("cpu", torch.float32)
+    monkeypatch.setattr(implementation, "triton_forward", None)
+    assert implementation.unavailable("cuda", torch.float32) == "triton is not installed"
