@@ -2,12 +2,36 @@
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from . import families, streams
 
 LOOK_EVERY = 4  # steps between two looks at which streams have finished: on a GPU each look waits for the device
 DROP_BELOW = 0.5  # the finished streams are dropped once at most this share of the decoded ones is unfinished
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer with room behind its keys and values: a step writes its token, where the stock layer copies all it holds."""
+
+    room = 64  # tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self._key_memory = self._value_memory = None
+        self.keys, self._key_memory = self._append(self.keys, self._key_memory, key_states)
+        self.values, self._value_memory = self._append(self.values, self._value_memory, value_states)
+        return self.keys, self.values
+
+    def _append(self, held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+        before, after = held.shape[2], held.shape[2] + new.shape[2]
+        ours = memory is not None and held.data_ptr() == memory.data_ptr() and held.stride() == memory.stride()
+        if not ours or after > memory.shape[2]:  # the first tokens, or rows were selected in between, or the room is used up
+            memory = new.new_empty((*held.shape[:2], after + self.room, held.shape[3]))
+            memory[:, :, :before] = held
+        memory[:, :, before:after] = new
+        return memory[:, :, :after], memory
 
 
 class SharedEncoderDecoderCache(EncoderDecoderCache):

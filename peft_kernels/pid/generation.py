@@ -3,11 +3,11 @@
 import copy
 
 import torch
-from transformers.cache_utils import EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from . import packing, streams
-from .cache import SharedEncoderDecoderCache, filled
+from .cache import GrowingLayer, SharedEncoderDecoderCache, filled
 from .families import family_of
 
 
@@ -62,6 +62,9 @@ class PiDGenerationMixin:
         states = model_kwargs["encoder_outputs"][0]
         if getattr(self, "enc_to_dec_proj", None) is not None:
             states = self.enc_to_dec_proj(states)
+        if (generation_config.num_beams or 1) == 1:  # beams are reordered at every step, which copies all of the cache anyway
+            layers = cache.self_attention_cache.layers
+            layers[:] = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
         eos = None
         asked_for = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(getattr(generation_config, name) for name in asked_for)

@@ -28,6 +28,15 @@ class _DecoderHooks:
             self.handles.append(decoder.register_forward_hook(self.after_decoder))
         if self.family.positions == "table":
             self.handles.append(decoder.embed_positions.register_forward_hook(self.after_positions))
+        biased = [m for m in model.modules() if getattr(m, "has_relative_attention_bias", False)]
+        self.handles += [m.register_forward_hook(self.after_biased_attention) for m in biased]
+
+    def after_biased_attention(self, attention, args, output):
+        """T5 hands its position bias from the first layer to the others, transposed, and sdpa would copy it anew in each."""
+        if len(output) < 3:  # UMT5 has one per layer and keeps it
+            return None
+        out, bias, *rest = output
+        return out, bias if bias is None else bias.contiguous(), *rest
 
     def before_model(self, model, args, kwargs):
         """Some models would hand the index to their encoder too, LongT5 to nobody."""
