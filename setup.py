@@ -24,7 +24,7 @@ if "CXXFLAGS" not in os.environ:
 
 # Sources without a torch header, compiled with -DCPU_CAPABILITY=<name> and these flags. Multiplications and additions may
 # become one instruction: it rounds once.
-KERNELS = ["csrc/cpu/shared_cross_attention_kernel.cpp"]
+KERNELS = ["csrc/cpu/shared_cross_attention_kernel.cpp", "csrc/cpu/shared_cross_attention_backward_kernel.cpp"]
 KERNEL_FLAGS = ["-ffp-contract=fast"]
 AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 X86_CAPABILITIES = {"AVX2": ["-mavx2", "-mfma"], "AVX512": AVX512, "AVX512BF16": [*AVX512, "-mavx512bf16"]}

@@ -1,79 +1,14 @@
-// shared_cross_attention on the CPU: checks, division into tasks, and the choice of the kernel for this processor.
+// shared_cross_attention on the CPU, forward and backward: checks and division into tasks.
 
+#include "host.h"
 #include "shared_cross_attention.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <string_view>
 #include <tuple>
-#include <vector>
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// PEFT_KERNELS_CPU_CAPABILITY=default, avx2, avx512 or avx512bf16 takes a lesser one, for tests.
-const Kernels& kernels() {
-  static const Kernels* const chosen = [] {
-    const char* wanted = std::getenv("PEFT_KERNELS_CPU_CAPABILITY");
-    [[maybe_unused]] const auto may = [&](std::string_view name) { return !wanted || name == wanted; };
-#ifdef HAVE_X86_KERNELS
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq");
-    if (may("avx512bf16") && avx512 && __builtin_cpu_supports("avx512bf16")) return &kKernelsAVX512BF16;
-    if (may("avx512") && avx512) return &kKernelsAVX512;
-    if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kKernelsAVX2;
-#endif
-    return &kKernelsDefault;
-  }();
-  return *chosen;
-}
-
-// Memory kept between calls: pages fresh from the system would cost a decode step a tenth of its time.
-class Buffer {
- public:
-  float* at_least(int64_t floats) {
-    if (capacity_ < floats) {
-      memory_.reset(static_cast<float*>(::operator new[](floats * sizeof(float), kLine)));
-      capacity_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(float* memory) const { ::operator delete[](memory, kLine); }
-  };
-  std::unique_ptr<float[], Free> memory_;
-  int64_t capacity_ = 0;
-};
-
 thread_local Buffer task_scratch;    // of every thread
 thread_local Buffer split_partials;  // of the calling thread, written by all
-
-std::vector<int64_t> to_vector(const Tensor& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 1 && x.size(0) == count, name, " must be a CPU tensor of ", count, " elements");
-  std::vector<int64_t> values(count);
-  const int64_t stride = x.stride(0);
-  if (x.scalar_type() == ScalarType::Int) {
-    const auto data = static_cast<const int32_t*>(x.const_data_ptr());
-    for (int64_t i = 0; i < count; ++i) values[i] = data[i * stride];
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long, name, " must be int32 or int64");
-    const auto data = static_cast<const int64_t*>(x.const_data_ptr());
-    for (int64_t i = 0; i < count; ++i) values[i] = data[i * stride];
-  }
-  return values;
-}
 
 // first[i] .. first[i + 1]: the streams of input i.
 std::vector<int64_t> first_streams(const std::optional<Tensor>& encoder_index, int64_t streams, int64_t inputs) {
@@ -93,20 +28,48 @@ std::vector<int64_t> first_streams(const std::optional<Tensor>& encoder_index, i
   return first;
 }
 
-// An uninitialised tensor in memory (batch, tokens, heads, ...).
-Tensor token_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  const int64_t width = sizes.size() == 4 ? sizes[3] : 1;
-  const int64_t strides[] = {sizes[1] * sizes[2] * width, width, sizes[1] * width, 1};
-  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, shim_dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+// The sizes of a call, and which streams and keys belong to each input.
+struct Problem {
+  int64_t streams, heads, tokens, head_dim, inputs, keys;
+  ScalarType dtype;
+  std::vector<int64_t> first_stream, lengths;
+};
+
+Problem check(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
+    const std::optional<Tensor>& encoder_index) {
+  const ScalarType dtype = query.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "query must be float32 or bfloat16");
+  for (const Tensor* x : {&query, &key, &value}) {
+    const bool fits = x->is_cpu() && x->dim() == 4 && x->scalar_type() == dtype;
+    STD_TORCH_CHECK(fits, "query, key and value must be CPU tensors of 4 dimensions and one dtype");
+  }
+  Problem p{query.size(0), query.size(1), query.size(2), query.size(3), key.size(0), key.size(2), dtype, {}, {}};
+  for (const Tensor* x : {&key, &value}) {
+    const bool fits = x->size(0) == p.inputs && x->size(1) == p.heads && x->size(2) == p.keys && x->size(3) == p.head_dim;
+    STD_TORCH_CHECK(fits, "key and value must be (inputs, heads, keys, D) with query's heads and D");
+  }
+  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= kMaxHeadDim, "D must be between 1 and ", kMaxHeadDim, ", got ", p.head_dim);
+  p.first_stream = first_streams(encoder_index, p.streams, p.inputs);
+  p.lengths = key_lengths ? to_vector(*key_lengths, p.inputs, "key_lengths") : std::vector<int64_t>(p.inputs, p.keys);
+  for (const int64_t length : p.lengths) STD_TORCH_CHECK(0 <= length && length <= p.keys, "key_lengths must lie in [0, ", p.keys, "], got ", length);
+  return p;
 }
 
-void copy_strides(const Tensor& x, int64_t* strides) {
-  const auto from = x.strides();
-  std::copy(from.begin(), from.end(), strides);
+// out and lse are the caller's to add.
+Attention describe(const Problem& p, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  Attention a{};
+  a.query = query.const_data_ptr();
+  a.key = key.const_data_ptr();
+  a.value = value.const_data_ptr();
+  copy_strides(query, a.query_stride);
+  copy_strides(key, a.key_stride);
+  copy_strides(value, a.value_stride);
+  a.tokens = p.tokens;
+  a.head_dim = p.head_dim;
+  a.scale = static_cast<float>(scale);
+  a.storage = p.dtype == ScalarType::Float ? Storage::float32 : Storage::bfloat16;
+  return a;
 }
 
 // The work of a call. Rows of one head are divided before keys are: a task packs its keys once for all its rows.
@@ -124,7 +87,8 @@ constexpr int64_t kMinSplitKeys = 128;
 
 int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
-Plan make_plan(const Attention& a, int64_t inputs, int64_t heads, const std::vector<int64_t>& first_stream, const std::vector<int64_t>& lengths) {
+Plan make_plan(const Problem& p) {
+  const auto& [streams, heads, tokens, head_dim, inputs, keys, dtype, first_stream, lengths] = p;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = threads > 1 ? 2 * threads : 1;
   Plan plan;
@@ -137,7 +101,7 @@ Plan make_plan(const Attention& a, int64_t inputs, int64_t heads, const std::vec
   };
   const auto shape_of = [&](int64_t input) {
     Shape shape;
-    shape.rows = (first_stream[input + 1] - first_stream[input]) * a.tokens;
+    shape.rows = (first_stream[input + 1] - first_stream[input]) * tokens;
     shape.row_parts = std::max(ceil_div(shape.rows, kMaxTaskRows), parts_of(shape.rows, kMinTaskRows, inputs * heads));
     shape.splits = parts_of(lengths[input], kMinSplitKeys, inputs * heads * shape.row_parts);
     return shape;
@@ -146,7 +110,7 @@ Plan make_plan(const Attention& a, int64_t inputs, int64_t heads, const std::vec
   int64_t partial_floats = 0;
   for (int64_t input = 0; input < inputs; ++input) {
     const Shape shape = shape_of(input);
-    if (shape.splits > 1) partial_floats += heads * shape.rows * shape.splits * (a.head_dim + 2);
+    if (shape.splits > 1) partial_floats += heads * shape.rows * shape.splits * (head_dim + 2);
   }
   float* partial = split_partials.at_least(partial_floats);
 
@@ -156,7 +120,7 @@ Plan make_plan(const Attention& a, int64_t inputs, int64_t heads, const std::vec
     for (int64_t head = 0; head < heads; ++head) {
       for (int64_t part = 0; part < row_parts; ++part) {
         const int64_t begin = part * rows / row_parts, end = (part + 1) * rows / row_parts;
-        const int64_t stride = (end - begin) * (a.head_dim + 2);
+        const int64_t stride = (end - begin) * (head_dim + 2);
         for (int64_t split = 0; split < splits; ++split) {
           const int64_t key_begin = split * lengths[input] / splits, key_end = (split + 1) * lengths[input] / splits;
           const Task task{input, head, first_stream[input], begin, end, key_begin, key_end, splits > 1 ? partial + split * stride : nullptr};
@@ -170,74 +134,95 @@ Plan make_plan(const Attention& a, int64_t inputs, int64_t heads, const std::vec
   return plan;
 }
 
-// Every thread takes the next task when it is done with one: inputs differ in length. Who computes a task does not change it.
-template <class F>
-void for_each_task(int64_t count, const F& f) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
-  });
-}
-
-std::tuple<Tensor, Tensor> shared_cross_attention(
+std::tuple<Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
     const std::optional<Tensor>& encoder_index, double scale) {
-  const ScalarType dtype = query.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "query must be float32 or bfloat16");
-  for (const Tensor* x : {&query, &key, &value}) {
-    const bool fits = x->is_cpu() && x->dim() == 4 && x->scalar_type() == dtype;
-    STD_TORCH_CHECK(fits, "query, key and value must be CPU tensors of 4 dimensions and one dtype");
-  }
-  const int64_t streams = query.size(0), heads = query.size(1), tokens = query.size(2), head_dim = query.size(3);
-  const int64_t inputs = key.size(0), keys = key.size(2);
-  for (const Tensor* x : {&key, &value}) {
-    const bool fits = x->size(0) == inputs && x->size(1) == heads && x->size(2) == keys && x->size(3) == head_dim;
-    STD_TORCH_CHECK(fits, "key and value must be (inputs, heads, keys, D) with query's heads and D");
-  }
-  STD_TORCH_CHECK(1 <= head_dim && head_dim <= kMaxHeadDim, "D must be between 1 and ", kMaxHeadDim, ", got ", head_dim);
-  const auto first_stream = first_streams(encoder_index, streams, inputs);
-  const auto lengths = key_lengths ? to_vector(*key_lengths, inputs, "key_lengths") : std::vector<int64_t>(inputs, keys);
-  for (const int64_t length : lengths) STD_TORCH_CHECK(0 <= length && length <= keys, "key_lengths must lie in [0, ", keys, "], got ", length);
-
-  const Tensor out = token_major({streams, heads, tokens, head_dim}, dtype);
-  const Tensor lse = token_major({streams, heads, tokens}, ScalarType::Float);
+  const Problem p = check(query, key, value, key_lengths, encoder_index);
+  const Tensor out = token_major({p.streams, p.heads, p.tokens, p.head_dim}, p.dtype);
+  const Tensor lse = token_major({p.streams, p.heads, p.tokens}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  Attention a{};
-  a.query = query.const_data_ptr();
-  a.key = key.const_data_ptr();
-  a.value = value.const_data_ptr();
+  Attention a = describe(p, query, key, value, scale);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  copy_strides(query, a.query_stride);
-  copy_strides(key, a.key_stride);
-  copy_strides(value, a.value_stride);
   copy_strides(out, a.out_stride);
   copy_strides(lse, a.lse_stride);
-  a.tokens = tokens;
-  a.head_dim = head_dim;
-  a.scale = static_cast<float>(scale);
-  a.storage = dtype == ScalarType::Float ? Storage::float32 : Storage::bfloat16;
 
-  const Kernels& kernel = kernels();
+  const Kernels& kernel = KERNELS_FOR_THIS_CPU(kKernels);
   const int64_t scratch_floats = kernel.scratch_floats(a);
-  const Plan plan = make_plan(a, inputs, heads, first_stream, lengths);
-  const int64_t tasks = plan.tasks.size(), threads = torch::stable::get_num_threads();
-  for_each_task(tasks, [&](int64_t i) {
-    const Task* following = i + threads < tasks ? &plan.tasks[i + threads] : nullptr;
-    kernel.attend(a, plan.tasks[i], following, task_scratch.at_least(scratch_floats));
+  const Plan plan = make_plan(p);
+  for_each_task(plan.tasks, [&](const Task& task, const Task* following) {
+    kernel.attend(a, task, following, task_scratch.at_least(scratch_floats));
   });
-  for_each_task(plan.merges.size(), [&](int64_t i) {
-    const auto& [task, splits, stride] = plan.merges[i];
+  for_each_task(plan.merges, [&](const Plan::Merge& merge, const Plan::Merge*) {
+    const auto& [task, splits, stride] = merge;
     for (int64_t row = task.row_begin; row < task.row_end; ++row) {
-      const Partials partials{task.partial + (row - task.row_begin) * (head_dim + 2), splits, stride};
-      kernel.merge(a, partials, task.first_stream + row / tokens, task.head, row % tokens);
+      const Partials partials{task.partial + (row - task.row_begin) * (p.head_dim + 2), splits, stride};
+      kernel.merge(a, partials, task.first_stream + row / p.tokens, task.head, row % p.tokens);
     }
   });
   return {out, lse};
 }
 
+// A gradient that is not wanted has no element.
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& lse, const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& encoder_index, double scale, bool need_query,
+    bool need_key, bool need_value) {
+  const Problem p = check(query, key, value, key_lengths, encoder_index);
+  for (const Tensor* x : {&grad_out, &out}) {
+    const bool fits = x->is_cpu() && x->dim() == 4 && x->scalar_type() == p.dtype && x->numel() == query.numel();
+    STD_TORCH_CHECK(fits, "grad_out and out must be as query");
+  }
+  for (const Tensor* x : {&lse, grad_lse ? &*grad_lse : &lse}) {
+    const bool fits = x->is_cpu() && x->dim() == 3 && x->scalar_type() == ScalarType::Float && x->numel() == p.streams * p.heads * p.tokens;
+    STD_TORCH_CHECK(fits, "lse and grad_lse must be (streams, heads, tokens) in float32");
+  }
+  const auto gradient = [&](bool wanted, int64_t batch, int64_t tokens) {
+    return token_major({wanted ? batch : 0, p.heads, tokens, p.head_dim}, p.dtype);
+  };
+  const Tensor grad_query = gradient(need_query, p.streams, p.tokens);
+  const Tensor grad_key = gradient(need_key, p.inputs, p.keys), grad_value = gradient(need_value, p.inputs, p.keys);
+
+  AttentionGradients g{};
+  g.attention = describe(p, query, key, value, scale);
+  g.attention.out = const_cast<void*>(out.const_data_ptr());
+  g.attention.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  copy_strides(out, g.attention.out_stride);
+  copy_strides(lse, g.attention.lse_stride);
+  g.grad_out = grad_out.const_data_ptr();
+  copy_strides(grad_out, g.grad_out_stride);
+  if (grad_lse) {
+    g.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+    copy_strides(*grad_lse, g.grad_lse_stride);
+  }
+  const auto give = [](const Tensor& x, void*& data, int64_t* strides) {
+    if (x.numel() == 0) return;
+    data = x.mutable_data_ptr();
+    copy_strides(x, strides);
+  };
+  g.keys = p.keys;
+  give(grad_query, g.grad_query, g.grad_query_stride);
+  give(grad_key, g.grad_key, g.grad_key_stride);
+  give(grad_value, g.grad_value, g.grad_value_stride);
+
+  std::vector<Task> tasks;
+  tasks.reserve(p.inputs * p.heads);
+  int64_t scratch_floats = 0;
+  const BackwardKernels& kernel = KERNELS_FOR_THIS_CPU(kBackwardKernels);
+  for (int64_t input = 0; input < p.inputs; ++input) {
+    const int64_t rows = (p.first_stream[input + 1] - p.first_stream[input]) * p.tokens;
+    for (int64_t head = 0; head < p.heads; ++head) tasks.push_back({input, head, p.first_stream[input], 0, rows, 0, p.lengths[input], nullptr});
+    scratch_floats = std::max(scratch_floats, kernel.scratch_floats(g, rows, p.lengths[input]));
+  }
+  for_each_task(tasks, [&](const Task& task, const Task* following) {
+    kernel.attend(g, task, following, task_scratch.at_least(scratch_floats));
+  });
+  return {grad_query, grad_key, grad_value};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
-  m.impl("shared_cross_attention_cpu", TORCH_BOX(&shared_cross_attention));
+  m.impl("shared_cross_attention_cpu", TORCH_BOX(&forward));
+  m.impl("shared_cross_attention_backward_cpu", TORCH_BOX(&backward));
 }
 
 }  // namespace

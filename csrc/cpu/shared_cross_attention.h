@@ -45,7 +45,30 @@ struct Kernels {
   void (*merge)(const Attention&, const Partials&, int64_t stream, int64_t head, int64_t token);
 };
 
+// One backward call. A gradient that is not wanted is null.
+struct AttentionGradients {
+  Attention attention;  // out and lse are read
+  const void* grad_out;   // (streams, heads, tokens, head_dim)
+  const float* grad_lse;  // (streams, heads, tokens), or null
+  void* grad_query;       // head_dim dense, as are those below
+  void* grad_key;
+  void* grad_value;
+  int64_t keys;  // of an input, those beyond its length too
+  int64_t grad_out_stride[4], grad_lse_stride[3], grad_query_stride[4], grad_key_stride[4], grad_value_stride[4];
+};
+
+struct BackwardKernels {
+  int64_t (*scratch_floats)(const AttentionGradients&, int64_t rows, int64_t keys);
+  // A task is a head of one input: all its rows, all its keys.
+  void (*attend)(const AttentionGradients&, const Task&, const Task* following, float* scratch);
+};
+
 extern const Kernels kKernelsDefault;
 extern const Kernels kKernelsAVX2;
 extern const Kernels kKernelsAVX512;
 extern const Kernels kKernelsAVX512BF16;
+
+extern const BackwardKernels kBackwardKernelsDefault;
+extern const BackwardKernels kBackwardKernelsAVX2;
+extern const BackwardKernels kBackwardKernelsAVX512;
+extern const BackwardKernels kBackwardKernelsAVX512BF16;

@@ -5,17 +5,11 @@
 // The output has D as vector dimension, each weight broadcast, so V is read as it lies too.
 // Keys come in blocks that stay in the first-level cache, with a running maximum and sum per row (online softmax).
 
-#include "shared_cross_attention.h"
 #include "shared_cross_attention_tiles.h"
 
 namespace {
 
 constexpr int64_t kMaxPaddedRows = kMaxTaskRows + 32;  // tiles are at most 32 wide, the last one partly empty
-
-template <class Element>
-const Element* at(const void* data, const int64_t* stride, int64_t i, int64_t head, int64_t token) {
-  return static_cast<const Element*>(data) + i * stride[0] + head * stride[1] + token * stride[2];
-}
 
 // The buffers of one task, each a whole number of cache lines.
 struct Scratch {
@@ -31,15 +25,67 @@ struct Scratch {
 };
 static_assert(kMaxPaddedRows % 16 == 0 && kKeyBlock % 16 == 0 && kMaxTileWidth <= 32);
 
+// Rows that one score tile takes, and the running state of their softmax.
+struct RowTile {
+  int64_t row, rows, width;
+  float* queries;  // [lanes][width]
+  float* largest;  // [width]
+  float* total;    // [width]
+  float* sums;     // [rows][columns]
+};
+
+struct KeyBlock {
+  Packed keys, values;
+  int64_t count;
+};
+
+// Online softmax of one block of scores: scores become weights, in lanes of Lanes; returns through `rescale` the factor of older sums.
+template <class Lanes, int W, int VECTORS>
+void softmax(const RowTile& tile, float* scores, int64_t count, const Float<W>* block_largest, float* rescale) {
+  constexpr int width = W * VECTORS;
+  for (int v = 0; v < VECTORS; ++v) {
+    const Float<W> before = load<W>(tile.largest + v * W);
+    const Float<W> largest = maximum<W>(block_largest[v], before);
+    const Float<W> shift = largest == -INFINITY ? Float<W>{} : largest;  // -inf - -inf would be NaN
+    const Float<W> factor = exp<W>(before - shift);
+    store<W>(tile.largest + v * W, largest);
+    store<W>(rescale + v * W, factor);
+    Float<W> total = {};
+    float* column = scores + v * W;
+    if constexpr (Lanes::kElements == 1) {
+      for (int64_t k = 0; k < count; ++k) {
+        const Float<W> weight = exp<W>(load<W>(column + k * width) - shift);
+        store<W>(column + k * width, weight);
+        total += weight;
+      }
+    } else {
+      for (int64_t k = 0; k < count; k += 2) {
+        const Float<W> first = exp<W>(load<W>(column + k * width) - shift);
+        const Float<W> second = k + 1 < count ? exp<W>(load<W>(column + (k + 1) * width) - shift) : Float<W>{};
+        store<W>(column + k / 2 * width, Lanes::template pair<W>(first, second));
+        total += first + second;
+      }
+    }
+    store<W>(tile.total + v * W, load<W>(tile.total + v * W) * factor + total);
+  }
+}
+
+template <class Lanes, int W, int VECTORS>
+void attend_tile(const RowTile& tile, const KeyBlock& block, const Ahead& ahead, int64_t lanes, int64_t columns, float factor, float* scores) {
+  Float<W> largest[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) largest[v] = Float<W>{} - INFINITY;
+  score_block<Lanes, W, VECTORS>(tile.queries, block.keys, block.count, ahead, lanes, factor, scores, largest);
+  float rescale[kMaxTileWidth];
+  softmax<Lanes, W, VECTORS>(tile, scores, block.count, largest, rescale);
+  const Weights<false> weights{scores, W * VECTORS};
+  accumulate<Lanes>(weights, block.values, lanes_of<Lanes>(block.count), rescale, tile.sums, tile.rows, columns);
+}
+
 // Element: of the tensors. Lanes: how sums over it are taken.
 template <class Element, class Lanes>
 class Attend {
  public:
-  explicit Attend(const Attention& attention) : a(attention) {
-    constexpr bool same_lanes = sizeof(Element) * Lanes::kElements == sizeof(float);
-    keys_in_place = same_lanes && a.key_stride[3] == 1 && a.head_dim % Lanes::kElements == 0 && a.key_stride[2] % Lanes::kElements == 0;
-    values_in_place = sizeof(Element) == sizeof(float) && a.value_stride[3] == 1 && a.head_dim == columns;
-  }
+  explicit Attend(const Attention& attention) : a(attention) {}
 
   int64_t scratch_floats() const { return Scratch::floats(lanes, columns); }
 
@@ -50,7 +96,9 @@ class Attend {
     for (int64_t key = task.key_begin; key < task.key_end; key += kKeyBlock) {
       const KeyBlock block = read(task, key, least(kKeyBlock, task.key_end - key), scratch);
       const int64_t next = key + block.count;
-      Ahead ahead = next < task.key_end ? ahead_of(task, next) : following ? ahead_of(*following, following->key_begin) : Ahead{};
+      Ahead ahead = next < task.key_end ? ahead_of<Element>(a, task, next)
+          : following                    ? ahead_of<Element>(a, *following, following->key_begin)
+                                         : Ahead{};
       for_tiles(scratch, rows, [&](const RowTile& tile) {
         const auto attend = tile.width == 2 * kWidth ? attend_tile<Lanes, kWidth, 2>
             : tile.width == kWidth                   ? attend_tile<Lanes, kWidth, 1>
@@ -78,15 +126,10 @@ class Attend {
  private:
   template <class F>
   void for_tiles(const Scratch& scratch, int64_t rows, const F& f) const {
-    int64_t padded = 0;
-    for (int64_t row = 0; row < rows;) {
-      const int64_t width = tile_width(rows - row);
-      const int64_t count = least(width, rows - row);
+    for_each_tile(rows, [&](int64_t row, int64_t count, int64_t width, int64_t padded) {
       f(RowTile{
           row, count, width, scratch.queries + padded * lanes, scratch.largest + padded, scratch.total + padded, scratch.sums + row * columns});
-      row += count;
-      padded += width;
-    }
+    });
   }
 
   void start(const Task& task, const RowTile& tile) const {
@@ -107,34 +150,9 @@ class Attend {
   KeyBlock read(const Task& task, int64_t first, int64_t count, const Scratch& scratch) const {
     const auto key = at<Element>(a.key, a.key_stride, task.input, task.head, first);
     const auto value = at<Element>(a.value, a.value_stride, task.input, task.head, first);
-    KeyBlock block{scratch.keys, scratch.values, lanes, columns, count};
-    if (keys_in_place) {
-      block.keys = reinterpret_cast<const float*>(key);
-      block.key_stride = a.key_stride[2] / Lanes::kElements;
-    } else {
-      for (int64_t k = 0; k < count; ++k) pack<Lanes>(key + k * a.key_stride[2], a.key_stride[3], a.head_dim, scratch.keys + k * lanes, 1);
-    }
-    if (values_in_place) {
-      block.values = reinterpret_cast<const float*>(value);
-      block.value_stride = a.value_stride[2];
-    } else {
-      for (int64_t k = 0; k < count; k += Lanes::kElements) {
-        const Element* row = value + k * a.value_stride[2];
-        const Element* next = k + 1 < count ? row + a.value_stride[2] : nullptr;
-        pack_value<Lanes>(row, next, a.value_stride[3], a.head_dim, columns, scratch.values + k / Lanes::kElements * columns);
-      }
-    }
-    return block;
-  }
-
-  Ahead ahead_of(const Task& task, int64_t first) const {
-    if (a.key_stride[3] != 1 || a.value_stride[3] != 1) return {};
-    constexpr int64_t bytes = sizeof(Element);
     return {
-        reinterpret_cast<const char*>(at<Element>(a.key, a.key_stride, task.input, task.head, first)),
-        reinterpret_cast<const char*>(at<Element>(a.value, a.value_stride, task.input, task.head, first)),
-        a.key_stride[2] * bytes, a.value_stride[2] * bytes, a.head_dim * bytes, least(kKeyBlock, task.key_end - first),
-    };
+        pack_rows<Lanes>(key, a.key_stride, count, a.head_dim, scratch.keys),
+        pack_columns<Lanes>(value, a.value_stride, count, a.head_dim, columns, scratch.values), count};
   }
 
   void finish(const Task& task, const RowTile& tile) const {
@@ -161,37 +179,22 @@ class Attend {
   }
 
   const Attention& a;
-  const int64_t lanes = (a.head_dim + Lanes::kElements - 1) / Lanes::kElements;
+  const int64_t lanes = lanes_of<Lanes>(a.head_dim);
   const int64_t columns = round_up(a.head_dim, kWidth);
-  bool keys_in_place, values_in_place;
 };
-
-template <class F>
-void with_storage(const Attention& a, const F& f) {
-#ifdef __AVX512BF16__
-  using Bfloat16Sums = Bfloat16Lanes;
-#else
-  using Bfloat16Sums = Float32Lanes;
-#endif
-  if (a.storage == Storage::bfloat16) {
-    f(Attend<uint16_t, Bfloat16Sums>(a));
-  } else {
-    f(Attend<float, Float32Lanes>(a));
-  }
-}
 
 int64_t scratch_floats(const Attention& a) {
   int64_t floats = 0;
-  with_storage(a, [&](const auto& attend) { floats = attend.scratch_floats(); });
+  with_storage(a, [&](auto element, auto lanes) { floats = Attend<decltype(element), decltype(lanes)>{a}.scratch_floats(); });
   return floats;
 }
 
 void attend(const Attention& a, const Task& task, const Task* following, float* scratch) {
-  with_storage(a, [&](const auto& attend) { attend(task, following, scratch); });
+  with_storage(a, [&](auto element, auto lanes) { Attend<decltype(element), decltype(lanes)>{a}(task, following, scratch); });
 }
 
 void merge(const Attention& a, const Partials& partials, int64_t stream, int64_t head, int64_t token) {
-  with_storage(a, [&](const auto& attend) { attend.merge(partials, stream, head, token); });
+  with_storage(a, [&](auto element, auto lanes) { Attend<decltype(element), decltype(lanes)>{a}.merge(partials, stream, head, token); });
 }
 
 }  // namespace

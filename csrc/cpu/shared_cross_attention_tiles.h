@@ -1,9 +1,10 @@
-// The loops of shared_cross_attention_kernel.cpp that do the arithmetic, on one tile of query rows and one block of keys.
+// What the kernels of both directions are made of: packing, and products of a tile of query rows and a block of keys.
 
 #pragma once
 
 #include <math.h>  // not <cmath>: its inline functions would be shared between instruction sets
 
+#include "shared_cross_attention.h"
 #include "simd.h"
 
 namespace {
@@ -20,10 +21,20 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+template <class Lanes>
+int64_t lanes_of(int64_t elements) {
+  return (elements + Lanes::kElements - 1) / Lanes::kElements;
+}
+
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
+
+template <class Element>
+const Element* at(const void* data, const int64_t* stride, int64_t i, int64_t head, int64_t token) {
+  return static_cast<const Element*>(data) + i * stride[0] + head * stride[1] + token * stride[2];
+}
 
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) { return from_bfloat16(x); }
@@ -68,6 +79,39 @@ void pack_value(const Element* first, const Element* second, int64_t stride, int
   for (int64_t d = head_dim; d < columns; ++d) to[d] = 0;
 }
 
+// Rows of a tensor as a tile reads them, `stride` floats apart.
+struct Packed {
+  const float* data;
+  int64_t stride;
+};
+
+// `count` rows, each as lanes along its head_dim elements; not copied where they lie so.
+template <class Lanes, class Element>
+Packed pack_rows(const Element* rows, const int64_t* stride, int64_t count, int64_t head_dim, float* to) {
+  const int64_t row_stride = stride[2], element_stride = stride[3];
+  constexpr bool same_lanes = sizeof(Element) * Lanes::kElements == sizeof(float);
+  if (same_lanes && element_stride == 1 && head_dim % Lanes::kElements == 0 && row_stride % Lanes::kElements == 0) {
+    return {reinterpret_cast<const float*>(rows), row_stride / Lanes::kElements};
+  }
+  const int64_t lanes = lanes_of<Lanes>(head_dim);
+  for (int64_t i = 0; i < count; ++i) pack<Lanes>(rows + i * row_stride, element_stride, head_dim, to + i * lanes, 1);
+  return {to, lanes};
+}
+
+// The same rows as lanes across them: one lane of every column holds one element of a row, or of two rows. `columns` are filled up with 0.
+template <class Lanes, class Element>
+Packed pack_columns(const Element* rows, const int64_t* stride, int64_t count, int64_t head_dim, int64_t columns, float* to) {
+  const int64_t row_stride = stride[2], element_stride = stride[3];
+  if constexpr (sizeof(Element) == sizeof(float)) {
+    if (element_stride == 1 && head_dim == columns) return {rows, row_stride};
+  }
+  for (int64_t i = 0; i < count; i += Lanes::kElements) {
+    const Element* row = rows + i * row_stride;
+    pack_value<Lanes>(row, i + 1 < count ? row + row_stride : nullptr, element_stride, head_dim, columns, to + i / Lanes::kElements * columns);
+  }
+  return {to, columns};
+}
+
 // scores[key][row] = factor * sum over lanes of keys[key][lane] * queries[lane][row]; `largest` follows them. Long sums are taken
 // in parts of kSumLanes, added up in `scores`: the rounding errors of one long chain would be larger than PyTorch's.
 // Not inlined: its sums need all registers.
@@ -102,17 +146,24 @@ __attribute__((noinline)) void score_tile(
   }
 }
 
-// out[row][d] = rescale[row] * out[row][d] + sum over lanes of weights[lane][row] * values[lane][d]
-template <class Lanes, int ROWS, int VECTORS>
-void output_tile(
-    const float* weights, int64_t width, const float* values, int64_t value_stride, int64_t lanes, const float* rescale, float* out,
-    int64_t out_stride) {
+// What the sums of an output tile read their weights from: [lane][row], or [row][lane] where LANES_INNER.
+template <bool LANES_INNER>
+struct Weights {
+  const float* data;
+  int64_t stride;
+
+  const float* at(int64_t row, int64_t lane) const { return data + (LANES_INNER ? row * stride + lane : lane * stride + row); }
+};
+
+// out[row][d] = rescale[row] * out[row][d] + sum over lanes of weights(row, lane) * values[lane][d]
+template <class Lanes, bool LANES_INNER, int ROWS, int VECTORS>
+void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, const float* rescale, float* out, int64_t out_stride) {
   Float<kWidth> sums[ROWS][VECTORS] = {};
   for (int64_t lane = 0; lane < lanes; ++lane) {
     Float<kWidth> value[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) value[v] = load<kWidth>(values + lane * value_stride + v * kWidth);
+    for (int v = 0; v < VECTORS; ++v) value[v] = load<kWidth>(values.data + lane * values.stride + v * kWidth);
     for (int r = 0; r < ROWS; ++r) {
-      const Float<kWidth> weight = broadcast<kWidth>(weights + lane * width + r);
+      const Float<kWidth> weight = broadcast<kWidth>(weights.at(r, lane));
       for (int v = 0; v < VECTORS; ++v) sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight, value[v]);
     }
   }
@@ -124,36 +175,57 @@ void output_tile(
   }
 }
 
-using OutputTile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t);
+template <bool LANES_INNER>
+using OutputTile = void (*)(Weights<LANES_INNER>, const Packed&, int64_t, const float*, float*, int64_t);
 
-template <class Lanes, int VECTORS>
-constexpr OutputTile kOutputTiles[kTileRows] = {
-    output_tile<Lanes, 1, VECTORS>, output_tile<Lanes, 2, VECTORS>, output_tile<Lanes, 3, VECTORS>,
-    output_tile<Lanes, 4, VECTORS>, output_tile<Lanes, 5, VECTORS>, output_tile<Lanes, 6, VECTORS>,
+template <class Lanes, bool LANES_INNER, int VECTORS>
+constexpr OutputTile<LANES_INNER> kOutputTiles[kTileRows] = {
+    output_tile<Lanes, LANES_INNER, 1, VECTORS>, output_tile<Lanes, LANES_INNER, 2, VECTORS>, output_tile<Lanes, LANES_INNER, 3, VECTORS>,
+    output_tile<Lanes, LANES_INNER, 4, VECTORS>, output_tile<Lanes, LANES_INNER, 5, VECTORS>, output_tile<Lanes, LANES_INNER, 6, VECTORS>,
 };
 
-template <class Lanes>
-OutputTile choose_output_tile(int64_t rows, int64_t vectors) {
+template <class Lanes, bool LANES_INNER>
+OutputTile<LANES_INNER> choose_output_tile(int64_t rows, int64_t vectors) {
   if constexpr (kTileVectors == 4) {
-    if (vectors == 4) return kOutputTiles<Lanes, 4>[rows - 1];
-    if (vectors == 3) return kOutputTiles<Lanes, 3>[rows - 1];
+    if (vectors == 4) return kOutputTiles<Lanes, LANES_INNER, 4>[rows - 1];
+    if (vectors == 3) return kOutputTiles<Lanes, LANES_INNER, 3>[rows - 1];
   }
-  return vectors == 2 ? kOutputTiles<Lanes, 2>[rows - 1] : kOutputTiles<Lanes, 1>[rows - 1];
+  return vectors == 2 ? kOutputTiles<Lanes, LANES_INNER, 2>[rows - 1] : kOutputTiles<Lanes, LANES_INNER, 1>[rows - 1];
 }
 
-// Rows that one score tile takes, and the running state of their softmax.
-struct RowTile {
-  int64_t row, rows, width;
-  float* queries;  // [lanes][width]
-  float* largest;  // [width]
-  float* total;    // [width]
-  float* sums;     // [rows][columns]
-};
+// The same for any number of rows and columns, in tiles of nearly equal size.
+template <class Lanes, bool LANES_INNER>
+void accumulate(Weights<LANES_INNER> weights, Packed values, int64_t lanes, const float* rescale, float* out, int64_t rows, int64_t columns) {
+  const int64_t vectors = columns / kWidth;
+  const int64_t column_parts = (vectors + kTileVectors - 1) / kTileVectors;
+  const int64_t row_parts = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t c = 0; c < column_parts; ++c) {
+    const int64_t v = c * vectors / column_parts, v_end = (c + 1) * vectors / column_parts;
+    for (int64_t p = 0; p < row_parts; ++p) {
+      const int64_t r = p * rows / row_parts, r_end = (p + 1) * rows / row_parts;
+      const auto tile = choose_output_tile<Lanes, LANES_INNER>(r_end - r, v_end - v);
+      tile({weights.at(r, 0), weights.stride}, {values.data + v * kWidth, values.stride}, lanes, rescale + r, out + r * columns + v * kWidth, columns);
+    }
+  }
+}
 
 // Narrow tiles where wide ones would be mostly empty.
 int64_t tile_width(int64_t rows) {
   if (rows > 3 * kWidth / 2) return 2 * kWidth;
   return rows <= kNarrowWidth ? kNarrowWidth : kWidth;
+}
+
+// f(row, count, width, first lane of the tile among those of all tiles)
+template <class F>
+void for_each_tile(int64_t rows, const F& f) {
+  int64_t padded = 0;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t width = tile_width(rows - row);
+    const int64_t count = least(width, rows - row);
+    f(row, count, width, padded);
+    row += count;
+    padded += width;
+  }
 }
 
 // The rows of K and V that come next, as they lie in memory. Fetched a few at a time between score tiles: a head's rows lie
@@ -173,73 +245,44 @@ struct Ahead {
   }
 };
 
-struct KeyBlock {
-  const float* keys;
-  const float* values;
-  int64_t key_stride, value_stride, count;
-};
-
-// Online softmax of one block of scores: scores become weights, in lanes of Lanes; returns through `rescale` the factor of older sums.
-template <class Lanes, int W, int VECTORS>
-void softmax(const RowTile& tile, float* scores, int64_t count, const Float<W>* block_largest, float* rescale) {
-  constexpr int width = W * VECTORS;
-  for (int v = 0; v < VECTORS; ++v) {
-    const Float<W> before = load<W>(tile.largest + v * W);
-    const Float<W> largest = maximum<W>(block_largest[v], before);
-    const Float<W> shift = largest == -INFINITY ? Float<W>{} : largest;  // -inf - -inf would be NaN
-    const Float<W> factor = exp<W>(before - shift);
-    store<W>(tile.largest + v * W, largest);
-    store<W>(rescale + v * W, factor);
-    Float<W> total = {};
-    float* column = scores + v * W;
-    if constexpr (Lanes::kElements == 1) {
-      for (int64_t k = 0; k < count; ++k) {
-        const Float<W> weight = exp<W>(load<W>(column + k * width) - shift);
-        store<W>(column + k * width, weight);
-        total += weight;
-      }
-    } else {
-      for (int64_t k = 0; k < count; k += 2) {
-        const Float<W> first = exp<W>(load<W>(column + k * width) - shift);
-        const Float<W> second = k + 1 < count ? exp<W>(load<W>(column + (k + 1) * width) - shift) : Float<W>{};
-        store<W>(column + k / 2 * width, Lanes::template pair<W>(first, second));
-        total += first + second;
-      }
-    }
-    store<W>(tile.total + v * W, load<W>(tile.total + v * W) * factor + total);
-  }
+template <class Element>
+Ahead ahead_of(const Attention& a, const Task& task, int64_t first) {
+  if (a.key_stride[3] != 1 || a.value_stride[3] != 1) return {};
+  constexpr int64_t bytes = sizeof(Element);
+  return {
+      reinterpret_cast<const char*>(at<Element>(a.key, a.key_stride, task.input, task.head, first)),
+      reinterpret_cast<const char*>(at<Element>(a.value, a.value_stride, task.input, task.head, first)),
+      a.key_stride[2] * bytes, a.value_stride[2] * bytes, a.head_dim * bytes, least(kKeyBlock, task.key_end - first),
+  };
 }
 
+// The scores of a block of keys, for W * VECTORS rows; `largest` follows them.
 template <class Lanes, int W, int VECTORS>
-void attend_tile(const RowTile& tile, const KeyBlock& block, const Ahead& ahead, int64_t lanes, int64_t columns, float factor, float* scores) {
-  constexpr int width = W * VECTORS;
-  Float<W> largest[VECTORS];
-  for (int v = 0; v < VECTORS; ++v) largest[v] = Float<W>{} - INFINITY;
+void score_block(
+    const float* queries, Packed keys, int64_t count, const Ahead& ahead, int64_t lanes, float factor, float* scores, Float<W>* largest) {
   const auto score = [&](auto tile_keys, int64_t k) {
     ahead.fetch(k, k + tile_keys.value);
     score_tile<Lanes, W, VECTORS, decltype(tile_keys)::value>(
-        tile.queries, block.keys + k * block.key_stride, block.key_stride, lanes, factor, scores + k * width, largest);
+        queries, keys.data + k * keys.stride, keys.stride, lanes, factor, scores + k * W * VECTORS, largest);
   };
   int64_t k = 0;
-  for (; k + kTileKeys <= block.count; k += kTileKeys) score(Constant<kTileKeys>{}, k);
-  for (; k + 4 <= block.count; k += 4) score(Constant<4>{}, k);
-  for (; k < block.count; ++k) score(Constant<1>{}, k);
+  for (; k + kTileKeys <= count; k += kTileKeys) score(Constant<kTileKeys>{}, k);
+  for (; k + 4 <= count; k += 4) score(Constant<4>{}, k);
+  for (; k < count; ++k) score(Constant<1>{}, k);
+}
 
-  float rescale[kMaxTileWidth];
-  softmax<Lanes, W, VECTORS>(tile, scores, block.count, largest, rescale);
-
-  const int64_t weight_lanes = (block.count + Lanes::kElements - 1) / Lanes::kElements;
-  const int64_t vectors = columns / kWidth;
-  const int64_t column_parts = (vectors + kTileVectors - 1) / kTileVectors;
-  const int64_t row_parts = (tile.rows + kTileRows - 1) / kTileRows;
-  for (int64_t c = 0; c < column_parts; ++c) {
-    const int64_t v = c * vectors / column_parts, v_end = (c + 1) * vectors / column_parts;
-    for (int64_t p = 0; p < row_parts; ++p) {
-      const int64_t r = p * tile.rows / row_parts, r_end = (p + 1) * tile.rows / row_parts;
-      float* sums = tile.sums + r * columns + v * kWidth;
-      choose_output_tile<Lanes>(r_end - r, v_end - v)(
-          scores + r, width, block.values + v * kWidth, block.value_stride, weight_lanes, rescale + r, sums, columns);
-    }
+// f(a type of the tensors' elements, how sums over them are taken)
+template <class F>
+void with_storage(const Attention& a, const F& f) {
+#ifdef __AVX512BF16__
+  using Bfloat16Sums = Bfloat16Lanes;
+#else
+  using Bfloat16Sums = Float32Lanes;
+#endif
+  if (a.storage == Storage::bfloat16) {
+    f(uint16_t{}, Bfloat16Sums{});
+  } else {
+    f(float{}, Float32Lanes{});
   }
 }
 

@@ -99,6 +99,11 @@ struct Float32Lanes {
   static Float<W> multiply_add(Float<W> sum, Float<W> a, Float<W> b) {
     return sum + a * b;
   }
+
+  template <int W>
+  static void store_elements(float* to, Float<W> x) {
+    store<W>(to, x);
+  }
 };
 
 #ifdef __AVX512BF16__
@@ -111,6 +116,18 @@ struct Bfloat16Lanes {
       return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
     } else {
       return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
+    }
+  }
+
+  // Rounded to nearest, W elements in W / 2 lanes.
+  template <int W>
+  static void store_elements(float* to, Float<W> x) {
+    if constexpr (W == 16) {
+      const auto elements = _mm512_cvtneps_pbh(x);
+      std::memcpy(to, &elements, sizeof elements);
+    } else {
+      const auto elements = _mm256_cvtneps_pbh(x);
+      std::memcpy(to, &elements, sizeof elements);
     }
   }
 
