@@ -13,6 +13,7 @@ constexpr int64_t kMaxPaddedRows = kMaxTaskRows + 32;
 // Query rows that one score tile takes, and their gradients.
 struct RowTile {
   int64_t row, rows, width;
+  bool first;                           // of the keys' sums
   float *queries, *grads;             // [lanes][width]
   float *query_columns, *grad_columns;  // [lanes of rows][columns]
   float *lse, *delta;                 // [width]
@@ -22,6 +23,7 @@ struct RowTile {
 struct KeyBlock {
   Packed keys, values, key_columns;
   int64_t count;
+  bool first;                    // of the row's sums
   float *grad_key, *grad_value;  // [count][columns]
 };
 
@@ -84,28 +86,25 @@ class AttendBackward {
     const Scratch scratch(memory, lanes, columns, keys_kept(task.row_end, task.key_end));
     for (int64_t begin = 0; begin < task.row_end; begin += kMaxTaskRows) {
       const int64_t rows = least(kMaxTaskRows, task.row_end - begin);
-      for_tiles(scratch, rows, [&](const RowTile& tile) { start(task, begin, tile); });
+      for_tiles(scratch, begin, rows, [&](const RowTile& tile) { start(task, tile); });
       for (int64_t key = 0; key < task.key_end; key += kKeyBlock) {
         const int64_t next = key + least(kKeyBlock, task.key_end - key);
         const KeyBlock block = read(task, key, next - key, scratch, chunked ? key * columns : 0);
-        if (begin == 0) {
-          std::memset(block.grad_key, 0, block.count * columns * sizeof(float));
-          std::memset(block.grad_value, 0, block.count * columns * sizeof(float));
-        }
         Ahead ahead = next < task.key_end ? ahead_of<Element>(a, task, next) : following ? ahead_of<Element>(a, *following, 0) : Ahead{};
-        for_tiles(scratch, rows, [&](const RowTile& tile) {
+        Ahead results = begin + rows == task.row_end ? results_of(task, key, block.count) : Ahead{};
+        for_tiles(scratch, begin, rows, [&](const RowTile& tile) {
           if (tile.width == 2 * kWidth) {
-            backward_tile<kWidth, 2>(tile, block, ahead, scratch);
+            backward_tile<kWidth, 2>(tile, block, ahead, results, scratch);
           } else if (tile.width == kWidth) {
-            backward_tile<kWidth, 1>(tile, block, ahead, scratch);
+            backward_tile<kWidth, 1>(tile, block, ahead, results, scratch);
           } else {
-            backward_tile<kNarrowWidth, 1>(tile, block, ahead, scratch);
+            backward_tile<kNarrowWidth, 1>(tile, block, ahead, results, scratch);
           }
-          ahead.count = 0;
+          ahead.count = results.count = 0;
         });
         if (begin + rows == task.row_end) finish(task, key, block);
       }
-      if (g.grad_query) for_tiles(scratch, rows, [&](const RowTile& tile) { finish(task, begin, tile); });
+      if (g.grad_query) for_tiles(scratch, begin, rows, [&](const RowTile& tile) { finish(task, tile); });
     }
     const int64_t unused = task.row_end ? task.key_end : 0;  // the first key that nothing attends to
     if (g.grad_key) clear(task, unused, g.grad_key, g.grad_key_stride);
@@ -117,11 +116,11 @@ class AttendBackward {
   static int64_t keys_kept(int64_t rows, int64_t keys) { return rows > kMaxTaskRows ? keys : kKeyBlock; }
 
   template <class F>
-  void for_tiles(const Scratch& s, int64_t rows, const F& f) const {
+  void for_tiles(const Scratch& s, int64_t begin, int64_t rows, const F& f) const {
     for_each_tile(rows, [&](int64_t row, int64_t count, int64_t width, int64_t padded) {
       const int64_t column = row / Lanes::kElements * columns;
       f(RowTile{
-          row, count, width, s.queries + padded * lanes, s.grads + padded * lanes, s.query_columns + column, s.grad_columns + column,
+          begin + row, count, width, begin + row == 0, s.queries + padded * lanes, s.grads + padded * lanes, s.query_columns + column, s.grad_columns + column,
           s.lse + padded, s.delta + padded, s.grad_query + row * columns});
     });
   }
@@ -140,10 +139,10 @@ class AttendBackward {
     return data[row.stream * stride[0] + row.head * stride[1] + row.token * stride[2]];
   }
 
-  void start(const Task& task, int64_t begin, const RowTile& tile) const {
+  void start(const Task& task, const RowTile& tile) const {
     for (int64_t i = 0; i < tile.width; ++i) {
       if (i < tile.rows) {
-        const Row row = row_of(task, begin + tile.row + i);
+        const Row row = row_of(task, tile.row + i);
         const Element* query = at(a.query, a.query_stride, row);
         const Element* grad = at(g.grad_out, g.grad_out_stride, row);
         pack<Lanes>(query, a.query_stride[3], a.head_dim, tile.queries + i, tile.width);
@@ -158,7 +157,7 @@ class AttendBackward {
       }
     }
     for (int64_t i = 0; i < tile.rows; i += Lanes::kElements) {
-      const Row row = row_of(task, begin + tile.row + i), next = row_of(task, begin + tile.row + i + 1);
+      const Row row = row_of(task, tile.row + i), next = row_of(task, tile.row + i + 1);
       const bool paired = i + 1 < tile.rows;
       const auto columns_of = [&](const void* data, const int64_t* stride, float* to) {
         pack_value<Lanes>(at(data, stride, row), paired ? at(data, stride, next) : nullptr, stride[3], a.head_dim, columns, to);
@@ -166,55 +165,74 @@ class AttendBackward {
       columns_of(a.query, a.query_stride, tile.query_columns + i / Lanes::kElements * columns);
       columns_of(g.grad_out, g.grad_out_stride, tile.grad_columns + i / Lanes::kElements * columns);
     }
-    std::memset(tile.grad_query, 0, tile.rows * columns * sizeof(float));
+    if (task.key_end == 0) std::memset(tile.grad_query, 0, tile.rows * columns * sizeof(float));
   }
 
   float dot(const Element* x, int64_t x_stride, const Element* y, int64_t y_stride) const {
+    float sums[kWidth] = {};  // of every kWidth-th product: one chain of additions would wait for itself
+    for (int64_t begin = 0; begin < a.head_dim; begin += kWidth) {
+      const int64_t count = least(kWidth, a.head_dim - begin);
+      for (int64_t d = 0; d < count; ++d) sums[d] += widen(x[(begin + d) * x_stride]) * widen(y[(begin + d) * y_stride]);
+    }
     float sum = 0;
-    for (int64_t d = 0; d < a.head_dim; ++d) sum += widen(x[d * x_stride]) * widen(y[d * y_stride]);
+    for (const float part : sums) sum += part;
     return sum;
   }
 
   KeyBlock read(const Task& task, int64_t first, int64_t count, const Scratch& s, int64_t kept) const {
     const auto key = ::at<Element>(a.key, a.key_stride, task.input, task.head, first);
     const auto value = ::at<Element>(a.value, a.value_stride, task.input, task.head, first);
-    KeyBlock block{{}, {}, {}, count, s.grad_key + kept, s.grad_value + kept};
+    KeyBlock block{{}, {}, {}, count, first == 0, s.grad_key + kept, s.grad_value + kept};
     block.keys = pack_rows<Lanes>(key, a.key_stride, count, a.head_dim, s.keys);
     if (g.grad_query || g.grad_key) block.values = pack_rows<Lanes>(value, a.value_stride, count, a.head_dim, s.values);
     if (g.grad_query) block.key_columns = pack_columns<Lanes>(key, a.key_stride, count, a.head_dim, columns, s.key_columns);
     return block;
   }
 
+  // Where the gradients of a block will be written, as rows to fetch before.
+  Ahead results_of(const Task& task, int64_t key, int64_t count) const {
+    if (!g.grad_key || !g.grad_value) return {};
+    constexpr int64_t bytes = sizeof(Element);
+    return {
+        reinterpret_cast<const char*>(::at<Element>(g.grad_key, g.grad_key_stride, task.input, task.head, key)),
+        reinterpret_cast<const char*>(::at<Element>(g.grad_value, g.grad_value_stride, task.input, task.head, key)),
+        g.grad_key_stride[2] * bytes, g.grad_value_stride[2] * bytes, a.head_dim * bytes, count,
+    };
+  }
+
   template <int W, int VECTORS>
-  void backward_tile(const RowTile& tile, const KeyBlock& block, const Ahead& ahead, const Scratch& s) const {
+  void backward_tile(const RowTile& tile, const KeyBlock& block, const Ahead& ahead, const Ahead& results, const Scratch& s) const {
     constexpr int width = W * VECTORS;
     Float<W> largest[VECTORS] = {};
     score_block<Lanes, W, VECTORS>(tile.queries, block.keys, block.count, ahead, lanes, a.scale, s.scores, largest);
     const bool need_grad_scores = g.grad_query || g.grad_key;
-    if (need_grad_scores) score_block<Lanes, W, VECTORS>(tile.grads, block.values, block.count, Ahead{}, lanes, 1, s.grad_scores, largest);
+    if (need_grad_scores) score_block<Lanes, W, VECTORS>(tile.grads, block.values, block.count, results, lanes, 1, s.grad_scores, largest);
     softmax_backward<Lanes, W, VECTORS>(tile, s.scores, s.grad_scores, s.pairs, block.count, a.scale);
 
-    const auto by_row = [&](const float* data) { return Weights<true>{data, width / Lanes::kElements}; };
-    const int64_t row_lanes = lanes_of<Lanes>(tile.rows), key_lanes = lanes_of<Lanes>(block.count);
-    if (g.grad_value) accumulate<Lanes>(by_row(s.scores), {tile.grad_columns, columns}, row_lanes, kOnes.values, block.grad_value, block.count, columns);
-    if (g.grad_key) accumulate<Lanes>(by_row(s.grad_scores), {tile.query_columns, columns}, row_lanes, kOnes.values, block.grad_key, block.count, columns);
+    const auto to_keys = [&](const float* weights, const float* values, float* sums) {
+      const float* rescale = tile.first ? nullptr : kOnes.values;
+      accumulate<Lanes>(Weights<true>{weights, width / Lanes::kElements}, {values, columns}, lanes_of<Lanes>(tile.rows), rescale, sums, block.count, columns);
+    };
+    if (g.grad_value) to_keys(s.scores, tile.grad_columns, block.grad_value);
+    if (g.grad_key) to_keys(s.grad_scores, tile.query_columns, block.grad_key);
     if (g.grad_query) {
-      const Weights<false> by_key{Lanes::kElements == 1 ? s.grad_scores : s.pairs, width};
-      accumulate<Lanes>(by_key, block.key_columns, key_lanes, kOnes.values, tile.grad_query, tile.rows, columns);
+      const Weights<false> weights{Lanes::kElements == 1 ? s.grad_scores : s.pairs, width};
+      const float* rescale = block.first ? nullptr : kOnes.values;
+      accumulate<Lanes>(weights, block.key_columns, lanes_of<Lanes>(block.count), rescale, tile.grad_query, tile.rows, columns);
     }
   }
 
-  void finish(const Task& task, int64_t begin, const RowTile& tile) const {
+  void finish(const Task& task, const RowTile& tile) const {
     for (int64_t i = 0; i < tile.rows; ++i) {
-      const Row row = row_of(task, begin + tile.row + i);
-      write(tile.grad_query + i * columns, const_cast<Element*>(at(g.grad_query, g.grad_query_stride, row)));
+      const Row row = row_of(task, tile.row + i);
+      narrow<Lanes>(tile.grad_query + i * columns, a.head_dim, const_cast<Element*>(at(g.grad_query, g.grad_query_stride, row)));
     }
   }
 
   void finish(const Task& task, int64_t key, const KeyBlock& block) const {
     const auto rows = [&](const float* sums, void* grads, const int64_t* stride) {
       for (int64_t k = 0; k < block.count; ++k) {
-        write(sums + k * columns, const_cast<Element*>(::at<Element>(grads, stride, task.input, task.head, key + k)));
+        narrow<Lanes>(sums + k * columns, a.head_dim, const_cast<Element*>(::at<Element>(grads, stride, task.input, task.head, key + k)));
       }
     };
     if (g.grad_key) rows(block.grad_key, g.grad_key, g.grad_key_stride);
@@ -225,10 +243,6 @@ class AttendBackward {
     for (int64_t k = first; k < g.keys; ++k) {
       std::memset(const_cast<Element*>(::at<Element>(grads, stride, task.input, task.head, k)), 0, a.head_dim * sizeof(Element));
     }
-  }
-
-  void write(const float* sums, Element* to) const {
-    for (int64_t d = 0; d < a.head_dim; ++d) narrow(sums[d], to + d);
   }
 
   const AttentionGradients& g;

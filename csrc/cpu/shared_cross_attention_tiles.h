@@ -13,13 +13,24 @@ constexpr int kTileKeys = kRegisters == 32 ? 12 : 6;    // by 2 row vectors: the
 constexpr int kTileRows = 6;                            // by kTileVectors: those of an output tile
 constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 constexpr int64_t kKeyBlock = 96;  // a multiple of kTileKeys; at D = 64, V and the scores of a block are in the nearest cache
-constexpr int64_t kSumLanes = 64;
+template <class Lanes>
+constexpr int64_t kSumLanes = Lanes::kElements == 1 ? 16 : 64;  // of float32, of pairs of bfloat16
 constexpr int kMaxTileWidth = 2 * kWidth;
 constexpr int kNarrowWidth = kWidth > 8 ? kWidth / 2 : kWidth;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// f(i, j) for all i < I and j < J, without a loop: what it indexes stays in registers.
+template <int I, int J, class F>
+inline __attribute__((always_inline)) void unrolled(const F& f) {
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j) f(i, j);
+  }
+}
 
 template <class Lanes>
 int64_t lanes_of(int64_t elements) {
@@ -118,32 +129,37 @@ Packed pack_columns(const Element* rows, const int64_t* stride, int64_t count, i
 template <class Lanes, int W, int VECTORS, int KEYS>
 __attribute__((noinline)) void score_tile(
     const float* queries, const float* keys, int64_t key_stride, int64_t lanes, float factor, float* scores, Float<W>* largest) {
-  for (int64_t begin = 0; begin < lanes; begin += kSumLanes) {
-    const int64_t end = least(begin + kSumLanes, lanes);
-    Float<W> sums[KEYS][VECTORS] = {};
+  for (int64_t begin = 0; begin < lanes; begin += kSumLanes<Lanes>) {
+    const int64_t end = least(begin + kSumLanes<Lanes>, lanes);
+    Float<W> sums[KEYS][VECTORS];
+    unrolled<KEYS, VECTORS>([&](int k, int v) { sums[k][v] = Float<W>{}; });
     for (int64_t lane = begin; lane < end; ++lane) {
-      Float<W> q[VECTORS];
+      Float<W> q[VECTORS], element[KEYS];
       for (int v = 0; v < VECTORS; ++v) q[v] = load<W>(queries + (lane * VECTORS + v) * W);
-      for (int k = 0; k < KEYS; ++k) {
-        const Float<W> element = broadcast<W>(keys + k * key_stride + lane);
-        for (int v = 0; v < VECTORS; ++v) sums[k][v] = Lanes::template multiply_add<W>(sums[k][v], q[v], element);
-      }
+      for (int k = 0; k < KEYS; ++k) element[k] = broadcast<W>(keys + k * key_stride + lane);
+      unrolled<KEYS, VECTORS>([&](int k, int v) { sums[k][v] = Lanes::template multiply_add<W>(sums[k][v], q[v], element[k]); });
     }
-    for (int k = 0; k < KEYS; ++k) {
-      for (int v = 0; v < VECTORS; ++v) {
-        float* score = scores + (k * VECTORS + v) * W;
-        store<W>(score, begin ? load<W>(score) + sums[k][v] : sums[k][v]);
-      }
-    }
-  }
-  for (int k = 0; k < KEYS; ++k) {
-    for (int v = 0; v < VECTORS; ++v) {
+    unrolled<KEYS, VECTORS>([&](int k, int v) {
       float* score = scores + (k * VECTORS + v) * W;
-      const Float<W> scaled = load<W>(score) * factor;
-      store<W>(score, scaled);
-      largest[v] = maximum<W>(scaled, largest[v]);
-    }
+      store<W>(score, begin ? load<W>(score) + sums[k][v] : sums[k][v]);
+    });
   }
+  unrolled<KEYS, VECTORS>([&](int k, int v) {
+    float* score = scores + (k * VECTORS + v) * W;
+    const Float<W> scaled = load<W>(score) * factor;
+    store<W>(score, scaled);
+    largest[v] = maximum<W>(scaled, largest[v]);
+  });
+}
+
+// The first `count` of sums, to elements that lie side by side.
+template <class Lanes, class Element>
+void narrow(const float* sums, int64_t count, Element* to) {
+  int64_t d = 0;
+  if constexpr (sizeof(Element) * Lanes::kElements == sizeof(float)) {
+    for (; d + kWidth <= count; d += kWidth) Lanes::template store_elements<kWidth>(to + d, load<kWidth>(sums + d));
+  }
+  for (; d < count; ++d) narrow(sums[d], to + d);
 }
 
 // What the sums of an output tile read their weights from: [lane][row], or [row][lane] where LANES_INNER.
@@ -155,23 +171,22 @@ struct Weights {
   const float* at(int64_t row, int64_t lane) const { return data + (LANES_INNER ? row * stride + lane : lane * stride + row); }
 };
 
-// out[row][d] = rescale[row] * out[row][d] + sum over lanes of weights(row, lane) * values[lane][d]
+// out[row][d] = rescale[row] * out[row][d] + sum over lanes of weights(row, lane) * values[lane][d]; without rescale the sum alone
 template <class Lanes, bool LANES_INNER, int ROWS, int VECTORS>
 void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, const float* rescale, float* out, int64_t out_stride) {
-  Float<kWidth> sums[ROWS][VECTORS] = {};
+  Float<kWidth> sums[ROWS][VECTORS];
+  unrolled<ROWS, VECTORS>([&](int r, int v) { sums[r][v] = Float<kWidth>{}; });
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    Float<kWidth> value[VECTORS];
+    Float<kWidth> value[VECTORS], weight[ROWS];
     for (int v = 0; v < VECTORS; ++v) value[v] = load<kWidth>(values.data + lane * values.stride + v * kWidth);
-    for (int r = 0; r < ROWS; ++r) {
-      const Float<kWidth> weight = broadcast<kWidth>(weights.at(r, lane));
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight, value[v]);
-    }
+    for (int r = 0; r < ROWS; ++r) weight[r] = broadcast<kWidth>(weights.at(r, lane));
+    unrolled<ROWS, VECTORS>([&](int r, int v) { sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight[r], value[v]); });
   }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) {
-      float* to = out + r * out_stride + v * kWidth;
-      store<kWidth>(to, load<kWidth>(to) * rescale[r] + sums[r][v]);
-    }
+  const auto to = [&](int r, int v) { return out + r * out_stride + v * kWidth; };
+  if (rescale) {
+    unrolled<ROWS, VECTORS>([&](int r, int v) { store<kWidth>(to(r, v), load<kWidth>(to(r, v)) * rescale[r] + sums[r][v]); });
+  } else {
+    unrolled<ROWS, VECTORS>([&](int r, int v) { store<kWidth>(to(r, v), sums[r][v]); });
   }
 }
 
@@ -204,7 +219,7 @@ void accumulate(Weights<LANES_INNER> weights, Packed values, int64_t lanes, cons
     for (int64_t p = 0; p < row_parts; ++p) {
       const int64_t r = p * rows / row_parts, r_end = (p + 1) * rows / row_parts;
       const auto tile = choose_output_tile<Lanes, LANES_INNER>(r_end - r, v_end - v);
-      tile({weights.at(r, 0), weights.stride}, {values.data + v * kWidth, values.stride}, lanes, rescale + r, out + r * columns + v * kWidth, columns);
+      tile({weights.at(r, 0), weights.stride}, {values.data + v * kWidth, values.stride}, lanes, rescale ? rescale + r : nullptr, out + r * columns + v * kWidth, columns);
     }
   }
 }

@@ -101,8 +101,8 @@ struct Float32Lanes {
   }
 
   template <int W>
-  static void store_elements(float* to, Float<W> x) {
-    store<W>(to, x);
+  static void store_elements(void* to, Float<W> x) {
+    std::memcpy(to, &x, sizeof x);
   }
 };
 
@@ -121,7 +121,7 @@ struct Bfloat16Lanes {
 
   // Rounded to nearest, W elements in W / 2 lanes.
   template <int W>
-  static void store_elements(float* to, Float<W> x) {
+  static void store_elements(void* to, Float<W> x) {
     if constexpr (W == 16) {
       const auto elements = _mm512_cvtneps_pbh(x);
       std::memcpy(to, &elements, sizeof elements);
@@ -140,11 +140,10 @@ struct Bfloat16Lanes {
  private:
   template <int W>
   static Bits<W> round(Float<W> x) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * W)));
     if constexpr (W == 16) {
-      return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(x), Bits<W>);
+      return (Bits<W>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(x));  // unmasked, gcc 12 warns
     } else {
-      return __builtin_convertvector((Halves)_mm256_cvtneps_pbh(x), Bits<W>);
+      return (Bits<W>)_mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh(x));
     }
   }
 };

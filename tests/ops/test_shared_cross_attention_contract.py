@@ -10,7 +10,7 @@ from test_shared_cross_attention import CASES, IMPLS, make
 from peft_kernels.ops import shared_cross_attention
 from peft_kernels.ops.shared_cross_attention import IMPLEMENTATIONS, _module
 
-NAMED = [("uniform", "auto"), ("ragged-lengths", "reference"), ("ragged-lengths", "sdpa"), ("ragged-lengths", "matmul"), ("lengths", "auto")]
+NAMED = [("lengths", "auto"), *((case, impl) for case in ("uniform", "ragged-lengths") for impl in ("auto", "reference", "sdpa", "matmul"))]
 
 
 def leaves(case, dtype=torch.float32):

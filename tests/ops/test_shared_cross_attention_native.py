@@ -69,18 +69,22 @@ def check(query, key, value, lengths, index, scale):
     assert_close(lse, want_lse, truth_lse, "lse")
 
 
+def with_lengths(key, value):
+    """Full, none and what lies between, with NaN beyond."""
+    inputs, keys = key.shape[0], key.shape[2]
+    lengths = torch.randint(0, keys + 1, (inputs,), dtype=torch.int32)
+    lengths[0] = keys
+    lengths[-1] = 0 if inputs > 1 else keys - 1
+    hidden = torch.arange(keys) >= lengths[:, None]
+    return lengths, *(x.masked_fill(hidden[:, None, :, None], float("nan")) for x in (key, value))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 def test_forward(shape, dtype, ragged):
     query, key, value, index = make(*shape, dtype)
-    lengths = None
-    if ragged:
-        lengths = torch.randint(0, shape[3] + 1, (len(shape[0]),), dtype=torch.int32)
-        lengths[0] = shape[3]
-        lengths[-1] = 0 if len(lengths) > 1 else shape[3] - 1
-        hidden = torch.arange(shape[3]) >= lengths[:, None]
-        key, value = (x.masked_fill(hidden[:, None, :, None], float("nan")) for x in (key, value))
+    lengths, key, value = with_lengths(key, value) if ragged else (None, key, value)
     check(query, key, value, lengths, index, shape[4] ** -0.5)
 
 
@@ -91,12 +95,18 @@ def test_scale(dtype, scale):
     check(query, key, value, None, index, scale)
 
 
+CHANGES = (  # of the strides alone
+    lambda x: x.repeat_interleave(2, -1)[..., ::2],  # D stride 2
+    lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1],  # rows an odd number of elements apart
+    torch.Tensor.contiguous,
+    lambda x: x.mT.contiguous().mT,
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype):
     query, key, value, index = make([4, 4], 3, 5, 90, 32, dtype)
-    wide = lambda x: x.repeat_interleave(2, -1)[..., ::2]  # noqa: E731  D stride 2
-    odd = lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1]  # noqa: E731  rows an odd number of elements apart
-    for change in (wide, odd, torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT):
+    for change in CHANGES:
         check(change(query), key, value, None, index, 0.2)
         check(query, change(key), value, None, index, 0.2)
         check(query, key, change(value), None, index, 0.2)
@@ -130,7 +140,10 @@ def test_repeats_are_bit_equal(dtype, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", [([], 2, 3, 5, 8), ([0, 0], 2, 3, 5, 8), ([2, 2], 0, 3, 5, 8), ([2, 2], 2, 0, 5, 8), ([2, 2], 2, 3, 0, 8)], ids=str)
+EMPTY = [([], 2, 3, 5, 8), ([0, 0], 2, 3, 5, 8), ([2, 2], 0, 3, 5, 8), ([2, 2], 2, 0, 5, 8), ([2, 2], 2, 3, 0, 8)]
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty(shape, dtype):
     query, key, value, index = make(*shape, dtype)
@@ -138,32 +151,85 @@ def test_empty(shape, dtype):
     assert out.shape == query.shape and (out == 0).all() and (lse == float("-inf")).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ([6, 6], [4, 0, 1, 7]), ids=str)
-@pytest.mark.parametrize("lengths", (None, "ragged"))
-def test_backward(shape, dtype, lengths):
-    query, key, value, index = make(shape, 3, 5, 67, 32, dtype)
-    if lengths:
-        lengths = torch.tensor([67, 0, 13, 1])[: len(shape)]
-    probe, lse_probe = torch.randn(query.shape), torch.randn(query.shape[:-1])
-    if lengths is not None:  # the log-sum-exp of no keys is -inf: nothing to differentiate
-        lse_probe[reference.forward(query, key, value, lengths, index, 0.1)[1].isinf()] = 0
+def gradients(impl, query, key, value, lengths, index, scale, dtype):
+    """Of a weighted sum of the output and of the finite log-sum-exps."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [x.to(dtype).detach().requires_grad_() for x in (query, key, value)]
+    out, lse = shared_cross_attention(*inputs, key_lengths=lengths, encoder_index=index, scale=scale, return_lse=True, impl=impl)
+    probe, lse_probe = (torch.randn(x.shape, generator=generator).to(query.dtype) for x in (out, lse))
+    loss = (out * probe.to(out)).sum() + (lse.masked_fill(lse.isinf(), 0) * lse_probe).sum()
+    return torch.autograd.grad(loss, inputs)
 
-    def gradients(impl, dtype):
-        inputs = [x.to(dtype).detach().requires_grad_() for x in (query, key, value)]
-        out, lse = shared_cross_attention(*inputs, key_lengths=lengths, encoder_index=index, scale=0.3, return_lse=True, impl=impl)
-        loss = (out * probe.to(out)).sum() + (lse.masked_fill(lse.isinf(), 0) * lse_probe).sum()
-        return torch.autograd.grad(loss, inputs)
 
-    for name, *grads in zip(("query", "key", "value"), gradients("cpp", dtype), gradients("reference", dtype), gradients("reference", torch.float64)):
+def check_backward(query, key, value, lengths, index, scale):
+    arguments = query, key, value, lengths, index, scale
+    results = (
+        gradients("cpp", *arguments, query.dtype),
+        gradients("reference", *arguments, query.dtype),
+        gradients("reference", *arguments, torch.float64),
+    )
+    for name, *grads in zip(("query", "key", "value"), *results):
         assert_close(*grads, f"gradient of {name}")
 
 
-def test_frozen_inputs_get_no_gradient():
-    query, key, value, _ = make([3, 3], 2, 4, 50, 16, torch.float32)
-    query.requires_grad_()
-    shared_cross_attention(query, key, value, impl="cpp").sum().backward()
-    assert query.grad is not None and key.grad is None and value.grad is None
+BACKWARD_SHAPES = {**SHAPES, "rows in chunks": ([90, 20], 2, 5, 131, 40), "rows in chunks, streams differ": ([40, 0, 41], 1, 13, 100, 64)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BACKWARD_SHAPES.values(), ids=BACKWARD_SHAPES)
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+def test_backward(shape, dtype, ragged):
+    query, key, value, index = make(*shape, dtype)
+    lengths, key, value = with_lengths(key, value) if ragged else (None, key, value)
+    check_backward(query, key, value, lengths, index, shape[4] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_strides(dtype):
+    query, key, value, index = make([4, 4], 3, 5, 90, 32, dtype)
+    grad = torch.randn(query.shape).to(dtype)
+    for change in CHANGES:
+        check_backward(change(query), change(key), change(value), None, index, 0.2)
+        inputs = [change(x).requires_grad_() for x in (query, key, value)]
+        out = shared_cross_attention(*inputs, encoder_index=index, impl="cpp")
+        for a, b in zip(torch.autograd.grad(out, inputs, change(grad), retain_graph=True), torch.autograd.grad(out, inputs, grad)):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("streams", ([5, 2], [60, 61]), ids=str)
+def test_backward_of_some_inputs_is_that_of_all(streams, dtype):
+    query, key, value, index = make(streams, 2, 5, 130, 32, dtype)
+    every = gradients("cpp", query, key, value, None, index, 0.2, dtype)
+    for needs in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)):
+        inputs = [x.detach().requires_grad_(bool(needed)) for x, needed in zip((query, key, value), needs)]
+        out, lse = shared_cross_attention(*inputs, encoder_index=index, scale=0.2, return_lse=True, impl="cpp")
+        generator = torch.Generator().manual_seed(1)
+        probe, lse_probe = (torch.randn(x.shape, generator=generator).to(dtype) for x in (out, lse))
+        ((out * probe).sum() + (lse * lse_probe).sum()).backward()
+        for x, needed, gradient in zip(inputs, needs, every):
+            assert torch.equal(x.grad, gradient) if needed else x.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_backward_repeats_are_bit_equal(dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        query, key, value, _ = make([13, 13], 3, 2, 300, 64, dtype)
+        first, *rest = (gradients("cpp", query, key, value, torch.tensor([300, 170]), None, 0.1, dtype) for _ in range(10))
+        assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_empty(shape, dtype):
+    query, key, value, index = make(*shape, dtype)
+    for x, gradient in zip((query, key, value), gradients("cpp", query, key, value, None, index, 0.1, dtype)):
+        assert gradient.shape == x.shape and (gradient == 0).all()
 
 
 def test_refusals():
@@ -189,6 +255,17 @@ def test_lesser_instruction_sets(capability):
     if "PEFT_KERNELS_CPU_CAPABILITY" in os.environ:
         pytest.skip("already in a test of one")
     environment = {**os.environ, "PEFT_KERNELS_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", "test_forward or test_strides or test_empty"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_forward or test_backward or test_strides or test_empty",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -7,7 +7,6 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from . import folded_matmul
 from .layout import token_major
 
 __all__ = ["shared_cross_attention"]
@@ -16,11 +15,10 @@ __all__ = ["shared_cross_attention"]
 IMPLEMENTATIONS = {"reference": "reference", "sdpa": "folded_sdpa", "matmul": "folded_matmul", "cpp": "native", "triton": "triton"}
 MAX_HEAD_DIM = 256
 
-# Without the native library, and for gradients, a CPU takes PyTorch's flash attention or two matrix products on folded rows, whichever
+# Without the native library a CPU takes PyTorch's flash attention or two matrix products on folded rows, whichever
 # benchmarks/pid_attention.py showed faster: products in these dtypes, while the scores of one head of one input stay in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
-AUTOGRAD_MAX_SCORE_BYTES = 32 << 20  # of all heads and inputs
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -84,24 +82,21 @@ def shared_cross_attention(
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"shared_cross_attention: impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
     need_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if impl == "auto" and need_grad and not return_lse and key_lengths is None and encoder_index is None and _few_scores(query, key):
-        return folded_matmul.differentiable(query, key, value, scale)
     need_lse = return_lse or need_grad
     out, lse = torch.ops.peft_kernels.shared_cross_attention.default(query, key, value, key_lengths, encoder_index, scale, need_lse, impl)
     return (out, lse) if return_lse else out
 
 
 def choose(query: Tensor, key: Tensor) -> str:
-    """What ``impl="auto"`` takes for the forward pass: the first row that holds.
+    """What ``impl="auto"`` takes, forward and backward: the first row that holds.
 
-    | where and what                                             | implementation                             |
-    | ---------------------------------------------------------- | ------------------------------------------ |
-    | float64                                                    | reference                                  |
-    | CPU, gradients wanted, few scores, neither lengths nor index | two matrix products under autograd       |
-    | CPU, float32 or bfloat16, native library built             | cpp                                        |
-    | CPU                                                        | matmul or sdpa, as the constants above say |
-    | CUDA or ROCm, triton installed                             | triton                                     |
-    | anything else                                              | reference                                  |
+    | where and what                                 | implementation                             |
+    | ---------------------------------------------- | ------------------------------------------ |
+    | float64                                        | reference                                  |
+    | CPU, float32 or bfloat16, native library built | cpp                                        |
+    | CPU                                            | matmul or sdpa, as the constants above say |
+    | CUDA or ROCm, triton installed                 | triton                                     |
+    | anything else                                  | reference                                  |
     """
     if query.dtype == torch.float64:
         return "reference"
@@ -109,19 +104,6 @@ def choose(query: Tensor, key: Tensor) -> str:
     if device == "cpu":
         return "cpp" if _module("cpp").unavailable(device, query.dtype) is None else _choose_library(query, key)
     return "triton" if _module("triton").unavailable(device, query.dtype) is None else "reference"
-
-
-def choose_backward(query: Tensor, key: Tensor) -> str:
-    """What ``impl="auto"`` takes for the gradients: as above, but the library on a CPU."""
-    if query.device.type == "cpu" and query.dtype != torch.float64:
-        return _choose_library(query, key)
-    return choose(query, key)
-
-
-def _few_scores(query, key) -> bool:
-    """Whether probabilities may be kept for the gradients: there is no kernel whose backward is as fast on so few."""
-    size = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.element_size()
-    return query.device.type == "cpu" and query.dtype != torch.float64 and 0 < size <= AUTOGRAD_MAX_SCORE_BYTES
 
 
 def _choose_library(query, key):
@@ -206,7 +188,7 @@ def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, imp
 def _backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key, need_value, impl):
     needs = (need_query, need_key, need_value)
     if impl == "auto":
-        impl = choose_backward(query, key)
+        impl = choose(query, key)
     gradients = _module(impl).backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs)
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 

@@ -20,12 +20,6 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encod
     return folding.backward(_attend_backward, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs)
 
 
-def differentiable(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The same under autograd, which keeps the probabilities: while they are few, cheaper than computing them again."""
-    scores = (folding.fold(query, key.shape[0]) * scale) @ key.mT
-    return folding.unfold(torch.softmax(scores, -1) @ value, query.shape[2])
-
-
 def _blocks(query: Tensor, key: Tensor):
     """Slices of the flattened (input, head) axis, and score and probability buffers for the largest."""
     heads, rows, n = query.shape[0], query.shape[1], key.shape[1]

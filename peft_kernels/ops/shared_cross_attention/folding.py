@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import token_major
+from .layout import as_token_major, token_major
 
 
 class Group(NamedTuple):
@@ -81,7 +81,8 @@ def backward(attend_backward, grad_out, grad_lse, query, key, value, out, lse, k
 
     if len(plan) == 1 and plan[0].inputs == slice(0, key.shape[0]) and plan[0].length == key.shape[2] > 0:
         grad_query, grad_key, grad_value = of(plan[0])
-        return unfold(grad_query, tokens) if needs[0] else None, grad_key, grad_value
+        keys = (None if x is None else as_token_major(x) for x in (grad_key, grad_value))
+        return unfold(grad_query, tokens) if needs[0] else None, *keys
     grads = [token_major(*x.shape, like=x) if needed else None for x, needed in zip((query, key, value), needs)]
     unasked = 0  # the inputs from here to a group have no streams
     for group in plan:
