@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import time
@@ -58,8 +59,8 @@ def interleaved(
 
     ``repeats`` may differ by name; a slow function then leaves the later turns to the others.
 
-    Every other turn goes backwards, so that none always runs after the same other. On CUDA the L2 cache is flushed before each run and
-    events are timed. ``notify`` gets the name before each timed run.
+    Every turn has its own order, so that none always runs after the same other, which leaves it a cache cold or warm. On CUDA the L2
+    cache is flushed before each run and events are timed. ``notify`` gets the name before each timed run.
     """
     wanted = repeats if isinstance(repeats, Mapping) else dict.fromkeys(functions, repeats)
     clock = _cuda_clock() if device == "cuda" else _wall_clock
@@ -67,8 +68,9 @@ def interleaved(
         for function in functions.values():
             function()
     samples = {name: [] for name in functions}
+    order = random.Random(0)
     for turn in range(max(wanted.values())):
-        for name in list(functions)[:: -1 if turn % 2 else 1]:
+        for name in order.sample(list(functions), len(functions)):
             if turn < wanted[name]:
                 notify(name)
                 samples[name].append(clock(functions[name]))
