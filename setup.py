@@ -1,4 +1,6 @@
-"""Builds peft_kernels/_native.so from csrc/ where there is a C++ compiler; without one the package is pure Python.
+"""Builds peft_kernels/_native.so from csrc/ where there is a C++ compiler, and _native_cuda.so where there is nvcc as well.
+
+Without them the package is pure Python. A GPU is not asked for: CUDA is built for every architecture below, against any torch.
 
 The library is written against libtorch's stable ABI and does not know Python: one file serves every Python version, and every
 libtorch from 2.10 on. It runs on any processor of its architecture: the CPU kernels are compiled once per instruction set below
@@ -11,25 +13,40 @@ With the sanitizers:
 
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
+from setuptools.modified import newer_group
 
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", STABLE_ABI]
 if "CXXFLAGS" not in os.environ:
     FLAGS.append("-g0")  # Python's own flags ask for debug information, which is nine tenths of the file
 
 # Sources without a torch header, compiled with -DCPU_CAPABILITY=<name> and these flags. Multiplications and additions may
 # become one instruction: it rounds once.
-KERNELS = ["csrc/cpu/shared_cross_attention_kernel.cpp", "csrc/cpu/shared_cross_attention_backward_kernel.cpp"]
+KERNELS = sorted(map(str, Path("csrc/cpu").glob("*_kernel.cpp")))
+OPERATORS = sorted(map(str, {Path("csrc/schema.cpp"), *Path("csrc/cpu").glob("*.cpp")} - set(map(Path, KERNELS))))
 KERNEL_FLAGS = ["-ffp-contract=fast"]
 AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 X86_CAPABILITIES = {"AVX2": ["-mavx2", "-mfma"], "AVX512": AVX512, "AVX512BF16": [*AVX512, "-mavx512bf16"]}
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 CAPABILITIES = {"Default": [], **(X86_CAPABILITIES if IS_X86 else {})}
+
+# The CUDA runtime is linked statically and libtorch_cuda looked up at run time, so the library also loads where neither is.
+CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+CUDA_ARCHITECTURES = ("80", "90", "100")  # 80 serves 86 and 89 too; what is newer than the last compiles from its PTX
+NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "-DUSE_CUDA", STABLE_ABI]
+
+
+def find_nvcc():
+    homes = [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
 
 class BuildNative(build_ext):
@@ -43,6 +60,8 @@ class BuildNative(build_ext):
             from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError:
             raise PlatformError("the native kernels need torch at build time (pip install --no-build-isolation)") from None
+        if extension.name == "peft_kernels._native_cuda":
+            return self.build_cuda(extension, include_paths(), library_paths())
         kernels = [source for source in extension.sources if source in KERNELS]
         operators = [source for source in extension.sources if source not in KERNELS]
         macros = [("HAVE_X86_KERNELS", None)] if IS_X86 else []
@@ -52,6 +71,22 @@ class BuildNative(build_ext):
             objects += self.compiler.compile(kernels, directory, [("CPU_CAPABILITY", name)], extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags])
         library = self.get_ext_fullpath(extension.name)
         self.compiler.link_shared_object(objects, library, libraries=["torch_cpu"], library_dirs=library_paths(), target_lang="c++")
+
+    def build_cuda(self, extension, include_paths, library_paths):
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise PlatformError("the CUDA kernels need nvcc, in PATH or in CUDA_HOME; the package works without them")
+        library = self.get_ext_fullpath(extension.name)
+        if not self.force and not newer_group([*extension.sources, *extension.depends, __file__], library, "newer"):
+            return
+        os.makedirs(os.path.dirname(library), exist_ok=True)
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        architectures = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
+        codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
+        codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))
+        includes, libraries = [f"-I{path}" for path in include_paths], [f"-L{path}" for path in library_paths]
+        link = ["-shared", "-cudart=static", *libraries, "-ltorch_cpu", "-ldl", "-o", library]
+        self.spawn([nvcc, *NVCC_FLAGS, *codes, *includes, *extension.sources, *link])
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -63,10 +98,16 @@ setup(
     ext_modules=[
         Extension(
             "peft_kernels._native",
-            sources=["csrc/schema.cpp", "csrc/cpu/shared_cross_attention.cpp", *KERNELS],
+            sources=[*OPERATORS, *KERNELS],
             depends=[str(header) for header in Path("csrc").rglob("*.h")],
             optional=True,  # a failure is a warning
-        )
+        ),
+        Extension(
+            "peft_kernels._native_cuda",
+            sources=CUDA_SOURCES,
+            depends=[str(header) for header in Path("csrc/cuda").glob("*.cuh")],
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -70,7 +70,7 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-std::vector<int64_t> to_vector(const Tensor& x, int64_t count, const char* name) {
+inline std::vector<int64_t> to_vector(const Tensor& x, int64_t count, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 1 && x.size(0) == count, name, " must be a CPU tensor of ", count, " elements");
   std::vector<int64_t> values(count);
   const int64_t stride = x.stride(0);
@@ -86,7 +86,7 @@ std::vector<int64_t> to_vector(const Tensor& x, int64_t count, const char* name)
 }
 
 // An uninitialised tensor in memory (batch, tokens, heads, ...).
-Tensor token_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor token_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
   const int64_t width = sizes.size() == 4 ? sizes[3] : 1;
   const int64_t strides[] = {sizes[1] * sizes[2] * width, width, sizes[1] * width, 1};
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -96,7 +96,7 @@ Tensor token_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
-void copy_strides(const Tensor& x, int64_t* strides) {
+inline void copy_strides(const Tensor& x, int64_t* strides) {
   const auto from = x.strides();
   std::copy(from.begin(), from.end(), strides);
 }

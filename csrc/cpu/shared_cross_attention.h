@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-enum class Storage { float32, bfloat16 };
+#include "storage.h"
 
 // One call. Strides in elements; a query row is (stream, token), a stream belongs to one input.
 struct Attention {

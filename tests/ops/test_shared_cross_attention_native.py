@@ -1,9 +1,5 @@
 """The C++ implementation against float64, on this processor's kernels and on the lesser ones that it can run."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -248,24 +244,3 @@ def test_refusals():
     ):
         with pytest.raises(RuntimeError, match=message):
             operator(*arguments)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_lesser_instruction_sets(capability):
-    if "PEFT_KERNELS_CPU_CAPABILITY" in os.environ:
-        pytest.skip("already in a test of one")
-    environment = {**os.environ, "PEFT_KERNELS_CPU_CAPABILITY": capability}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "test_forward or test_backward or test_strides or test_empty",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

@@ -1,0 +1,226 @@
+// decomposed_prompt_embedding on CUDA, forward and backward: checks, kernel, grid, stream. Nothing waits for the device.
+
+#include "decomposed_prompt_embedding.cuh"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+namespace {
+
+using namespace peft_kernels;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kBlocksPerProcessor = 2;  // wanted at least, before a block takes several rows of the batch
+constexpr int kMaxRowsPerBlock = 16;
+
+void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "decomposed_prompt_embedding: ", what, ": ", cudaGetErrorString(error));
+}
+
+// The stream is asked for in libtorch_cuda, which is looked up when it is first needed: so this file links against a torch without CUDA.
+cudaStream_t current_stream(int device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get, "decomposed_prompt_embedding: this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Counts are int in the kernels; products of them are not.
+int to_int(int64_t x, const char* name) {
+  STD_TORCH_CHECK(0 <= x && x < (int64_t{1} << 30), name, " must be below 2^30, got ", x);
+  return static_cast<int>(x);
+}
+
+const float* parameter(const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
+  bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.scalar_type() == ScalarType::Float &&
+      x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = x.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(fits, name, " must be a contiguous float32 tensor that fits prompt, on the device of weight");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+Integers integers(const Tensor& x, const Tensor& like, const char* name) {
+  const bool wide = x.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, " must be on the device of the other tensors");
+  return {x.const_data_ptr(), x.stride(-1), wide};
+}
+
+Integers integers(const std::optional<Tensor>& x, const Tensor& like, int64_t count, const char* name) {
+  if (!x) return {};
+  STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == count, name, " must have ", count, " elements");
+  return integers(*x, like, name);
+}
+
+bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
+  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
+      std::all_of(strides.begin(), strides.end(), [](int64_t bytes) { return bytes % 16 == 0; });
+}
+
+dim3 grid(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "decomposed_prompt_embedding: too large for one launch");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+template <class T, int V, int P>
+void launch_forward(Embedding& e, int device) {
+  int processors;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
+  e.column_tiles = divide_up(e.width, kLanes * V);
+  e.prompt_tiles = divide_up(e.virtual_tokens, kWarps * P);
+  e.tiles = e.prompt_tiles + divide_up(e.length, kWarps * P);
+  const int64_t blocks_per_row = int64_t(e.column_tiles) * e.tiles;
+  e.rows_per_block = static_cast<int>(std::clamp<int64_t>(e.batch * blocks_per_row / (kBlocksPerProcessor * processors), 1, kMaxRowsPerBlock));
+  const auto blocks = grid(blocks_per_row * divide_up(e.batch, e.rows_per_block));
+  embedding_forward<T, V, P><<<blocks, kWarps * kLanes, 0, current_stream(device)>>>(e);
+  check_cuda(cudaGetLastError(), "launch");
+}
+
+template <class T>
+void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
+  constexpr int V = 16 / sizeof(T);
+  if (!wide) {
+    launch_forward<T, 1, 4>(e, device);
+  } else if (several_adapters) {  // the product is computed again whenever the adapter changes
+    launch_forward<T, V, 8>(e, device);
+  } else {
+    launch_forward<T, V, 4>(e, device);
+  }
+}
+
+template <class T, int V>
+void launch_backward(Gradient& g, int device) {
+  g.column_tiles = divide_up(g.width, kLanes * V);
+  const auto blocks = grid(int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps));
+  embedding_backward<T, V><<<blocks, kWarps * kLanes, 0, current_stream(device)>>>(g);
+  check_cuda(cudaGetLastError(), "launch");
+}
+
+template <class T>
+void backward_of(Gradient& g, bool wide, int device) {
+  wide ? launch_backward<T, 16 / sizeof(T)>(g, device) : launch_backward<T, 1>(g, device);
+}
+
+// f(an element of the storage), with the device of x current.
+template <class F>
+void dispatch(const Tensor& x, const char* name, const F& f) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Half: return f(__half{});
+    case ScalarType::BFloat16: return f(__nv_bfloat16{});
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+Tensor forward(
+    const Tensor& input_ids, const Tensor& weight, const Tensor& prompt, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
+    const std::optional<Tensor>& delta, double scale, double embed_scale, const std::optional<Tensor>& offsets, bool insert_after_first,
+    const std::optional<Tensor>& adapter_ids) {
+  STD_TORCH_CHECK(weight.is_cuda() && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must be (V, d) with dense rows");
+  STD_TORCH_CHECK(input_ids.dim() == 2, "input_ids must be (B, L)");
+  STD_TORCH_CHECK(prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value(), "prompt must be (K, m, d), with a and b or delta");
+  const int64_t adapters = prompt.size(0);
+  Embedding e{};
+  e.batch = to_int(input_ids.size(0), "B");
+  e.length = to_int(input_ids.size(1), "L");
+  e.virtual_tokens = to_int(prompt.size(1), "m");
+  e.width = to_int(weight.size(1), "d");
+  e.positions = to_int((a ? *a : *delta).size(1), "s");
+  e.first = insert_after_first;
+  e.scale = static_cast<float>(scale);
+  e.embed_scale = static_cast<float>(embed_scale);
+  e.weight = weight.const_data_ptr();
+  e.weight_stride = weight.stride(0);
+  e.prompt = parameter(prompt, weight, {adapters, e.virtual_tokens, e.width}, "prompt");
+  if (a) {
+    e.rank = to_int(a->size(2), "r");
+    e.a = parameter(*a, weight, {adapters, e.positions, e.rank}, "a");
+    e.b = parameter(*b, weight, {adapters, e.rank, e.width}, "b");
+  } else {
+    e.delta = parameter(*delta, weight, {adapters, e.positions, e.width}, "delta");
+  }
+  STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length, "more tokens than positions, or none to insert the prompt after");
+  STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
+  e.ids = integers(input_ids, weight, "input_ids");
+  e.ids_row_stride = input_ids.stride(0);
+  e.offsets = integers(offsets, weight, e.batch, "offsets");
+  e.adapters = integers(adapter_ids, weight, e.batch, "adapter_ids");
+
+  Tensor out = torch::stable::new_empty(weight, {e.batch, e.virtual_tokens + e.length, e.width});
+  if (out.numel() == 0) return out;
+  e.out = out.mutable_data_ptr();
+  dispatch(weight, "weight", [&](auto element) {
+    constexpr int64_t size = sizeof(element);
+    const bool wide = aligned({e.out, e.weight, e.prompt, e.b, e.delta}, {e.width * size, e.weight_stride * size});
+    forward_of<decltype(element)>(e, wide, adapters > 1, weight.get_device_index());
+  });
+  return out;
+}
+
+// A gradient that is not wanted has no element.
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions, const std::optional<Tensor>& offsets, bool insert_after_first,
+    const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
+  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, m + L, d) with dense rows");
+  Gradient g{};
+  g.grad = grad.const_data_ptr();
+  g.batch_stride = grad.stride(0);
+  g.column_stride = grad.stride(1);
+  g.batch = to_int(grad.size(0), "B");
+  g.length = to_int(grad.size(1) - virtual_tokens, "L");
+  g.virtual_tokens = to_int(virtual_tokens, "m");
+  g.width = to_int(grad.size(2), "d");
+  g.first = insert_after_first;
+  STD_TORCH_CHECK(g.length <= positions, "grad must have m + L columns, L at most ", positions);
+  STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
+  g.offsets = integers(offsets, grad, g.batch, "offsets");
+  g.adapters = integers(adapter_ids, grad, g.batch, "adapter_ids");
+  const auto sums = [&](bool wanted, int64_t rows) {
+    return torch::stable::new_empty(grad, {wanted ? adapters : 0, rows, g.width}, ScalarType::Float);
+  };
+  Tensor grad_prompt = sums(need_prompt, virtual_tokens), grad_delta = sums(need_delta, positions);
+  if (need_prompt) g.prompt_rows = g.virtual_tokens;
+  if (need_delta) g.delta_rows = to_int(positions, "s");
+  g.total_rows = to_int(adapters * (g.prompt_rows + int64_t(g.delta_rows)), "K * (m + s)");
+  if (g.total_rows == 0 || g.width == 0) return {grad_prompt, grad_delta};
+  g.prompt = static_cast<float*>(grad_prompt.mutable_data_ptr());
+  g.delta = static_cast<float*>(grad_delta.mutable_data_ptr());
+  dispatch(grad, "grad", [&](auto element) {
+    constexpr int64_t size = sizeof(element);
+    const bool wide = aligned({g.grad, g.prompt, g.delta}, {g.width * size, g.batch_stride * size, g.column_stride * size});
+    backward_of<decltype(element)>(g, wide, grad.get_device_index());
+  });
+  return {grad_prompt, grad_delta};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+  m.impl("decomposed_prompt_embedding_cuda", TORCH_BOX(&forward));
+  m.impl("decomposed_prompt_embedding_backward_cuda", TORCH_BOX(&backward));
+}
+
+}  // namespace
+
+// Why this file's kernels do not run on the current device, or null.
+extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_problem() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, embedding_backward<float, 4>);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}

@@ -1,0 +1,334 @@
+// The kernels of decomposed_prompt_embedding on CUDA: plain CUDA, no torch.
+//
+// Forward: a block owns a tile of positions and columns for a few rows of the batch. It keeps the tile of scale * a @ b (or of delta, or of
+// the prompt) in registers for as long as the rows' adapter stays the same, so that tile costs no memory traffic: a (K, s, d) buffer would
+// move as many bytes as the output. Backward: a warp owns one row of a gradient and adds the rows of the batch in their order.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace peft_kernels {
+
+constexpr int kLanes = 32;
+constexpr int kWarps = 4;
+constexpr int kRanks = 32;  // of a, staged in shared memory at a time
+constexpr int kLoadsInFlight = 4;
+
+// A vector of int32 or int64 in memory, or none.
+struct Integers {
+  const void* data;
+  int64_t stride;
+  bool wide;
+
+  __device__ int64_t at(int64_t element) const {
+    return wide ? __ldg(static_cast<const long long*>(data) + element) : __ldg(static_cast<const int*>(data) + element);
+  }
+  __device__ int get(int i) const { return data ? int(at(i * stride)) : 0; }
+};
+
+struct Embedding {
+  void* out;           // (batch, virtual_tokens + length, width)
+  const void* weight;  // rows weight_stride apart
+  const float* prompt;  // (K, virtual_tokens, width)
+  const float* a;      // (K, positions, rank), with b; or delta
+  const float* b;      // (K, rank, width)
+  const float* delta;  // (K, positions, width)
+  Integers ids, offsets, adapters;
+  int64_t ids_row_stride, weight_stride;
+  int batch, length, virtual_tokens, positions, width, rank;
+  int first;  // tokens before the prompt
+  int column_tiles, prompt_tiles, tiles, rows_per_block;
+  float scale, embed_scale;
+};
+
+struct Gradient {
+  const void* grad;  // (batch, virtual_tokens + length, width)
+  float* prompt;     // (K, prompt_rows, width)
+  float* delta;      // (K, delta_rows, width)
+  Integers offsets, adapters;
+  int64_t batch_stride, column_stride;
+  int batch, length, virtual_tokens, width;
+  int first;
+  int prompt_rows, delta_rows;  // 0 where the gradient is not wanted
+  int total_rows;               // K * (prompt_rows + delta_rows)
+  int column_tiles;
+};
+
+// V elements as they lie in memory: 16 bytes, or one element where those are not aligned.
+template <class T, int V>
+struct Packed;
+
+template <class T>
+struct Packed<T, 1> {
+  using Type = T;
+  static __device__ void unpack(T x, float (&into)[1]) { into[0] = static_cast<float>(x); }
+  static __device__ T pack(const float (&x)[1]) { return static_cast<T>(x[0]); }
+};
+
+template <>
+struct Packed<float, 4> {
+  using Type = float4;
+  static __device__ void unpack(const float4& x, float (&into)[4]) { into[0] = x.x, into[1] = x.y, into[2] = x.z, into[3] = x.w; }
+  static __device__ float4 pack(const float (&x)[4]) { return make_float4(x[0], x[1], x[2], x[3]); }
+};
+
+template <class Two, class Widen, class Narrow>
+struct PackedPairs {
+  using Type = uint4;
+  static __device__ void unpack(const uint4& x, float (&into)[8]) {
+    const unsigned words[] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = Widen()(reinterpret_cast<const Two&>(words[i]));
+      into[2 * i] = two.x, into[2 * i + 1] = two.y;
+    }
+  }
+  static __device__ uint4 pack(const float (&x)[8]) {
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Two two = Narrow()(x[2 * i], x[2 * i + 1]);
+      words[i] = reinterpret_cast<const unsigned&>(two);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+
+struct HalfToFloat {
+  __device__ float2 operator()(__half2 x) const { return __half22float2(x); }
+};
+struct FloatToHalf {
+  __device__ __half2 operator()(float x, float y) const { return __floats2half2_rn(x, y); }
+};
+struct BFloat16ToFloat {
+  __device__ float2 operator()(__nv_bfloat162 x) const { return __bfloat1622float2(x); }
+};
+struct FloatToBFloat16 {
+  __device__ __nv_bfloat162 operator()(float x, float y) const { return __floats2bfloat162_rn(x, y); }
+};
+template <>
+struct Packed<__half, 8> : PackedPairs<__half2, HalfToFloat, FloatToHalf> {};
+template <>
+struct Packed<__nv_bfloat16, 8> : PackedPairs<__nv_bfloat162, BFloat16ToFloat, FloatToBFloat16> {};
+
+template <class T, int V>
+__device__ typename Packed<T, V>::Type load(const T* from) {
+  return __ldg(reinterpret_cast<const typename Packed<T, V>::Type*>(from));
+}
+
+template <class T, int V>
+__device__ void store(T* to, const float (&x)[V]) {
+  const auto packed = Packed<T, V>::pack(x);
+  if constexpr (sizeof(packed) == 16) {  // as an assignment it becomes four stores
+    const uint4& words = reinterpret_cast<const uint4&>(packed);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
+  } else {
+    *to = packed;
+  }
+}
+
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
+template <int V>
+__device__ void load_floats(float (&into)[V], const float* from) {
+  if constexpr (V == 1) {
+    into[0] = __ldg(from);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; v += 4) *reinterpret_cast<float4*>(into + v) = __ldg(reinterpret_cast<const float4*>(from + v));
+  }
+}
+
+// update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; those without a column compute nothing.
+template <int V, int P>
+__device__ void multiply(const Embedding& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
+  constexpr int kTile = kWarps * P;
+  // a transposed, so that a thread reads its positions at once; 4 more: fewer bank conflicts
+  __shared__ float a_tile[kRanks][kTile + 4];
+  const float* a = e.a + int64_t(adapter) * e.positions * e.rank;
+  const float* b = e.b + int64_t(adapter) * e.rank * e.width + column;
+  const int warp = threadIdx.x / kLanes;
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) update[p][v] = 0;
+  }
+  for (int start = 0; start < e.rank; start += kRanks) {
+    const int ranks = min(kRanks, e.rank - start);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile * kRanks; i += kWarps * kLanes) {
+      const int position = tile_position + i / kRanks, r = i % kRanks;
+      a_tile[r][i / kRanks] = r < ranks && position < e.length ? e.scale * __ldg(a + int64_t(position) * e.rank + start + r) : 0;
+    }
+    __syncthreads();
+    if (column >= e.width) continue;
+#pragma unroll P / 4
+    for (int r = 0; r < ranks; ++r) {
+      float b_row[V], a_row[P];
+      load_floats<V>(b_row, b + int64_t(start + r) * e.width);
+#pragma unroll
+      for (int p = 0; p < P; p += 4) {
+        *reinterpret_cast<float4*>(a_row + p) = *reinterpret_cast<const float4*>(&a_tile[r][warp * P + p]);
+      }
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) update[p][v] = fmaf(a_row[p], b_row[v], update[p][v]);
+      }
+    }
+  }
+}
+
+// update = those rows of delta or of the prompt.
+template <int V, int P>
+__device__ void load_update(const float* from, int width, int rows, float (&update)[P][V]) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    if (p < rows) load_floats<V>(update[p], from + int64_t(p) * width);
+  }
+}
+
+// P positions to a thread: more make fewer loads of a product, and fewer threads.
+template <class T, int V, int P>
+__global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forward(const __grid_constant__ Embedding e) {
+  constexpr int kTile = kWarps * P;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int tile = blockIdx.x / e.column_tiles % e.tiles;
+  const int column = (blockIdx.x % e.column_tiles * kLanes + lane) * V;
+  const bool is_prompt = tile < e.prompt_tiles, inside = column < e.width;
+  const int tile_position = (is_prompt ? tile : tile - e.prompt_tiles) * kTile;
+  const int position = tile_position + warp * P;
+  const int rows = min(P, (is_prompt ? e.virtual_tokens : e.length) - position);  // of the warp
+  const int mine = inside ? rows : 0;
+  const int begin = blockIdx.x / e.column_tiles / e.tiles * e.rows_per_block;
+  const int end = min(begin + e.rows_per_block, e.batch);
+
+  float update[P][V];
+  int current = -1;  // whose update it is
+  for (int row = begin; row < end; ++row) {
+    const int adapter = e.adapters.get(row);
+    T* out = static_cast<T*>(e.out) + int64_t(row) * (e.virtual_tokens + e.length) * e.width + column;
+    if (is_prompt) {
+      if (adapter != current && adapter >= 0) {
+        load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width, mine, update);
+        current = adapter;
+      }
+      out += int64_t(e.first + position) * e.width;
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        if (p >= mine) continue;
+        float result[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) result[v] = adapter < 0 ? 0 : update[p][v];
+        store<T, V>(out + int64_t(p) * e.width, result);
+      }
+      continue;
+    }
+
+    // Position p belongs to token p + offset; those past the end stand for the tokens before the offset, which get no update.
+    const int offset = e.offsets.get(row);
+    const auto token_of = [&](int p) {
+      const int token = position + p + offset;
+      return token < e.length ? token : token - e.length;
+    };
+    // Each lane finds the table row of one position: one load, not one after the other.
+    int64_t source = 0;
+    if (lane < rows) source = e.ids.at(int64_t(row) * e.ids_row_stride + token_of(lane) * e.ids.stride) * e.weight_stride;
+    const auto embedding_of = [&](int p) { return static_cast<const T*>(e.weight) + __shfl_sync(~0u, source, p) + column; };
+    if (adapter != current && adapter >= 0) {  // the same in the whole block
+      current = adapter;
+      if (e.delta) {
+        load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width, mine, update);
+      } else {
+#pragma unroll
+        for (int p = 0; p < P; ++p) {  // the registers are full until the product is there
+          const T* embedding = embedding_of(p);
+          if (p < mine) prefetch(embedding);
+        }
+        multiply<V, P>(e, adapter, tile_position, column, update);
+      }
+    }
+    typename Packed<T, V>::Type embedding[P];
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      const T* from = embedding_of(p);
+      if (p < mine) embedding[p] = load<T, V>(from);
+    }
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      if (p >= mine) continue;
+      const int token = token_of(p);
+      const bool updated = adapter >= 0 && token >= offset;
+      float x[V];
+      Packed<T, V>::unpack(embedding[p], x);
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[v] = updated ? fmaf(e.embed_scale, x[v], update[p][v]) : e.embed_scale * x[v];
+      store<T, V>(out + int64_t(token < e.first ? token : token + e.virtual_tokens) * e.width, x);
+    }
+  }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __grid_constant__ Gradient g) {
+  using Addend = typename Packed<T, V>::Type;
+  constexpr unsigned kAll = ~0u;
+  const int lane = threadIdx.x % kLanes;
+  const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
+  const bool inside = column < g.width;
+  const int row = blockIdx.x / g.column_tiles * kWarps + threadIdx.x / kLanes;
+  if (row >= g.total_rows) return;
+  const int rows = g.prompt_rows + g.delta_rows;
+  const int adapter = row / rows;
+  const int within = row % rows;
+  const bool is_prompt = within < g.prompt_rows;
+  const int position = is_prompt ? within : within - g.prompt_rows;
+  const T* grad = static_cast<const T*>(g.grad) + column;
+
+  float sum[V] = {};
+  for (int start = 0; start < g.batch; start += kLanes) {
+    int64_t source = -1;  // of a row of the batch for each lane: where its addend stands
+    const int b = start + lane;
+    if (b < g.batch && g.adapters.get(b) == adapter) {
+      if (is_prompt) {
+        source = b * g.batch_stride + (g.first + position) * g.column_stride;
+      } else {
+        const int token = position + g.offsets.get(b);
+        if (token < g.length) source = b * g.batch_stride + (token < g.first ? token : token + g.virtual_tokens) * g.column_stride;
+      }
+    }
+    for (unsigned left = __ballot_sync(kAll, source >= 0); left;) {
+      Addend addends[kLoadsInFlight];
+#pragma unroll
+      for (auto& addend : addends) {
+        addend = Addend{};
+        if (left) {
+          const int64_t from = __shfl_sync(kAll, source, __ffs(left) - 1);
+          left &= left - 1;
+          if (inside) addend = load<T, V>(grad + from);
+        }
+      }
+#pragma unroll
+      for (const auto& addend : addends) {
+        float x[V];
+        Packed<T, V>::unpack(addend, x);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += x[v];
+      }
+    }
+  }
+  if (!inside) return;
+  float* to = is_prompt ? g.prompt + (int64_t(adapter) * g.prompt_rows + position) * g.width
+                        : g.delta + (int64_t(adapter) * g.delta_rows + position) * g.width;
+  if constexpr (V == 1) {
+    to[column] = sum[0];
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; v += 4) store<float, 4>(to + column + v, {sum[v], sum[v + 1], sum[v + 2], sum[v + 3]});
+  }
+}
+
+}  // namespace peft_kernels

@@ -1,0 +1,250 @@
+"""The embeddings of a soft prompt and of tokens with a low-rank update by position, written in one pass."""
+
+import os
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+__all__ = ["decomposed_prompt_embedding"]
+
+# name -> module; each has forward, backward and unavailable(device_type, dtype) -> reason or None. Where one has backward_low_rank too,
+# the gradients of a and b come from there up to rank MAX_RANK, without that of their product, (K, s, d), in memory.
+IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp", "cuda": "cuda", "triton": "triton"}
+
+_NAME = "decomposed_prompt_embedding"
+_lib = torch.library.Library("peft_kernels", "FRAGMENT")
+_lib.define(
+    f"{_NAME}(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? a, Tensor? b, Tensor? delta, float scale, float embed_scale,"
+    " Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, str impl) -> Tensor"
+)
+_lib.define(
+    f"{_NAME}_backward(Tensor grad, SymInt adapters, SymInt virtual, SymInt positions, Tensor? a, Tensor? b, float scale,"
+    " Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool need_prompt, bool need_delta, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def decomposed_prompt_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    prompt: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    delta: Tensor | None = None,
+    scale: float = 1.0,
+    embed_scale: float = 1.0,
+    offsets: Tensor | None = None,
+    insert_after_first: bool = False,
+    adapter_ids: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A soft prompt, then the embedding of every token plus a low-rank update that depends on the token's position.
+
+    ``out[:, :m] = prompt``; ``out[:, m + j] = embed_scale * weight[input_ids[:, j]] + scale * (a @ b)[j - offset]``. One pass: no
+    (B, L, d) temporary, no concatenation. Decomposed prompt tuning, arXiv 2309.05173, section 2.2; the authors' code has
+    ``scale = 8 / sqrt(r)``.
+
+    Args:
+        input_ids: (B, L) int32 or int64 in [0, V).
+        weight: (V, d) embedding table; float32, float16, bfloat16 or float64.
+        prompt: (m, d), or (K, m, d) for K adapters; in ``weight``'s dtype or float32. m may be 0.
+        a: (s, r) or (K, s, r), with L <= s; dtypes of all parameters as that of ``prompt``.
+        b: (r, d) or (K, r, d).
+        delta: (s, d) or (K, s, d), in place of ``a`` and ``b``: ``scale * a @ b`` computed beforehand.
+        scale: factor of the low-rank update; not applied to ``delta``.
+        embed_scale: factor of the embedding, for models that scale it outside of the module.
+        offsets: (B,) int32 or int64 in [0, L]: row i of ``a`` goes to token ``offsets + i``, for inputs padded on the left. Tokens
+            before get their embedding alone. None: 0.
+        insert_after_first: put the prompt behind the first token instead of before it, where a model reads its summary from that.
+        adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row. -1: none; that row's prompt rows are 0, to be masked by
+            the caller, and its tokens have their embedding alone. Required where K > 1.
+        impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
+
+    Returns:
+        (B, m + L, d), contiguous, in ``weight``'s dtype; sums in float32 (float64 where ``weight`` has it).
+
+    Gradients go to ``prompt``, ``a``, ``b`` or ``delta``, summed over the batch in a fixed order, and to ``weight`` (dense) where it
+    wants one; a frozen table costs nothing.
+
+    Values of ``input_ids``, ``offsets`` and ``adapter_ids`` are checked on the CPU. On a GPU that would wait for the device: they are
+    checked there only when the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+
+    Raises:
+        ValueError: shapes, devices or values that do not fit, or a named implementation that cannot run, with the reason.
+        TypeError: dtypes that do not fit.
+    """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{_NAME}: impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    prompt, a, b, delta = (_stacked(x, wide) for x in (prompt, a, b, delta))
+    insert_after_first = insert_after_first and input_ids.shape[1] > 0
+    return torch.ops.peft_kernels.decomposed_prompt_embedding.default(
+        input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl
+    )
+
+
+def choose(weight: Tensor) -> str:
+    """What ``impl="auto"`` takes, forward and backward: the first that can run here.
+
+    | where and what               | implementation |
+    | ---------------------------- | -------------- |
+    | float64                      | reference      |
+    | CPU, native library built    | cpp            |
+    | CUDA, native library with it | cuda           |
+    | CUDA or ROCm, triton         | triton         |
+    | anything else                | reference      |
+    """
+    for impl in ("cpp", "cuda", "triton"):
+        if _module(impl).unavailable(weight.device.type, weight.dtype) is None and (impl != "triton" or weight.device.type != "cpu"):
+            return impl
+    return "reference"
+
+
+def _stacked(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """With a leading dimension of adapters."""
+    return x if x is None else x.to(dtype) if x.ndim == 3 else x.to(dtype)[None]
+
+
+def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
+    if weight.ndim != 2:
+        raise ValueError(f"{_NAME}: weight must be (V, d), got {tuple(weight.shape)}")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"{_NAME}: weight must be float32, float16, bfloat16 or float64, got {weight.dtype}")
+    if input_ids.ndim != 2:
+        raise ValueError(f"{_NAME}: input_ids must be (B, L), got {tuple(input_ids.shape)}")
+    if (delta is None) == (a is None) or (a is None) != (b is None):
+        given = [name for name, x in (("a", a), ("b", b), ("delta", delta)) if x is not None]
+        raise ValueError(f"{_NAME}: give either a and b, or delta, got {given or 'none of them'}")
+    batch, length = input_ids.shape
+    width = weight.shape[1]
+    parameters = {name: x for name, x in (("prompt", prompt), ("a", a), ("b", b), ("delta", delta)) if x is not None}
+    for name, x in parameters.items():
+        if x.dtype not in (weight.dtype, torch.float32):
+            raise TypeError(f"{_NAME}: {name} must be {weight.dtype} as weight is, or float32, got {x.dtype}")
+        if x.ndim != prompt.ndim or x.ndim not in (2, 3):
+            raise ValueError(f"{_NAME}: {', '.join(parameters)} must all have 2 dimensions, or 3 with stacked adapters, got {name} {tuple(x.shape)}")
+        if x.ndim == 3 and x.shape[0] != prompt.shape[0]:
+            raise ValueError(f"{_NAME}: {name} must have the {prompt.shape[0]} adapters of prompt, got {tuple(x.shape)}")
+        if name != "a" and x.shape[-1] != width:
+            raise ValueError(f"{_NAME}: {name} must be {width} wide as weight is, got {tuple(x.shape)}")
+    if a is not None and a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"{_NAME}: a (s, r) and b (r, d) must share their rank r, got {tuple(a.shape)} and {tuple(b.shape)}")
+    positions = (a if delta is None else delta).shape[-2]
+    if length > positions:
+        raise ValueError(f"{_NAME}: input_ids has {length} tokens, but {'a' if delta is None else 'delta'} has rows for {positions}")
+    if adapter_ids is None and prompt.ndim == 3 and prompt.shape[0] != 1:
+        raise ValueError(f"{_NAME}: adapter_ids must choose among the {prompt.shape[0]} adapters of prompt")
+    for name, x in (("input_ids", input_ids), ("offsets", offsets), ("adapter_ids", adapter_ids)):
+        if x is None:
+            continue
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{_NAME}: {name} must be int32 or int64, got {x.dtype}")
+        if name != "input_ids" and x.shape != (batch,):
+            raise ValueError(f"{_NAME}: {name} must be ({batch},), got {tuple(x.shape)}")
+    for name, x in {"input_ids": input_ids, "offsets": offsets, "adapter_ids": adapter_ids, **parameters}.items():
+        if x is not None and x.device != weight.device:
+            raise ValueError(f"{_NAME}: {name} must be on {weight.device} as weight is, got {x.device}")
+
+
+def _check_values(input_ids, weight, prompt, offsets, adapter_ids):
+    limits = (
+        ("input_ids", input_ids, 0, weight.shape[0]),
+        ("offsets", offsets, 0, input_ids.shape[1] + 1),
+        ("adapter_ids", adapter_ids, -1, prompt.shape[0]),
+    )
+    for name, x, low, end in limits:
+        if x is not None and x.numel():
+            least, most = (int(v) for v in x.aminmax())
+            if least < low or most >= end:
+                raise ValueError(f"{_NAME}: {name} must lie in [{low}, {end}), got values from {least} to {most}")
+
+
+@cache
+def _module(impl: str):
+    return import_module(f"{__name__}.{IMPLEMENTATIONS[impl]}")
+
+
+def _resolve(impl: str, x: Tensor):
+    if impl == "auto":
+        impl = choose(x)
+    elif reason := _module(impl).unavailable(x.device.type, x.dtype):
+        raise ValueError(f"{_NAME}: impl={impl!r} cannot run here: {reason}")
+    return _module(impl)
+
+
+@torch.library.impl(_lib, _NAME, "CompositeExplicitAutograd")
+def _forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl):
+    if weight.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
+        _check_values(input_ids, weight, prompt, offsets, adapter_ids)
+    implementation = _resolve(impl, weight)
+    return implementation.forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids)
+
+
+@torch.library.impl(_lib, f"{_NAME}_backward", "CompositeExplicitAutograd")
+def _backward(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta, impl):
+    """Of prompt, a, b and delta: with a comes that of b, with b that of a; one that is not wanted has no element."""
+    implementation = _resolve(impl, grad)
+    sizes, where = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
+    grad_a = grad_b = None
+    rank = 0 if a is None and b is None else b.shape[1] if a is None else a.shape[2]
+    if 0 < rank <= getattr(implementation, "MAX_RANK", 0) and not need_delta:
+        grad_prompt, grad_a, grad_b = implementation.backward_low_rank(grad, *sizes, a, b, scale, *where, need_prompt)
+        grad_delta = None
+    else:
+        grad_prompt, grad_delta = implementation.backward(grad, *sizes, *where, need_prompt, need_delta or a is not None or b is not None)
+        if b is not None:
+            grad_a = scale * (grad_delta @ b.mT)
+        if a is not None:
+            grad_b = scale * (a.mT @ grad_delta)
+    grads = grad_prompt, grad_a, grad_b, grad_delta if need_delta else None
+    return tuple(_wide(grad, 0) if x is None else x for x in grads)
+
+
+@torch.library.register_fake(f"peft_kernels::{_NAME}", lib=_lib)
+def _(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl):
+    return weight.new_empty(input_ids.shape[0], prompt.shape[1] + input_ids.shape[1], weight.shape[1])
+
+
+@torch.library.register_fake(f"peft_kernels::{_NAME}_backward", lib=_lib)
+def _(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta, impl):
+    width = grad.shape[2]
+    grad_prompt = _wide(grad, adapters, virtual, width) if need_prompt else _wide(grad, 0)
+    grad_a = _wide(grad, 0) if b is None else _wide(grad, adapters, positions, b.shape[1])
+    grad_b = _wide(grad, 0) if a is None else _wide(grad, adapters, a.shape[2], width)
+    return grad_prompt, grad_a, grad_b, _wide(grad, adapters, positions, width) if need_delta else _wide(grad, 0)
+
+
+def _wide(like: Tensor, *shape) -> Tensor:
+    return like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _setup_context(ctx, inputs, output):
+    input_ids, weight, prompt, a, b, delta, ctx.scale, ctx.embed_scale, offsets, ctx.insert_after_first, adapter_ids, ctx.impl = inputs
+    ctx.sizes = prompt.shape[0], prompt.shape[1], (a if delta is None else delta).shape[1]
+    ctx.rows = weight.shape[0]
+    _, need_weight, _, need_a, need_b, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(input_ids if need_weight else None, a if need_b else None, b if need_a else None, offsets, adapter_ids)
+
+
+def _autograd(ctx, grad):
+    input_ids, a, b, offsets, adapter_ids = ctx.saved_tensors
+    _, need_weight, need_prompt, need_a, need_b, need_delta, *_ = ctx.needs_input_grad
+    grad_weight = _embedding_gradient(ctx, grad, input_ids) if need_weight else None
+    grads = torch.ops.peft_kernels.decomposed_prompt_embedding_backward.default(
+        grad, *ctx.sizes, a, b, ctx.scale, offsets, ctx.insert_after_first, adapter_ids, need_prompt, need_delta, ctx.impl
+    )
+    needs = need_prompt, need_a, need_b, need_delta
+    return None, grad_weight, *(x if needed else None for x, needed in zip(grads, needs)), None, None, None, None, None, None
+
+
+def _embedding_gradient(ctx, grad, input_ids):
+    virtual, first = ctx.sizes[1], int(ctx.insert_after_first)
+    tokens = torch.cat([grad[:, :first], grad[:, first + virtual :]], 1) if first else grad[:, virtual:]
+    return torch.ops.aten.embedding_dense_backward(ctx.embed_scale * tokens, input_ids, ctx.rows, -1, False)
+
+
+torch.library.register_autograd(f"peft_kernels::{_NAME}", _autograd, setup_context=_setup_context, lib=_lib)

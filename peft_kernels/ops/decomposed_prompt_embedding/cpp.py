@@ -1,0 +1,51 @@
+"""C++ for the CPU: csrc/cpu/decomposed_prompt_embedding*."""
+
+import torch
+from torch.nn.functional import pad
+
+from .. import native_library
+
+DTYPES = (torch.float32, torch.bfloat16)
+COLUMN_MULTIPLE = 16  # of b: kColumnMultiple in csrc/cpu/decomposed_prompt_embedding.h
+MAX_RANK = 512  # of backward_low_rank: kMaxRank there
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"its kernels run on the CPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"its kernels take {' and '.join(str(x) for x in DTYPES)}, not {dtype}"
+    return native_library.problem()
+
+
+def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids):
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    prompt, a, b, delta = (x if x is None else x.contiguous() for x in (prompt, a, b, delta))
+    if b is not None and b.shape[2] % COLUMN_MULTIPLE:
+        b = pad(b, (0, -b.shape[2] % COLUMN_MULTIPLE))
+    return torch.ops.peft_kernels.decomposed_prompt_embedding_cpu.default(
+        input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids
+    )
+
+
+def backward(grad, adapters, virtual, positions, offsets, insert_after_first, adapter_ids, need_prompt, need_delta):
+    grad_prompt, _, _, grad_delta = torch.ops.peft_kernels.decomposed_prompt_embedding_backward_cpu.default(
+        _dense(grad), adapters, virtual, positions, 0, None, None, 0.0, offsets, insert_after_first, adapter_ids, need_prompt, need_delta
+    )
+    return grad_prompt if need_prompt else None, grad_delta if need_delta else None
+
+
+def backward_low_rank(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt):
+    """Of prompt, a and b; with a comes the gradient of b, with b that of a."""
+    rank = b.shape[1] if a is None else a.shape[2]
+    a = None if a is None else a.contiguous()
+    transposed = None if b is None else pad(b, (0, 0, 0, -rank % COLUMN_MULTIPLE)).mT.contiguous()
+    grad_prompt, grad_a, grad_b, _ = torch.ops.peft_kernels.decomposed_prompt_embedding_backward_cpu.default(
+        _dense(grad), adapters, virtual, positions, rank, a, transposed, scale, offsets, insert_after_first, adapter_ids, need_prompt, False
+    )
+    return grad_prompt if need_prompt else None, None if b is None else grad_a, None if a is None else grad_b
+
+
+def _dense(grad):
+    return grad if grad.stride(2) == 1 else grad.contiguous()

@@ -1,0 +1,158 @@
+"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
+
+import os
+from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from . import triton_kernels
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton_kernels = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PROGRAMS_PER_PROCESSOR = 2  # wanted at least, before a program takes several rows of the batch
+MAX_ROWS = 16
+
+
+class Config(NamedTuple):
+    """Rows (forward: positions, backward: of the batch), columns and ranks of ``a`` to a block."""
+
+    rows: int
+    columns: int
+    ranks: int
+    num_warps: int
+    precision: str = "ieee"
+
+
+class Configs(NamedTuple):
+    forward: Config
+    backward: Config
+
+
+# (family, bytes of an element of the table). Every row is compiled without a GPU by tests/ops/test_decomposed_prompt_embedding_compiles.py.
+# A result in 16 bits has no use for the last bits of the product: three products in TF32 on tensor cores err by less than 2^-20.
+C = Config
+CONFIGS = {
+    ("sm_80", 2): Configs(C(32, 128, 32, 4, "tf32x3"), C(8, 256, 0, 4)),
+    ("sm_80", 4): Configs(C(32, 128, 16, 8), C(8, 128, 0, 4)),
+    ("sm_90", 2): Configs(C(32, 128, 32, 4, "tf32x3"), C(8, 256, 0, 4)),
+    ("sm_90", 4): Configs(C(32, 128, 16, 8), C(8, 128, 0, 4)),
+    ("sm_100", 2): Configs(C(32, 128, 32, 4, "tf32x3"), C(8, 256, 0, 4)),
+    ("sm_100", 4): Configs(C(32, 128, 16, 8), C(8, 128, 0, 4)),
+    ("gfx942", 2): Configs(C(32, 128, 32, 4), C(8, 256, 0, 4)),
+    ("gfx942", 4): Configs(C(32, 128, 32, 4), C(8, 128, 0, 4)),
+}
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    if triton_kernels is None:
+        return "triton is not installed"
+    if dtype not in DTYPES:
+        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
+    if device == "cpu" and not INTERPRETED:
+        return "on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1 set before the first call"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "the arithmetic of Triton's interpreter is wrong in bfloat16"
+    if device not in ("cpu", "cuda"):
+        return f"its kernels are for CUDA and ROCm devices, not {device}"
+    return None
+
+
+def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids) -> Tensor:
+    batch, length = input_ids.shape
+    virtual, width = prompt.shape[1:]
+    out = weight.new_empty(batch, virtual + length, width)
+    if not out.numel():
+        return out
+    weight = _dense(weight)
+    prompt, a, b, delta = (x if x is None else x.contiguous() for x in (prompt, a, b, delta))
+    positions, rank = a.shape[1:] if delta is None else (delta.shape[1], 0)
+    family, processors = device_of(weight.device)
+    config = CONFIGS[family, weight.element_size()].forward
+    programs_per_row = _cdiv(width, config.columns) * (_cdiv(virtual, config.rows) + _cdiv(length, config.rows))
+    rows = rows_per_program(batch, programs_per_row, processors)
+    with _guard(weight.device):
+        triton_kernels.forward_kernel[programs_per_row * _cdiv(batch, rows),](
+            out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
+            batch, length, virtual, positions, rank, width, rows, scale, embed_scale,
+            *input_ids.stride(), weight.stride(0), _stride(offsets), _stride(adapter_ids),
+            **forward_options(config, insert_after_first),
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    grad, adapters, virtual, positions, offsets, insert_after_first, adapter_ids, need_prompt, need_delta
+) -> tuple[Tensor | None, Tensor | None]:
+    batch, columns, width = grad.shape
+    grad_prompt, grad_delta = (
+        grad.new_empty(adapters, rows, width, dtype=torch.float32) if needed else None
+        for rows, needed in ((virtual, need_prompt), (positions, need_delta))
+    )
+    prompt_rows, delta_rows = (0 if x is None else x.shape[1] for x in (grad_prompt, grad_delta))
+    if not adapters * (prompt_rows + delta_rows) * width:
+        return grad_prompt, grad_delta
+    grad = _dense(grad)
+    family, _ = device_of(grad.device)
+    config = CONFIGS[family, grad.element_size()].backward
+    with _guard(grad.device):
+        triton_kernels.backward_kernel[_cdiv(width, config.columns) * adapters * (prompt_rows + delta_rows),](
+            grad, grad_prompt, grad_delta, offsets, adapter_ids,
+            batch, columns - virtual, virtual, prompt_rows, delta_rows, width,
+            *grad.stride()[:2], _stride(offsets), _stride(adapter_ids),
+            **backward_options(config, insert_after_first),
+        )  # fmt: skip
+    return grad_prompt, grad_delta
+
+
+def rows_per_program(batch: int, programs_per_row: int, processors: int) -> int:
+    """Rows of the batch to a program: it computes their common update once, but there have to be programs for the whole device."""
+    return max(1, min(batch * programs_per_row // (PROGRAMS_PER_PROCESSOR * processors), MAX_ROWS))
+
+
+@cache
+def forward_options(config: Config, insert_after_first: bool) -> dict:
+    blocks = {"BP": config.rows, "BD": config.columns, "BR": config.ranks, "PRECISION": config.precision}
+    return {"FIRST": int(insert_after_first), **blocks, "num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+@cache
+def backward_options(config: Config, insert_after_first: bool) -> dict:
+    blocks = {"BN": config.rows, "BD": config.columns}
+    return {"FIRST": int(insert_after_first), **blocks, "num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+@cache
+def device_of(device: torch.device) -> tuple[str, int]:
+    """The family whose configurations fit, and the number of processors."""
+    if device.type == "cpu":
+        return "sm_80", 4
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        family = "gfx942"
+    else:
+        family = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return family, properties.multi_processor_count
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _guard(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,26 @@
+"""The native kernels compiled for lesser processors than this one: each in a process of its own, which chooses once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_kernels.ops import native_library
+
+TESTS = {
+    "test_shared_cross_attention_native.py": "test_forward or test_backward or test_strides or test_empty",
+    "test_decomposed_prompt_embedding.py": "cpp and not cuda",
+}
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("file", TESTS)
+def test_lesser_instruction_sets(file, capability):
+    if native_library.problem():
+        pytest.skip(native_library.problem())
+    environment = {**os.environ, "PEFT_KERNELS_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name(file)), "-q", "-x", "-p", "no:cacheprovider", "-k", TESTS[file]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
