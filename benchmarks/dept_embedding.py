@@ -74,15 +74,21 @@ def ours(p: Problem, prompt, a, b):
 
 
 def official(p: Problem, prompt, a, b):
-    """The authors' order of work: repeat prompt and update per row, scale, add, concatenate."""
-    batch = p.ids.shape[0]
     if p.adapter_ids is None:
-        prompts = prompt[0].unsqueeze(0).repeat(batch, 1, 1)
-        update = (a[0] @ b[0]).unsqueeze(0).repeat(batch, 1, 1)
-    else:
-        prompts, update = prompt[p.adapter_ids], a[p.adapter_ids] @ b[p.adapter_ids]
+        return official_formulation(p.ids, p.weight, prompt[0], a[0], b[0], scale=SCALE)
+    prompts, update = prompt[p.adapter_ids], a[p.adapter_ids] @ b[p.adapter_ids]
     embedded = torch.nn.functional.embedding(p.ids, p.weight) + (update * SCALE).to(p.weight.dtype)
     return torch.cat((prompts.to(p.weight.dtype), embedded), dim=1)
+
+
+def official_formulation(ids, weight, prompt, a, b, *, scale, embed_scale=1.0, insert_after_first=False, offsets=None, adapter_ids=None):
+    """The authors' order of work: multiply, repeat prompt and update for every row, scale, add, concatenate."""
+    batch, length = ids.shape
+    prompts = prompt.repeat(batch, 1, 1).to(weight.dtype)
+    update = (a @ b).repeat(batch, 1, 1)[:, :length] * scale
+    tokens = embed_scale * torch.nn.functional.embedding(ids, weight) + update.to(weight.dtype)
+    first = int(insert_after_first)
+    return torch.cat((tokens[:, :first], prompts, tokens[:, first:]), dim=1)
 
 
 def expanded(p: Problem, prompt, a, b):

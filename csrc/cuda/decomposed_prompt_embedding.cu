@@ -60,7 +60,7 @@ Integers integers(const Tensor& x, const Tensor& like, const char* name) {
   const bool wide = x.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, " must be on the device of the other tensors");
-  return {x.const_data_ptr(), x.stride(-1), wide};
+  return {static_cast<const int*>(x.const_data_ptr()), x.stride(-1) * (wide ? 2 : 1)};
 }
 
 Integers integers(const std::optional<Tensor>& x, const Tensor& like, int64_t count, const char* name) {
@@ -136,7 +136,8 @@ Tensor forward(
     const std::optional<Tensor>& adapter_ids) {
   STD_TORCH_CHECK(weight.is_cuda() && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must be (V, d) with dense rows");
   STD_TORCH_CHECK(input_ids.dim() == 2, "input_ids must be (B, L)");
-  STD_TORCH_CHECK(prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value(), "prompt must be (K, m, d), with a and b or delta");
+  const bool fits = prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value() && (a ? *a : *delta).dim() == 3;
+  STD_TORCH_CHECK(fits, "prompt must be (K, m, d), with a and b or delta");
   const int64_t adapters = prompt.size(0);
   Embedding e{};
   e.batch = to_int(input_ids.size(0), "B");
@@ -160,7 +161,7 @@ Tensor forward(
   STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length, "more tokens than positions, or none to insert the prompt after");
   STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
   e.ids = integers(input_ids, weight, "input_ids");
-  e.ids_row_stride = input_ids.stride(0);
+  e.ids_row_stride = input_ids.stride(0) * (input_ids.scalar_type() == ScalarType::Long ? 2 : 1);
   e.offsets = integers(offsets, weight, e.batch, "offsets");
   e.adapters = integers(adapter_ids, weight, e.batch, "adapter_ids");
 

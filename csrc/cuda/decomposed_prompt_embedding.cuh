@@ -18,27 +18,24 @@ constexpr int kWarps = 4;
 constexpr int kRanks = 32;  // of a, staged in shared memory at a time
 constexpr int kLoadsInFlight = 4;
 
-// A vector of int32 or int64 in memory, or none.
+// A vector of int32, or of the low words of int64: -1 and what indexes memory fit. Or none.
 struct Integers {
-  const void* data;
-  int64_t stride;
-  bool wide;
+  const int* data;
+  int64_t stride;  // in words
 
-  __device__ int64_t at(int64_t element) const {
-    return wide ? __ldg(static_cast<const long long*>(data) + element) : __ldg(static_cast<const int*>(data) + element);
-  }
-  __device__ int get(int i) const { return data ? int(at(i * stride)) : 0; }
+  __device__ int get(int64_t i) const { return data ? __ldg(data + i * stride) : 0; }
 };
 
 struct Embedding {
-  void* out;           // (batch, virtual_tokens + length, width)
-  const void* weight;  // rows weight_stride apart
+  void* out;            // (batch, virtual_tokens + length, width)
+  const void* weight;   // rows weight_stride apart
   const float* prompt;  // (K, virtual_tokens, width)
-  const float* a;      // (K, positions, rank), with b; or delta
-  const float* b;      // (K, rank, width)
-  const float* delta;  // (K, positions, width)
+  const float* a;       // (K, positions, rank), with b; or delta
+  const float* b;       // (K, rank, width)
+  const float* delta;   // (K, positions, width)
   Integers ids, offsets, adapters;
-  int64_t ids_row_stride, weight_stride;
+  int64_t ids_row_stride;  // in words
+  int64_t weight_stride;
   int batch, length, virtual_tokens, positions, width, rank;
   int first;  // tokens before the prompt
   int column_tiles, prompt_tiles, tiles, rows_per_block;
@@ -192,6 +189,12 @@ __device__ void load_update(const float* from, int width, int rows, float (&upda
   }
 }
 
+// Position p belongs to token p + offset; those past the end stand for the tokens before the offset, which get no update.
+__device__ inline int token_at(int position, int offset, int length) {
+  const int token = position + offset;
+  return token < length ? token : token - length;
+}
+
 // P positions to a thread: more make fewer loads of a product, and fewer threads.
 template <class T, int V, int P>
 __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forward(const __grid_constant__ Embedding e) {
@@ -207,6 +210,12 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
   const int begin = blockIdx.x / e.column_tiles / e.tiles * e.rows_per_block;
   const int end = min(begin + e.rows_per_block, e.batch);
 
+  // Each lane finds the id of one position of the warp: one load, not one after the other.
+  const auto id_of = [&](int row) {
+    if (is_prompt || lane >= rows) return 0;
+    return __ldg(e.ids.data + row * e.ids_row_stride + token_at(position + lane, e.offsets.get(row), e.length) * e.ids.stride);
+  };
+  int id = id_of(begin);
   float update[P][V];
   int current = -1;  // whose update it is
   for (int row = begin; row < end; ++row) {
@@ -229,15 +238,10 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
       continue;
     }
 
-    // Position p belongs to token p + offset; those past the end stand for the tokens before the offset, which get no update.
     const int offset = e.offsets.get(row);
-    const auto token_of = [&](int p) {
-      const int token = position + p + offset;
-      return token < e.length ? token : token - e.length;
-    };
-    // Each lane finds the table row of one position: one load, not one after the other.
-    int64_t source = 0;
-    if (lane < rows) source = e.ids.at(int64_t(row) * e.ids_row_stride + token_of(lane) * e.ids.stride) * e.weight_stride;
+    const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
+    const int64_t source = id * e.weight_stride;
+    if (row + 1 < end) id = id_of(row + 1);  // on its way while this row is written
     const auto embedding_of = [&](int p) { return static_cast<const T*>(e.weight) + __shfl_sync(~0u, source, p) + column; };
     if (adapter != current && adapter >= 0) {  // the same in the whole block
       current = adapter;

@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import ops
+from ..ops import native_library
+from ..ops.decomposed_prompt_embedding import cuda
 from .measure import cpu_model, gpus, versions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,6 +27,8 @@ def _versions() -> Table:
     table = Table("package", "version", title="Versions", title_justify="left")
     for row in versions().items():
         table.add_row(*row)
+    for what, reason in (("C++ kernels", native_library.problem()), ("CUDA kernels", cuda.problem())):
+        table.add_row(what, "built" if reason is None else escape(reason))
     return table
 
 

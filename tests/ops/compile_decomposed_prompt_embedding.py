@@ -1,5 +1,7 @@
 """Compile the operator's Triton kernels for GPUs that are not here, and say what the binaries, and those of CUDA C++, hold.
 
+The first line is the compiler's version.
+
     python tests/ops/compile_decomposed_prompt_embedding.py [--only "sm_90 bf16"]    one line of JSON for every shipped configuration
     python tests/ops/compile_decomposed_prompt_embedding.py --cuda                   the same of every kernel in the built CUDA library
     python tests/ops/compile_decomposed_prompt_embedding.py --write [--cuda]         the same, into compiled_decomposed_prompt_embedding.json
@@ -26,24 +28,25 @@ from peft_kernels.ops.decomposed_prompt_embedding import triton as implementatio
 
 TABLE = Path(__file__).with_name("compiled_decomposed_prompt_embedding.json")
 KERNELS = ("product", "delta", "backward")
+SASS = {"load16": r"LDG\S*\.128", "store16": r"STG\S*\.128"}
 STORE16 = r"st\.global(?:\.\w+)*\.v4|(?:global|buffer)_store_dwordx4"
 FLOATS = ("prompt", "a", "b", "delta", "grad_prompt", "grad_delta")
 
 
 def cases():
     """(family, dtype, kernel): forward with a and b or with delta, and backward."""
-    for family, size in implementation.CONFIGS:
-        for dtype in ("fp32",) if size == 4 else ("bf16", "fp16"):
+    for family in TARGETS:
+        for dtype in ("fp32", "bf16", "fp16"):
             yield from ((family, dtype, kernel) for kernel in KERNELS)
 
 
 def compile_one(case) -> tuple[str, dict]:
     family, dtype, kernel = case
-    configs = implementation.CONFIGS[family, 4 if dtype == "fp32" else 2]
+    configs = implementation.CONFIGS["nvidia" if family.startswith("sm") else "amd", 4 if dtype == "fp32" else 2]
     if kernel == "backward":
         function, options = triton_kernels.backward_kernel, implementation.backward_options(configs.backward, True)
     else:
-        function, options = triton_kernels.forward_kernel, implementation.forward_options(configs.forward, True)
+        function, options = triton_kernels.forward_kernel, implementation.forward_options(configs.forward, True, kernel == "product")
     constants = {key: value for key, value in options.items() if key in function.arg_names}
     options = {key: value for key, value in options.items() if key not in constants}
     constants.update(dict.fromkeys({"product": ("delta",), "delta": ("a", "b"), "backward": ()}[kernel]))
@@ -74,18 +77,27 @@ def compile_one(case) -> tuple[str, dict]:
 
 def cuda_kernels():
     """(name, row) of every kernel of every architecture in the library that setup.py built."""
-    usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cuda.LIBRARY], capture_output=True, text=True, check=True).stdout
-    family = None
-    for line in usage.splitlines():
-        if found := re.search(r"arch = (sm_\d+)", line):
-            family = found[1]
-        elif found := re.search(r"embedding_(forward|backward)I(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E", line):
-            dtype = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}[found[2]]
-            width, *positions = re.findall(r"\d+", found[3])
-            kernel = " ".join((family, dtype, found[1], f"V={width}", *(f"P={p}" for p in positions)))
-        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            registers, stack, shared, local = map(int, found.groups())
-            yield kernel, {"registers": registers, "spills": stack + local, "shared": shared}
+    code = {}
+    for family, symbol, text in _sections(_cuobjdump("-sass"), r"arch = (sm_\d+)", r"Function : (\S+)"):
+        code[family, symbol] = [key for key, pattern in SASS.items() if re.search(pattern, text)]
+    for family, symbol, text in _sections(_cuobjdump("--dump-resource-usage"), r"arch = (sm_\d+)", r"Function (\S+):"):
+        kernel, storage, constants = re.search(r"embedding_(forward|backward)I(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E", symbol).groups()
+        dtype = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}[storage]
+        name = " ".join((family, dtype, kernel, *map("{}={}".format, "VP", re.findall(r"\d+", constants))))
+        registers, stack, shared, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text).groups())
+        yield name, {"registers": registers, "spills": stack + local, "shared": shared, "instructions": code[family, symbol]}
+
+
+def _cuobjdump(option: str) -> str:
+    return subprocess.run([CUOBJDUMP, option, cuda.LIBRARY], capture_output=True, text=True, check=True).stdout
+
+
+def _sections(text: str, *headings: str):
+    """What the headings of the current and of the outer level say, and the text below."""
+    outer, inner = headings
+    for family, below in zip(*[iter(re.split(outer, text)[1:])] * 2):
+        for symbol, content in zip(*[iter(re.split(inner, below)[1:])] * 2):
+            yield family, symbol, content
 
 
 def write(section: str, version: str, found: dict[str, dict]):
@@ -102,14 +114,10 @@ def write(section: str, version: str, found: dict[str, dict]):
     TABLE.write_text("{" + ",\n".join(sections) + "}\n")
 
 
-def triton_version() -> str:
-    return ".".join(triton.__version__.split(".")[:2])
-
-
 def cuda_version() -> str:
     """Of the compiler that built the library."""
-    headers = subprocess.run(["readelf", "-p", ".comment", cuda.LIBRARY], capture_output=True, text=True)
-    return headers.stdout
+    found = re.search(rb"Cuda compilation tools, release ([0-9.]+)", cuda.LIBRARY.read_bytes())
+    return found[1].decode() if found else "unknown"
 
 
 def main():
@@ -119,6 +127,8 @@ def main():
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    version = cuda_version() if options.cuda else ".".join(triton.__version__.split(".")[:2])
+    print(version)
     found = {}
     with ProcessPoolExecutor(options.j) as pool:
         rows = cuda_kernels() if options.cuda else pool.map(compile_one, [case for case in cases() if re.search(options.only, " ".join(case))])
@@ -126,7 +136,7 @@ def main():
             print(json.dumps({key: row}), flush=True)
             found[key] = row
     if options.write:
-        write(*(("cuda", cuda_version()) if options.cuda else ("triton", triton_version())), found)
+        write("cuda" if options.cuda else "triton", version, found)
 
 
 if __name__ == "__main__":

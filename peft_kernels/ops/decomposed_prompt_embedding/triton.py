@@ -26,9 +26,10 @@ class Config(NamedTuple):
 
     rows: int
     columns: int
-    ranks: int
-    num_warps: int
+    ranks: int = 0
+    num_warps: int = 4
     precision: str = "ieee"
+    registers: int | None = None  # limit for a thread with a product to compute: with more a processor holds one block
 
 
 class Configs(NamedTuple):
@@ -36,18 +37,14 @@ class Configs(NamedTuple):
     backward: Config
 
 
-# (family, bytes of an element of the table). Every row is compiled without a GPU by tests/ops/test_decomposed_prompt_embedding_compiles.py.
+# (vendor, bytes of an element of the table); no row for an architecture that has not been measured to want another. Every row is compiled
+# for every architecture, without a GPU, by tests/ops/test_decomposed_prompt_embedding_compiles.py.
 # A result in 16 bits has no use for the last bits of the product: three products in TF32 on tensor cores err by less than 2^-20.
-C = Config
 CONFIGS = {
-    ("sm_80", 2): Configs(C(32, 128, 32, 4, "tf32x3"), C(8, 256, 0, 4)),
-    ("sm_80", 4): Configs(C(32, 128, 16, 8), C(8, 128, 0, 4)),
-    ("sm_90", 2): Configs(C(32, 128, 32, 4, "tf32x3"), C(8, 256, 0, 4)),
-    ("sm_90", 4): Configs(C(32, 128, 16, 8), C(8, 128, 0, 4)),
-    ("sm_100", 2): Configs(C(32, 128, 32, 4, "tf32x3"), C(8, 256, 0, 4)),
-    ("sm_100", 4): Configs(C(32, 128, 16, 8), C(8, 128, 0, 4)),
-    ("gfx942", 2): Configs(C(32, 128, 32, 4), C(8, 256, 0, 4)),
-    ("gfx942", 4): Configs(C(32, 128, 32, 4), C(8, 128, 0, 4)),
+    ("nvidia", 2): Configs(Config(32, 128, 16, 8, "tf32x3", 128), Config(8, 256)),
+    ("nvidia", 4): Configs(Config(32, 128, 16, 8, "ieee", 128), Config(8, 128)),
+    ("amd", 2): Configs(Config(32, 128, 16, 4), Config(8, 256)),
+    ("amd", 4): Configs(Config(32, 128, 16, 4), Config(8, 128)),
 }
 
 
@@ -74,8 +71,8 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
     weight = _dense(weight)
     prompt, a, b, delta = (x if x is None else x.contiguous() for x in (prompt, a, b, delta))
     positions, rank = a.shape[1:] if delta is None else (delta.shape[1], 0)
-    family, processors = device_of(weight.device)
-    config = CONFIGS[family, weight.element_size()].forward
+    vendor, processors = device_of(weight.device)
+    config = CONFIGS[vendor, weight.element_size()].forward
     programs_per_row = _cdiv(width, config.columns) * (_cdiv(virtual, config.rows) + _cdiv(length, config.rows))
     rows = rows_per_program(batch, programs_per_row, processors)
     with _guard(weight.device):
@@ -83,7 +80,7 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
             out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
             batch, length, virtual, positions, rank, width, rows, scale, embed_scale,
             *input_ids.stride(), weight.stride(0), _stride(offsets), _stride(adapter_ids),
-            **forward_options(config, insert_after_first),
+            **forward_options(config, insert_after_first, with_product=delta is None),
         )  # fmt: skip
     return out
 
@@ -100,8 +97,8 @@ def backward(
     if not adapters * (prompt_rows + delta_rows) * width:
         return grad_prompt, grad_delta
     grad = _dense(grad)
-    family, _ = device_of(grad.device)
-    config = CONFIGS[family, grad.element_size()].backward
+    vendor, _ = device_of(grad.device)
+    config = CONFIGS[vendor, grad.element_size()].backward
     with _guard(grad.device):
         triton_kernels.backward_kernel[_cdiv(width, config.columns) * adapters * (prompt_rows + delta_rows),](
             grad, grad_prompt, grad_delta, offsets, adapter_ids,
@@ -118,28 +115,27 @@ def rows_per_program(batch: int, programs_per_row: int, processors: int) -> int:
 
 
 @cache
-def forward_options(config: Config, insert_after_first: bool) -> dict:
+def forward_options(config: Config, insert_after_first: bool, with_product: bool) -> dict:
     blocks = {"BP": config.rows, "BD": config.columns, "BR": config.ranks, "PRECISION": config.precision}
-    return {"FIRST": int(insert_after_first), **blocks, "num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    limit = {"maxnreg": config.registers} if with_product and config.registers else {}
+    return {"FIRST": int(insert_after_first), **blocks, **_compiler_options(config), **limit}
 
 
 @cache
 def backward_options(config: Config, insert_after_first: bool) -> dict:
-    blocks = {"BN": config.rows, "BD": config.columns}
-    return {"FIRST": int(insert_after_first), **blocks, "num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    return {"FIRST": int(insert_after_first), "BN": config.rows, "BD": config.columns, **_compiler_options(config)}
+
+
+def _compiler_options(config: Config) -> dict:
+    return {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 @cache
 def device_of(device: torch.device) -> tuple[str, int]:
-    """The family whose configurations fit, and the number of processors."""
+    """Whose it is, and the number of its processors."""
     if device.type == "cpu":
-        return "sm_80", 4
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        family = "gfx942"
-    else:
-        family = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
-    return family, properties.multi_processor_count
+        return "nvidia", 4
+    return "amd" if torch.version.hip else "nvidia", torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _dense(x: Tensor) -> Tensor:

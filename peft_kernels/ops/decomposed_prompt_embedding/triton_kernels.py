@@ -42,6 +42,16 @@ def _product(a, b, adapter, positions, rank, d, o_row, o_d, m_row, m_d, scale, B
     return b_sum * scale
 
 
+@triton.jit
+def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row):
+    """Of a row of the batch its offset, the tokens at the positions o_row and their ids, [BP]."""
+    offset = _integer_or_zero(offsets, row, stride_o)
+    o_token = o_row + offset
+    o_token = tl.where(o_token < length, o_token, o_token - length)
+    b_id = tl.load(input_ids + row * stride_ib + o_token.to(tl.int64) * stride_il, mask=m_row, other=0)
+    return offset, o_token, b_id.to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["batch", "length", "virtual", "positions", "rank", "rows", "stride_ib", "stride_il", "stride_o", "stride_k"])
 def forward_kernel(
     out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
@@ -80,13 +90,15 @@ def forward_kernel(
         o_row = (tile - prompt_tiles) * BP + tl.arange(0, BP)
         m_row = o_row < length
         m_out = m_row[:, None] & m_d[None, :]  # [BP, BD]
+        offset, o_token, b_id = _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row)
         for _ in range(begin, end):
+            b_x = tl.load(weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0)  # [BP, BD]
+            m_update = o_token >= offset
+            o_column = tl.where(o_token < FIRST, o_token, o_token + virtual)
+            # Those of the next row are on their way while this one is written.
+            next_row = tl.minimum(row + 1, end - 1)
+            offset, o_token, b_id = _load_ids(input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, o_row, m_row)
             adapter = _integer_or_zero(adapter_ids, row, stride_k)
-            offset = _integer_or_zero(offsets, row, stride_o)
-            o_token = o_row + offset
-            o_token = tl.where(o_token < length, o_token, o_token - length)
-            b_id = tl.load(input_ids + row * stride_ib + o_token.to(tl.int64) * stride_il, mask=m_row, other=0).to(tl.int64)  # [BP]
-            b_x = tl.load(weight + (b_id * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0).to(tl.float32)  # [BP, BD]
             if adapter != current:
                 if delta is None:
                     b_update = _product(a, b, adapter, positions, rank, d, o_row, o_d, m_row, m_d, scale, BR, PRECISION)
@@ -94,8 +106,7 @@ def forward_kernel(
                     b_update = _load_rows(delta, adapter, positions, d, o_row, o_d, m_out)
                 b_update = tl.where(adapter >= 0, b_update, 0.0)
             current = adapter
-            b_out = b_x * embed_scale + tl.where((o_token >= offset)[:, None], b_update, 0.0)
-            o_column = tl.where(o_token < FIRST, o_token, o_token + virtual)
+            b_out = b_x.to(tl.float32) * embed_scale + tl.where(m_update[:, None], b_update, 0.0)
             p_out = out + row * (virtual + length) * d + o_column.to(tl.int64)[:, None] * d + o_d[None, :]
             tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
             row += 1
