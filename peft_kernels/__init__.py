@@ -3,4 +3,12 @@
 from . import ops
 from .version import __version__
 
-__all__ = ["__version__", "ops"]
+__all__ = ["DePTConfig", "__version__", "ops"]
+
+
+def __getattr__(name: str):
+    if name == "DePTConfig":  # on demand: it imports peft and transformers
+        from .dept import DePTConfig
+
+        return DePTConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""What DePT has to know of a model: where tokens become embeddings, how positions are counted, where the prompt goes."""
+
+import inspect
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+# these multiply inputs_embeds by their scale as well: the update would be scaled with the embedding, not added to it
+_SCALE_ANY_INPUT = ("fsmt", "recurrent_gemma")
+_SCALED = "DePT: {} multiplies inputs_embeds by its embedding scale, so nothing can be added after the scale"
+_POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def adapted_module(model: nn.Module) -> nn.Module:
+    """The module whose inputs are widened.
+
+    A model that generates, as a whole: the loss then counts the first token, which the prompt predicts. Otherwise the model below
+    the head: the head, its labels and its spans never see the prompt.
+    """
+    _check(model)
+    return model if model.can_generate() else model.base_model
+
+
+def reader_of(module: nn.Module) -> nn.Module:
+    """The part that turns input ids into embeddings."""
+    return module.get_encoder() if is_encoder_decoder(module) else module
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(module.config, "is_encoder_decoder", False))
+
+
+def embedding_of(module: nn.Module) -> nn.Embedding:
+    return reader_of(module).get_input_embeddings()
+
+
+def embedding_scale(module: nn.Module) -> float:
+    """The factor between the table's rows and what the first layer reads: on the embedding module, or applied outside of it."""
+    embedding, reader = embedding_of(module), reader_of(module)
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is None:
+        scale = getattr(reader, "embed_scale", 1.0)
+    elif isinstance(scale, torch.Tensor):
+        # Gemma rounds it to the table's dtype; its own float spares a wait for the device
+        scale = torch.tensor(embedding.scalar_embed_scale).to(embedding.weight.dtype).item()
+    return 1.0 if scale is None else float(scale)
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether tokens see only what is before them: a decoder without encoder, with whatever head."""
+    kind = module.config.model_type
+    return not is_encoder_decoder(module) and (
+        module.can_generate()
+        or getattr(module.config, "is_decoder", False)
+        or (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    )
+
+
+def inserts_after_first(module: nn.Module) -> bool:
+    """Whether the model is an encoder whose first token is its summary."""
+    return module.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_encoder_decoder(module) and not is_causal(module)
+
+
+def first_position(module: nn.Module) -> int:
+    """The position of the first token: padding_idx + 1 in RoBERTa and its kin, else 0."""
+    embeddings = getattr(module.base_model, "embeddings", None)
+    return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
+
+
+def takes_position_ids(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def has_position_table(module: nn.Module) -> bool:
+    """Whether positions are absolute."""
+    return bool(_position_tables(module))
+
+
+def most_columns(module: nn.Module) -> int | None:
+    """The rows of the position table, or None where positions are computed."""
+    if not any(isinstance(table, nn.Embedding) for table in _position_tables(module)):
+        return None
+    config = reader_of(module).config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if limit is None else limit - first_position(module)
+
+
+def _position_tables(module):
+    return [m for name, m in reader_of(module).named_modules() if name.rpartition(".")[2] in _POSITION_TABLES]
+
+
+def _check(model):
+    what = type(model).__name__
+    if not hasattr(model, "base_model") or not hasattr(model, "can_generate"):
+        raise TypeError(f"DePT: model must be a transformers PreTrainedModel, got {what}")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"DePT: model must read input_ids, but the main input of {what} is {model.main_input_name!r}")
+    module = model if model.can_generate() else model.base_model
+    if "inputs_embeds" not in inspect.signature(module.forward).parameters:
+        raise ValueError(f"DePT: the prompt enters through inputs_embeds, which {type(module).__name__} does not take")
+    if model.config.model_type in _SCALE_ANY_INPUT:
+        raise ValueError(_SCALED.format(what))
+    embedding = embedding_of(module)
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"DePT: the input embedding of {what} must be an nn.Embedding, got {type(embedding).__name__}")
+    scaled_decoder = not is_encoder_decoder(module) and any(
+        isinstance(getattr(m, "embed_scale", None), float) and m.embed_scale != 1.0 and not isinstance(m, nn.Embedding) for m in module.modules()
+    )
+    if scaled_decoder:
+        raise ValueError(_SCALED.format(what))
+    if embedding.weight.device.type != "meta":
+        ids = torch.arange(min(4, embedding.num_embeddings), device=embedding.weight.device)
+        with torch.no_grad():
+            rows, expected = embedding(ids), embedding.weight[ids] * getattr(embedding, "embed_scale", 1.0)
+        if rows.shape != expected.shape or not torch.allclose(rows, expected.to(rows.dtype)):
+            raise ValueError(f"DePT: the input embedding of {what}, {type(embedding).__name__}, does more than look up and scale rows")

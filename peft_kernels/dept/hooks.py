@@ -1,0 +1,226 @@
+"""What happens around the forward of an adapted module, and around ``generate``."""
+
+import inspect
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import family
+from .insertion import Insertion, leading_padding, positions_of
+from .layer import DePTLayer, Selection
+
+_FILL = {"token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
+
+
+@dataclass
+class Generation:
+    """What the steps of one ``generate`` have to know of its input."""
+
+    delta: Tensor  # [K, s, d]
+    adapter_ids: Tensor | None  # [B]
+    offsets: Tensor | None  # [B]
+    unseen: int  # columns of the input that input_ids do not count, where it came as inputs_embeds
+
+    def expanded(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """Adapters and offsets of ``rows`` beams or returned sequences: those of one input follow each other."""
+        return tuple(x if x is None else x.repeat_interleave(rows // x.shape[0]) for x in (self.adapter_ids, self.offsets))
+
+
+class Hooks:
+    """Forward hooks on the adapted module; bound methods, so that a deep copy of the model gets hooks of its own."""
+
+    def __init__(self, module: nn.Module, layer: DePTLayer):
+        self.module, self.layer = module, layer
+        self.generation: Generation | None = None
+        self.inserted: Insertion | None = None  # from the hook before a forward to the one after it
+        self.encoder_decoder = family.is_encoder_decoder(module)
+        self.causal = family.is_causal(module)
+        self.takes_position_ids = family.takes_position_ids(module)
+        self.counts_columns = family.has_position_table(module) and not self.takes_position_ids
+        self.first_position = family.first_position(module)
+        self.most_columns = family.most_columns(module)
+        self.argument_names = list(inspect.signature(module.forward).parameters)
+        self.handles = [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after),
+        ]
+
+    def before(self, module, args, kwargs):
+        self.inserted = None
+        if self.generation is not None or not self.layer.is_active() or kwargs.get("encoder_outputs") is not None:
+            return None
+        kwargs = dict(zip(self.argument_names, args)) | kwargs
+        if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
+            return None  # the model says what is wrong with that
+        past = 0 if self.encoder_decoder or kwargs.get("past_key_values") is None else int(kwargs["past_key_values"].get_seq_length())
+        if past:
+            return (), kwargs | self.continued(kwargs, past)
+        inputs, insertion, *_ = self.widened(kwargs)
+        labels = kwargs.get("labels")
+        if self.module.can_generate() and not self.encoder_decoder and labels is not None:
+            inputs["labels"] = insertion.widen(labels, -100)
+        if self.encoder_decoder:
+            inputs |= self.decoder_inputs(kwargs)
+        else:
+            self.inserted = insertion
+        return (), kwargs | inputs
+
+    def after(self, module, args, output):
+        insertion, self.inserted = self.inserted, None
+        if insertion is None:
+            return None
+        if hasattr(output, "items"):
+            return type(output)(**{k: insertion.narrow(v) for k, v in output.items()})
+        return insertion.narrow(output)
+
+    def widened(self, kwargs: dict) -> tuple[dict, Insertion, Selection, Tensor | None]:
+        """The inputs of a batch with its prompts: what to replace of ``kwargs``; where the prompts are; adapters; offsets.
+
+        Raises:
+            ValueError: an input that is too long, a mask that is not (B, L), or padding on the left where the prompt follows the first token.
+        """
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        batch, length = (ids if ids is not None else embeds).shape[:2]
+        selection = self.layer.select(batch)
+        self.check_length(selection.config, length)
+        mask = kwargs.get("attention_mask")
+        if mask is None and selection.has_base_rows:
+            mask = (ids if ids is not None else embeds[..., 0]).new_ones(batch, length, dtype=torch.long)
+        offsets = self.offsets(selection, mask, length)
+        insertion = self.insertion(selection, length, offsets)
+        ids, embeds = (x if x is None else insertion.rotate(x) for x in (ids, embeds))
+        embeddings = self.layer.embed(selection, ids, embeds, offsets if self.causal else None)
+        inputs = {
+            "input_ids": None,
+            "inputs_embeds": insertion.arrange(embeddings),
+            "attention_mask": mask if mask is None else insertion.widen_mask(mask),
+        }
+        inputs |= {name: insertion.widen(kwargs[name], fill) for name, fill in _FILL.items() if kwargs.get(name) is not None}
+        if kwargs.get("position_ids") is not None:
+            inputs["position_ids"] = insertion.widen_positions(kwargs["position_ids"], self.first_position)
+        elif self.counts_what_is_masked(selection, offsets):
+            inputs["position_ids"] = positions_of(inputs["attention_mask"], self.first_position)
+        return inputs, insertion, selection, offsets
+
+    def continued(self, kwargs: dict, past: int) -> dict:
+        """The inputs of a causal model that has seen ``past`` columns, prompt included."""
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is None:
+            raise ValueError("DePT: input_ids are needed where past_key_values continue an input, got inputs_embeds")
+        selection = self.layer.select(ids.shape[0])
+        column = past - selection.config.num_virtual_tokens
+        length = column + ids.shape[1]
+        if mask is None and selection.has_base_rows:
+            mask = ids.new_ones(ids.shape[0], length)
+        offsets = self.offsets(selection, mask, length)
+        insertion = self.insertion(selection, length, offsets)
+        mask = mask if mask is None else insertion.widen_mask(mask)
+        inputs = {
+            "input_ids": None,
+            "inputs_embeds": self.layer.embed_next(selection.delta(), selection.adapter_ids, ids, column, offsets),
+            "attention_mask": mask,
+        }
+        if kwargs.get("position_ids") is not None:
+            inputs["position_ids"] = insertion.shift(kwargs["position_ids"])
+        elif self.counts_what_is_masked(selection, offsets):
+            inputs["position_ids"] = positions_of(mask, self.first_position)[:, -ids.shape[1] :]
+        return inputs
+
+    @contextmanager
+    def generating(self, kwargs: dict):
+        """The arguments of ``generate`` with the prompts in them; until the end, no forward adds any."""
+        if not self.encoder_decoder and kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
+            raise ValueError("DePT: generate must start from an empty cache, got past_key_values that have seen an input")
+        inputs, _, selection, offsets = self.widened(kwargs)
+        length = (kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]).shape[1]
+        if self.encoder_decoder:
+            del inputs["input_ids"]
+            kwargs = {k: v for k, v in kwargs.items() if k != "input_ids"}
+        elif kwargs.get("input_ids") is not None:
+            inputs["input_ids"] = kwargs["input_ids"]  # beside inputs_embeds: for what looks at tokens, and to be returned
+        else:
+            del inputs["input_ids"]
+        unseen = length if kwargs.get("input_ids") is None else 0
+        if self.causal and self.takes_position_ids and self.first_position and inputs.get("position_ids") is None:
+            inputs["position_ids"] = positions_of(inputs["attention_mask"], self.first_position)  # transformers would start at 0
+        self.generation = Generation(selection.delta(), selection.adapter_ids, offsets, unseen)
+        try:
+            yield kwargs | inputs
+        finally:
+            self.generation = None
+
+    def next_embeddings(self, ids: Tensor, total: int) -> Tensor:
+        """(rows, q, d): the last q of ``total`` tokens, within ``generating``."""
+        generation = self.generation
+        adapter_ids, offsets = generation.expanded(ids.shape[0])
+        return self.layer.embed_next(generation.delta, adapter_ids, ids, generation.unseen + total - ids.shape[1], offsets)
+
+    def insertion(self, selection: Selection, length: int, offsets: Tensor | None) -> Insertion:
+        """Nothing masked may stand between what belongs together, because some models count columns.
+
+        A causal model keeps its padding in front, then come prompt and tokens. Others get their padding at the end, and with it the
+        masked prompt of a row without an adapter.
+        """
+        config = selection.config
+        after_first = config.insert_after_first and length > 0
+        used = lead = None
+        if selection.has_base_rows:
+            if "attention_mask" not in self.argument_names or (self.causal and self.counts_columns):
+                raise ValueError(
+                    f"DePT: rows without an adapter cannot share a batch with others in {type(self.module).__name__}, which cannot be told to"
+                    " pass over the prompt"
+                )
+            used = selection.adapter_ids >= 0
+        if self.causal:
+            lead = offsets if offsets is None else offsets + int(after_first)
+        elif used is not None:
+            lead = torch.where(used, int(after_first), length)
+        return Insertion(config.num_virtual_tokens, length, after_first, used, rotation=None if self.causal else offsets, lead=lead)
+
+    def counts_what_is_masked(self, selection: Selection, offsets: Tensor | None) -> bool:
+        """Whether the model needs positions because masked columns stand in front of what it should see."""
+        return self.causal and self.takes_position_ids and (selection.has_base_rows or offsets is not None)
+
+    def offsets(self, selection: Selection, mask: Tensor | None, length: int) -> Tensor | None:
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != length:
+            raise ValueError(
+                f"DePT: attention_mask must be (B, {length}), got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+            )
+        # on a GPU, looking would wait for the device
+        config = selection.config
+        by_columns = config.insert_after_first and config.position == "padded"
+        looks = by_columns and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and length and bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
+            raise ValueError(
+                "DePT: insert_after_first=True with position='padded' needs inputs that are padded on the right, got an attention_mask that starts"
+                " with 0"
+            )
+        return leading_padding(mask) if config.position == "token" else None
+
+    def check_length(self, config, length):
+        if length > config.max_length:
+            raise ValueError(f"DePT: the input has {length} tokens, more than the adapter's max_length={config.max_length}")
+        columns = config.num_virtual_tokens + length
+        if self.most_columns is not None and columns > self.most_columns:
+            raise ValueError(
+                f"DePT: {config.num_virtual_tokens} prompt rows and {length} tokens make {columns} columns, but the model has positions for"
+                f" {self.most_columns}"
+            )
+
+    def decoder_inputs(self, kwargs: dict) -> dict:
+        """Models that decode the shifted input where nothing else is given would look for it in input_ids."""
+        shift = getattr(sys.modules[type(self.module).__module__], "shift_tokens_right", None)
+        if shift is None and hasattr(self.module, "qa_outputs"):  # T5 for question answering
+            shift = getattr(self.module, "_shift_right", None)
+        given = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+        if given or shift is None or kwargs.get("input_ids") is None:
+            return {}
+        config = self.module.config
+        known = {"pad_token_id": config.pad_token_id, "decoder_start_token_id": config.decoder_start_token_id}
+        known = {name: value for name, value in known.items() if name in inspect.signature(shift).parameters}
+        return {"decoder_input_ids": shift(kwargs["input_ids"], **known)}

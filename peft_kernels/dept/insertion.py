@@ -1,0 +1,88 @@
+"""Where the prompt stands among the columns of a batch: widening what goes into a model, narrowing what comes out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Insertion:
+    virtual: int  # m
+    length: int  # L
+    after_first: bool  # where the operator writes the prompt
+    used: Tensor | None = None  # [B] rows that have an adapter; None: all
+    rotation: Tensor | None = None  # [B] columns of padding that move from the front to the end
+    lead: Tensor | None = None  # [B] tokens in front of the prompt; None: as the operator writes them
+
+    def widen(self, x: Tensor, fill: int) -> Tensor:
+        """(B, L) to (B, m + L)."""
+        return self._inserted(x, x.new_full((x.shape[0], self.virtual), fill))
+
+    def widen_mask(self, mask: Tensor) -> Tensor:
+        """Like ``widen``; the prompt of a row without an adapter is masked."""
+        seen = mask.new_ones(mask.shape[0], self.virtual)
+        return self._inserted(mask, seen if self.used is None else seen * self.used[:, None].to(seen.dtype))
+
+    def widen_positions(self, positions: Tensor, first_position: int) -> Tensor:
+        """Prompt rows get positions of their own, tokens behind them move on."""
+        first = int(self.after_first)
+        batch = positions.shape[0] if self.used is None else self.used.shape[0]
+        positions = positions.expand(batch, -1)
+        behind = torch.arange(self.length, device=positions.device) >= (first if self.lead is None else self.lead[:, None])
+        prompt = torch.arange(self.virtual, device=positions.device, dtype=positions.dtype) + first_position + first
+        return self._inserted(torch.where(behind, self.shift(positions), positions), prompt.expand(batch, -1))
+
+    def shift(self, positions: Tensor) -> Tensor:
+        """Positions of tokens behind the prompt."""
+        return positions + (self.virtual if self.used is None else self.virtual * self.used[:, None].to(positions.dtype))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(B, L, ...) with the padding in front moved to the end."""
+        return x if self.rotation is None else _gather(x, (self._tokens(x) + self.rotation[:, None]) % self.length)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """(B, m + L, ...) as the operator writes it, to the order in which the model reads it."""
+        if self.lead is None:
+            return x
+        first, lead = int(self.after_first), self.lead[:, None]
+        columns = torch.arange(self.virtual + self.length, device=x.device)
+        written = torch.where(columns < first, columns, columns + self.virtual)  # where the operator has a token
+        return _gather(x, torch.where(columns < lead, written, torch.where(columns < lead + self.virtual, first + columns - lead, columns)))
+
+    def narrow(self, value):
+        """Without the prompt's columns, in the user's order: per-token tensors (B, m + L, d), also within the tuples of an output."""
+        if type(value) is tuple:
+            return tuple(self.narrow(x) for x in value)
+        if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != self.virtual + self.length:
+            return value
+        if self.lead is not None:
+            tokens = self._tokens(value)
+            value = _gather(value, torch.where(tokens < self.lead[:, None], tokens, tokens + self.virtual))
+        elif self.after_first:
+            value = torch.cat([value[:, :1], value[:, 1 + self.virtual :]], 1)
+        else:
+            value = value[:, self.virtual :]
+        return value if self.rotation is None else _gather(value, (self._tokens(value) - self.rotation[:, None]) % self.length)
+
+    def _inserted(self, x, rows):
+        x, first = self.rotate(x), int(self.after_first)
+        return self.arrange(torch.cat([x[:, :first], rows, x[:, first:]], 1))
+
+    def _tokens(self, x):
+        return torch.arange(self.length, device=x.device)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """``x[b, index[b, j]]``."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def leading_padding(mask: Tensor) -> Tensor:
+    """(B,) columns before the first token."""
+    return (mask.cumsum(1) == 0).sum(1)
+
+
+def positions_of(mask: Tensor, first_position: int = 0) -> Tensor:
+    """The position of every column, counting what the mask shows."""
+    return (mask.long().cumsum(1) - 1).clamp_min(0) + first_position

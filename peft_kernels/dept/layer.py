@@ -1,0 +1,139 @@
+"""The parameters of all adapters, and the embeddings made with them."""
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..ops import decomposed_prompt_embedding
+from . import family
+from .config import DePTConfig
+
+BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
+
+
+@dataclass
+class Selection:
+    """The adapters of one batch."""
+
+    config: DePTConfig
+    prompt: Tensor  # [m, d], or [K, m, d] where rows differ in their adapter
+    a: Tensor  # [(K,) s, r]
+    b: Tensor  # [(K,) r, d]
+    adapter_ids: Tensor | None = None  # [B]; None: all rows have the one adapter
+    has_base_rows: bool = False
+
+    def delta(self) -> Tensor:  # [K, s, d]
+        delta = self.config.scale * (self.a @ self.b)
+        return delta if delta.ndim == 3 else delta[None]
+
+
+class DePTLayer(nn.Module, BaseTunerLayer):
+    """Lives in the model as ``model.dept``. Wraps nothing: the model's embedding stays what it is, tied or not."""
+
+    adapter_layer_names = ("dept_prompt", "dept_a", "dept_b")
+    other_param_names = ("configs",)
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module = (module,)  # in a tuple, so that it is no submodule
+        self.dept_prompt, self.dept_a, self.dept_b = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.configs: dict[str, DePTConfig] = {}
+        self.adapter_names: list[str] | None = None  # of the rows of the batch at hand
+
+    def add(self, name: str, config: DePTConfig, *, empty: bool) -> None:
+        """A new adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), in float32 at least. ``empty``: on meta, to be loaded."""
+        module = self._module[0]
+        weight = family.embedding_of(module).weight
+        m, r, s, d = config.num_virtual_tokens, config.r, config.max_length, weight.shape[1]
+        kwargs = {"device": "meta" if empty else weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        a = torch.empty(s, r, **kwargs).uniform_(-(r**-0.5), r**-0.5)
+        b = torch.zeros(r, d, **kwargs)
+        if config.init_token_ids and not empty and not config.inference_mode:
+            ids = torch.tensor(config.init_token_ids, device=weight.device)
+            if int(ids.max()) >= weight.shape[0] or int(ids.min()) < 0:
+                raise ValueError(f"DePTConfig: init_token_ids must lie in [0, {weight.shape[0]}), got {config.init_token_ids}")
+            ids = ids.repeat(-(-m // len(ids)))[:m]
+            prompt = weight.detach()[ids].to(kwargs["dtype"]) * family.embedding_scale(module)
+        else:
+            prompt = torch.randn(m, d, **kwargs)
+        self.configs[name] = config
+        self.dept_prompt[name], self.dept_a[name], self.dept_b[name] = nn.Parameter(prompt), nn.Parameter(a), nn.Parameter(b)
+
+    def get_base_layer(self) -> nn.Module:
+        return family.embedding_of(self._module[0])
+
+    def _get_base_layer_device_and_dtype(self, base_layer):
+        """PEFT moves an adapter to the device and dtype of what it wraps; ours keeps its dtype."""
+        return base_layer.weight.device, None
+
+    def is_active(self) -> bool:
+        names = self.active_adapters if self.adapter_names is None else [n for n in self.adapter_names if n != BASE]
+        return bool(names) and not self.disable_adapters
+
+    def select(self, batch: int) -> Selection:
+        """The adapters for ``batch`` rows.
+
+        Raises:
+            ValueError: several active adapters, an unknown name, or adapters in one batch that differ in their shapes.
+        """
+        if self.adapter_names is None:
+            if len(self.active_adapters) != 1:
+                raise ValueError(f"DePT: one adapter can be active at a time, got {self.active_adapters}; adapter_names= mixes adapters in a batch")
+            name = self.active_adapters[0]
+            return Selection(self.configs[name], self.dept_prompt[name], self.dept_a[name], self.dept_b[name])
+        if len(self.adapter_names) != batch:
+            raise ValueError(f"DePT: adapter_names must have one name for each of the {batch} rows, got {len(self.adapter_names)}")
+        names = list(dict.fromkeys(n for n in self.adapter_names if n != BASE))
+        if unknown := [n for n in names if n not in self.configs]:
+            raise ValueError(f"DePT: adapter_names must be among {[*self.configs, BASE]}, got {unknown}")
+        shapes = {n: _shape(self.configs[n]) for n in names}
+        if len(set(shapes.values())) > 1:
+            fields = "num_virtual_tokens, r, max_length, scale, position and insert_after_first"
+            raise ValueError(f"DePT: the adapters of one batch must share {fields}, got {shapes}")
+        stacks = [torch.stack([p[n] for n in names]) for p in (self.dept_prompt, self.dept_a, self.dept_b)]
+        rows = [-1 if n == BASE else names.index(n) for n in self.adapter_names]
+        return Selection(self.configs[names[0]], *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
+
+    def embed(self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None) -> Tensor:
+        """(B, m + L, d): prompt and updated tokens. ``inputs_embeds`` (B, L, d) are what the first layer would read: already scaled."""
+        weight, scale = self._table()
+        if input_ids is None:
+            batch, length, _ = inputs_embeds.shape
+            input_ids = torch.arange(batch * length, device=inputs_embeds.device).view(batch, length)
+            weight, scale = inputs_embeds.flatten(0, 1), 1.0
+        config = selection.config
+        return decomposed_prompt_embedding(
+            input_ids,
+            weight,
+            selection.prompt,
+            selection.a,
+            selection.b,
+            scale=config.scale,
+            embed_scale=scale,
+            offsets=offsets,
+            insert_after_first=config.insert_after_first,
+            adapter_ids=selection.adapter_ids,
+        )
+
+    def embed_next(self, delta: Tensor, adapter_ids: Tensor | None, input_ids: Tensor, column: int, offsets: Tensor | None) -> Tensor:
+        """(B, q, d): tokens that follow others, the first of them in ``column`` of the input without its prompt. ``delta`` (K, s, d)."""
+        weight, scale = self._table()
+        batch, new = input_ids.shape
+        index = torch.arange(column, column + new, device=weight.device).expand(batch, -1)  # [B, q]
+        if offsets is not None:
+            index = index - offsets[:, None]
+        updated = (index >= 0) & (index < delta.shape[1])
+        adapter = torch.zeros(batch, dtype=torch.long, device=weight.device) if adapter_ids is None else adapter_ids
+        updated &= (adapter >= 0)[:, None]
+        low_rank = delta[adapter.clamp_min(0)[:, None], index.clamp(0, delta.shape[1] - 1)].masked_fill(~updated[..., None], 0)
+        return (scale * weight[input_ids].to(low_rank.dtype) + low_rank).to(weight.dtype)
+
+    def _table(self):
+        module = self._module[0]
+        return family.embedding_of(module).weight, family.embedding_scale(module)
+
+
+def _shape(config: DePTConfig):
+    return config.num_virtual_tokens, config.r, config.max_length, config.scale, config.position, config.insert_after_first

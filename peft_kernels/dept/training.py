@@ -1,0 +1,26 @@
+"""Two learning rates."""
+
+from torch import nn
+
+
+def param_groups(
+    model: nn.Module, lr_prompt: float = 0.3, lr_low_rank: float = 5e-4, weight_decay: float = 0.0, lr_head: float | None = None
+) -> list[dict]:
+    """Optimizer groups of what is trainable in ``model``: the prompts; A and B; and the rest, the head of a classification model.
+
+    ``Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": param_groups(model), "lr": 5e-4}))``, or
+    ``Seq2SeqTrainer(..., optimizers=(torch.optim.AdamW(param_groups(model)), None))``, which knows no other way. The paper trains T5 with
+    AdamW, a prompt rate of 0.3 to 0.4, a low-rank rate of 1e-4 to 5e-3 and no weight decay. Encoders such as BERT, whose embeddings
+    are a hundred times smaller, want rates smaller by as much. ``lr_head``: None, that of A and B.
+
+    Raises:
+        ValueError: nothing of DePT in ``model`` is trainable.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = {"prompt": [], "low_rank": [], "head": []}
+    for name, p in trainable:
+        groups["prompt" if ".dept_prompt." in name else "low_rank" if ".dept_a." in name or ".dept_b." in name else "head"].append(p)
+    if not groups["prompt"]:
+        raise ValueError("param_groups: model must have a trainable DePT adapter, got none")
+    rates = {"prompt": lr_prompt, "low_rank": lr_low_rank, "head": lr_low_rank if lr_head is None else lr_head}
+    return [{"params": groups[name], "lr": rates[name], "weight_decay": weight_decay} for name in groups if groups[name]]

@@ -1,0 +1,218 @@
+"""Save and load, switch off, several adapters, mixed batches, take off again."""
+
+import copy
+import subprocess
+import sys
+
+import dept_models as models
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+ONE_PER_KIND = ["t5", "bart", "gpt2", "llama", "bert-sequence", "roberta-qa", "llama-token", "t5-encoder", "gpt2-untyped"]
+
+
+def _out(model, x, labels=None, **kwargs):
+    output = model(**x, **(labels or {}), **kwargs)
+    return next(output[k] for k in ("logits", "start_logits", "last_hidden_state") if k in output)
+
+
+def _labels(name, x):
+    return models.targets(name, x) if name in models.ENCODER_DECODER else {}
+
+
+@pytest.mark.parametrize("name", ONE_PER_KIND)
+def test_save_and_load(name, tmp_path):
+    base, model = models.pair(name)
+    x = models.inputs()
+    labels = _labels(name, x)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(_out(loaded, x, labels), _out(model, x, labels))
+    assert all(torch.equal(p, q) for p, q in zip(models.parameters(loaded), models.parameters(model)))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    trainable = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_load_without_allocating_first(tmp_path):
+    base, model = models.pair("t5")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base.to(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
+    assert all(torch.equal(p, q) and q.dtype == torch.float32 for p, q in zip(models.parameters(model), models.parameters(loaded)))
+
+
+def test_saved_configuration_is_complete(tmp_path):
+    model = models.adapted("bert-sequence")
+    model.save_pretrained(tmp_path)
+    config = models.DePTConfig.from_pretrained(tmp_path)
+    assert (config.num_virtual_tokens, config.r, config.max_length) == (models.M, models.R, models.S)
+    assert config.insert_after_first is True and config.scale == 8 / models.R**0.5
+
+
+@torch.no_grad()  # with gradients, attention takes another kernel where a T5 has trainable weights
+@pytest.mark.parametrize("name", ONE_PER_KIND)
+def test_disabled_is_stock(name):
+    stock, model = models.pair(name)
+    x = models.inputs()
+    labels = _labels(name, x)
+    expected = _out(stock, x, labels)
+    with model.disable_adapter():
+        assert torch.equal(_out(model, x, labels), expected)
+        if stock.can_generate():
+            kwargs = {"max_new_tokens": 4, "pad_token_id": 0}
+            assert torch.equal(model.generate(**x, **kwargs), stock.generate(**x, **kwargs))
+    assert not torch.equal(_out(model, x, labels), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ONE_PER_KIND)
+def test_unload_leaves_the_stock_model(name):
+    stock, model = models.pair(name)
+    base = model.unload()
+    x = models.inputs()
+    labels = _labels(name, x)
+    assert type(base) is type(stock)
+    assert base.state_dict().keys() == stock.state_dict().keys()
+    assert set(vars(base)) - set(vars(stock)) <= {"_old_forward"} and not base._forward_hooks and not base._forward_pre_hooks
+    assert torch.equal(_out(base, x, labels), _out(stock, x, labels))
+    again = models.adapted(name, base=base)
+    assert not torch.equal(_out(again, x, labels), _out(stock, x, labels))
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+def test_merging_is_refused(how):
+    model = models.adapted("t5")
+    with pytest.raises(NotImplementedError, match="depends on the token's position"):
+        getattr(model, how)()
+    assert torch.isfinite(_out(model, models.inputs(), models.targets("t5", models.inputs()))).all()
+
+
+def _two(name, **config):
+    base = models.stock(name)
+    alone = [models.adapted(name, base=copy.deepcopy(base), seed=seed, **config) for seed in (1, 2)]
+    both = models.adapted(name, base=copy.deepcopy(base), seed=1, **config)
+    both.add_adapter("other", copy.deepcopy(alone[1].peft_config["default"]))
+    models.fill(both, "other", 2)
+    return base, alone, both
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "bert-sequence", "bert-features"])
+def test_two_adapters(name, tmp_path):
+    _, alone, both = _two(name)
+    x = models.inputs()
+    labels = _labels(name, x)
+    for adapter, reference in zip(("default", "other"), alone):
+        both.set_adapter(adapter)
+        if "sequence" not in name:  # there the adapters have heads of their own
+            assert torch.equal(_out(both, x, labels), _out(reference, x, labels))
+        assert all(p.requires_grad for p in models.parameters(both, adapter))
+    assert not any(p.requires_grad for p in models.parameters(both, "default"))
+    both.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.stock(name), tmp_path)
+    loaded.load_adapter(tmp_path / "other", adapter_name="second")
+    loaded.set_adapter("second")
+    assert torch.equal(_out(loaded, x, labels), _out(both, x, labels))
+    both.delete_adapter("other")
+    assert both.active_adapters == ["default"] and list(both.base_model.model.dept.configs) == ["default"]
+    if "sequence" not in name:
+        assert torch.equal(_out(both, x, labels), _out(alone[0], x, labels))
+
+
+MIXED = ["default", "other", "__base__", "other", "default"]
+
+
+@pytest.mark.parametrize("position", ["padded", "token"])
+@pytest.mark.parametrize("name", ["t5", "bart", "pegasus", "gpt2", "llama", "bert-features", "roberta-qa", "llama-token", "t5-encoder"])
+def test_mixed_batch_equals_separate_runs(name, position):
+    base, alone, both = _two(name, position=position)
+    heads = [k for k in ("classifier", "score", "qa_outputs") if hasattr(base, k)]
+    for head in heads:  # PEFT gives every adapter its own and mixes those itself; here they are to be alike
+        state = getattr(base, head).state_dict()
+        wrapper = getattr(both.base_model.model, head)
+        for copied in wrapper.modules_to_save.values():
+            copied.load_state_dict(state)
+    x = models.inputs(b=5, n=9, padding="left" if position == "token" else "right")
+    labels = _labels(name, x)
+    got = _out(both, x, labels, adapter_names=MIXED)
+    parts = {"default": alone[0], "other": alone[1]}
+    losses = []
+    for i, adapter in enumerate(MIXED):
+        row = {k: v[i : i + 1] for k, v in x.items()}
+        given = {k: v[i : i + 1] for k, v in labels.items()}
+        if adapter == "__base__" and position == "token":  # the stock model counts padding: compare without
+            keep = row["attention_mask"].bool()[0]
+            row = {k: v[:, keep] for k, v in row.items()}
+            expected = _out(base, row, given)[0]
+            ours = got[i] if labels else got[i, keep]
+        else:
+            expected = _out(parts.get(adapter, base), row, given)[0]
+            shown = x["attention_mask"][i].bool()
+            ours, expected = (got[i], expected) if labels else (got[i, shown], expected[shown])
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+        if adapter != "__base__":
+            losses.append((ours.square().mean(), expected.square().mean()))
+    for adapter in ("default", "other"):
+        both.base_model.set_requires_grad(adapter, True)
+    got = _out(both, x, labels, adapter_names=MIXED)
+    shown = x["attention_mask"].bool()
+    rows = [(got[i] if labels else got[i, shown[i]]).square().mean() for i, n in enumerate(MIXED) if n != "__base__"]
+    sum(rows).backward()
+    sum(e for _, e in losses).backward()
+    for adapter, reference in parts.items():
+        for p, q in zip(models.parameters(both, adapter), models.parameters(reference)):
+            torch.testing.assert_close(p.grad, q.grad, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", ["t5", "bart", "gpt2", "llama"])
+def test_mixed_batch_generates_what_separate_runs_do(name, num_beams):
+    base, alone, both = _two(name, max_length=30)
+    x = models.inputs(b=5, padding="none")
+    kwargs = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "num_beams": num_beams}
+    got = both.generate(**x, adapter_names=MIXED, **kwargs)
+    parts = {"default": alone[0], "other": alone[1]}
+    for i, adapter in enumerate(MIXED):
+        assert torch.equal(got[i : i + 1], parts.get(adapter, base).generate(**{k: v[i : i + 1] for k, v in x.items()}, **kwargs))
+
+
+def test_base_rows_alone_are_stock():
+    stock, model = models.pair("gpt2")
+    x = models.inputs()
+    assert torch.equal(model(**x, adapter_names=["__base__"] * 3).logits, stock(**x).logits)
+
+
+def test_base_model_saves_and_ties_as_before(tmp_path):
+    """The embedding is not wrapped: T5 ties it and saves it under its own name."""
+    model = models.adapted("t5")
+    base = model.unload()
+    base.save_pretrained(tmp_path)
+    assert torch.equal(type(base).from_pretrained(tmp_path).shared.weight, base.shared.weight)
+
+
+def test_resized_embeddings():
+    stock, model = models.pair("t5")
+    for m in (stock, model.base_model.model):
+        torch.manual_seed(0)
+        m.resize_token_embeddings(models.VOCAB + 8)
+    x = models.inputs()
+    x["input_ids"][0, 0] = models.VOCAB + 3
+    labels = models.targets("t5", x)
+    expected = models.by_formula("t5", stock, models.parameters(model), x, labels)
+    torch.testing.assert_close(model(**x, **labels).logits, expected.logits)
+
+
+def test_another_method_after_unloading():
+    from peft import LoraConfig
+
+    model = models.adapted("gpt2")
+    lora = get_peft_model(model.unload(), LoraConfig(task_type="CAUSAL_LM"))
+    assert torch.isfinite(lora(**models.inputs()).logits).all()
+
+
+def test_import_needs_torch_only():
+    code = (
+        "import sys, peft_kernels; assert not {'transformers', 'peft'} & set(sys.modules);"
+        "from peft_kernels import DePTConfig; import peft; assert 'DEPT' in peft.PeftType.__members__; peft_kernels.__version__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
