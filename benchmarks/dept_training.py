@@ -60,7 +60,7 @@ def main():
         configs = {
             OURS: (ours, layer.decomposed_prompt_embedding),
             OFFICIAL: (ours, official_formulation),
-            PROMPT_TUNING: (PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=more_virtual), None),
+            PROMPT_TUNING: (PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=more_virtual, num_transformer_submodules=1), None),
         }
         made = {way: step_of(base, *config, ids, labels) for way, config in configs.items()}
         steps = {way: step for way, (step, _) in made.items()}
