@@ -67,11 +67,11 @@ PROBLEMS = {
 }
 
 
-def check(ours, plain, truth, what):
+def check(ours, plain, truth, what, floor=1):
     finite = truth.isfinite()
     assert torch.equal(finite, ours.isfinite()), what
     error, allowed = ((x.double() - truth)[finite].abs().sum().item() for x in (ours, plain))
-    floor = torch.finfo(ours.dtype).eps * truth[finite].abs().sum().item()
+    floor = floor * torch.finfo(ours.dtype).eps * truth[finite].abs().sum().item()
     assert error <= 2 * allowed + floor, f"{what}: error {error:.3g}, plain {allowed:.3g}, floor {floor:.3g}"
 
 
@@ -132,10 +132,12 @@ def test_any_scale(scale, device):
 
 def test_large_scores(device):
     query, key, value, *rest = Problem((3, 2), 1, 21, 16, lengths=(21, 4)).make(torch.float32, device)
-    tensors = 100 * query, 100 * key, value, *rest
+    tensors = 100 * query, 100 * key, value, *rest  # most weights underflow
     truth, plain = all_results(reference, widen(tensors), 1.0), all_results(reference, tensors, 1.0)
+    # A weight computed again from its score and the log-sum-exp inherits the rounding of both, and so does what does not cancel any more.
+    score = truth["lse"][truth["lse"].isfinite()].abs().max().item()
     for name, result in all_results(implementation, tensors, 1.0).items():
-        check(result, plain[name], truth[name], name)
+        check(result, plain[name], truth[name], name, floor=score if name.startswith("grad") else 1)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
