@@ -1,4 +1,4 @@
-"""The native library, loaded once for every operator."""
+"""The native library of the CPU, loaded once for every operator."""
 
 from functools import cache
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
@@ -18,3 +19,11 @@ def problem() -> str | None:
     except OSError as error:
         return f"the native library does not load: {error}"
     return None
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"its kernels run on the CPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"its kernels take {' and '.join(str(x) for x in DTYPES)}, not {dtype}"
+    return problem()

@@ -3,19 +3,12 @@
 import torch
 from torch.nn.functional import pad
 
-from .. import native_library
+from ..native_library import unavailable
 
-DTYPES = (torch.float32, torch.bfloat16)
+__all__ = ["backward", "backward_low_rank", "forward", "unavailable"]
+
 COLUMN_MULTIPLE = 16  # of b: kColumnMultiple in csrc/cpu/decomposed_prompt_embedding.h
 MAX_RANK = 512  # of backward_low_rank: kMaxRank there
-
-
-def unavailable(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu":
-        return f"its kernels run on the CPU, not on {device}"
-    if dtype not in DTYPES:
-        return f"its kernels take {' and '.join(str(x) for x in DTYPES)}, not {dtype}"
-    return native_library.problem()
 
 
 def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids):

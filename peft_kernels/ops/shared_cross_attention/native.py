@@ -2,17 +2,9 @@
 
 import torch
 
-from .. import native_library
+from ..native_library import unavailable
 
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def unavailable(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu":
-        return f"its kernels run on the CPU, not on {device}"
-    if dtype not in DTYPES:
-        return f"its kernels take {' and '.join(str(x) for x in DTYPES)}, not {dtype}"
-    return native_library.problem()
+__all__ = ["backward", "forward", "unavailable"]
 
 
 def forward(query, key, value, key_lengths, encoder_index, scale, need_lse):
