@@ -6,25 +6,13 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "packed.cuh"
 
 namespace peft_kernels {
 
-constexpr int kLanes = 32;
 constexpr int kWarps = 4;
 constexpr int kRanks = 32;  // of a, staged in shared memory at a time
 constexpr int kLoadsInFlight = 4;
-
-// A vector of int32, or of the low words of int64: -1 and what indexes memory fit. Or none.
-struct Integers {
-  const int* data;
-  int64_t stride;  // in words
-
-  __device__ int get(int64_t i) const { return data ? __ldg(data + i * stride) : 0; }
-};
 
 struct Embedding {
   void* out;            // (batch, virtual_tokens + length, width)
@@ -55,90 +43,7 @@ struct Gradient {
   int column_tiles;
 };
 
-// V elements as they lie in memory: 16 bytes, or one element where those are not aligned.
-template <class T, int V>
-struct Packed;
-
-template <class T>
-struct Packed<T, 1> {
-  using Type = T;
-  static __device__ void unpack(T x, float (&into)[1]) { into[0] = static_cast<float>(x); }
-  static __device__ T pack(const float (&x)[1]) { return static_cast<T>(x[0]); }
-};
-
-template <>
-struct Packed<float, 4> {
-  using Type = float4;
-  static __device__ void unpack(const float4& x, float (&into)[4]) { into[0] = x.x, into[1] = x.y, into[2] = x.z, into[3] = x.w; }
-  static __device__ float4 pack(const float (&x)[4]) { return make_float4(x[0], x[1], x[2], x[3]); }
-};
-
-template <class Two, class Widen, class Narrow>
-struct PackedPairs {
-  using Type = uint4;
-  static __device__ void unpack(const uint4& x, float (&into)[8]) {
-    const unsigned words[] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 two = Widen()(reinterpret_cast<const Two&>(words[i]));
-      into[2 * i] = two.x, into[2 * i + 1] = two.y;
-    }
-  }
-  static __device__ uint4 pack(const float (&x)[8]) {
-    unsigned words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Two two = Narrow()(x[2 * i], x[2 * i + 1]);
-      words[i] = reinterpret_cast<const unsigned&>(two);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-  }
-};
-
-struct HalfToFloat {
-  __device__ float2 operator()(__half2 x) const { return __half22float2(x); }
-};
-struct FloatToHalf {
-  __device__ __half2 operator()(float x, float y) const { return __floats2half2_rn(x, y); }
-};
-struct BFloat16ToFloat {
-  __device__ float2 operator()(__nv_bfloat162 x) const { return __bfloat1622float2(x); }
-};
-struct FloatToBFloat16 {
-  __device__ __nv_bfloat162 operator()(float x, float y) const { return __floats2bfloat162_rn(x, y); }
-};
-template <>
-struct Packed<__half, 8> : PackedPairs<__half2, HalfToFloat, FloatToHalf> {};
-template <>
-struct Packed<__nv_bfloat16, 8> : PackedPairs<__nv_bfloat162, BFloat16ToFloat, FloatToBFloat16> {};
-
-template <class T, int V>
-__device__ typename Packed<T, V>::Type load(const T* from) {
-  return __ldg(reinterpret_cast<const typename Packed<T, V>::Type*>(from));
-}
-
-template <class T, int V>
-__device__ void store(T* to, const float (&x)[V]) {
-  const auto packed = Packed<T, V>::pack(x);
-  if constexpr (sizeof(packed) == 16) {  // as an assignment it becomes four stores
-    const uint4& words = reinterpret_cast<const uint4&>(packed);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
-  } else {
-    *to = packed;
-  }
-}
-
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
-template <int V>
-__device__ void load_floats(float (&into)[V], const float* from) {
-  if constexpr (V == 1) {
-    into[0] = __ldg(from);
-  } else {
-#pragma unroll
-    for (int v = 0; v < V; v += 4) *reinterpret_cast<float4*>(into + v) = __ldg(reinterpret_cast<const float4*>(from + v));
-  }
-}
 
 // update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; those without a column compute nothing.
 template <int V, int P>
@@ -327,12 +232,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __gri
   if (!inside) return;
   float* to = is_prompt ? g.prompt + (int64_t(adapter) * g.prompt_rows + position) * g.width
                         : g.delta + (int64_t(adapter) * g.delta_rows + position) * g.width;
-  if constexpr (V == 1) {
-    to[column] = sum[0];
-  } else {
-#pragma unroll
-    for (int v = 0; v < V; v += 4) store<float, 4>(to + column + v, {sum[v], sum[v + 1], sum[v + 2], sum[v + 3]});
-  }
+  store_floats<V>(to + column, sum);
 }
 
 }  // namespace peft_kernels

@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import ops
-from ..ops import native_library
-from ..ops.decomposed_prompt_embedding import cuda
+from ..ops import cuda_library, native_library
 from .measure import cpu_model, gpus, versions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,15 +18,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def show(console: Console):
     console.print(_versions())
     console.print(_devices())
-    for name in ops.__all__:
-        console.print(_implementations(name))
+    for package in packages():
+        console.print(_implementations(package))
 
 
 def _versions() -> Table:
     table = Table("package", "version", title="Versions", title_justify="left")
     for row in versions().items():
         table.add_row(*row)
-    for what, reason in (("C++ kernels", native_library.problem()), ("CUDA kernels", cuda.problem())):
+    for what, reason in (("C++ kernels", native_library.problem()), ("CUDA kernels", cuda_library.problem())):
         table.add_row(what, "built" if reason is None else escape(reason))
     return table
 
@@ -40,9 +39,18 @@ def _devices() -> Table:
     return table
 
 
-def _implementations(operator: str) -> Table:
-    table = Table("impl", *device_types(), title=f"peft_kernels.ops.{operator}: available here, or why not", title_justify="left", show_lines=True)
-    for impl, cells in availability(operator).items():
+def packages() -> dict[str, list[str]]:
+    """Package of implementations -> its operators."""
+    found = {}
+    for name in ops.__all__:
+        found.setdefault(getattr(ops, name).__module__, []).append(name)
+    return found
+
+
+def _implementations(package: str) -> Table:
+    title = f"{', '.join(packages()[package])}: available here, or why not"
+    table = Table("impl", *device_types(), title=title, title_justify="left", show_lines=True)
+    for impl, cells in availability(package).items():
         table.add_row(impl, *(_cell(reasons) for reasons in cells.values()))
     return table
 
@@ -51,18 +59,18 @@ def device_types() -> list[str]:
     return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-def availability(operator: str) -> dict[str, dict[str, dict[torch.dtype, str | None]]]:
+def availability(package: str) -> dict[str, dict[str, dict[torch.dtype, str | None]]]:
     """implementation -> device type -> dtype -> why it cannot run here, None where it can."""
-    package = import_module(f"peft_kernels.ops.{operator}")
+    implementations = import_module(package).implementations
     return {
-        impl: {device: {dtype: _reason(f"{package.__name__}.{module}", device, dtype) for dtype in DTYPES} for device in device_types()}
-        for impl, module in package.IMPLEMENTATIONS.items()
+        impl: {device: {dtype: _reason(implementations, impl, device, dtype) for dtype in DTYPES} for device in device_types()}
+        for impl in implementations.names
     }
 
 
-def _reason(module: str, device: str, dtype: torch.dtype) -> str | None:
+def _reason(implementations, impl: str, device: str, dtype: torch.dtype) -> str | None:
     try:
-        return import_module(module).unavailable(device, dtype)
+        return implementations.unavailable(impl, device, dtype)
     except ImportError as error:
         return str(error)
 

@@ -71,7 +71,8 @@ def test_info_names_every_implementation_or_the_reason():
     text = invoke("info")
     for word in ("peft_kernels", "torch", torch.__version__, "triton", "cpu", "reference"):
         assert word in text
-    for name in ops.__all__:
+    assert sum(info.packages().values(), []) == ops.__all__
+    for name in info.packages():
         for impl, devices in info.availability(name).items():
             assert impl in text
             assert set(devices) == set(info.device_types())
@@ -150,7 +151,7 @@ def test_word_ids_are_reversible_and_share_the_vocabulary():
     assert len(set(ids)) == len(set(TEXT.split()))
 
 
-@pytest.mark.parametrize("script", ["pid_attention", "pid_generate", "dept_embedding", "dept_training"])
+@pytest.mark.parametrize("script", ["pid_attention", "pid_generate", "dept_embedding", "dept_training", "pasta_norm", "pasta_layer"])
 def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr("sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")])

@@ -23,11 +23,13 @@ import triton
 from compile_shared_cross_attention import CUOBJDUMP, TARGETS, facts  # it takes the interpreter away: first
 from triton.compiler import ASTSource
 
-from peft_kernels.ops.decomposed_prompt_embedding import cuda, triton_kernels
+from peft_kernels.ops.cuda_library import LIBRARY
 from peft_kernels.ops.decomposed_prompt_embedding import triton as implementation
+from peft_kernels.ops.decomposed_prompt_embedding import triton_kernels
 
 TABLE = Path(__file__).with_name("compiled_decomposed_prompt_embedding.json")
 KERNELS = ("product", "delta", "backward")
+CUDA_KERNELS = "embedding_(forward|backward)"
 SASS = {"load16": r"LDG\S*\.128", "store16": r"STG\S*\.128"}
 STORE16 = r"st\.global(?:\.\w+)*\.v4|(?:global|buffer)_store_dwordx4"
 FLOATS = ("prompt", "a", "b", "delta", "grad_prompt", "grad_delta")
@@ -75,21 +77,23 @@ def compile_one(case) -> tuple[str, dict]:
     return " ".join(case), row
 
 
-def cuda_kernels():
-    """(name, row) of every kernel of every architecture in the library that setup.py built."""
+def cuda_kernels(names: str):
+    """(name, row) of the kernels called so, of every architecture, in the library that setup.py built."""
     code = {}
     for family, symbol, text in _sections(_cuobjdump("-sass"), r"arch = (sm_\d+)", r"Function : (\S+)"):
         code[family, symbol] = [key for key, pattern in SASS.items() if re.search(pattern, text)]
     for family, symbol, text in _sections(_cuobjdump("--dump-resource-usage"), r"arch = (sm_\d+)", r"Function (\S+):"):
-        kernel, storage, constants = re.search(r"embedding_(forward|backward)I(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E", symbol).groups()
-        dtype = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}[storage]
-        name = " ".join((family, dtype, kernel, *map("{}={}".format, "VP", re.findall(r"\d+", constants))))
+        if not (found := re.search(rf"\d{names}(?:E|I(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E)", symbol)):
+            continue
+        kernel, storage, constants = found.groups("")
+        dtype = {"f": ["fp32"], "6__half": ["fp16"], "13__nv_bfloat16": ["bf16"], "": []}[storage]
+        name = " ".join((family, *dtype, kernel, *map("{}={}".format, "VP", re.findall(r"\d+", constants))))
         registers, stack, shared, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text).groups())
         yield name, {"registers": registers, "spills": stack + local, "shared": shared, "instructions": code[family, symbol]}
 
 
 def _cuobjdump(option: str) -> str:
-    return subprocess.run([CUOBJDUMP, option, cuda.LIBRARY], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([CUOBJDUMP, option, LIBRARY], capture_output=True, text=True, check=True).stdout
 
 
 def _sections(text: str, *headings: str):
@@ -100,8 +104,8 @@ def _sections(text: str, *headings: str):
             yield family, symbol, content
 
 
-def write(section: str, version: str, found: dict[str, dict]):
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+def write(path: Path, section: str, version: str, found: dict[str, dict]):
+    table = json.loads(path.read_text()) if path.exists() else {}
     before = table.get(section, {"versions": [], "kernels": {}})
     for key, row in found.items():
         for count in ("registers", "shared"):
@@ -111,17 +115,17 @@ def write(section: str, version: str, found: dict[str, dict]):
     for name, content in sorted(table.items()):
         rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in content["kernels"].items())
         sections.append(f'"{name}": {{"versions": {json.dumps(content["versions"])}, "kernels": {{\n{rows}\n}}}}')
-    TABLE.write_text("{" + ",\n".join(sections) + "}\n")
+    path.write_text("{" + ",\n".join(sections) + "}\n")
 
 
 def cuda_version() -> str:
     """Of the compiler that built the library."""
-    found = re.search(rb"Cuda compilation tools, release ([0-9.]+)", cuda.LIBRARY.read_bytes())
+    found = re.search(rb"Cuda compilation tools, release ([0-9.]+)", LIBRARY.read_bytes())
     return found[1].decode() if found else "unknown"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(description, table, cases, compile_one, cuda_names):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-j", type=int, default=2, help="processes")
     parser.add_argument("--only", default="", help="a regular expression on the name")
     parser.add_argument("--cuda", action="store_true")
@@ -131,13 +135,14 @@ def main():
     print(version)
     found = {}
     with ProcessPoolExecutor(options.j) as pool:
-        rows = cuda_kernels() if options.cuda else pool.map(compile_one, [case for case in cases() if re.search(options.only, " ".join(case))])
+        chosen = [case for case in cases() if re.search(options.only, " ".join(case))]
+        rows = cuda_kernels(cuda_names) if options.cuda else pool.map(compile_one, chosen)
         for key, row in rows:
             print(json.dumps({key: row}), flush=True)
             found[key] = row
     if options.write:
-        write("cuda" if options.cuda else "triton", version, found)
+        write(table, "cuda" if options.cuda else "triton", version, found)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, TABLE, cases, compile_one, CUDA_KERNELS)

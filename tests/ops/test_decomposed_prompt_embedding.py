@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_kernels.ops import decomposed_prompt_embedding
-from peft_kernels.ops.decomposed_prompt_embedding import _module, choose
+from peft_kernels.ops.decomposed_prompt_embedding import implementations
 
 IMPLS = ["reference", "cpp", "cuda", "auto"]  # triton has a file of its own: its interpreter is slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +40,7 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := _module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
         pytest.skip(reason)
     return request.param
 
@@ -111,7 +111,7 @@ def of(impl):
 
 
 def supports(impl, device, dtype):
-    return impl == "auto" or _module(impl).unavailable(device.type, dtype) is None
+    return impl == "auto" or implementations.module(impl).unavailable(device.type, dtype) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,6 +208,6 @@ def test_frozen_table_and_frozen_parameters_get_nothing(impl, device):
 
 def test_auto_takes_the_native_library_where_it_is_built(device):
     if device.type == "cpu":
-        built = _module("cpp").unavailable("cpu", torch.float32) is None
-        assert choose(torch.empty(1)) == ("cpp" if built else "reference")
-        assert choose(torch.empty(1, dtype=torch.float64)) == choose(torch.empty(1, dtype=torch.float16)) == "reference"
+        built = implementations.module("cpp").unavailable("cpu", torch.float32) is None
+        assert implementations.choose("cpu", torch.float32) == ("cpp" if built else "reference")
+        assert implementations.choose("cpu", torch.float64) == implementations.choose("cpu", torch.float16) == "reference"

@@ -5,7 +5,7 @@ import torch
 from test_decomposed_prompt_embedding import CASES, make
 
 from peft_kernels.ops import decomposed_prompt_embedding
-from peft_kernels.ops.decomposed_prompt_embedding import _module
+from peft_kernels.ops.decomposed_prompt_embedding import implementations
 
 IMPLS = ["auto", "reference"]
 
@@ -102,7 +102,7 @@ def test_errors(case, changed, error, message):
 
 
 def test_the_native_operator_refuses_what_would_read_beyond_its_tensors():
-    if reason := _module("cpp").unavailable("cpu", torch.float32):
+    if reason := implementations.module("cpp").unavailable("cpu", torch.float32):
         pytest.skip(reason)
     ids, weight, prompt, a, b = torch.tensor([[1, 2]]), torch.zeros(5, 16), torch.zeros(1, 3, 16), torch.zeros(1, 2, 4), torch.zeros(1, 4, 16)
     operator = torch.ops.peft_kernels.decomposed_prompt_embedding_cpu

@@ -5,6 +5,7 @@ import torch
 from decomposed_prompt_embedding_on_gpu import *  # noqa: F403
 from decomposed_prompt_embedding_on_gpu import Problem, check_all
 
+from peft_kernels.ops import cuda_library
 from peft_kernels.ops.decomposed_prompt_embedding import cuda
 
 
@@ -32,13 +33,13 @@ def test_refuses_rocm(monkeypatch):
 
 
 def test_says_that_it_is_not_built(monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "nothing.so")
-    cuda.problem.cache_clear()
+    monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "nothing.so")
+    cuda_library.problem.cache_clear()
     assert "nvcc" in cuda.unavailable("cuda", torch.float32)
-    cuda.problem.cache_clear()
+    cuda_library.problem.cache_clear()
 
 
-@pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc")
+@pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc")
 def test_the_library_loads_without_a_gpu():
     """It is linked against nothing of CUDA; what is missing here is a driver, and `unavailable` says so."""
     reason = cuda.unavailable("cuda", torch.float32)

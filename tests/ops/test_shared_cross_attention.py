@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_kernels.ops import shared_cross_attention
-from peft_kernels.ops.shared_cross_attention import _module, choose, reference
+from peft_kernels.ops.shared_cross_attention import choose, implementations, reference
 
 IMPLS = ["reference", "sdpa", "matmul", "auto"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,7 +37,7 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := _module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
         pytest.skip(reason)
     return request.param
 
@@ -246,7 +246,7 @@ def test_frozen_inputs_get_no_gradient(frozen, impl, device):
 def test_frozen_inputs_get_no_work(needs, products):
     """S and dP once, then one product for each gradient; dP only where dS is needed."""
     (query, key, value), _ = make(CASES["uniform"])
-    module = _module("matmul")
+    module = implementations.module("matmul")
     out, lse = module.forward(query, key, value, None, None, 0.3, True)
     with FlopCounterMode(display=False) as flops:
         module.backward(out, None, query, key, value, out, lse, None, None, 0.3, *map(bool, needs))

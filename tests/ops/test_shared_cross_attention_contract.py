@@ -8,7 +8,7 @@ import torch
 from test_shared_cross_attention import CASES, IMPLS, make
 
 from peft_kernels.ops import shared_cross_attention
-from peft_kernels.ops.shared_cross_attention import IMPLEMENTATIONS, _module
+from peft_kernels.ops.shared_cross_attention import implementations
 
 NAMED = [("lengths", "auto"), *((case, impl) for case in ("uniform", "ragged-lengths") for impl in ("auto", "reference", "sdpa", "matmul"))]
 
@@ -143,15 +143,15 @@ def test_says_what_is_wrong(change, kind, message):
 
 
 def test_an_implementation_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr(_module("sdpa"), "unavailable", lambda device, dtype: "the moon is full")
+    monkeypatch.setattr(implementations.module("sdpa"), "unavailable", lambda device, dtype: "the moon is full")
     with pytest.raises(ValueError, match="impl='sdpa' cannot run here: the moon is full"):
         shared_cross_attention(X, K, K, impl="sdpa")
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "matmul"])
 def test_host_implementations_refuse_other_devices(impl):
-    assert "triton" in _module(impl).unavailable("cuda", torch.float32)
-    assert impl in IMPLEMENTATIONS
+    assert "triton" in implementations.module(impl).unavailable("cuda", torch.float32)
+    assert impl in implementations.names
 
 
 IMPORT = """

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from peft_kernels.ops.shared_cross_attention import native, reference, shared_cross_attention
+from peft_kernels.ops.shared_cross_attention import cpp, reference, shared_cross_attention
 
-if native.unavailable("cpu", torch.float32):
-    pytest.skip(native.unavailable("cpu", torch.float32), allow_module_level=True)
+if cpp.unavailable("cpu", torch.float32):
+    pytest.skip(cpp.unavailable("cpu", torch.float32), allow_module_level=True)
 
 DTYPES = (torch.float32, torch.bfloat16)
 

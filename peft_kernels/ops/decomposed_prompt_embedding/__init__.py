@@ -1,17 +1,17 @@
 """The embeddings of a soft prompt and of tokens with a low-rank update by position, written in one pass."""
 
 import os
-from functools import cache
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from ..implementations import Implementations
+
 __all__ = ["decomposed_prompt_embedding"]
 
-# name -> module; each has forward, backward and unavailable(device_type, dtype) -> reason or None. Where one has backward_low_rank too,
-# the gradients of a and b come from there up to rank MAX_RANK, without that of their product, (K, s, d), in memory.
-IMPLEMENTATIONS = {"reference": "reference", "cpp": "cpp", "cuda": "cuda", "triton": "triton"}
+# Each has forward and backward. Where one has backward_low_rank too, the gradients of a and b come from there up to rank MAX_RANK,
+# without that of their product, (K, s, d), in memory.
+implementations = Implementations(__name__)
 
 _NAME = "decomposed_prompt_embedding"
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -76,8 +76,7 @@ def decomposed_prompt_embedding(
         ValueError: shapes, devices or values that do not fit, or a named implementation that cannot run, with the reason.
         TypeError: dtypes that do not fit.
     """
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{_NAME}: impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    implementations.check(_NAME, impl)
     _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids)
     wide = torch.promote_types(weight.dtype, torch.float32)
     prompt, a, b, delta = (_stacked(x, wide) for x in (prompt, a, b, delta))
@@ -85,23 +84,6 @@ def decomposed_prompt_embedding(
     return torch.ops.peft_kernels.decomposed_prompt_embedding.default(
         input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl
     )
-
-
-def choose(weight: Tensor) -> str:
-    """What ``impl="auto"`` takes, forward and backward: the first that can run here.
-
-    | where and what               | implementation |
-    | ---------------------------- | -------------- |
-    | float64                      | reference      |
-    | CPU, native library built    | cpp            |
-    | CUDA, native library with it | cuda           |
-    | CUDA or ROCm, triton         | triton         |
-    | anything else                | reference      |
-    """
-    for impl in ("cpp", "cuda", "triton"):
-        if _module(impl).unavailable(weight.device.type, weight.dtype) is None and (impl != "triton" or weight.device.type != "cpu"):
-            return impl
-    return "reference"
 
 
 def _stacked(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -163,31 +145,18 @@ def _check_values(input_ids, weight, prompt, offsets, adapter_ids):
                 raise ValueError(f"{_NAME}: {name} must lie in [{low}, {end}), got values from {least} to {most}")
 
 
-@cache
-def _module(impl: str):
-    return import_module(f"{__name__}.{IMPLEMENTATIONS[impl]}")
-
-
-def _resolve(impl: str, x: Tensor):
-    if impl == "auto":
-        impl = choose(x)
-    elif reason := _module(impl).unavailable(x.device.type, x.dtype):
-        raise ValueError(f"{_NAME}: impl={impl!r} cannot run here: {reason}")
-    return _module(impl)
-
-
 @torch.library.impl(_lib, _NAME, "CompositeExplicitAutograd")
 def _forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl):
     if weight.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
         _check_values(input_ids, weight, prompt, offsets, adapter_ids)
-    implementation = _resolve(impl, weight)
+    implementation = implementations.resolve(_NAME, impl, weight.device.type, weight.dtype)
     return implementation.forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids)
 
 
 @torch.library.impl(_lib, f"{_NAME}_backward", "CompositeExplicitAutograd")
 def _backward(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta, impl):
     """Of prompt, a, b and delta: with a comes that of b, with b that of a; one that is not wanted has no element."""
-    implementation = _resolve(impl, grad)
+    implementation = implementations.resolve(_NAME, impl, grad.device.type, grad.dtype)
     sizes, where = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
     grad_a = grad_b = None
     rank = 0 if a is None and b is None else b.shape[1] if a is None else a.shape[2]

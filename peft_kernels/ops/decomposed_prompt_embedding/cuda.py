@@ -1,42 +1,10 @@
 """CUDA C++: csrc/cuda/decomposed_prompt_embedding*."""
 
-from ctypes import CDLL, c_char_p
-from functools import cache
-from pathlib import Path
-
 import torch
 
-from .. import native_library
+from ..cuda_library import unavailable
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LIBRARY = Path(native_library.__file__).parents[1] / "_native_cuda.so"
-
-
-def unavailable(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cuda":
-        return f"its kernels run on CUDA devices, not on {device}"
-    if dtype not in DTYPES:
-        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
-    if torch.version.hip:
-        return "its kernels are for NVIDIA devices, and this torch is built for ROCm"
-    return problem()
-
-
-@cache
-def problem() -> str | None:
-    """Why the library cannot be used, or None. Its schemas stand in the native library of the CPU."""
-    if not LIBRARY.exists():
-        return "the CUDA library is not built: install with nvcc, a C++ compiler and `pip install --no-build-isolation`"
-    if reason := native_library.problem():
-        return reason
-    try:
-        torch.ops.load_library(LIBRARY)
-        driver = CDLL(str(LIBRARY)).peft_kernels_cuda_problem
-    except OSError as error:
-        return f"the CUDA library does not load: {error}"
-    driver.restype = c_char_p
-    reason = driver()
-    return None if reason is None else f"the device does not run the CUDA library: {reason.decode()}"
+__all__ = ["backward", "forward", "unavailable"]
 
 
 def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids):

@@ -1,18 +1,17 @@
 """Cross-attention in which many decoder streams share the keys and values of one encoder input."""
 
 import os
-from functools import cache
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from ..implementations import Implementations
 from .layout import token_major
 
 __all__ = ["shared_cross_attention"]
 
-# name -> module; each has forward, backward and unavailable(device_type, dtype) -> reason or None
-IMPLEMENTATIONS = {"reference": "reference", "sdpa": "folded_sdpa", "matmul": "folded_matmul", "cpp": "native", "triton": "triton"}
+# Each has forward and backward.
+implementations = Implementations(__name__, "reference", "sdpa", "matmul", "cpp", "triton")
 MAX_HEAD_DIM = 256
 
 # Without the native library a CPU takes PyTorch's flash attention or two matrix products on folded rows, whichever
@@ -79,8 +78,7 @@ def shared_cross_attention(
     _check(query, key, value, key_lengths, encoder_index)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"shared_cross_attention: impl must be 'auto' or one of {list(IMPLEMENTATIONS)}, got {impl!r}")
+    implementations.check("shared_cross_attention", impl)
     need_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     need_lse = return_lse or need_grad
     out, lse = torch.ops.peft_kernels.shared_cross_attention.default(query, key, value, key_lengths, encoder_index, scale, need_lse, impl)
@@ -102,8 +100,8 @@ def choose(query: Tensor, key: Tensor) -> str:
         return "reference"
     device = query.device.type
     if device == "cpu":
-        return "cpp" if _module("cpp").unavailable(device, query.dtype) is None else _choose_library(query, key)
-    return "triton" if _module("triton").unavailable(device, query.dtype) is None else "reference"
+        return "cpp" if implementations.unavailable("cpp", device, query.dtype) is None else _choose_library(query, key)
+    return "triton" if implementations.unavailable("triton", device, query.dtype) is None else "reference"
 
 
 def _choose_library(query, key):
@@ -167,20 +165,14 @@ def _check_values(key, key_lengths, encoder_index):
             raise ValueError(f"shared_cross_attention: encoder_index must lie in [0, {inputs}), got values from {low} to {high}")
 
 
-@cache
-def _module(impl: str):
-    return import_module(f"{__name__}.{IMPLEMENTATIONS[impl]}")
-
-
 @torch.library.impl(_lib, "shared_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
     if (key_lengths is not None or encoder_index is not None) and (query.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"):
         _check_values(key, key_lengths, encoder_index)
     if impl == "auto":  # resolved here, below the dispatcher, where shapes are never symbolic
         impl = choose(query, key)
-    elif reason := _module(impl).unavailable(query.device.type, query.dtype):
-        raise ValueError(f"shared_cross_attention: impl={impl!r} cannot run here: {reason}")
-    out, lse = _module(impl).forward(query, key, value, key_lengths, encoder_index, scale, need_lse)
+    implementation = implementations.runnable("shared_cross_attention", impl, query.device.type, query.dtype)
+    out, lse = implementation.forward(query, key, value, key_lengths, encoder_index, scale, need_lse)
     return out, lse if need_lse else out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
@@ -189,7 +181,7 @@ def _backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, enco
     needs = (need_query, need_key, need_value)
     if impl == "auto":
         impl = choose(query, key)
-    gradients = _module(impl).backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs)
+    gradients = implementations.module(impl).backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs)
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 
 

@@ -1,0 +1,91 @@
+// What the launchers share: checks of tensors, the stream, the grid. Nothing waits for the device.
+
+#pragma once
+
+#include "packed.cuh"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+namespace peft_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+// The stream is asked for in libtorch_cuda, which is looked up when it is first needed: so this file links against a torch without CUDA.
+inline cudaStream_t current_stream(int device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get, "this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Counts are int in the kernels; products of them are not.
+inline int to_int(int64_t x, const char* name) {
+  STD_TORCH_CHECK(0 <= x && x < (int64_t{1} << 30), name, " must be below 2^30, got ", x);
+  return static_cast<int>(x);
+}
+
+inline const float* parameter(const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
+  bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.scalar_type() == ScalarType::Float &&
+      x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = x.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(fits, name, " must be a contiguous float32 tensor that fits the others, on their device");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+inline Integers integers(const Tensor& x, const Tensor& like, const char* name) {
+  const bool wide = x.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, " must be on the device of the other tensors");
+  return {static_cast<const int*>(x.const_data_ptr()), x.stride(-1) * (wide ? 2 : 1)};
+}
+
+inline Integers integers(const std::optional<Tensor>& x, const Tensor& like, int64_t count, const char* name) {
+  if (!x) return {};
+  STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == count, name, " must have ", count, " elements");
+  return integers(*x, like, name);
+}
+
+inline bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
+  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
+      std::all_of(strides.begin(), strides.end(), [](int64_t bytes) { return bytes % 16 == 0; });
+}
+
+inline dim3 grid(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too large for one launch");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+// f(an element of the storage), with the device of x current.
+template <class F>
+void dispatch(const Tensor& x, const char* name, const F& f) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Half: return f(__half{});
+    case ScalarType::BFloat16: return f(__nv_bfloat16{});
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+}  // namespace peft_kernels

@@ -1,0 +1,38 @@
+"""The library of CUDA C++ kernels, loaded once for every operator."""
+
+from ctypes import CDLL, c_char_p
+from functools import cache
+
+import torch
+
+from . import native_library
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LIBRARY = native_library.LIBRARY.with_name("_native_cuda.so")
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda":
+        return f"its kernels run on CUDA devices, not on {device}"
+    if dtype not in DTYPES:
+        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
+    if torch.version.hip:
+        return "its kernels are for NVIDIA devices, and this torch is built for ROCm"
+    return problem()
+
+
+@cache
+def problem() -> str | None:
+    """Why the library cannot be used, or None. Its schemas stand in the native library of the CPU."""
+    if not LIBRARY.exists():
+        return "the CUDA library is not built: install with nvcc, a C++ compiler and `pip install --no-build-isolation`"
+    if reason := native_library.problem():
+        return reason
+    try:
+        torch.ops.load_library(LIBRARY)
+        driver = CDLL(str(LIBRARY)).peft_kernels_cuda_problem
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    driver.restype = c_char_p
+    reason = driver()
+    return None if reason is None else f"the device does not run the CUDA library: {reason.decode()}"

@@ -1,0 +1,52 @@
+"""The implementations of an operator: modules of its package with one contract, imported when first asked for."""
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+_imported = cache(import_module)
+
+
+class Implementations:
+    """Each module has ``unavailable(device_type, dtype)``, a reason or None, and what the operator's package says."""
+
+    def __init__(self, package: str, *names: str):
+        self.package = package
+        self.names = names or ("reference", "cpp", "cuda", "triton")
+
+    def module(self, impl: str) -> ModuleType:
+        return _imported(f"{self.package}.{impl}")
+
+    def unavailable(self, impl: str, device: str, dtype: torch.dtype) -> str | None:
+        """Why ``impl`` cannot run, or None."""
+        return self.module(impl).unavailable(device, dtype)
+
+    def check(self, operator: str, impl: str) -> None:
+        if impl != "auto" and impl not in self.names:
+            raise ValueError(f"{operator}: impl must be 'auto' or one of {list(self.names)}, got {impl!r}")
+
+    def runnable(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
+        if reason := self.unavailable(impl, device, dtype):
+            raise ValueError(f"{operator}: impl={impl!r} cannot run here: {reason}")
+        return self.module(impl)
+
+    def choose(self, device: str, dtype: torch.dtype) -> str:
+        """What ``impl="auto"`` takes where an operator has no table of its own, forward and backward: the first that can run.
+
+        | where and what               | implementation |
+        | ---------------------------- | -------------- |
+        | float64                      | reference      |
+        | CPU, native library built    | cpp            |
+        | CUDA, native library with it | cuda           |
+        | CUDA or ROCm, triton         | triton         |
+        | anything else                | reference      |
+        """
+        for impl in ("cpp", "cuda", "triton"):
+            if self.unavailable(impl, device, dtype) is None and (impl != "triton" or device != "cpu"):
+                return impl
+        return "reference"
+
+    def resolve(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
+        return self.module(self.choose(device, dtype)) if impl == "auto" else self.runnable(operator, impl, device, dtype)
