@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -92,6 +92,48 @@ inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
   return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+#ifdef __AVX512F__
+inline __m512i widen_halves(__m256i x) { return _mm512_maskz_cvtepu16_epi32(0xffff, x); }  // unmasked, gcc 12 warns
+#endif
+
+// W elements, as float32.
+template <int W>
+inline Float<W> load_elements(const float* from) {
+  return load<W>(from);
+}
+
+template <int W>
+inline Float<W> load_elements(const uint16_t* from) {
+#ifdef __AVX512F__
+  if constexpr (W == 16) return (Float<W>)((Bits<W>)widen_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16);
+#endif
+  typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Float<W>)(__builtin_convertvector(halves, Bits<W>) << 16);
+}
+
+template <int W>
+inline void store_elements(float* to, Float<W> x) {
+  store<W>(to, x);
+}
+
+template <int W>
+inline void store_elements(uint16_t* to, Float<W> x) {
+#ifdef __AVX512BF16__
+  if constexpr (W == 16) {
+    const auto elements = _mm512_cvtneps_pbh(x);
+    std::memcpy(to, &elements, sizeof elements);
+    return;
+  }
+#endif
+  typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+  const Bits<W> bits = (Bits<W>)x;
+  const Bits<W> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? Bits<W>{} + 0x7fc0 : rounded, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
 struct Float32Lanes {
   static constexpr int kElements = 1;
 
@@ -141,7 +183,7 @@ struct Bfloat16Lanes {
   template <int W>
   static Bits<W> round(Float<W> x) {
     if constexpr (W == 16) {
-      return (Bits<W>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(x));  // unmasked, gcc 12 warns
+      return (Bits<W>)widen_halves((__m256i)_mm512_cvtneps_pbh(x));
     } else {
       return (Bits<W>)_mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh(x));
     }

@@ -1,6 +1,16 @@
 """Operators: tensors in, tensors out."""
 
+from .add_layer_norm_inject import add_inject_layer_norm, add_layer_norm_inject
 from .decomposed_prompt_embedding import decomposed_prompt_embedding
 from .shared_cross_attention import shared_cross_attention
+from .special_tokens import special_token_add, special_token_add_, special_token_slots
 
-__all__ = ["decomposed_prompt_embedding", "shared_cross_attention"]
+__all__ = [
+    "add_inject_layer_norm",
+    "add_layer_norm_inject",
+    "decomposed_prompt_embedding",
+    "shared_cross_attention",
+    "special_token_add",
+    "special_token_add_",
+    "special_token_slots",
+]

@@ -12,6 +12,8 @@ from peft_kernels.ops import native_library
 TESTS = {
     "test_shared_cross_attention_native.py": "test_forward or test_backward or test_strides or test_empty",
     "test_decomposed_prompt_embedding.py": "cpp and not cuda",
+    "test_special_tokens.py": "cpp and test_parity",
+    "test_add_layer_norm_inject.py": "cpp and (test_parity or test_widths)",
 }
 
 

@@ -1,0 +1,60 @@
+// Vectors for special tokens: which slots a row has, whose vectors it takes, what is dropped of them. No torch.
+
+#pragma once
+
+#include "packed.cuh"
+#include "philox.cuh"
+
+namespace peft_kernels {
+
+constexpr unsigned kWarp = ~0u;  // every lane of it
+
+struct Slots {
+  const int* data;  // (B, each), words of int32 or the low words of int64; -1: none
+  int64_t row_stride, stride;  // in words
+  int each;
+
+  __device__ int get(int64_t row, int slot) const { return __ldg(data + row * row_stride + slot * stride); }
+
+  // The slot of the row's token at a position, or -1. The whole warp asks for the same one.
+  __device__ int find(int64_t row, int position) const {
+    for (int start = 0; start < each; start += kLanes) {
+      const int slot = start + static_cast<int>(threadIdx.x % kLanes);
+      const unsigned found = __ballot_sync(kWarp, slot < each && get(row, slot) == position);
+      if (found) return start + __ffs(static_cast<int>(found)) - 1;
+    }
+    return -1;
+  }
+};
+
+struct Injection {
+  const float* vectors;  // (K, each, width), or null
+  Slots slots;
+  Integers adapters;
+  Dropout dropout;
+  int each, width;
+
+  // x[i] += the V elements from column(i) on of what a slot of a row gets.
+  template <int N, int V, class Column>
+  __device__ void add(float (&x)[N][V], int row, int slot, int adapter, const Column& column) const {
+    const float* vector = vectors + (int64_t(adapter) * each + min(slot, each - 1)) * width;
+    unsigned kept = ~0u;
+    if (dropout.seed) {
+      static_assert(N * V <= 32);
+      kept = 0;
+#pragma unroll 1  // one copy of the generator in place of N * V
+      for (int i = 0; i < N * V; ++i) kept |= unsigned{dropout.keeps(column(i / V) + i % V, slot, row)} << i;
+    }
+    const float scale = dropout.seed ? dropout.scale : 1;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (column(i) >= width) continue;
+      float added[V];
+      load_floats<V>(added, vector + column(i));
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[i][v] += kept >> (i * V + v) & 1 ? scale * added[v] : 0;
+    }
+  }
+};
+
+}  // namespace peft_kernels

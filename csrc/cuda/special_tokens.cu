@@ -1,0 +1,133 @@
+// special_tokens on CUDA: checks, kernel, grid, stream. Nothing waits for the device.
+
+#include "special_tokens.cuh"
+#include "injection_host.cuh"
+
+#include <tuple>
+
+namespace {
+
+using namespace peft_kernels;
+
+constexpr int64_t kBlocks = 512;  // of backward, until which more parts of the batch are worth a second sum
+constexpr int64_t kAddends = 32;  // of a part, at least
+
+Ids ids(const Tensor& x, const Tensor& like, const char* name) {
+  integers(x, like, name);
+  return {x.const_data_ptr(), x.dim() == 2 ? x.stride(0) : 0, x.stride(-1), x.scalar_type() == ScalarType::Long};
+}
+
+Mask mask_of(const Tensor& x, const Tensor& like) {
+  const bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.dim() == 2 && x.size(0) == like.size(0) &&
+      x.size(1) == like.size(1);
+  STD_TORCH_CHECK(fits, "attention_mask must be (B, S), on the device of input_ids");
+  const int bytes = static_cast<int>(x.element_size());
+  const auto type = x.scalar_type();
+  const bool floating = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half || type == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bytes <= 8, "attention_mask must be integer, bool or float");
+  const uint64_t all = ~uint64_t{0} >> (64 - 8 * bytes);
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), bytes, floating ? all >> 1 : all};
+}
+
+std::tuple<Tensor, Tensor> slots(
+    const Tensor& input_ids, const Tensor& special_ids, const std::optional<Tensor>& attention_mask, int64_t max_slots) {
+  STD_TORCH_CHECK(input_ids.is_cuda() && input_ids.dim() == 2 && special_ids.dim() == 1, "input_ids must be (B, S) and special_ids (n,)");
+  Search s{};
+  s.batch = to_int(input_ids.size(0), "B");
+  s.length = to_int(input_ids.size(1), "S");
+  s.specials = to_int(special_ids.size(0), "n");
+  s.max_slots = to_int(max_slots, "max_slots");
+  s.ids = ids(input_ids, input_ids, "input_ids");
+  s.special = ids(special_ids, input_ids, "special_ids");
+  if (attention_mask) s.mask = mask_of(*attention_mask, input_ids);
+  Tensor found = torch::stable::new_empty(input_ids, {s.batch, s.max_slots}, ScalarType::Int);
+  Tensor counts = torch::stable::new_empty(input_ids, {s.batch}, ScalarType::Int);
+  if (s.batch == 0) return {found, counts};
+  s.slots = static_cast<int*>(found.mutable_data_ptr());
+  s.counts = static_cast<int*>(counts.mutable_data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(input_ids.get_device_index());
+  special_token_slots<<<grid(divide_up(s.batch, kSlotWarps)), kSlotWarps * kLanes, 0, current_stream(input_ids.get_device_index())>>>(s);
+  check_cuda(cudaGetLastError(), "launch");
+  return {found, counts};
+}
+
+template <class T, int V>
+void launch_add(Addition& a, int64_t items, int device) {
+  a.column_tiles = divide_up(a.injection.width, kAddThreads * V);
+  special_token_add<T, V><<<grid(items * a.column_tiles), kAddThreads, 0, current_stream(device)>>>(a);
+  check_cuda(cudaGetLastError(), "launch");
+}
+
+void add(
+    Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
+    const std::optional<Tensor>& adapter_ids) {
+  STD_TORCH_CHECK(hidden.is_cuda() && hidden.dim() == 3, "hidden must be (B, S, d)");
+  Addition a{};
+  a.injection = injection_of(vectors, slots, adapter_ids, dropout_p, seed, hidden);
+  a.batch_stride = hidden.stride(0);
+  a.token_stride = hidden.stride(1);
+  a.stride = hidden.stride(2);
+  const int64_t items = hidden.size(0) * a.injection.slots.each;
+  if (items == 0 || hidden.numel() == 0) return;
+  a.hidden = hidden.mutable_data_ptr();
+  dispatch(hidden, "hidden", [&](auto element) {
+    using T = decltype(element);
+    constexpr int64_t size = sizeof(T);
+    const bool wide = a.stride == 1 &&
+        aligned({a.hidden, a.injection.vectors}, {a.injection.width * size, a.batch_stride * size, a.token_stride * size});
+    (wide ? launch_add<T, 16 / size> : launch_add<T, 1>)(a, items, hidden.get_device_index());
+  });
+}
+
+template <class T, int V>
+void launch_backward(VectorGradient& g, int device) {
+  g.column_tiles = divide_up(g.width, kLanes * V);
+  const auto blocks = grid(int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.each, kSumWarps));
+  special_token_add_backward<T, V><<<blocks, kSumWarps * kLanes, 0, current_stream(device)>>>(g);
+  check_cuda(cudaGetLastError(), "launch");
+}
+
+// (parts, K, P, d), to be summed: as many parts as sizes alone say, so that the order of the sum depends on nothing else.
+Tensor backward(
+    const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors, bool by_slot, double dropout_p,
+    const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {
+  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, S, d) with dense rows");
+  STD_TORCH_CHECK(vectors > 0 && (adapters == 1 || adapter_ids), "adapter_ids must choose among the adapters, of at least one vector");
+  VectorGradient g{};
+  g.grad = grad.const_data_ptr();
+  g.batch_stride = grad.stride(0);
+  g.token_stride = grad.stride(1);
+  g.batch = to_int(grad.size(0), "B");
+  g.width = to_int(grad.size(2), "d");
+  g.adapters = to_int(adapters, "K");
+  g.each = to_int(vectors, "P");
+  g.slots = slots_of(slots, grad, g.batch);
+  STD_TORCH_CHECK(!by_slot || grad.size(1) == g.slots.each, "grad must have a row for every slot");
+  g.adapter_ids = integers(adapter_ids, grad, g.batch, "adapter_ids");
+  g.dropout = dropout_of(dropout_p, seed, grad);
+  g.by_slot = by_slot;
+  const int64_t addends = int64_t(g.batch) * std::max(1, g.slots.each - g.each + 1);
+  const int64_t blocks = adapters * vectors * divide_up(g.width, kLanes * 16 / static_cast<int64_t>(grad.element_size()));
+  const int64_t wanted = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)), 1, std::max(g.batch, 1));
+  g.rows = std::max(1, divide_up(g.batch, wanted));
+  g.parts = std::max(1, divide_up(g.batch, g.rows));
+  to_int(int64_t(g.parts) * adapters * vectors, "K * P");
+  Tensor partial = torch::stable::new_empty(grad, {g.parts, adapters, vectors, g.width}, ScalarType::Float);
+  if (partial.numel() == 0) return partial;
+  g.partial = static_cast<float*>(partial.mutable_data_ptr());
+  dispatch(grad, "grad", [&](auto element) {
+    using T = decltype(element);
+    constexpr int64_t size = sizeof(T);
+    const bool wide = aligned({g.grad, g.partial}, {g.width * size, g.batch_stride * size, g.token_stride * size});
+    (wide ? launch_backward<T, 16 / size> : launch_backward<T, 1>)(g, grad.get_device_index());
+  });
+  return partial;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+  m.impl("special_token_add_backward_cuda", TORCH_BOX(&backward));
+  m.impl("special_token_add_cuda", TORCH_BOX(&add));
+  m.impl("special_token_slots_cuda", TORCH_BOX(&slots));
+}
+
+}  // namespace

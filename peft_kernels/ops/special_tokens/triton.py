@@ -1,0 +1,143 @@
+"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
+
+import os
+from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..vector_dropout import threshold
+
+try:
+    from . import triton_kernels
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton_kernels = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PROGRAMS = 512  # of backward, until which more parts of the batch are worth a second sum
+ADDENDS = 32  # of a part, at least
+
+
+class Config(NamedTuple):
+    """Columns to a block, at most, and rows: of backward, those of the gradient that are on their way at once."""
+
+    columns: int
+    num_warps: int
+    rows: int = 1
+
+
+# Every row is compiled for every architecture, without a GPU, by tests/ops/test_pasta_compiles.py; by bytes of an element.
+SLOTS = Config(1024, 4)
+ADD = {2: Config(1024, 4), 4: Config(512, 4)}
+BACKWARD = {2: Config(256, 4, 8), 4: Config(128, 4, 8)}
+COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    if triton_kernels is None:
+        return "triton is not installed"
+    if dtype not in DTYPES:
+        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
+    if device == "cpu" and not INTERPRETED:
+        return "on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1 set before the first call"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "the arithmetic of Triton's interpreter is wrong in bfloat16"
+    if device not in ("cpu", "cuda"):
+        return f"its kernels run on CUDA and ROCm devices, not {device}"
+    return None
+
+
+def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Tensor]:
+    batch, length = input_ids.shape
+    found = input_ids.new_empty(batch, max_slots, dtype=torch.int32)
+    counts = input_ids.new_empty(batch, dtype=torch.int32)
+    if batch:
+        with guard(input_ids.device):
+            triton_kernels.slots_kernel[batch,](
+                found, counts, input_ids, special_ids, attention_mask,
+                length, len(special_ids), max_slots, *input_ids.stride(), special_ids.stride(0), *strides(attention_mask, 2),
+                **slots_options(),
+            )  # fmt: skip
+    return found, counts
+
+
+def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
+    (batch, slots_each), (_, vectors_each, width) = slots.shape, vectors.shape
+    if not batch * slots_each * width:
+        return
+    options = add_options(hidden.element_size())
+    with guard(hidden.device):
+        triton_kernels.add_kernel[cdiv(width, options["BD"]) * batch * slots_each,](
+            hidden, vectors.contiguous(), slots, adapter_ids, seed,
+            slots_each, vectors_each, width, *dropout(dropout_p), *hidden.stride(), *slots.stride(), *strides(adapter_ids, 1),
+            **options,
+        )  # fmt: skip
+
+
+def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=False) -> Tensor:
+    """``by_slot``: grad is (B, k, d), a row for every slot."""
+    (batch, slots_each), width = slots.shape, grad.shape[2]
+    grad = dense(grad)
+    options = backward_options(grad.element_size(), by_slot)
+    programs = cdiv(width, options["BD"]) * adapters * vectors
+    parts, rows = partition(batch, max(1, slots_each - vectors + 1), programs)
+    partial = grad.new_empty(parts, adapters, vectors, width, dtype=torch.float32)
+    if partial.numel():
+        with guard(grad.device):
+            triton_kernels.backward_kernel[parts * programs,](
+                partial, grad, slots, adapter_ids, seed,
+                batch, rows, slots_each, adapters, vectors, width, *dropout(dropout_p),
+                *grad.stride()[:2], *slots.stride(), *strides(adapter_ids, 1),
+                **options,
+            )  # fmt: skip
+    return partial[0] if parts == 1 else partial.sum(0)
+
+
+def partition(batch: int, addends_per_row: int, programs: int) -> tuple[int, int]:
+    """Parts of the batch and the rows of each: by sizes alone, so that the order of a sum depends on nothing else."""
+    parts = max(1, min(batch * addends_per_row // ADDENDS, PROGRAMS // max(programs, 1), batch))
+    rows = max(1, cdiv(batch, parts))
+    return max(1, cdiv(batch, rows)), rows
+
+
+@cache
+def slots_options() -> dict:
+    return {"BS": SLOTS.columns, "num_warps": SLOTS.num_warps, **COMPILER_OPTIONS}
+
+
+@cache
+def add_options(size: int) -> dict:
+    return {"BD": ADD[size].columns, "num_warps": ADD[size].num_warps, **COMPILER_OPTIONS}
+
+
+@cache
+def backward_options(size: int, by_slot: bool) -> dict:
+    config = BACKWARD[size]
+    return {"BY_SLOT": by_slot, "BN": config.rows, "BD": config.columns, "num_warps": config.num_warps, **COMPILER_OPTIONS}
+
+
+def dropout(p: float) -> tuple[int, float]:
+    """The threshold, its 32 bits as int32 so that every one has the same type; and what is kept is multiplied by this."""
+    bits = threshold(p)
+    return bits - (1 << 32) if bits >= 1 << 31 else bits, 1 / (1 - p)
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    return (0,) * dimensions if x is None else x.stride()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def guard(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,124 @@
+"""GPU kernels: what a program keeps in registers, and which part of the result it owns.
+
+Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements, and products with them in 64 bits.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def adapters_of(adapter_ids, o_row, stride_k, mask):
+    """[BR]; without adapter_ids every row has adapter 0."""
+    if adapter_ids is None:
+        adapter = o_row * 0
+    else:
+        adapter = tl.load(adapter_ids + o_row.to(tl.int64) * stride_k, mask=mask, other=-1).to(tl.int32)
+    return adapter
+
+
+@triton.jit
+def dropout_factors(seed, threshold, scale, o_row, o_slot, o_d):
+    """0 or ``scale``, [BR, BD]: the counters of ``ops/vector_dropout.py``."""
+    zero = o_row[:, None] * 0 + o_d[None, :] * 0
+    word, _, _, _ = tl.philox(tl.load(seed), zero + o_d[None, :], zero + o_slot[:, None], zero + o_row[:, None], zero)
+    return tl.where(word >= threshold.to(tl.uint32, bitcast=True), scale, 0.0)
+
+
+@triton.jit
+def load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_each, d, mask):
+    """What is added to the special tokens o_slot of the rows o_row, [BR, BD]."""
+    o_vector = b_adapter.to(tl.int64) * vectors_each + tl.minimum(o_slot, vectors_each - 1)
+    b_added = tl.load(vectors + o_vector[:, None] * d + o_d[None, :], mask=mask, other=0.0)
+    if seed is not None:
+        b_added *= dropout_factors(seed, threshold, scale, o_row, o_slot, o_d)
+    return b_added
+
+
+@triton.jit(do_not_specialize=["length", "specials", "max_slots", "stride_ib", "stride_ij", "stride_s", "stride_mb", "stride_mj"])
+def slots_kernel(
+    slots, counts, input_ids, special_ids, attention_mask,
+    length, specials, max_slots, stride_ib, stride_ij, stride_s, stride_mb, stride_mj,
+    BS: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows of the batch. The row is read in blocks; the count so far is where the next special token goes."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.program_id(0) * 0
+    for start in range(0, length, BS):
+        o_s = start + tl.arange(0, BS)
+        m_s = o_s < length
+        b_id = tl.load(input_ids + row * stride_ib + o_s.to(tl.int64) * stride_ij, mask=m_s, other=0).to(tl.int64)
+        m_special = o_s < 0
+        for i in range(0, specials):
+            m_special = m_special | (b_id == tl.load(special_ids + i * stride_s).to(tl.int64))
+        m_special = m_special & m_s
+        if attention_mask is not None:
+            m_special = m_special & (tl.load(attention_mask + row * stride_mb + o_s.to(tl.int64) * stride_mj, mask=m_s, other=0) != 0)
+        b_special = m_special.to(tl.int32)
+        o_slot = count + tl.cumsum(b_special, 0) - 1
+        tl.store(slots + row * max_slots + o_slot, o_s, mask=m_special & (o_slot < max_slots))
+        count += tl.sum(b_special, 0)
+    for start in range(count, max_slots, BS):
+        o_slot = start + tl.arange(0, BS)
+        tl.store(slots + row * max_slots + o_slot, o_slot * 0 - 1, mask=o_slot < max_slots)
+    tl.store(counts + row, count)
+
+
+@triton.jit(do_not_specialize=["slots_each", "vectors_each", "threshold", "stride_sb", "stride_sj", "stride_k"])
+def add_kernel(
+    hidden, vectors, slots, adapter_ids, seed,
+    slots_each, vectors_each, d, threshold, scale, stride_hb, stride_hs, stride_hd, stride_sb, stride_sj, stride_k,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of columns, then (B, k). A program without a special token ends at once."""
+    tiles = tl.cdiv(d, BD)
+    o_row = tl.program_id(0) // tiles // slots_each + tl.arange(0, 1)
+    o_slot = tl.program_id(0) // tiles % slots_each + tl.arange(0, 1)
+    o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+    b_position = tl.load(slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj).to(tl.int64)  # [1]
+    b_adapter = adapters_of(adapter_ids, o_row, stride_k, o_row >= 0)
+    if tl.max(tl.minimum(b_position, b_adapter.to(tl.int64)), 0) >= 0:
+        mask = (o_d < d)[None, :]
+        p = hidden + o_row.to(tl.int64)[:, None] * stride_hb + b_position[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
+        b_added = load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_each, d, mask)
+        b_hidden = tl.load(p, mask=mask, other=0.0).to(tl.float32) + b_added  # [1, BD]
+        tl.store(p, b_hidden.to(hidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "slots_each", "adapters", "vectors_each", "threshold", "stride_sb", "stride_sj", "stride_k"])
+def backward_kernel(
+    partial, grad, slots, adapter_ids, seed,
+    batch, rows, slots_each, adapters, vectors_each, d, threshold, scale, stride_gb, stride_gs, stride_sb, stride_sj, stride_k,
+    BY_SLOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of columns, then (K, P), then parts of ``rows`` rows of the batch: BN rows and slots at a time, in their order.
+
+    BY_SLOT: grad is (B, k, d), a row for every slot, in place of (B, S, d).
+    """
+    tiles = tl.cdiv(d, BD)
+    o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+    m_d = o_d < d
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    adapter = (item % (adapters * vectors_each) // vectors_each).to(tl.int32)
+    vector = (item % vectors_each).to(tl.int32)
+    begin = (item // (adapters * vectors_each)).to(tl.int32) * rows
+    # The last vector is that of every slot from its own on.
+    taken = tl.where(vector == vectors_each - 1, slots_each - vector, tl.minimum(slots_each - vector, 1))
+    addends = (tl.minimum(begin + rows, batch) - begin) * tl.maximum(taken, 0)
+    b_sum = tl.zeros([BN, BD], tl.float32)
+    for start in range(0, addends, BN):
+        o_n = start + tl.arange(0, BN)
+        o_row, o_slot = begin + o_n // taken, vector + o_n % taken
+        m_n = o_n < addends
+        b_position = tl.load(slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj, mask=m_n, other=-1)  # [BN]
+        m_n = m_n & (b_position >= 0) & (adapters_of(adapter_ids, o_row, stride_k, m_n) == adapter)
+        if BY_SLOT:
+            b_token = o_slot.to(tl.int64)
+        else:
+            b_token = b_position.to(tl.int64)
+        p = grad + (o_row.to(tl.int64) * stride_gb + b_token * stride_gs)[:, None] + o_d[None, :]
+        b_grad = tl.load(p, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # [BN, BD]
+        if seed is not None:
+            b_grad *= dropout_factors(seed, threshold, scale, o_row, o_slot, o_d)
+        b_sum += b_grad
+    tl.store(partial + item * d + o_d, tl.sum(b_sum, 0), mask=m_d)

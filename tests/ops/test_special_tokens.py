@@ -1,0 +1,397 @@
+"""Every implementation that runs on this device, and ``auto``, against row after row in float64; and what the operators promise beside."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_kernels.ops import special_token_add, special_token_add_, special_token_slots
+from peft_kernels.ops.special_tokens import implementations
+from peft_kernels.ops.vector_dropout import factors, philox, threshold
+
+IMPLS = ["reference", "cpp", "cuda", "auto"]  # triton has a file of its own: its interpreter is slow
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (batch, tokens, width, vectors, adapters), slots of each row, adapter_ids
+CASES = {
+    "plain": ((2, 7, 32, 2, 0), [[0, 6], [0, 3]], None),
+    "rows that differ": ((4, 9, 40, 3, 0), [[0, 4, 8], [0, 5, -1], [-1, -1, -1], [2, 3, 4]], None),
+    "one of all": ((1, 1, 1, 1, 0), [[0]], None),
+    "odd width": ((2, 5, 101, 2, 0), [[1, 4], [0, -1]], None),
+    "wide": ((2, 3, 2056, 1, 0), [[1], [0]], None),
+    "more slots than vectors": ((2, 8, 24, 2, 0), [[0, 2, 4, 6, 7], [1, 3, -1, -1, -1]], None),
+    "more vectors than slots": ((2, 8, 24, 4, 0), [[0, 2], [1, -1]], None),
+    "unordered": ((2, 6, 16, 3, 0), [[5, -1, 0], [-1, 4, 2]], None),
+    "no slot": ((2, 6, 16, 3, 0), [[], []], None),
+    "no token": ((2, 0, 16, 3, 0), [[-1], [-1]], None),
+    "no row": ((0, 5, 16, 2, 0), [], None),
+    "one stacked": ((2, 5, 16, 2, 1), [[0, 4], [0, 2]], None),
+    "adapters": ((6, 7, 72, 2, 3), [[0, 6], [0, 3], [1, 2], [0, -1], [4, 5], [0, 1]], [2, -1, 0, 2, 2, 0]),
+    "none": ((2, 4, 16, 2, 2), [[0, 3], [0, 2]], [-1, -1]),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every uninitialised tensor holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request, device):
+    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+        pytest.skip(reason)
+    return request.param
+
+
+def takes(impl, device, dtype):
+    return impl == "auto" or implementations.module(impl).unavailable(device.type, dtype) is None
+
+
+def make(case, dtype=torch.float32, device="cpu", seed=0):
+    """hidden, vectors, slots, adapter_ids."""
+    (batch, length, width, count, adapters), slots, adapter_ids = case
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, length, width, generator=generator).to(device, dtype)
+    vectors = torch.randn(*((adapters,) if adapters else ()), count, width, generator=generator).to(device)
+    slots = torch.tensor(slots, dtype=torch.int32, device=device).reshape(batch, -1 if batch else 0)
+    return hidden, vectors, slots, adapter_ids if adapter_ids is None else torch.tensor(adapter_ids, dtype=torch.long, device=device)
+
+
+def by_hand(hidden, vectors, slots, *, adapter_ids=None, dropout_p=0.0, seed=None):
+    """Token after token; autograd does the rest."""
+    vectors = vectors if vectors.ndim == 3 else vectors[None]
+    kept = None
+    if dropout_p:
+        kept = factors(dropout_p, torch.tensor([seed], device=hidden.device), *slots.shape, hidden.shape[2]).to(hidden.dtype)
+    rows = []
+    for b, positions in enumerate(slots.tolist()):
+        adapter = 0 if adapter_ids is None else int(adapter_ids[b])
+        tokens = list(hidden[b])
+        for j, position in enumerate(positions):
+            if position >= 0 and adapter >= 0:
+                vector = vectors[adapter, min(j, vectors.shape[1] - 1)]
+                tokens[position] = tokens[position] + (vector if kept is None else kept[b, j] * vector)
+        rows.append(torch.stack(tokens) if tokens else hidden[b])
+    return torch.stack(rows) if rows else hidden * 1
+
+
+def results(add, hidden, vectors, slots, grad, **options):
+    """Output, then the gradients of hidden and vectors."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, vectors)]
+    out = add(*leaves, slots, **options)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+def compare(add, hidden, vectors, slots, **options):
+    """Summed error at most twice plain PyTorch's in the same dtype."""
+    grad = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.device, hidden.dtype)
+    truth = results(by_hand, hidden.double(), vectors.double(), slots, grad, **options)
+    plain = results(by_hand, hidden, vectors.to(hidden.dtype), slots, grad, **options)
+    got = results(add, hidden, vectors, slots, grad, **options)
+    for name, x, y, t, leaf in zip(("out", "hidden", "vectors"), got, plain, truth, (hidden, hidden, vectors)):
+        assert x.dtype == leaf.dtype and x.shape == t.shape, name
+        assert x.isfinite().all(), name
+        error, allowed = ((z.double() - t).abs().sum().item() for z in (x, y))
+        floor = torch.finfo(x.dtype).eps * t.abs().sum().item()
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}"
+
+
+def of(impl):
+    return lambda *args, **kwargs: special_token_add(*args, **kwargs, impl=impl)
+
+
+def in_place(impl):
+    return lambda hidden, *args, **kwargs: special_token_add_(hidden * 1, *args, **kwargs, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", [of, in_place])
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.3, "seed": 2**61 + 12345}], ids=["kept", "dropout"])
+def test_parity(impl, case, dtype, form, dropout, device):
+    if not takes(impl, device, dtype):
+        pytest.skip(f"{impl} does not take {dtype}")
+    hidden, vectors, slots, adapter_ids = make(CASES[case], dtype, device)
+    compare(form(impl), hidden, vectors, slots, adapter_ids=adapter_ids, **dropout)
+
+
+def test_touches_nothing_but_the_listed_rows(impl, device):
+    hidden, vectors, slots, _ = make(CASES["rows that differ"], device=device)
+    hidden[0, 1] = torch.nan
+    out = special_token_add(hidden, vectors, slots, impl=impl)
+    listed = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device)
+    for row, positions in enumerate(slots.tolist()):
+        listed[row, [p for p in positions if p >= 0]] = True
+    assert torch.equal(out[~listed].nan_to_num(7), hidden[~listed].nan_to_num(7)) and not (out[listed] == hidden[listed]).any()
+    again = hidden.clone()
+    assert special_token_add_(again, vectors, slots, impl=impl) is again
+    assert torch.equal(again.nan_to_num(7), out.nan_to_num(7))
+
+
+def test_strides(impl, device):
+    hidden, vectors, slots, adapter_ids = make(CASES["adapters"], device=device)
+    expected = special_token_add(hidden, vectors, slots, adapter_ids=adapter_ids, impl=impl)
+    apart = [x.repeat_interleave(2, -1)[..., ::2] for x in (hidden, vectors, slots.long(), adapter_ids.int())]
+    turned = [x if x.ndim == 1 else x.mT.contiguous().mT for x in (hidden, vectors, slots, adapter_ids)]
+    swapped = [hidden.transpose(0, 1).contiguous().transpose(0, 1), vectors, slots, adapter_ids]
+    for hidden, vectors, slots, adapter_ids in (apart, turned, swapped):
+        compare(of(impl), hidden, vectors, slots, adapter_ids=adapter_ids)
+        strides = hidden.stride()
+        special_token_add_(hidden, vectors, slots, adapter_ids=adapter_ids, impl=impl)
+        assert torch.equal(hidden, expected) and hidden.stride() == strides
+
+
+def test_strides_of_the_gradient(impl, device):
+    hidden, vectors, slots, adapter_ids = make(CASES["adapters"], device=device)
+    vectors.requires_grad_()
+    out = special_token_add(hidden, vectors, slots, adapter_ids=adapter_ids, impl=impl)
+    grad = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, vectors, grad, retain_graph=True)
+    for changed in (grad.mT.contiguous().mT, grad.repeat_interleave(2, -1)[..., ::2], grad.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(torch.autograd.grad(out, vectors, changed, retain_graph=True)[0], expected)
+    (summed,) = torch.autograd.grad(out.sum(), vectors, retain_graph=True)  # strides 0
+    torch.testing.assert_close(summed, torch.autograd.grad(out, vectors, torch.ones_like(out))[0])
+
+
+def test_rows_more_than_2_31_elements_apart(impl, device, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # pages that nobody touches cost nothing
+    step = 2**31 // 3 + 64
+    hidden = torch.empty(3 * step + 8, dtype=torch.bfloat16, device=device).as_strided((4, 1, 8), (step, 8, 1)).zero_()
+    vectors = torch.randn(1, 8, device=device).bfloat16().float()
+    special_token_add_(hidden, vectors, torch.zeros(4, 1, dtype=torch.int32, device=device), impl=impl)
+    assert torch.equal(hidden.float(), vectors.expand(4, 1, 8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(data, device):
+    batch, length, width, count = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (1, 70), (1, 4)))
+    adapters, most = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 5))
+    slots = [data.draw(st.lists(st.integers(0, length - 1), unique=True, max_size=min(most, length))) if length else [] for _ in range(batch)]
+    slots = [row + [-1] * (most - len(row)) for row in slots]
+    chosen = data.draw(st.lists(st.integers(-1, adapters - 1), min_size=batch, max_size=batch)) if adapters else None
+    hidden, vectors, _, adapter_ids = make(((batch, length, width, count, adapters), [[]] * batch, chosen), device=device)
+    dropout = {"dropout_p": data.draw(st.sampled_from([0.0, 0.1, 0.9])), "seed": data.draw(st.integers(-(2**63), 2**63 - 1))}
+    slots = torch.tensor(slots, dtype=torch.int32, device=device).reshape(batch, most)
+    compare(of("auto"), hidden, vectors, slots, adapter_ids=adapter_ids, **dropout)
+
+
+def test_ten_repeats_are_bit_equal(impl, device):
+    batch, count = 64, 3
+    hidden, vectors = torch.randn(batch, 20, 72, device=device), torch.randn(count, 72, device=device)
+    slots = torch.stack([torch.randperm(20)[:5] for _ in range(batch)]).to(device)
+    grad = torch.randn_like(hidden)
+    first, *rest = (results(of(impl), hidden, vectors, slots, grad, dropout_p=0.1, seed=3) for _ in range(10))
+    assert all(torch.equal(x, y) for again in rest for x, y in zip(first, again))
+
+
+def test_frozen_tensors_get_nothing(impl, device):
+    hidden, vectors, slots, _ = make(CASES["plain"], device=device)
+    for wanted in ((True, False), (False, True)):
+        leaves = [x.detach().requires_grad_(w) for x, w in zip((hidden, vectors), wanted)]
+        special_token_add(*leaves, slots, impl=impl).square().sum().backward()
+        assert tuple(x.grad is not None for x in leaves) == wanted
+
+
+def test_in_place_without_gradients_and_on_a_leaf(impl, device):
+    hidden, vectors, slots, _ = make(CASES["plain"], device=device)
+    assert not special_token_add_(hidden, vectors, slots, impl=impl).requires_grad
+    with torch.no_grad():
+        assert not special_token_add_(hidden, vectors.requires_grad_(), slots, impl=impl).requires_grad
+    with pytest.raises(RuntimeError, match="leaf"):
+        special_token_add_(hidden.requires_grad_(), vectors, slots, impl=impl)
+
+
+# Dropout
+
+
+def test_philox_is_the_published_generator():
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert philox(zero, zero, zero, zero).item() == 0x6627E8D5  # Random123's known answers
+
+
+def test_dropout_keeps_the_expectation_and_repeats(impl, device):
+    hidden, vectors = torch.zeros(64, 3, 256, device=device), torch.ones(2, 256, device=device)
+    slots = torch.tensor([[0, 2]], device=device).expand(64, 2)
+    out = special_token_add(hidden, vectors, slots, dropout_p=0.25, seed=5, impl=impl)
+    taken = out[:, [0, 2]]
+    assert set(taken.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs(taken.mean().item() - 1) < 5 * (0.25 / 0.75 / taken.numel()) ** 0.5
+    assert torch.equal(out, special_token_add(hidden, vectors, slots, dropout_p=0.25, seed=5, impl=impl))
+    assert not torch.equal(out, special_token_add(hidden, vectors, slots, dropout_p=0.25, seed=6, impl=impl))
+    kept = taken.flatten(1).unique(dim=0)
+    assert len(kept) == 64, "rows must draw apart"
+    assert not torch.equal(taken[:, 0], taken[:, 1]), "occurrences must draw apart"
+
+
+def test_seed_none_draws_from_torch(impl, device):
+    hidden, vectors, slots, _ = make(CASES["plain"], device=device)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(special_token_add(hidden, vectors, slots, dropout_p=0.5, impl=impl))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    given_seed = torch.tensor([9], device=device)
+    by_tensor, by_number = (special_token_add(hidden, vectors, slots, dropout_p=0.5, seed=s, impl=impl) for s in (given_seed, 9))
+    assert torch.equal(by_tensor, by_number)
+
+
+def test_threshold_fits_32_bits():
+    assert threshold(0.5) == 2**31 and threshold(1 - 2**-40) == 2**32 - 1
+
+
+# Slots
+
+
+def slots_by_hand(input_ids, special_ids, max_slots, mask=None):
+    rows = []
+    for b, row in enumerate(input_ids.tolist()):
+        found = [s for s, token in enumerate(row) if token in special_ids and (mask is None or bool(mask[b, s]))]
+        rows.append(found + [-1] * (max_slots - len(found)))
+    return torch.tensor(rows, dtype=torch.int32).reshape(len(input_ids), max_slots)
+
+
+@pytest.mark.parametrize("shape", [(3, 17), (1, 1), (5, 300), (2, 0), (0, 4), (70, 3)])
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_slots(impl, shape, masked, dtype, device):
+    ids = torch.randint(0, 9, shape).to(device, dtype)
+    mask = None if masked is None else torch.randint(0, 2, shape).to(device, masked)
+    got = special_token_slots(ids, [1, 5, 7], max_slots=shape[1] + 2, attention_mask=mask, impl=impl)
+    assert got.dtype == torch.int32 and torch.equal(got.cpu(), slots_by_hand(ids, [1, 5, 7], shape[1] + 2, mask))
+    apart = ids.repeat_interleave(2, 1)[:, ::2], None if mask is None else mask.T.contiguous().T
+    special = torch.tensor([1, 0, 5, 0, 7], device=device, dtype=torch.int32)[::2]
+    assert torch.equal(special_token_slots(apart[0], special, max_slots=shape[1] + 2, attention_mask=apart[1], impl=impl), got)
+
+
+def test_too_many_special_tokens(impl, device):
+    if device.type != "cpu":
+        pytest.skip("on a GPU this is an assertion on the device, which ends the process")
+    ids = torch.tensor([[1, 0, 0], [1, 1, 1]])
+    assert torch.equal(special_token_slots(ids, [1], max_slots=3, impl=impl), torch.tensor([[0, -1, -1], [0, 1, 2]], dtype=torch.int32))
+    with pytest.raises(ValueError, match="max_slots=2, but row 1 has 3 special tokens"):
+        special_token_slots(ids, [1], max_slots=2, impl=impl)
+    assert special_token_slots(ids, [4], max_slots=0, impl=impl).shape == (2, 0)
+
+
+def test_no_special_ids(impl, device):
+    assert (special_token_slots(torch.zeros(2, 3, dtype=torch.long, device=device), [], max_slots=2, impl=impl) == -1).all()
+
+
+# The contract
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("case", ["plain", "adapters", "no slot"])
+def test_opcheck(impl, case):
+    hidden, vectors, slots, adapter_ids = make(CASES[case])
+    vectors = vectors if vectors.ndim == 3 else vectors[None]
+    seed = torch.tensor([3])
+    operators = torch.ops.peft_kernels
+    torch.library.opcheck(operators.special_token_slots.default, (torch.randint(0, 4, (2, 5)), torch.tensor([1]), None, 5, impl))
+    trained = hidden.clone().requires_grad_(), vectors.clone().requires_grad_()
+    torch.library.opcheck(operators.special_token_add.default, (*trained, slots, 0.1, seed, adapter_ids, impl))
+    torch.library.opcheck(operators.special_token_add_.default, (hidden.clone(), vectors, slots, 0.1, seed, adapter_ids, impl))
+    torch.library.opcheck(operators.special_token_add_backward.default, (hidden, slots, *vectors.shape[:2], 0.1, seed, adapter_ids, impl))
+
+
+def test_gradcheck():
+    hidden, vectors, slots, adapter_ids = make(CASES["adapters"], torch.float64)
+    leaves = hidden[..., :4].detach().requires_grad_(), vectors[..., :4].double().requires_grad_()
+    for add in (special_token_add, lambda h, *rest, **options: special_token_add_(h * 1, *rest, **options)):
+        assert torch.autograd.gradcheck(lambda h, v, add=add: add(h, v, slots, adapter_ids=adapter_ids, dropout_p=0.3, seed=1), leaves)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("form", [of, in_place])
+def test_compiles_with_dynamic_shapes(impl, form):
+    torch.compiler.reset()
+
+    def add(ids, hidden, vectors):
+        slots = special_token_slots(ids, torch.tensor([1]), max_slots=ids.shape[1], impl=impl)
+        return form(impl)(hidden, vectors, slots, dropout_p=0.2, seed=4).square().sum()
+
+    compiled = torch.compile(add, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 5), (3, 9)):
+        ids, hidden = torch.randint(0, 3, shape), torch.randn(*shape, 24)
+        grads = []
+        for function in (add, compiled):
+            leaves = hidden.clone().requires_grad_(), torch.ones(2, 24, requires_grad=True)
+            function(ids, *leaves).backward()
+            grads.append([x.grad for x in leaves])
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"hidden": torch.zeros(2, 7)}, ValueError, r"hidden must be \(B, S, d\), got \(2, 7\)"),
+        ({"hidden": torch.zeros(2, 7, 32, dtype=torch.int8)}, TypeError, "hidden must be float32"),
+        ({"vectors": torch.zeros(2, 31)}, ValueError, r"vectors must be \(P, 32\) or \(K, P, 32\) with at least one row, got \(2, 31\)"),
+        ({"vectors": torch.zeros(0, 32)}, ValueError, "with at least one row"),
+        ({"vectors": torch.zeros(2, 32).half()}, TypeError, "vectors must be torch.float32 as hidden is, or float32, got torch.float16"),
+        ({"vectors": torch.zeros(3, 2, 32)}, ValueError, "adapter_ids must choose among the 3 adapters"),
+        ({"vectors": torch.zeros(2, 32, device="meta")}, ValueError, "vectors must be on cpu as hidden is, got meta"),
+        ({"slots": torch.zeros(3, 2, dtype=torch.int32)}, ValueError, r"slots must be \(2, k\), got \(3, 2\)"),
+        ({"slots": torch.zeros(2, 2)}, TypeError, "slots must be int32 or int64, got torch.float32"),
+        ({"slots": torch.tensor([[0, 7], [0, 0]])}, ValueError, r"slots must lie in \[-1, 7\), got values from 0 to 7"),
+        ({"slots": torch.tensor([[0, -2], [0, 0]])}, ValueError, r"slots must lie in \[-1, 7\), got values from -2 to 0"),
+        ({"adapter_ids": torch.tensor([0])}, ValueError, r"adapter_ids must be \(2,\), got \(1,\)"),
+        ({"adapter_ids": torch.tensor([0, 1])}, ValueError, r"adapter_ids must lie in \[-1, 1\)"),
+        ({"adapter_ids": torch.zeros(2)}, TypeError, "adapter_ids must be int32 or int64"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
+        ({"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.long)}, ValueError, "seed must be a number or one int64"),
+        ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
+        ({"impl": "cuda"}, ValueError, "impl='cuda' cannot run here"),
+    ],
+)
+@pytest.mark.parametrize("add", [special_token_add, special_token_add_])
+def test_errors(changed, error, message, add):
+    hidden, vectors, slots, _ = make(CASES["plain"])
+    arguments = {"hidden": hidden, "vectors": vectors, "slots": slots} | changed
+    with pytest.raises(error, match=message):
+        add(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, ValueError, r"input_ids must be \(B, S\), got \(3,\)"),
+        ({"input_ids": torch.zeros(3, 2)}, TypeError, "input_ids must be int32 or int64"),
+        ({"special_ids": torch.zeros(2, 2, dtype=torch.long)}, ValueError, r"special_ids must be \(n,\)"),
+        ({"special_ids": torch.zeros(2)}, TypeError, "special_ids must be int32 or int64"),
+        ({"attention_mask": torch.ones(2, 3)}, ValueError, r"attention_mask must be \(2, 4\) as input_ids is, got \(2, 3\)"),
+        ({"attention_mask": torch.ones(2, 4, device="meta")}, ValueError, "attention_mask must be on cpu"),
+        ({"max_slots": -1}, ValueError, "max_slots must be at least 0, got -1"),
+        ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
+    ],
+)
+def test_errors_of_slots(changed, error, message):
+    arguments = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "special_ids": [1], "max_slots": 2} | changed
+    with pytest.raises(error, match=message):
+        special_token_slots(**arguments)
+
+
+def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
+    if reason := implementations.module("cpp").unavailable("cpu", torch.float32):
+        pytest.skip(reason)
+    hidden, vectors, slots = torch.zeros(2, 3, 4), torch.zeros(1, 2, 4), torch.tensor([[0, -1], [2, 1]])
+    add, backward = torch.ops.peft_kernels.special_token_add_cpu, torch.ops.peft_kernels.special_token_add_backward_cpu
+    for arguments, message in (
+        ((hidden.mT, vectors, slots, 0.0, None, None), "dense rows"),
+        ((hidden.half(), vectors, slots, 0.0, None, None), "float32 or bfloat16"),
+        ((hidden, vectors[..., :3], slots, 0.0, None, None), "vectors must be"),
+        ((hidden, vectors, slots + 1, 0.0, None, None), "slots must lie in"),
+        ((hidden, vectors, slots[:1], 0.0, None, None), "slots must be"),
+        ((hidden, vectors, slots, 0.5, None, None), "seed must be"),
+        ((hidden, vectors, slots, 0.0, None, torch.tensor([0, 1])), "adapter_ids must lie in"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            add(*arguments)
+    with pytest.raises(RuntimeError, match="at least one row"):
+        backward(hidden, slots, 1, 0, 0.0, None, None)
+    with pytest.raises(RuntimeError, match="bool CPU tensor"):
+        torch.ops.peft_kernels.special_token_slots_cpu(slots, torch.tensor([1]), torch.ones(2, 1, dtype=torch.bool), 2)
