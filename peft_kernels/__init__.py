@@ -3,12 +3,17 @@
 from . import ops
 from .version import __version__
 
-__all__ = ["DePTConfig", "__version__", "ops"]
+__all__ = ["DePTConfig", "PASTAConfig", "__version__", "ops"]
 
 
 def __getattr__(name: str):
-    if name == "DePTConfig":  # on demand: it imports peft and transformers
+    # on demand: these import peft and transformers
+    if name == "DePTConfig":
         from .dept import DePTConfig
 
         return DePTConfig
+    if name == "PASTAConfig":
+        from .pasta import PASTAConfig
+
+        return PASTAConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,27 +3,12 @@
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import PeftType, register_peft_method
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-PREFIX = "dept_"
+from ..peft_method import peft_type
+
 POSITIONS = ("padded", "token")
-
-
-def _peft_type(name: str) -> PeftType:
-    """A member of ``PeftType``; added if PEFT has none of that name, because PEFT registers methods of its own enumeration only."""
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = member._value_ = name
-        member._sort_order_ = len(PeftType.__members__)
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)
-    return PeftType[name]
-
-
-DEPT = _peft_type("DEPT")
+DEPT = peft_type("DEPT")
 
 
 @dataclass
@@ -80,11 +65,3 @@ class DePTConfig(PeftConfig):
             raise ValueError("DePTConfig: init_token_ids must name at least one token, got none")
         if self.scale is None:
             self.scale = 8 / self.r**0.5
-
-
-def register(tuner: type[BaseTuner]) -> None:
-    """Let ``get_peft_model`` and ``PeftModel.from_pretrained`` find the method; once per process."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    if DEPT not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name="dept", config_cls=DePTConfig, model_cls=tuner, prefix=PREFIX)

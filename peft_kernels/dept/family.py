@@ -4,7 +4,9 @@ import inspect
 
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
 
 # these multiply inputs_embeds by their scale as well: the update would be scaled with the embedding, not added to it
 _SCALE_ANY_INPUT = ("fsmt", "recurrent_gemma")
@@ -27,10 +29,6 @@ def reader_of(module: nn.Module) -> nn.Module:
     return module.get_encoder() if is_encoder_decoder(module) else module
 
 
-def is_encoder_decoder(module: nn.Module) -> bool:
-    return bool(getattr(module.config, "is_encoder_decoder", False))
-
-
 def embedding_of(module: nn.Module) -> nn.Embedding:
     return reader_of(module).get_input_embeddings()
 
@@ -45,16 +43,6 @@ def embedding_scale(module: nn.Module) -> float:
         # Gemma rounds it to the table's dtype; its own float spares a wait for the device
         scale = torch.tensor(embedding.scalar_embed_scale).to(embedding.weight.dtype).item()
     return 1.0 if scale is None else float(scale)
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether tokens see only what is before them: a decoder without encoder, with whatever head."""
-    kind = module.config.model_type
-    return not is_encoder_decoder(module) and (
-        module.can_generate()
-        or getattr(module.config, "is_decoder", False)
-        or (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    )
 
 
 def inserts_after_first(module: nn.Module) -> bool:
@@ -92,10 +80,7 @@ def _position_tables(module):
 
 def _check(model):
     what = type(model).__name__
-    if not hasattr(model, "base_model") or not hasattr(model, "can_generate"):
-        raise TypeError(f"DePT: model must be a transformers PreTrainedModel, got {what}")
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(f"DePT: model must read input_ids, but the main input of {what} is {model.main_input_name!r}")
+    check_pretrained("DePT", model)
     module = model if model.can_generate() else model.base_model
     if "inputs_embeds" not in inspect.signature(module.forward).parameters:
         raise ValueError(f"DePT: the prompt enters through inputs_embeds, which {type(module).__name__} does not take")

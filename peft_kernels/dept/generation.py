@@ -4,11 +4,13 @@ import inspect
 
 import torch
 
+from ..class_swap import Swapped
+
 # with these, transformers (in 5.17 at least) takes input_ids for all that a causal model has seen
 _COUNT_INPUT_IDS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
 
 
-class DePTGenerationMixin:
+class DePTGenerationMixin(Swapped):
     """Comes before the model's own class.
 
     The input is embedded once, prompt included, and goes in as ``inputs_embeds``; every token of a causal model that follows gets the

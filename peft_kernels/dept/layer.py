@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops import decomposed_prompt_embedding
+from ..peft_method import AdapterLayer
 from . import family
 from .config import DePTConfig
-
-BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
 
 
 @dataclass
@@ -29,18 +27,16 @@ class Selection:
         return delta if delta.ndim == 3 else delta[None]
 
 
-class DePTLayer(nn.Module, BaseTunerLayer):
+class DePTLayer(AdapterLayer):
     """Lives in the model as ``model.dept``. Wraps nothing: the model's embedding stays what it is, tied or not."""
 
+    method = "DePT"
+    shared_in_batch = ("num_virtual_tokens", "r", "max_length", "scale", "position", "insert_after_first")
     adapter_layer_names = ("dept_prompt", "dept_a", "dept_b")
-    other_param_names = ("configs",)
 
     def __init__(self, module: nn.Module):
-        super().__init__()
-        self._module = (module,)  # in a tuple, so that it is no submodule
+        super().__init__(module)
         self.dept_prompt, self.dept_a, self.dept_b = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        self.configs: dict[str, DePTConfig] = {}
-        self.adapter_names: list[str] | None = None  # of the rows of the batch at hand
 
     def add(self, name: str, config: DePTConfig, *, empty: bool) -> None:
         """A new adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), in float32 at least. ``empty``: on meta, to be loaded."""
@@ -64,37 +60,14 @@ class DePTLayer(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         return family.embedding_of(self._module[0])
 
-    def _get_base_layer_device_and_dtype(self, base_layer):
-        """PEFT moves an adapter to the device and dtype of what it wraps; ours keeps its dtype."""
-        return base_layer.weight.device, None
-
-    def is_active(self) -> bool:
-        names = self.active_adapters if self.adapter_names is None else [n for n in self.adapter_names if n != BASE]
-        return bool(names) and not self.disable_adapters
-
     def select(self, batch: int) -> Selection:
-        """The adapters for ``batch`` rows.
-
-        Raises:
-            ValueError: several active adapters, an unknown name, or adapters in one batch that differ in their shapes.
-        """
-        if self.adapter_names is None:
-            if len(self.active_adapters) != 1:
-                raise ValueError(f"DePT: one adapter can be active at a time, got {self.active_adapters}; adapter_names= mixes adapters in a batch")
-            name = self.active_adapters[0]
-            return Selection(self.configs[name], self.dept_prompt[name], self.dept_a[name], self.dept_b[name])
-        if len(self.adapter_names) != batch:
-            raise ValueError(f"DePT: adapter_names must have one name for each of the {batch} rows, got {len(self.adapter_names)}")
-        names = list(dict.fromkeys(n for n in self.adapter_names if n != BASE))
-        if unknown := [n for n in names if n not in self.configs]:
-            raise ValueError(f"DePT: adapter_names must be among {[*self.configs, BASE]}, got {unknown}")
-        shapes = {n: _shape(self.configs[n]) for n in names}
-        if len(set(shapes.values())) > 1:
-            fields = "num_virtual_tokens, r, max_length, scale, position and insert_after_first"
-            raise ValueError(f"DePT: the adapters of one batch must share {fields}, got {shapes}")
-        stacks = [torch.stack([p[n] for n in names]) for p in (self.dept_prompt, self.dept_a, self.dept_b)]
-        rows = [-1 if n == BASE else names.index(n) for n in self.adapter_names]
-        return Selection(self.configs[names[0]], *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
+        """The adapters for ``batch`` rows; ``chosen`` says what it raises."""
+        names, rows = self.chosen(batch)
+        config, parameters = self.configs[names[0]], (self.dept_prompt, self.dept_a, self.dept_b)
+        if rows is None:
+            return Selection(config, *(p[names[0]] for p in parameters))
+        stacks = [torch.stack([p[n] for n in names]) for p in parameters]
+        return Selection(config, *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
 
     def embed(self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None) -> Tensor:
         """(B, m + L, d): prompt and updated tokens. ``inputs_embeds`` (B, L, d) are what the first layer would read: already scaled."""
@@ -133,7 +106,3 @@ class DePTLayer(nn.Module, BaseTunerLayer):
     def _table(self):
         module = self._module[0]
         return family.embedding_of(module).weight, family.embedding_scale(module)
-
-
-def _shape(config: DePTConfig):
-    return config.num_virtual_tokens, config.r, config.max_length, config.scale, config.position, config.insert_after_first

@@ -28,10 +28,12 @@ def test_save_and_load(name, tmp_path):
     labels = _labels(name, x)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert torch.equal(_out(loaded, x, labels), _out(model, x, labels))
     assert all(torch.equal(p, q) for p, q in zip(models.parameters(loaded), models.parameters(model)))
     assert not any(p.requires_grad for p in loaded.parameters())
     trainable = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    # bit for bit only where the same weights want gradients: PyTorch's linear layer looks at that
+    assert torch.equal(_out(trainable, x, labels), _out(model, x, labels))
+    torch.testing.assert_close(_out(loaded, x, labels), _out(model, x, labels))
     assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
 
 

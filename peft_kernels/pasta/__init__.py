@@ -1,0 +1,13 @@
+"""Special token adaptation (PASTA, arXiv 2210.04382) as a method of PEFT.
+
+Importing this package registers the method: do so before ``PeftModel.from_pretrained`` reads one of its adapters.
+"""
+
+from ..peft_method import register
+from .config import PASTA, PASTAConfig
+from .fusing import fuse, unfuse
+from .model import PASTAModel
+
+register(PASTA, PASTAConfig, PASTAModel)
+
+__all__ = ["PASTAConfig", "PASTAModel", "fuse", "unfuse"]

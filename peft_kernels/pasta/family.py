@@ -1,0 +1,59 @@
+"""What PASTA has to know of a model: its layers, in the order in which a forward passes them."""
+
+import inspect
+
+from torch import nn
+
+from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
+
+# What these give a layer is the fresh result of a norm, a dropout, a linear layer or a residual add, none of which keeps its result for
+# backward, and nobody reads it but the layer. DeBERTa is not among them: its encoder keeps every hidden state, and reads the first again.
+IN_PLACE = ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta")
+_TRANSPOSED = ("squeezebert",)  # layers take (B, d, S)
+
+
+def adapted_module(model: nn.Module) -> nn.Module:
+    """The encoder: ``model`` below its head.
+
+    Raises:
+        TypeError: ``model`` is not one of transformers.
+        ValueError: it is no encoder of tokens.
+    """
+    check_pretrained("PASTA", model)
+    module, what = model.base_model, type(model).__name__
+    if is_encoder_decoder(module):
+        raise ValueError(f"PASTA: model must be an encoder, but {what} has a decoder as well, which special tokens of the input do not reach")
+    if is_causal(model) or is_causal(module):
+        raise ValueError(f"PASTA: model must be an encoder, but {what} is a decoder, whose tokens see only what is before them")
+    if module.config.model_type in _TRANSPOSED:
+        raise ValueError(f"PASTA: the layers of {what} must take hidden states (B, S, d), but take (B, d, S)")
+    return module
+
+
+def passes_of(module: nn.Module) -> list[nn.Module]:
+    """The layer of each of the L passes of a forward; ALBERT's come again and again.
+
+    Raises:
+        ValueError: there is not one list of ``num_hidden_layers`` layers that take hidden states, or a layer stands in it twice.
+    """
+    what, depth = type(module).__name__, getattr(module.config, "num_hidden_layers", None)
+    if module.config.model_type == "albert":
+        groups = module.encoder.albert_layer_groups
+        return [layer for i in range(depth) for layer in groups[int(i / (depth / len(groups)))].albert_layers]
+    lists = [(name, m) for name, m in module.named_modules() if _is_layer_list(m, depth)]
+    lists = [(name, m) for name, m in lists if not any(name.startswith(f"{outer}.") for outer, _ in lists)]
+    if len(lists) != 1:
+        found = [name for name, _ in lists] or "none"
+        raise ValueError(f"PASTA: {what} must have one ModuleList of {depth} layers that take hidden_states first, got {found}")
+    (name, layers), *_ = lists
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"PASTA: every layer of {what} must be a module of its own, but {name} has {len(set(layers))} for {len(layers)} passes")
+    return list(layers)
+
+
+def _is_layer_list(module, depth):
+    return (
+        isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and all(next(iter(inspect.signature(m.forward).parameters), None) == "hidden_states" for m in module)
+    )

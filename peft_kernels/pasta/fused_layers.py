@@ -1,0 +1,97 @@
+"""What ``fuse`` puts on the modules of a layer."""
+
+import torch
+from torch import Tensor, nn
+
+from ..class_swap import Swapped
+from ..ops import add_inject_layer_norm, add_layer_norm_inject
+from .injection import Injection
+
+
+class Fusion:
+    """What a fused module knows of where it stands. ``following``: the layer that takes its result, where it ends its own."""
+
+    def __init__(self, layer: nn.Module, following: nn.Module | None):
+        self.layer, self.following = layer, following
+        self.normed: tuple[Tensor, Tensor] | None = None  # pre-norm: the sum that the layer before has made, and its norm
+
+    def applies(self, x: Tensor, *norms: nn.Module) -> bool:
+        """Not under autocast, where a norm has another dtype than what it reads; nor where a layer runs again in the backward pass."""
+        checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
+        return not checkpointed and not torch.is_autocast_enabled(x.device.type) and all(type(norm) is nn.LayerNorm for norm in norms)
+
+    def pending(self) -> Injection | None:
+        """The injection into the following layer."""
+        state = getattr(self.following, "pasta_state", None)
+        return None if state is None else state.injection
+
+    def ahead(self) -> dict:
+        """The following layer's vectors, for the operator, unless what ends this layer is recorded."""
+        injection = self.pending()
+        return {} if injection is None or injection.recorded else injection.ahead(self.following.pasta_indices[0])
+
+
+class FusedOutput(Swapped):
+    """On BertSelfOutput and BertOutput."""
+
+    pasta_fusion: Fusion
+
+    def forward(self, hidden_states, input_tensor):
+        fusion = self.pasta_fusion
+        if not fusion.applies(input_tensor, self.LayerNorm):
+            return super().forward(hidden_states, input_tensor)
+        hidden_states = self.dropout(self.dense(hidden_states))
+        return add_layer_norm_inject(hidden_states, input_tensor, **_norm(self.LayerNorm), **fusion.ahead())
+
+
+class FusedAttention(Swapped):
+    """On MPNetAttention."""
+
+    pasta_fusion: Fusion
+
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
+        if not self.pasta_fusion.applies(hidden_states, self.LayerNorm):
+            return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
+        attended, *others = self.attn(hidden_states, attention_mask, position_bias, output_attentions=output_attentions)
+        return add_layer_norm_inject(self.dropout(attended), hidden_states, **_norm(self.LayerNorm)), *others
+
+
+class FusedBlock(Swapped):
+    """On DistilBERT's TransformerBlock."""
+
+    pasta_fusion: Fusion
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        fusion = self.pasta_fusion
+        if not fusion.applies(hidden_states, self.sa_layer_norm, self.output_layer_norm):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        attended = add_layer_norm_inject(attended, hidden_states, **_norm(self.sa_layer_norm))
+        return add_layer_norm_inject(self.ffn(attended), attended, **_norm(self.output_layer_norm), **fusion.ahead())
+
+
+class FusedPreNorm(Swapped):
+    """On ModernBertEncoderLayer. The sum that ends a layer is normalised by the next: the result goes from one fusion to the other."""
+
+    pasta_fusion: Fusion
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        fusion = self.pasta_fusion
+        (ready, normed), fusion.normed = fusion.normed or (None, None), None
+        if not fusion.applies(hidden_states, self.mlp_norm):
+            return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+        if ready is not hidden_states:
+            normed = self.attn_norm(hidden_states)
+        attended, _ = self.attn(normed, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs)
+        normed, hidden_states = add_inject_layer_norm(attended, hidden_states, **_norm(self.mlp_norm))
+        update, following, injection = self.mlp(normed), fusion.following, fusion.pending()
+        recorded = injection is not None and injection.recorded
+        if following is None or recorded or not following.pasta_fusion.applies(update, following.attn_norm):
+            return hidden_states + update
+        normed, hidden_states = add_inject_layer_norm(update, hidden_states, **_norm(following.attn_norm), **fusion.ahead())
+        following.pasta_fusion.normed = hidden_states, normed
+        return hidden_states
+
+
+def _norm(norm: nn.LayerNorm) -> dict:
+    return {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}

@@ -1,0 +1,89 @@
+"""The residual add and the norm of every layer in one pass, with the vectors that the next layer would add."""
+
+from torch import nn
+
+from ..class_swap import put_on, take_off
+from . import family
+from .fused_layers import FusedAttention, FusedBlock, FusedOutput, FusedPreNorm, Fusion
+
+
+def _bert(layer):
+    return {layer.attention.output: (FusedOutput, False), layer.output: (FusedOutput, True)}
+
+
+def _mpnet(layer):
+    return {layer.attention: (FusedAttention, False), layer.output: (FusedOutput, True)}
+
+
+def _distilbert(layer):
+    return {layer: (FusedBlock, True)}
+
+
+def _modernbert(layer):
+    return {layer: (FusedPreNorm, True)}
+
+
+# model_type -> the modules of a layer that add and normalise, what is put on them, and whether they end the layer
+_FUSIBLE = {
+    "bert": _bert,
+    "camembert": _bert,
+    "distilbert": _distilbert,
+    "electra": _bert,
+    "modernbert": _modernbert,
+    "mpnet": _mpnet,
+    "roberta": _bert,
+    "xlm-roberta": _bert,
+}
+
+
+def fuse(model: nn.Module) -> None:
+    """Let the layers of ``model`` add, normalise and inject in one pass: ``add_layer_norm_inject``, or ``add_inject_layer_norm``.
+
+    Results are those of the model before, within rounding. The model may have a PASTA adapter, get one later, or have none. What a
+    layer returns holds the vectors that the next one would add to it; hooks on norms do not run.
+
+    A forward under autocast, and a layer under gradient checkpointing, takes the model's own path. Where hidden states are asked for,
+    vectors are added by the next layer, so that what is recorded is free of them.
+
+    Args:
+        model: one of transformers, or a ``PeftModel`` of it: BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, MPNet, RoBERTa, XLM-R.
+
+    Raises:
+        ValueError: another model, one that computes feed-forward layers in chunks, or one that is fused already.
+    """
+    module = _encoder(model)
+    kind = module.config.model_type
+    if kind not in _FUSIBLE:
+        raise ValueError(f"fuse: model must be one of {sorted(_FUSIBLE)}, got {kind!r}")
+    if getattr(module.config, "chunk_size_feed_forward", 0):
+        raise ValueError(f"fuse: chunk_size_feed_forward must be 0, got {module.config.chunk_size_feed_forward}")
+    if is_fused(model):
+        raise ValueError(f"fuse: {type(module).__name__} is fused already")
+    layers = family.passes_of(module)
+    for layer, following in zip(layers, [*layers[1:], None]):
+        for part, (mixin, is_last) in _FUSIBLE[kind](layer).items():
+            part.pasta_fusion = Fusion(layer, following if is_last else None)
+            put_on(part, mixin)
+
+
+def unfuse(model: nn.Module) -> None:
+    """The model's own path again.
+
+    Raises:
+        ValueError: the model is not fused.
+    """
+    if not is_fused(model):
+        raise ValueError(f"unfuse: model must be fused, got {type(_encoder(model)).__name__} as it was")
+    module = _encoder(model)
+    for layer in family.passes_of(module):
+        for part, (mixin, _) in _FUSIBLE[module.config.model_type](layer).items():
+            take_off(part, mixin)
+            del part.pasta_fusion
+
+
+def is_fused(model: nn.Module) -> bool:
+    return any(hasattr(m, "pasta_fusion") for m in _encoder(model).modules())
+
+
+def _encoder(model):
+    return family.adapted_module(model.get_base_model() if hasattr(model, "get_base_model") else model)

@@ -1,0 +1,80 @@
+"""What happens around the forward of an encoder."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import special_token_slots
+from . import family
+from .injection import Injection, State
+from .layer import PASTALayer, Selection
+
+
+class Hooks:
+    """Forward hooks on the encoder; bound methods, so that a deep copy of the model gets hooks of its own.
+
+    Special tokens are found and dropout is drawn once in a forward, for all layers.
+    """
+
+    def __init__(self, module: nn.Module, layer: PASTALayer):
+        self.module, self.layer, self.state = module, layer, State(layer)
+        self.argument_names = list(inspect.signature(module.forward).parameters)
+        self.in_place = module.config.model_type in family.IN_PLACE
+        self.handles = [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def before(self, module, args, kwargs):
+        self.state.running, self.state.injection = True, None
+        if not self.layer.is_active():
+            return
+        kwargs = dict(zip(self.argument_names, args)) | kwargs
+        ids = kwargs.get("input_ids")
+        if ids is not None:
+            mask = kwargs.get("attention_mask")
+            mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # others say who sees whom, not what is padding
+            self.state.injection = self.injection(ids, mask, self.records(kwargs))
+        elif kwargs.get("inputs_embeds") is not None:
+            raise ValueError("PASTA: special tokens are found in input_ids, got inputs_embeds alone")
+
+    def after(self, module, args, output):
+        injection, self.state.running, self.state.injection = self.state.injection, False, None
+        return output if injection is None else injection.restored(output)
+
+    def injection(self, ids: Tensor, mask: Tensor | None, recorded: bool) -> Injection:
+        selection = self.layer.select(ids.shape[0])
+        dropout = selection.config.dropout if self.module.training else 0.0
+        layers = len(selection.vectors)
+        return Injection(
+            slots=self.slots(selection, ids, mask),
+            vectors=selection.vectors,
+            adapter_ids=selection.adapter_ids,
+            dropout=dropout,
+            seeds=torch.randint(2**63 - 1, (layers,), device=ids.device).unbind(0) if dropout else None,
+            shape=ids.shape,
+            recorded=recorded,
+            in_place=self.in_place and not recorded,
+        )
+
+    def slots(self, selection: Selection, ids: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"PASTA: attention_mask must be {tuple(ids.shape)} as input_ids is, got {tuple(mask.shape)}")
+        config = selection.config
+        if selection.has_base_rows:  # these may have any number of special tokens
+            adapted = (selection.adapter_ids >= 0)[:, None].expand(ids.shape)
+            mask = adapted if mask is None else adapted & (mask != 0)
+        most = ids.shape[1] if config.overflow == "last" else config.num_special_tokens
+        try:
+            return special_token_slots(ids, selection.special_ids, max_slots=most, attention_mask=mask)
+        except ValueError as error:
+            raise ValueError(
+                f"PASTA: {error}. The adapter has num_special_tokens={config.num_special_tokens} vectors for tokens {config.special_token_ids};"
+                " overflow='last' gives the last one to all that follow."
+            ) from error
+
+    def records(self, kwargs: dict) -> bool:
+        """Whether the encoder returns the hidden states between its layers."""
+        asked = kwargs.get("output_hidden_states")
+        return bool(getattr(self.module.config, "output_hidden_states", False) if asked is None else asked)

@@ -1,0 +1,58 @@
+"""The parameters of all adapters."""
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from ..peft_method import AdapterLayer
+from .config import PASTAConfig
+
+_STD = 0.02
+
+
+@dataclass
+class Selection:
+    """The adapters of one batch."""
+
+    config: PASTAConfig
+    special_ids: Tensor  # [n]
+    vectors: tuple[Tensor, ...]  # L of [P, d]; of [K, P, d] where rows differ in their adapter
+    adapter_ids: Tensor | None = None  # [B]; None: all rows have the one adapter
+    has_base_rows: bool = False
+
+
+class PASTALayer(AdapterLayer):
+    """Lives in the model as ``model.pasta``."""
+
+    method = "PASTA"
+    shared_in_batch = ("num_special_tokens", "special_token_ids", "overflow", "dropout")
+    adapter_layer_names = ("pasta_vectors",)
+    other_param_names = ("configs", "special_ids")
+
+    def __init__(self, module: nn.Module, passes: int):
+        super().__init__(module)
+        self.passes = passes
+        self.pasta_vectors = nn.ParameterDict()  # [L, P, d]
+        self.special_ids = BufferDict(persistent=False)
+
+    def add(self, name: str, config: PASTAConfig, *, empty: bool) -> None:
+        """A new adapter, in float32 at least. ``empty``: on meta, to be loaded."""
+        weight, width = self.get_base_layer().weight, self._module[0].config.hidden_size
+        kwargs = {"device": "meta" if empty else weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        vectors = torch.zeros(self.passes, config.num_special_tokens, width, **kwargs)
+        if config.init == "normal":
+            vectors.normal_(std=_STD)
+        self.configs[name] = config
+        self.special_ids[name] = torch.tensor(config.special_token_ids, device=weight.device)
+        self.pasta_vectors[name] = nn.Parameter(vectors)
+
+    def select(self, batch: int) -> Selection:
+        """The adapters for ``batch`` rows; ``chosen`` says what it raises."""
+        names, rows = self.chosen(batch)
+        config, special_ids = self.configs[names[0]], self.special_ids[names[0]]
+        if rows is None:
+            return Selection(config, special_ids, self.pasta_vectors[names[0]].unbind(0))
+        vectors = torch.stack([self.pasta_vectors[n] for n in names], 1).unbind(0)
+        return Selection(config, special_ids, vectors, torch.tensor(rows, device=special_ids.device), -1 in rows)

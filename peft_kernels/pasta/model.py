@@ -1,0 +1,82 @@
+"""The tuner: how PEFT puts adapters on a model and takes them off again."""
+
+from transformers import AutoTokenizer
+
+from ..class_swap import put_on, take_off
+from ..peft_method import AddedLayerTuner
+from . import family
+from .config import PASTAConfig
+from .hooks import Hooks
+from .injection import InjectingLayer, indices_of
+from .layer import PASTALayer
+
+
+class PASTAModel(AddedLayerTuner):
+    """No module is replaced: a layer with the parameters is added, and the encoder's layers add them to their input.
+
+    In the families of ``family.IN_PLACE``, vectors are added in place: what a layer has returned holds those of the next layer
+    afterwards, for a hook that has kept it, too. Not where hidden states are asked for: what transformers returns is free of them.
+    """
+
+    prefix = "pasta_"
+    tuner_layer_cls = PASTALayer
+    why_unmergeable = (
+        "PASTA cannot be merged: its vectors are added to the hidden states of special tokens alone, and no weight of the model knows where"
+        " those stand."
+    )
+
+    def adapter_layer(self) -> PASTALayer:
+        return self.model.pasta
+
+    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
+        config = self.peft_config[adapter_name]
+        module = family.adapted_module(model)
+        _complete(config, model)
+        if not isinstance(getattr(model, "pasta", None), PASTALayer):
+            self._attach(model, module)
+        model.pasta.add(adapter_name, config, empty=low_cpu_mem_usage)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+
+    def _attach(self, model, module):
+        passes = family.passes_of(module)
+        model.requires_grad_(False)  # before there is a tuner layer: PEFT keeps what it finds beside one
+        model.pasta = PASTALayer(module, len(passes))
+        model.pasta_hooks = Hooks(module, model.pasta)
+        for layer, indices in indices_of(passes).items():
+            layer.pasta_state, layer.pasta_indices = model.pasta_hooks.state, indices
+            put_on(layer, InjectingLayer)
+
+    def detach(self):
+        model = self.model
+        for layer in indices_of(family.passes_of(model.base_model)):
+            take_off(layer, InjectingLayer)
+            del layer.pasta_state, layer.pasta_indices
+        for handle in model.pasta_hooks.handles:
+            handle.remove()
+        del model.pasta, model.pasta_hooks
+
+
+def _complete(config: PASTAConfig, model) -> None:
+    """The special tokens, written down: the saved configuration needs no tokenizer."""
+    if config.special_token_ids is None:
+        config.special_token_ids = _special_ids(config, model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if max(config.special_token_ids) >= vocabulary:
+        raise ValueError(f"PASTAConfig: special_token_ids must lie in [0, {vocabulary}), got {config.special_token_ids}")
+
+
+def _special_ids(config, model):
+    source = config.tokenizer_name_or_path or model.name_or_path
+    advice = "give special_token_ids, or a tokenizer_name_or_path with cls_token and sep_token"
+    if not source:
+        raise ValueError(f"PASTAConfig: {advice}: the model has no name to find its tokenizer by")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=config.tokenizer_name_or_path is None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"PASTAConfig: {advice}: no tokenizer could be loaded from {source!r}") from error
+    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    ids = list(dict.fromkeys(i for i in (first, last) if i is not None))
+    if not ids:
+        raise ValueError(f"PASTAConfig: {advice}: that of {source!r} has neither these nor bos_token and eos_token")
+    return ids

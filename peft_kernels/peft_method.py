@@ -1,0 +1,146 @@
+"""What the methods share as methods of PEFT: a place among its types, a layer with parameters, a tuner that adds that layer."""
+
+from contextlib import contextmanager
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType, register_peft_method
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
+
+
+def peft_type(name: str) -> PeftType:
+    """A member of ``PeftType``; added if PEFT has none of that name, because PEFT registers methods of its own enumeration only."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        member._sort_order_ = len(PeftType.__members__)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+        type.__setattr__(PeftType, name, member)
+    return PeftType[name]
+
+
+def register(kind: PeftType, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Let ``get_peft_model`` and ``PeftModel.from_pretrained`` find the method; once per process."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=kind.value.lower(), config_cls=config, model_cls=tuner, prefix=tuner.prefix)
+
+
+def check_pretrained(method: str, model: nn.Module) -> None:
+    """Raises where ``model`` is not one of transformers, or does not read tokens."""
+    what = type(model).__name__
+    if not hasattr(model, "base_model") or not hasattr(model, "can_generate"):
+        raise TypeError(f"{method}: model must be a transformers PreTrainedModel, got {what}")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"{method}: model must read input_ids, but the main input of {what} is {model.main_input_name!r}")
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(module.config, "is_encoder_decoder", False))
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether tokens see only what is before them: a decoder without encoder, with whatever head."""
+    kind = module.config.model_type
+    return not is_encoder_decoder(module) and (
+        module.can_generate()
+        or getattr(module.config, "is_decoder", False)
+        or (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    )
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """The parameters of all adapters; wraps nothing, and lives beside the module that it is made for."""
+
+    method: str  # as errors call it
+    shared_in_batch: tuple[str, ...]  # the fields of the configuration in which adapters of one batch agree
+    other_param_names = ("configs",)
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module = (module,)  # in a tuple, so that it is no submodule
+        self.configs: dict[str, PeftConfig] = {}
+        self.adapter_names: list[str] | None = None  # of the rows of the batch at hand
+
+    def get_base_layer(self) -> nn.Module:
+        return self._module[0].get_input_embeddings()
+
+    def _get_base_layer_device_and_dtype(self, base_layer):
+        """PEFT moves an adapter to the device and dtype of what it wraps; ours keeps its dtype."""
+        return base_layer.weight.device, None
+
+    def is_active(self) -> bool:
+        names = self.active_adapters if self.adapter_names is None else [n for n in self.adapter_names if n != BASE]
+        return bool(names) and not self.disable_adapters
+
+    def chosen(self, batch: int) -> tuple[list[str], list[int] | None]:
+        """The adapters for ``batch`` rows, and for every row its own among them, -1 for none. None: all rows have the one adapter.
+
+        Raises:
+            ValueError: several active adapters, an unknown name, or adapters in one batch that differ in what they have to share.
+        """
+        method = self.method
+        if self.adapter_names is None:
+            if len(self.active_adapters) != 1:
+                raise ValueError(
+                    f"{method}: one adapter can be active at a time, got {self.active_adapters}; adapter_names= mixes adapters in a batch"
+                )
+            return list(self.active_adapters), None
+        if len(self.adapter_names) != batch:
+            raise ValueError(f"{method}: adapter_names must have one name for each of the {batch} rows, got {len(self.adapter_names)}")
+        names = list(dict.fromkeys(n for n in self.adapter_names if n != BASE))
+        if unknown := [n for n in names if n not in self.configs]:
+            raise ValueError(f"{method}: adapter_names must be among {[*self.configs, BASE]}, got {unknown}")
+        shared = {n: tuple(getattr(self.configs[n], field) for field in self.shared_in_batch) for n in names}
+        if any(values != shared[names[0]] for values in shared.values()):
+            fields = " and ".join((", ".join(self.shared_in_batch[:-1]), self.shared_in_batch[-1]))
+            raise ValueError(f"{method}: the adapters of one batch must share {fields}, got {shared}")
+        return names, [-1 if n == BASE else names.index(n) for n in self.adapter_names]
+
+
+class AddedLayerTuner(BaseTuner):
+    """No module is replaced: an ``AdapterLayer`` is added to the model, and whatever makes the model read it."""
+
+    target_module_mapping = {}
+    why_unmergeable: str
+
+    def adapter_layer(self) -> AdapterLayer:
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Take the layer off, and whatever makes the model read it."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        """PEFT's way to hand over ``adapter_names``: one for each row of the batch."""
+        layer = self.adapter_layer()
+        before, layer.adapter_names = layer.adapter_names, adapter_names
+        try:
+            yield
+        finally:
+            layer.adapter_names = before
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        return peft_config
+
+    def _create_and_replace(self, *args, **kwargs):
+        raise NotImplementedError(f"{type(self).__name__} replaces no module")
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        """What is left to replace is a head that PEFT has wrapped; its own way asks every head for a ``weight``."""
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self):
+        raise NotImplementedError(f"{self.why_unmergeable} Use unload() to take the adapter off.")
+
+    def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
+        if merge:
+            self._check_merge_allowed()
+        self.detach()
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)

@@ -1,0 +1,186 @@
+"""Which tokens get a vector, dropout, and what is changed in place."""
+
+import copy
+
+import pasta_models as models
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+
+from peft_kernels import PASTAConfig
+from peft_kernels.ops.vector_dropout import factors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding(family, padding):
+    """Special tokens are counted among what is no padding, also where [PAD] is one of them."""
+    base = models.stock(family)
+    model = models.adapted(family, base=copy.deepcopy(base), special_token_ids=[*models.SPECIAL, models.PAD])
+    x = models.inputs(padding=padding)
+    expected = models.formula(family, base, models.vectors(model), x)
+    torch.testing.assert_close(model(**x).logits, expected.logits, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_without_a_mask():
+    base, model = models.pair("bert")
+    x = models.inputs(padding="left")
+    expected = models.formula("bert", base, models.vectors(model), {**x, "attention_mask": torch.ones_like(x["input_ids"])})
+    torch.testing.assert_close(model(input_ids=x["input_ids"]).logits, expected.logits)
+    torch.testing.assert_close(model(x["input_ids"]).logits, expected.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_packed_rows(family):
+    """Several texts in a row, each of which sees itself alone: special tokens are counted through the row."""
+    base, model = models.pair(family, "FEATURE_EXTRACTION", num_special_tokens=4)
+    ids = torch.randint(4, models.VOCAB, (2, 10))
+    ids[:, [0, 5]], ids[:, [4, 9]] = models.CLS, models.SEP
+    text = torch.arange(10) // 5
+    position_ids = (torch.arange(10) % 5).expand(2, -1)
+    sees = (text[:, None] == text)[None, None].expand(2, 1, -1, -1)
+    mask = sees if family == "bert" else {"full_attention": sees, "sliding_attention": sees}
+    v, everywhere = models.vectors(model), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with models.by_formula(family, base, [models.dense(everywhere, layer) for layer in v]):
+        expected = base(input_ids=ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+    got = model(input_ids=ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+    torch.testing.assert_close(got, expected)
+    alone = {"input_ids": ids[:, :5], "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    torch.testing.assert_close(got[:, :5], models.formula(family, base, v[:, :2], alone).last_hidden_state)
+
+
+@torch.no_grad()
+def test_rows_differ_in_their_number_of_special_tokens():
+    base, model = models.pair("bert", num_special_tokens=5)
+    x = models.inputs()
+    x["input_ids"][0] = models.CLS  # eleven, with a mask for the first four
+    x["attention_mask"][0, 4:] = 0
+    x["input_ids"][1, [0, 4]], x["input_ids"][1, -3] = 7, 8  # none
+    assert [len(row) for row in models.slots(x)] == [4, 0, 2, 3]
+    torch.testing.assert_close(model(**x).logits, models.formula("bert", base, models.vectors(model), x).logits)
+
+
+def test_overflow():
+    base, model = models.pair("bert", num_special_tokens=2)
+    x = models.inputs()
+    message = r"max_slots=2, but row 1 has 3 special tokens. The adapter has num_special_tokens=2 vectors for tokens \[0, 2\]; overflow='last'"
+    with pytest.raises(ValueError, match=message):
+        model(**x)
+    rows = {k: v[::2] for k, v in x.items()}
+    assert torch.isfinite(model(**rows).logits).all()  # and nothing is left of the forward that failed
+    last = models.adapted("bert", base=copy.deepcopy(base), num_special_tokens=2, overflow="last")
+    v = models.vectors(last).detach().clone().requires_grad_()
+    expected, got = models.formula("bert", base, v, x).logits, last(**x).logits
+    torch.testing.assert_close(got, expected)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    torch.testing.assert_close(models.vectors(last).grad, v.grad)
+
+
+def test_a_failed_forward_leaves_nothing():
+    _, model = models.pair("bert")
+    layer = models.layers("bert", model.base_model.model)[1]
+    handle = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**models.inputs())
+    handle.remove()
+    assert layer.pasta_state.injection is None and not layer.pasta_state.running
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert", "deberta-v2"])
+def test_dropout(family):
+    """Each row, special token and layer draws its own; evaluation draws nothing."""
+    base, model = models.pair(family, dropout=0.4)
+    x, p = models.inputs(), 0.4
+    v = models.vectors(model).detach().clone().requires_grad_()
+    torch.testing.assert_close(model(**x).logits, models.formula(family, base, v, x).logits, atol=2e-5, rtol=1e-5)
+    model.base_model.model.base_model.train()  # the head of some drops, too
+    generator = torch.get_rng_state()
+    got = model(**x).logits
+    torch.set_rng_state(generator)
+    seeds = torch.randint(2**63 - 1, (len(v),))
+    shape = x["input_ids"].shape[0], models.P, models.WIDTH
+    additions = [models.dense(x, layer * factors(p, seed.reshape(1), *shape)) for layer, seed in zip(v, seeds)]
+    with models.by_formula(family, base, additions):
+        expected = base(**x).logits
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    torch.testing.assert_close(models.vectors(model).grad, v.grad, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(model(**x).logits, got)
+
+
+def _returned(family, model, run):
+    """What each layer has returned, as it is after ``run()``."""
+    returned = []
+    handles = [
+        layer.register_forward_hook(lambda m, args, out: returned.append(out[0] if isinstance(out, tuple) else out))
+        for layer in models.layers(family, model)
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return returned
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "in_place"), [("bert", True), ("mpnet", True), ("modernbert", True), ("deberta-v2", False)])
+def test_in_place(family, in_place):
+    """Where a hidden state is the layer's alone, what the layer before has returned gets the vectors; otherwise a copy does."""
+    base, model = models.pair(family, "FEATURE_EXTRACTION")
+    x = models.inputs()
+    additions = [models.dense(x, v) for v in models.vectors(model)]
+    with models.by_formula(family, base, additions):
+        stock = _returned(family, base, lambda: base(**x))
+    changed = [state + addition for state, addition in zip(stock, additions[1:])] + stock[-1:] if in_place else stock
+    close = {"atol": 2e-5, "rtol": 1e-5}
+    torch.testing.assert_close(_returned(family, model.base_model.model, lambda: model(**x)), changed, **close)
+    torch.testing.assert_close(_returned(family, model.base_model.model, lambda: model(**x, output_hidden_states=True)), stock, **close)
+
+
+@pytest.mark.parametrize("how", ["leaf", "view"])
+def test_inputs_of_others_are_copied(how):
+    """A hook that gives the first layer a leaf that wants its gradient, or a part of something else."""
+    _, model = models.pair("bert")
+    x, outer = models.inputs(), torch.randn(4, 12, models.WIDTH, requires_grad=how == "leaf")
+    given = outer[:, 1:] if how == "view" else outer.detach()[:, 1:].clone().requires_grad_()
+    kept = given.detach().clone()
+    model.base_model.model.bert.embeddings.register_forward_hook(lambda *_: given)
+    model(**x).logits.sum().backward()
+    assert torch.equal(given, kept) and (how == "view" or given.grad.abs().sum() > 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    """Vectors are kept in float32 at least; one sum rounds as the formula's does."""
+    base = models.stock("bert").to(dtype)
+    model = models.adapted("bert", base=copy.deepcopy(base))
+    v = models.vectors(model)
+    assert v.dtype == torch.promote_types(dtype, torch.float32)
+    v.copy_(v.to(dtype))
+    x = models.inputs()
+    assert torch.equal(model(**x).logits, models.formula("bert", base, v.to(dtype), x).logits)
+
+
+def test_initialisation():
+    base = models.stock("bert", num_hidden_layers=8)
+    config = {"num_special_tokens": 4, "special_token_ids": [2, 0, 2], "task_type": "SEQ_CLS"}
+    model = get_peft_model(copy.deepcopy(base), PASTAConfig(**config)).eval()
+    v = models.vectors(model)
+    assert v.shape == (8, 4, models.WIDTH) and v.dtype == torch.float32
+    assert abs(v.std() - 0.02) < 0.002 and abs(v.mean()) < 0.002
+    assert model.peft_config["default"].special_token_ids == [2, 0]
+    zero = get_peft_model(copy.deepcopy(base), PASTAConfig(**config, init="zero")).eval()
+    x = models.inputs()
+    assert not models.vectors(zero).any() and torch.equal(zero(**x).logits, base(**x).logits)
+
+
+def test_only_what_it_says_is_trained():
+    model = get_peft_model(transformers.BertModel(transformers.BertConfig(**models.FAMILIES["bert"][1])), PASTAConfig(special_token_ids=[0, 2]))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == 3 * 2 * models.WIDTH and total > trainable
