@@ -17,9 +17,7 @@ EVERY += [(family, "FEATURE_EXTRACTION") for family in models.GENERIC]
 
 @pytest.mark.parametrize(("family", "task"), EVERY)
 def test_outputs_and_gradients(family, task):
-    # PEFT knows no other head for question answering than qa_outputs
-    head = {"modules_to_save": ["classifier"]} if (family, task) == ("modernbert", "QUESTION_ANS") else {}
-    base, model = models.pair(family, task, **head)
+    base, model = models.pair(family, task)
     v = models.vectors(model).detach().clone().requires_grad_()
     assert v.shape == (len(models.layers(family, base)), models.P, models.WIDTH)
     x = models.inputs()
