@@ -11,6 +11,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
   m.def("decomposed_prompt_embedding_backward_cuda(Tensor grad, int adapters, int virtual_tokens, int positions, int rank, Tensor? a, Tensor? b, float scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool need_prompt, bool need_delta) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("decomposed_prompt_embedding_cpu(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? a, Tensor? b, Tensor? delta, float scale, float embed_scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids) -> Tensor");
   m.def("decomposed_prompt_embedding_cuda(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? a, Tensor? b, Tensor? delta, float scale, float embed_scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids) -> Tensor");
+  m.def("label_cross_attention_backward_cpu(Tensor grad_pooled, Tensor features, Tensor weights, Tensor? lengths, Tensor? offsets, float scale, bool shared) -> Tensor");
+  m.def("label_cross_attention_cpu(Tensor queries, Tensor features, Tensor? lengths, Tensor? offsets, float scale, bool keep) -> (Tensor, Tensor)");
+  m.def("label_logits_backward_cpu(Tensor grad_words, Tensor weight, Tensor label_ids) -> Tensor");
+  m.def("label_logits_cpu(Tensor hidden, Tensor weight, Tensor label_ids, Tensor? bias, Tensor? positions) -> Tensor");
+  m.def("prototype_adam_cpu(Tensor(a!) parameter, Tensor grad, Tensor(b!) mean, Tensor(c!) square, float lr, int step) -> ()");
+  m.def("prototype_cross_entropy_cpu(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, Tensor labels) -> (Tensor, Tensor, Tensor)");
+  m.def("prototype_scores_backward_cpu(Tensor grad, Tensor projected, Tensor prototypes) -> (Tensor, Tensor)");
+  m.def("prototype_scores_cpu(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight) -> Tensor");
   m.def("shared_cross_attention_backward_cpu(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? key_lengths, Tensor? encoder_index, float scale, bool need_query, bool need_key, bool need_value) -> (Tensor, Tensor, Tensor)");
   m.def("shared_cross_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? encoder_index, float scale) -> (Tensor, Tensor)");
   m.def("special_token_add_backward_cpu(Tensor grad, Tensor slots, int adapters, int vectors, float dropout_p, Tensor? seed, Tensor? adapter_ids) -> Tensor");

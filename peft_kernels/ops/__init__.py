@@ -2,6 +2,9 @@
 
 from .add_layer_norm_inject import add_inject_layer_norm, add_layer_norm_inject
 from .decomposed_prompt_embedding import decomposed_prompt_embedding
+from .label_cross_attention import label_cross_attention
+from .label_logits import label_logits
+from .prototype_scores import prototype_cross_entropy, prototype_objective, prototype_scores
 from .shared_cross_attention import shared_cross_attention
 from .special_tokens import special_token_add, special_token_add_, special_token_slots
 
@@ -9,6 +12,11 @@ __all__ = [
     "add_inject_layer_norm",
     "add_layer_norm_inject",
     "decomposed_prompt_embedding",
+    "label_cross_attention",
+    "label_logits",
+    "prototype_cross_entropy",
+    "prototype_objective",
+    "prototype_scores",
     "shared_cross_attention",
     "special_token_add",
     "special_token_add_",

@@ -35,15 +35,15 @@ class Implementations:
     def choose(self, device: str, dtype: torch.dtype) -> str:
         """What ``impl="auto"`` takes where an operator has no table of its own, forward and backward: the first that can run.
 
-        | where and what               | implementation |
-        | ---------------------------- | -------------- |
-        | float64                      | reference      |
-        | CPU, native library built    | cpp            |
-        | CUDA, native library with it | cuda           |
-        | CUDA or ROCm, triton         | triton         |
-        | anything else                | reference      |
+        | where and what                              | implementation |
+        | ------------------------------------------- | -------------- |
+        | float64                                     | reference      |
+        | CPU, native library built                   | cpp            |
+        | CUDA, native library with it, if it has one | cuda           |
+        | CUDA or ROCm, triton                        | triton         |
+        | anything else                               | reference      |
         """
-        for impl in ("cpp", "cuda", "triton"):
+        for impl in (name for name in ("cpp", "cuda", "triton") if name in self.names):
             if self.unavailable(impl, device, dtype) is None and (impl != "triton" or device != "cpu"):
                 return impl
         return "reference"

@@ -12,8 +12,11 @@ from peft_kernels.ops import native_library
 TESTS = {
     "test_shared_cross_attention_native.py": "test_forward or test_backward or test_strides or test_empty",
     "test_decomposed_prompt_embedding.py": "cpp and not cuda",
+    "test_label_logits.py": "cpp and test_parity",
+    "test_prototype_scores.py": "(cpp and (test_scores or test_cross_entropy)) or test_adam",
     "test_special_tokens.py": "cpp and test_parity",
     "test_add_layer_norm_inject.py": "cpp and (test_parity or test_widths)",
+    "test_label_cross_attention.py": "cpp and (test_parity or test_widths or test_numbers_of_slots)",
 }
 
 

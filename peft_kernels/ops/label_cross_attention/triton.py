@@ -1,0 +1,157 @@
+"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there.
+
+The scores of all tokens go through memory once, in float32: they are wanted as weights by backward, and they are small beside the
+features, which would not stay in the registers until their softmax is known.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..shared_cross_attention.triton import device_of
+from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, guard, partition, unavailable
+
+try:
+    from . import triton_kernels
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton_kernels = None
+
+__all__ = ["pool", "pool_backward", "unavailable"]
+
+
+class Config(NamedTuple):
+    """What a block is tall in, tokens of scores and columns of what is pooled; and the depth of its product at a time."""
+
+    tall: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+class Configs(NamedTuple):
+    scores: Config
+    pool: Config
+
+
+# (matrix unit, queries to a block): the least that hold all queries, so that features are read once, else the most. "fma": float32 on
+# NVIDIA, where a thread keeps whole rows and columns of the depth in registers. Every row is compiled for every architecture that it
+# is for, without a GPU, by tests/ops/test_labels_compile.py: no spills, tensor cores, and shared memory below the 99 KiB of small chips.
+C = Config
+CONFIGS = {
+    ("half", 16): Configs(C(128, 64, 4, 3), C(128, 32, 4, 3)),
+    ("half", 32): Configs(C(128, 64, 4, 3), C(128, 32, 4, 3)),
+    ("half", 64): Configs(C(128, 64, 8, 3), C(128, 64, 8, 2)),
+    ("half", 128): Configs(C(64, 64, 4, 3), C(128, 32, 8, 2)),
+    ("fma", 16): Configs(C(64, 16, 4, 2), C(128, 16, 4, 2)),
+    ("fma", 32): Configs(C(64, 16, 8, 2), C(64, 16, 4, 2)),
+    ("fma", 64): Configs(C(64, 16, 8, 2), C(64, 16, 8, 2)),
+    ("amd", 16): Configs(C(64, 64, 4, 2), C(64, 64, 4, 2)),
+    ("amd", 32): Configs(C(64, 64, 4, 2), C(64, 64, 4, 2)),
+    ("amd", 64): Configs(C(64, 32, 4, 2), C(64, 32, 4, 2)),
+}
+SOFTMAX = {"BN": 128, "BQ": 8, "num_warps": 4, **COMPILER_OPTIONS}
+
+
+def pool(queries, features, lengths, offsets, scale, keep) -> tuple[Tensor, Tensor | None]:
+    heads, _, slots, width = queries.shape
+    features, offsets, batch = _rows(features, offsets)
+    lengths = None if lengths is None else lengths.contiguous()
+    pooled = queries.new_empty(heads, batch, slots, width)
+    weights = queries.new_empty(*features.shape[:-1], heads * slots, dtype=torch.float32)
+    if pooled.numel():
+        with guard(features.device):
+            if weights.numel():
+                _scores(weights, queries, features, lengths, offsets, batch)
+                triton_kernels.softmax_kernel[cdiv(heads * slots, SOFTMAX["BQ"]) * batch,](
+                    weights, lengths, offsets, features.shape[-2], heads * slots, scale, **SOFTMAX
+                )
+            _pool(pooled, weights, features, lengths, offsets, batch, 1, queries.dtype)
+    return pooled, weights if keep else None
+
+
+def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, shared) -> Tensor:
+    heads, _, slots, width = grad_pooled.shape
+    features, offsets, batch = _rows(features, offsets)
+    lengths = None if lengths is None else lengths.contiguous()
+    if shared:
+        options = pool_options(unit_of(features.device, grad_pooled.dtype), heads * slots)
+        programs = cdiv(width, options["BD"]) * cdiv(heads * slots, options["BQ"])
+        parts, rows = partition(batch, weights.numel() // max(batch * heads * slots, 1), programs)
+        grad = weights.new_empty(parts, heads, slots, width).transpose(0, 1)  # (H, parts, S, d)
+    else:
+        rows, grad = 1, weights.new_empty(heads, batch, slots, width)
+    if grad.numel():
+        grad_scores = torch.empty_like(weights)
+        with guard(features.device):
+            if weights.numel():
+                _scores(grad_scores, grad_pooled, features, lengths, offsets, batch)
+                triton_kernels.softmax_backward_kernel[cdiv(heads * slots, SOFTMAX["BQ"]) * batch,](
+                    grad_scores, weights, lengths, offsets, features.shape[-2], heads * slots, scale, **SOFTMAX
+                )
+            _pool(grad, grad_scores, features, lengths, offsets, batch, rows, grad_pooled.dtype)
+    return grad.sum(1, keepdim=True) if shared and grad.shape[1] > 1 else grad
+
+
+def _scores(scores, queries, features, lengths, offsets, batch):
+    heads, given, slots, width = queries.shape
+    n = features.shape[-2]
+    options = scores_options(unit_of(features.device, queries.dtype), heads * slots)
+    tiles = batch * cdiv(n, options["BN"]) if offsets is None else n // options["BN"] + batch
+    triton_kernels.scores_kernel[cdiv(heads * slots, options["BQ"]) * tiles,](
+        scores, queries, features, lengths, offsets,
+        n, batch, slots, heads * slots, width, queries.stride(0), queries.stride(1) if given > 1 else 0, *_strides(features),
+        **options,
+    )  # fmt: skip
+
+
+def _pool(out, weights, features, lengths, offsets, batch, rows, product):
+    """``out``: (H, parts of ``rows`` rows, slots, d); ``product``: the dtype of what is multiplied."""
+    heads, parts, slots, width = out.shape
+    options = pool_options(unit_of(features.device, product), heads * slots)
+    triton_kernels.pool_kernel[cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts,](
+        out, weights, features, lengths, offsets,
+        features.shape[-2], batch, rows, slots, heads * slots, width, *out.stride()[:2], *_strides(features),
+        WIDE=product == torch.float32, **options,
+    )  # fmt: skip
+
+
+@cache
+def scores_options(unit: str, queries: int) -> dict:
+    block = block_of_queries(unit, queries)
+    return {"BN": CONFIGS[unit, block].scores.tall, "BQ": block, "BK": CONFIGS[unit, block].scores.depth, **_options(CONFIGS[unit, block].scores)}
+
+
+@cache
+def pool_options(unit: str, queries: int) -> dict:
+    block = block_of_queries(unit, queries)
+    return {"BD": CONFIGS[unit, block].pool.tall, "BQ": block, "BN": CONFIGS[unit, block].pool.depth, **_options(CONFIGS[unit, block].pool)}
+
+
+def block_of_queries(unit: str, queries: int) -> int:
+    blocks = sorted(block for of_unit, block in CONFIGS if of_unit == unit)
+    return next((block for block in blocks if block >= queries), blocks[-1])
+
+
+def unit_of(device: torch.device, dtype: torch.dtype) -> str:
+    """What multiplies, in ``dtype``."""
+    if device_of(device)[0] == "gfx942":
+        return "amd"
+    return "fma" if dtype == torch.float32 else "half"
+
+
+def _options(config):
+    return {**COMPILER_OPTIONS, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _rows(features, offsets):
+    """Features with dense rows, offsets, and the rows of the batch."""
+    return dense(features), offsets if offsets is None else offsets.contiguous(), len(features) if offsets is None else len(offsets) - 1
+
+
+def _strides(features):
+    """Of rows of the batch and of tokens."""
+    return features.stride(0) if features.ndim == 3 else 0, features.stride(-2)

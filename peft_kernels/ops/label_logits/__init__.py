@@ -1,0 +1,164 @@
+"""The logits of a few label words at one position of every text, without those of the vocabulary."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..implementations import Implementations
+
+__all__ = ["label_logits"]
+
+# Each has forward(hidden, weight, label_ids, bias, positions) -> (B, C, w) logits of the words in at least float32, -inf where
+# label_ids is -1; and backward(grad_words, weight, label_ids) -> (B, H) gradient of the gathered rows in grad_words' dtype.
+implementations = Implementations(__name__, "reference", "cpp", "triton")
+
+REDUCTIONS = ("max", "mean", "logsumexp")
+
+_lib = torch.library.Library("peft_kernels", "FRAGMENT")
+_lib.define("label_logits(Tensor hidden, Tensor weight, Tensor label_ids, Tensor? bias, Tensor? positions, str impl) -> Tensor")
+_lib.define("label_logits_backward(Tensor grad_words, Tensor weight, Tensor label_ids, str impl) -> Tensor")
+
+
+def label_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    label_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    reduce: str = "max",
+    impl: str = "auto",
+) -> Tensor:
+    """For every class the logit of its label words: ``reduce over w of hidden[b, positions[b]] . weight[label_ids[c, w]] + bias[...]``.
+
+    Decoder tuning (DecT), arXiv 2212.08408, section 3.1, takes the largest.
+
+    Args:
+        hidden: (B, S, H) with ``positions``, or (B, H); float32, float16, bfloat16 or float64.
+        weight: (V, H), the output embedding, in ``hidden``'s dtype.
+        label_ids: (C, w) int32 or int64 in [-1, V): the words of each class, at least one; -1: none.
+        bias: (V,) in ``hidden``'s dtype or float32, or None.
+        positions: (B,) int32 or int64 in [0, S): the row of each text, that of the mask.
+        reduce: over the words of a class: ``"max"``, ``"mean"`` or ``"logsumexp"``.
+        impl: ``"auto"``, or ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Returns:
+        (B, C) float32 (float64 where ``hidden`` has it). Neither (B, S, V) nor (B, V) is made.
+
+    Gradients go to ``hidden``, ``weight`` and ``bias``; a frozen table costs nothing. Of words that share the largest logit, the
+    first takes the gradient.
+
+    Values of ``label_ids`` and ``positions`` are checked on the CPU; on a GPU, where that would wait for the device, only when the
+    environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+
+    Raises:
+        ValueError: shapes, devices or values that do not fit, a class without words, or a named implementation that cannot run.
+        TypeError: dtypes that do not fit.
+    """
+    name = "label_logits"
+    implementations.check(name, impl)
+    _check(name, hidden, weight, label_ids, bias, positions)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"{name}: reduce must be one of {list(REDUCTIONS)}, got {reduce!r}")
+    words = torch.ops.peft_kernels.label_logits.default(hidden, weight, label_ids, bias, positions, impl)  # [B, C, w]
+    if reduce == "max":
+        return words.gather(2, words.argmax(2, keepdim=True)).squeeze(2)
+    if reduce == "logsumexp":
+        return words.logsumexp(2)
+    given = label_ids >= 0
+    return words.masked_fill(~given, 0).sum(2) / given.sum(1)
+
+
+def _check(name, hidden, weight, label_ids, bias, positions):
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"{name}: hidden must be (B, S, H) or (B, H), got {tuple(hidden.shape)}")
+    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"{name}: hidden must be float32, float16, bfloat16 or float64, got {hidden.dtype}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{name}: weight must be (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{name}: weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
+    if label_ids.ndim != 2 or label_ids.shape[1] < 1:
+        raise ValueError(f"{name}: label_ids must be (C, w) with w at least 1, got {tuple(label_ids.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
+        raise TypeError(f"{name}: bias must be {hidden.dtype} as hidden is, or float32, got {bias.dtype}")
+    if (positions is None) != (hidden.ndim == 2):
+        raise ValueError(f"{name}: positions come with hidden (B, S, H) and not with (B, H), got hidden {tuple(hidden.shape)}")
+    if positions is not None and positions.shape != hidden.shape[:1]:
+        raise ValueError(f"{name}: positions must be ({hidden.shape[0]},), got {tuple(positions.shape)}")
+    for which, x in (("label_ids", label_ids), ("positions", positions)):
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: {which} must be int32 or int64, got {x.dtype}")
+    for which, x in (("weight", weight), ("label_ids", label_ids), ("bias", bias), ("positions", positions)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name}: {which} must be on {hidden.device} as hidden is, got {x.device}")
+
+
+def _check_values(hidden, weight, label_ids, positions):
+    if label_ids.numel() and bool((label_ids < 0).all(1).any()):
+        empty = int((label_ids < 0).all(1).nonzero()[0])
+        raise ValueError(f"label_logits: label_ids must have a word for every class, got none for class {empty}")
+    for which, x, low, end in (("label_ids", label_ids, -1, weight.shape[0]), ("positions", positions, 0, hidden.shape[1])):
+        if x is not None and x.numel():
+            least, most = (int(v) for v in x.aminmax())
+            if least < low or most >= end:
+                raise ValueError(f"label_logits: {which} must lie in [{low}, {end}), got values from {least} to {most}")
+
+
+@torch.library.impl(_lib, "label_logits", "CompositeExplicitAutograd")
+def _forward(hidden, weight, label_ids, bias, positions, impl):
+    if hidden.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
+        _check_values(hidden, weight, label_ids, positions)
+    implementation = implementations.resolve("label_logits", impl, hidden.device.type, hidden.dtype)
+    return implementation.forward(hidden, weight, label_ids, bias, positions)
+
+
+@torch.library.impl(_lib, "label_logits_backward", "CompositeExplicitAutograd")
+def _backward(grad_words, weight, label_ids, impl):
+    implementation = implementations.resolve("label_logits", impl, weight.device.type, weight.dtype)
+    return implementation.backward(grad_words, weight, label_ids)
+
+
+@torch.library.register_fake("peft_kernels::label_logits", lib=_lib)
+def _(hidden, weight, label_ids, bias, positions, impl):
+    return hidden.new_empty(hidden.shape[0], *label_ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+@torch.library.register_fake("peft_kernels::label_logits_backward", lib=_lib)
+def _(grad_words, weight, label_ids, impl):
+    return grad_words.new_empty(grad_words.shape[0], weight.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, label_ids, bias, positions, ctx.impl = inputs
+    ctx.shape, ctx.bias_dtype = hidden.shape, None if bias is None else bias.dtype
+    ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight, label_ids, positions)
+
+
+def _autograd(ctx, grad_words):
+    hidden, weight, label_ids, positions = ctx.saved_tensors
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    grad_words = grad_words.masked_fill(label_ids < 0, 0)
+    ids = label_ids.clamp_min(0).flatten().long()
+    grad_hidden = grad_weight = grad_bias = None
+    if need_hidden:
+        rows = torch.ops.peft_kernels.label_logits_backward.default(grad_words, weight, label_ids, ctx.impl).to(weight.dtype)  # [B, H]
+        grad_hidden = rows if positions is None else rows.new_zeros(ctx.shape).index_put((_texts(positions), positions.long()), rows)
+    if need_weight:
+        taken = hidden if positions is None else hidden[_texts(positions), positions.long()]
+        of_words = grad_words.flatten(1).mT @ taken.to(grad_words.dtype)  # [C * w, H]
+        grad_weight = of_words.new_zeros(weight.shape).index_put((ids,), of_words, accumulate=True).to(weight.dtype)
+    if need_bias:
+        of_words = grad_words.flatten(1).sum(0)
+        grad_bias = of_words.new_zeros(weight.shape[0]).index_put((ids,), of_words, accumulate=True).to(ctx.bias_dtype)
+    return grad_hidden, grad_weight, None, grad_bias, None, None
+
+
+def _texts(positions):
+    return torch.arange(positions.shape[0], device=positions.device)
+
+
+torch.library.register_autograd("peft_kernels::label_logits", _autograd, setup_context=_setup_context, lib=_lib)

@@ -1,0 +1,66 @@
+"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, strides, unavailable
+
+try:
+    from . import triton_kernels
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton_kernels = None
+
+__all__ = ["backward", "forward", "unavailable"]
+
+
+class Config(NamedTuple):
+    """Words and columns to a block."""
+
+    words: int
+    columns: int
+    num_warps: int
+
+
+# Forward: the first that holds all words, else the last. Every row is compiled for every architecture, without a GPU, by
+# tests/ops/test_labels_compile.py.
+FORWARD = (Config(2, 1024, 4), Config(8, 256, 4))
+BACKWARD = Config(4, 512, 4)
+
+
+def forward(hidden, weight, label_ids, bias, positions):
+    (batch, width), words = (hidden.shape[0], hidden.shape[-1]), label_ids.numel()
+    out = hidden.new_empty(batch, *label_ids.shape, dtype=torch.float32)
+    if out.numel():
+        options = launch_options(forward_config(words))
+        with guard(hidden.device):
+            triton_kernels.forward_kernel[cdiv(words, options["BW"]) * batch,](
+                out, hidden, weight, label_ids.contiguous(), bias, positions,
+                words, width, hidden.stride(0), hidden.stride(-2), hidden.stride(-1), *weight.stride(), *strides(bias, 1), *strides(positions, 1),
+                **options,
+            )  # fmt: skip
+    return out
+
+
+def backward(grad_words, weight, label_ids):
+    batch, width = grad_words.shape[0], weight.shape[1]
+    grad_rows = grad_words.new_empty(batch, width)
+    if grad_rows.numel():
+        options = launch_options(BACKWARD)
+        with guard(weight.device):
+            triton_kernels.backward_kernel[cdiv(width, options["BD"]) * batch,](
+                grad_rows, grad_words.contiguous(), weight, label_ids.contiguous(), label_ids.numel(), width, *weight.stride(), **options
+            )
+    return grad_rows
+
+
+def forward_config(words: int) -> Config:
+    return next((c for c in FORWARD if c.words >= words), FORWARD[-1])
+
+
+@cache
+def launch_options(config: Config) -> dict:
+    return {"BW": config.words, "BD": config.columns, "num_warps": config.num_warps, **COMPILER_OPTIONS}

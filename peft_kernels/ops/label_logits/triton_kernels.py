@@ -1,0 +1,65 @@
+"""GPU kernels: few words against one row of every text. A text's results depend on no other text, so not on the batch either.
+
+Multiplied in float32, without tensor cores: the rows of a few words are read in less time than a tile of theirs is filled.
+Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements, and products with them in 64 bits.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_ids(label_ids, o_w, words):
+    """[BW]: the ids of words, -1 where there is none."""
+    return tl.load(label_ids + o_w, mask=o_w < words, other=-1).to(tl.int64)
+
+
+@triton.jit
+def load_words(weight, b_id, o_d, d, stride_wv, stride_wd):
+    """Their rows of the table, [BW, BD]; 0 for -1."""
+    p = weight + b_id[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
+    return tl.load(p, mask=(b_id >= 0)[:, None] & (o_d < d)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["words", "stride_b", "stride_p"])
+def forward_kernel(
+    out, hidden, weight, label_ids, bias, positions,
+    words, d, stride_hb, stride_hs, stride_hd, stride_wv, stride_wd, stride_b, stride_p,
+    BW: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of words, then texts. ``out`` is (B, words)."""
+    blocks = tl.cdiv(words, BW)
+    text = (tl.program_id(0) // blocks).to(tl.int64)
+    o_w = tl.program_id(0) % blocks * BW + tl.arange(0, BW)
+    b_id = load_ids(label_ids, o_w, words)
+    hidden += text * stride_hb
+    if positions is not None:
+        hidden += tl.load(positions + text * stride_p).to(tl.int64) * stride_hs
+    b_sum = tl.zeros([BW, BD], tl.float32)
+    for start in range(0, d, BD):
+        o_d = start + tl.arange(0, BD)
+        b_hidden = tl.load(hidden + o_d.to(tl.int64) * stride_hd, mask=o_d < d, other=0.0).to(tl.float32)  # [BD]
+        b_sum += load_words(weight, b_id, o_d, d, stride_wv, stride_wd) * b_hidden[None, :]
+    b_out = tl.sum(b_sum, 1)  # [BW]
+    if bias is not None:
+        b_out += tl.load(bias + b_id * stride_b, mask=b_id >= 0, other=0.0).to(tl.float32)
+    tl.store(out + text * words + o_w, tl.where(b_id >= 0, b_out, float("-inf")), mask=o_w < words)
+
+
+@triton.jit(do_not_specialize=["words"])
+def backward_kernel(
+    grad_rows, grad_words, weight, label_ids,
+    words, d, stride_wv, stride_wd,
+    BW: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of columns, then texts. ``grad_rows`` is (B, d), ``grad_words`` (B, words)."""
+    tiles = tl.cdiv(d, BD)
+    text = (tl.program_id(0) // tiles).to(tl.int64)
+    o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+    b_sum = tl.zeros([BW, BD], tl.float32)
+    for start in range(0, words, BW):
+        o_w = start + tl.arange(0, BW)
+        b_id = load_ids(label_ids, o_w, words)
+        b_grad = tl.load(grad_words + text * words + o_w, mask=b_id >= 0, other=0.0)  # [BW]
+        b_sum += load_words(weight, b_id, o_d, d, stride_wv, stride_wd) * b_grad[:, None]
+    tl.store(grad_rows + text * d + o_d, tl.sum(b_sum, 0), mask=o_d < d)

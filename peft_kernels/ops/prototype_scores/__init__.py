@@ -1,0 +1,224 @@
+"""How near normalised features are to the prototypes of classes, and the cross-entropy of that."""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..implementations import Implementations
+
+__all__ = ["prototype_cross_entropy", "prototype_objective", "prototype_scores"]
+
+# Each has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected, prototypes) -> gradients of projected
+# and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight, labels) -> loss (), its gradients of projected and
+# radius. Everything is in one dtype, contiguous.
+implementations = Implementations(__name__, "reference", "cpp", "triton")
+
+_lib = torch.library.Library("peft_kernels", "FRAGMENT")
+_lib.define("prototype_scores(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, str impl) -> Tensor")
+_lib.define("prototype_scores_backward(Tensor grad, Tensor projected, Tensor prototypes, str impl) -> (Tensor, Tensor)")
+_lib.define(
+    "prototype_cross_entropy(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, Tensor labels, str impl)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def prototype_scores(
+    features: Tensor,
+    projection: Tensor,
+    prototypes: Tensor,
+    radius: Tensor,
+    scores: Tensor | None = None,
+    *,
+    weight: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """``q[i, k] = -||normalise(projection @ features[i]) - prototypes[k]||_2 + radius[k] + weight * scores[i, k]``.
+
+    Decoder tuning (DecT), arXiv 2212.08408, equations 3 to 5.
+
+    Args:
+        features: (N, H) float32 or float64.
+        projection: (D, H), in ``features``'s dtype as everything below.
+        prototypes: (C, D), not normalised.
+        radius: (C,)
+        scores: (N, C), the model's own; None: without.
+        weight: lambda.
+        impl: ``"auto"``, or ``"reference"``, ``"cpp"`` or ``"triton"``.
+
+    Returns:
+        (N, C). No (N, C, D) temporary is made. The gradient of a distance of 0 is 0; what is projected to 0 stays 0 and gets none.
+
+    Gradients go to ``features``, ``projection``, ``prototypes`` and ``radius``, not to ``scores``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or a named implementation that cannot run, with the reason.
+        TypeError: dtypes that do not fit.
+    """
+    name = "prototype_scores"
+    _check(name, features, projection, prototypes, radius, scores, impl)
+    projected = features @ projection.mT
+    return torch.ops.peft_kernels.prototype_scores.default(projected, prototypes, radius, scores, weight, impl)
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    projection: Tensor,
+    prototypes: Tensor,
+    radius: Tensor,
+    scores: Tensor | None,
+    labels: Tensor,
+    *,
+    weight: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """The mean cross-entropy of ``softmax(prototype_scores(...))`` and ``labels`` (N,) int64 in [0, C); its gradients in the same pass.
+
+    Gradients go to ``features``, ``projection`` and ``radius``: prototypes are frozen in DecT. Arguments and errors as there.
+    """
+    name = "prototype_cross_entropy"
+    _check(name, features, projection, prototypes, radius, scores, impl)
+    if prototypes.requires_grad:
+        raise ValueError(f"{name}: prototypes must not require a gradient; prototype_scores gives one")
+    _check_labels(name, "features", features, labels, features.shape[:1])
+    projected = features @ projection.mT
+    return torch.ops.peft_kernels.prototype_cross_entropy.default(projected, prototypes, radius, scores, weight, labels, impl)[0]
+
+
+def prototype_objective(
+    prototypes: Tensor, scores: Tensor | None, labels: Tensor, *, weight: float = 1.0, impl: str = "auto"
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """That loss for a training loop without autograd: what stays the same is checked once.
+
+    Arguments and errors as there, but scores (N, C) and labels (N,) say what N is.
+
+    Returns:
+        A function of what a product has projected, (N, D) contiguous, and of ``radius`` (C,): the loss (), its gradient of the first,
+        (N, D), and its gradient of ``radius``, (C,).
+    """
+    name = "prototype_objective"
+    implementations.check(name, impl)
+    if prototypes.ndim != 2 or not len(prototypes):
+        raise ValueError(f"{name}: prototypes must be (C, D) with at least one row, got {tuple(prototypes.shape)}")
+    if scores is not None and scores.shape != (len(labels), len(prototypes)):
+        raise ValueError(f"{name}: scores must be ({len(labels)}, {len(prototypes)}), got {tuple(scores.shape)}")
+    _check_like(name, "prototypes", prototypes, scores=scores)
+    _check_labels(name, "prototypes", prototypes, labels, labels.shape)
+    _check_values(name, labels, len(prototypes))
+    implementation = implementations.resolve(name, impl, prototypes.device.type, prototypes.dtype)
+    prototypes, scores, labels = (x if x is None else x.detach().contiguous() for x in (prototypes, scores, labels))
+
+    @torch.no_grad()
+    def objective(projected, radius):
+        return implementation.cross_entropy(projected, prototypes, radius, scores, weight, labels)
+
+    return objective
+
+
+def _check(name, features, projection, prototypes, radius, scores, impl):
+    implementations.check(name, impl)
+    if features.ndim != 2:
+        raise ValueError(f"{name}: features must be (N, H), got {tuple(features.shape)}")
+    if projection.ndim != 2 or projection.shape[1] != features.shape[1]:
+        raise ValueError(f"{name}: projection must be (D, {features.shape[1]}), got {tuple(projection.shape)}")
+    if prototypes.ndim != 2 or prototypes.shape[1] != projection.shape[0] or not len(prototypes):
+        raise ValueError(f"{name}: prototypes must be (C, {projection.shape[0]}) with at least one row, got {tuple(prototypes.shape)}")
+    if radius.shape != prototypes.shape[:1]:
+        raise ValueError(f"{name}: radius must be ({prototypes.shape[0]},), got {tuple(radius.shape)}")
+    if scores is not None and scores.shape != (features.shape[0], prototypes.shape[0]):
+        raise ValueError(f"{name}: scores must be ({features.shape[0]}, {prototypes.shape[0]}), got {tuple(scores.shape)}")
+    _check_like(name, "features", features, projection=projection, prototypes=prototypes, radius=radius, scores=scores)
+
+
+def _check_like(name, what, like, **tensors):
+    if like.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: {what} must be float32 or float64, got {like.dtype}")
+    for which, x in tensors.items():
+        if x is not None and x.dtype != like.dtype:
+            raise TypeError(f"{name}: {which} must be {like.dtype} as {what} is, got {x.dtype}")
+        if x is not None and x.device != like.device:
+            raise ValueError(f"{name}: {which} must be on {like.device} as {what} is, got {x.device}")
+
+
+def _check_labels(name, what, like, labels, shape):
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
+    if labels.ndim != 1 or labels.shape != shape or labels.device != like.device:
+        raise ValueError(f"{name}: labels must be {tuple(shape)} on {like.device} as {what} is, got {tuple(labels.shape)} on {labels.device}")
+
+
+def _check_values(name, labels, classes):
+    if labels.numel() and (labels.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"):
+        least, most = (int(v) for v in labels.aminmax())
+        if least < 0 or most >= classes:
+            raise ValueError(f"{name}: labels must lie in [0, {classes}), got values from {least} to {most}")
+
+
+def _dense(*tensors):
+    return (x if x is None else x.contiguous() for x in tensors)
+
+
+@torch.library.impl(_lib, "prototype_scores", "CompositeExplicitAutograd")
+def _forward(projected, prototypes, radius, scores, weight, impl):
+    implementation = implementations.resolve("prototype_scores", impl, projected.device.type, projected.dtype)
+    return implementation.forward(*_dense(projected, prototypes, radius, scores), weight)
+
+
+@torch.library.impl(_lib, "prototype_scores_backward", "CompositeExplicitAutograd")
+def _backward(grad, projected, prototypes, impl):
+    implementation = implementations.resolve("prototype_scores", impl, projected.device.type, projected.dtype)
+    return implementation.backward(*_dense(grad, projected, prototypes))
+
+
+@torch.library.impl(_lib, "prototype_cross_entropy", "CompositeExplicitAutograd")
+def _cross_entropy(projected, prototypes, radius, scores, weight, labels, impl):
+    _check_values("prototype_cross_entropy", labels, prototypes.shape[0])
+    implementation = implementations.resolve("prototype_cross_entropy", impl, projected.device.type, projected.dtype)
+    return implementation.cross_entropy(*_dense(projected, prototypes, radius, scores), weight, labels.contiguous())
+
+
+@torch.library.register_fake("peft_kernels::prototype_scores", lib=_lib)
+def _(projected, prototypes, radius, scores, weight, impl):
+    return projected.new_empty(projected.shape[0], prototypes.shape[0])
+
+
+@torch.library.register_fake("peft_kernels::prototype_scores_backward", lib=_lib)
+def _(grad, projected, prototypes, impl):
+    return projected.new_empty(projected.shape), prototypes.new_empty(prototypes.shape)
+
+
+@torch.library.register_fake("peft_kernels::prototype_cross_entropy", lib=_lib)
+def _(projected, prototypes, radius, scores, weight, labels, impl):
+    return projected.new_empty(()), projected.new_empty(projected.shape), radius.new_empty(radius.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    projected, prototypes, _, _, _, ctx.impl = inputs
+    ctx.save_for_backward(projected, prototypes)
+
+
+def _autograd(ctx, grad):
+    projected, prototypes = ctx.saved_tensors
+    need_projected, need_prototypes, need_radius, *_ = ctx.needs_input_grad
+    grad_projected = grad_prototypes = None
+    if need_projected or need_prototypes:
+        grad_projected, grad_prototypes = torch.ops.peft_kernels.prototype_scores_backward.default(grad, projected, prototypes, ctx.impl)
+    grads = grad_projected if need_projected else None, grad_prototypes if need_prototypes else None
+    return *grads, grad.sum(0) if need_radius else None, None, None, None
+
+
+def _setup_context_of_loss(ctx, inputs, output):
+    _, grad_projected, grad_radius = output
+    ctx.save_for_backward(grad_projected, grad_radius)
+
+
+def _autograd_of_loss(ctx, grad, *_):
+    grad_projected, grad_radius = ctx.saved_tensors
+    need_projected, _, need_radius, *_ = ctx.needs_input_grad
+    grads = grad * grad_projected if need_projected else None, None, grad * grad_radius if need_radius else None
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("peft_kernels::prototype_scores", _autograd, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("peft_kernels::prototype_cross_entropy", _autograd_of_loss, setup_context=_setup_context_of_loss, lib=_lib)

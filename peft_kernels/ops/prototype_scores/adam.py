@@ -1,0 +1,40 @@
+"""Adam for a training loop without autograd."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cpp
+
+
+class Adam:
+    """``torch.optim.Adam`` with its defaults but for ``lr``, on gradients that the caller hands over.
+
+    On the CPU, where the native library is built, in one pass of ours, since torch's takes longer than DecT's matrix products; elsewhere
+    torch's own.
+
+    Args:
+        parameters: contiguous float32 tensors on one device, changed in place.
+        lr: the rate.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float):
+        self.parameters, self.lr, self.steps = list(parameters), lr, 0
+        first = self.parameters[0]
+        self.moments = self.optimizer = None
+        if cpp.unavailable(first.device.type, first.dtype) is None:
+            self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+        else:
+            self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """One step; ``grads`` as ``parameters``."""
+        self.steps += 1
+        if self.moments is None:
+            for parameter, grad in zip(self.parameters, grads):
+                parameter.grad = grad
+            self.optimizer.step()
+            return
+        for parameter, grad, (mean, square) in zip(self.parameters, grads, self.moments):
+            torch.ops.peft_kernels.prototype_adam_cpu.default(parameter, grad, mean, square, self.lr, self.steps)

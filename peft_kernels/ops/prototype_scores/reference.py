@@ -1,0 +1,43 @@
+"""The mathematics in plain PyTorch: the oracle. Any device, float32 or float64."""
+
+import torch
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+
+SHORTEST = 1e-12  # what is projected nearer to 0 counts as 0
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def forward(projected, prototypes, radius, scores, weight):
+    normal, _ = _normalise(projected)
+    q = radius - torch.stack([(normal - p).norm(dim=1) for p in prototypes], 1)
+    return q if scores is None else q + weight * scores
+
+
+def backward(grad, projected, prototypes):
+    normal, inverse_length = _normalise(projected)
+    grad_normal, grads = torch.zeros_like(normal), []
+    for p, g in zip(prototypes, grad.mT):
+        away = normal - p
+        distance = away.norm(dim=1)
+        pull = torch.where(distance > 0, g / distance, 0)[:, None] * away
+        grad_normal -= pull
+        grads.append(pull.sum(0))
+    along = (grad_normal * normal).sum(1, keepdim=True)
+    return (grad_normal - along * normal) * inverse_length, torch.stack(grads)
+
+
+def cross_entropy(projected, prototypes, radius, scores, weight, labels):
+    q = forward(projected, prototypes, radius, scores, weight)
+    count = max(len(labels), 1)
+    grad = q.softmax(1).scatter_add(1, labels[:, None], q.new_full((len(labels), 1), -1.0)) / count
+    grad_projected, _ = backward(grad, projected, prototypes)
+    return torch_cross_entropy(q, labels, reduction="sum") / count, grad_projected, grad.sum(0)
+
+
+def _normalise(projected):
+    """Rows of length 1, and 1 / length; 0 and 0 where there is no length."""
+    length = projected.norm(dim=1, keepdim=True)
+    return torch.where(length < SHORTEST, 0, projected / length), torch.where(length < SHORTEST, 0, 1 / length)

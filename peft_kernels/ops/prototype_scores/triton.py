@@ -1,0 +1,81 @@
+"""GPU kernels in Triton: launchers and configurations. Nothing waits for the device, and no launch depends on a value there."""
+
+from functools import cache
+
+import torch
+
+from ..special_tokens import triton as special_tokens
+from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, partition
+
+try:
+    from . import triton_kernels
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton_kernels = None
+
+__all__ = ["backward", "cross_entropy", "forward", "unavailable"]
+
+# Elements to a program, in whole rows, and to a warp of it. Compiled for every architecture, without a GPU, by
+# tests/ops/test_labels_compile.py.
+ELEMENTS = 1024
+ELEMENTS_PER_WARP = 256
+MAX_ROWS = 16
+MAX_WARPS = 16
+
+
+def unavailable(device: str, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"its kernels take torch.float32, not {dtype}"
+    return special_tokens.unavailable(device, dtype)
+
+
+def forward(projected, prototypes, radius, scores, weight):
+    (texts, width), classes = projected.shape, prototypes.shape[0]
+    out = projected.new_empty(texts, classes)
+    if texts:
+        options = row_options(width)
+        with guard(projected.device):
+            triton_kernels.forward_kernel[cdiv(texts, options["BR"]),](
+                out, projected, prototypes, radius, scores, weight, texts, classes, width, **options
+            )
+    return out
+
+
+def backward(grad, projected, prototypes):
+    (texts, width), classes = projected.shape, prototypes.shape[0]
+    options = row_options(width)
+    grad_projected = torch.empty_like(projected)
+    parts, rows = partition(texts, 1, classes)
+    partial = projected.new_empty(parts, classes, width)
+    with guard(projected.device):
+        if texts:
+            triton_kernels.backward_kernel[cdiv(texts, options["BR"]),](
+                grad_projected, grad, projected, prototypes, texts, classes, width, **options
+            )  # fmt: skip
+        triton_kernels.prototypes_kernel[parts * classes,](partial, grad, projected, prototypes, texts, rows, classes, width, **options)
+    return grad_projected, partial[0] if parts == 1 else partial.sum(0)
+
+
+def cross_entropy(projected, prototypes, radius, scores, weight, labels):
+    (texts, width), classes = projected.shape, prototypes.shape[0]
+    options = row_options(width)
+    blocks = cdiv(texts, options["BR"])
+    losses, partial = projected.new_empty(texts), projected.new_empty(classes, blocks)
+    grad_projected = torch.empty_like(projected)
+    if texts:
+        with guard(projected.device):
+            triton_kernels.cross_entropy_kernel[blocks,](
+                losses, grad_projected, partial, projected, prototypes, radius, scores, labels,
+                weight, texts, classes, width,
+                **options,
+            )  # fmt: skip
+    return losses.sum() / max(texts, 1), grad_projected, partial.sum(1)
+
+
+@cache
+def row_options(width: int) -> dict:
+    columns = 1 << max(width - 1, 0).bit_length()
+    rows = max(1, min(ELEMENTS // columns, MAX_ROWS))
+    num_warps = min(max(rows * columns // ELEMENTS_PER_WARP, 1), MAX_WARPS)
+    return {"BR": rows, "BD": columns, "num_warps": num_warps, **COMPILER_OPTIONS}

@@ -1,0 +1,382 @@
+"""Every implementation that runs on this device, and ``auto``, against attention with keys and values, row after row, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from peft_kernels.ops import label_cross_attention
+from peft_kernels.ops.label_cross_attention import choose, implementations
+
+IMPLS = ["reference", "explicit", "matmul", "cpp", "auto"]  # triton has a file of its own: its interpreter is slow
+# (rows, tokens, width, slots, heads), lengths
+CASES = {
+    "plain": ((3, 7, 32, 3, 4), None),
+    "lengths": ((5, 9, 32, 3, 2), [9, 0, 4, 1, 8]),
+    "odd width": ((2, 5, 101, 2, 1), [5, 3]),
+    "odd head": ((2, 13, 51, 4, 3), None),
+    "many queries": ((2, 11, 24, 9, 12), [11, 6]),
+    "wide": ((2, 3, 1032, 3, 8), None),
+    "long": ((2, 307, 64, 3, 4), [307, 193]),
+    "one of all": ((1, 1, 1, 1, 1), None),
+    "one row": ((1, 6, 16, 2, 2), None),
+    "no token": ((2, 0, 16, 3, 2), None),
+    "no row": ((0, 5, 16, 2, 2), None),
+    "all empty": ((2, 4, 16, 3, 2), [0, 0]),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every uninitialised tensor holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request, device):
+    if request.param != "auto" and (reason := implementations.unavailable(request.param, device.type, torch.float32)):
+        pytest.skip(reason)
+    return request.param
+
+
+def takes(impl, device, dtype):
+    return impl == "auto" or implementations.unavailable(impl, device.type, dtype) is None
+
+
+def make(case, per_row=False, dtype=torch.float32, wide=None, device="cpu"):
+    """slots, w_q, w_k, w_v; features, NaN in the padding; lengths and num_heads."""
+    (rows, tokens, width, slots, heads), lengths = case
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    features = normal(rows, tokens, width)
+    floats = [normal(*((rows,) if per_row else ()), slots, width), *(normal(width, width) * (1.5 / width**0.5) for _ in range(3))]
+    if lengths is not None:
+        lengths = torch.tensor(lengths, device=device)
+        features[torch.arange(tokens) >= lengths.cpu()[:, None]] = torch.nan
+    floats = [x.to(device, wide or dtype) for x in floats]
+    return floats, features.to(device, dtype), {"lengths": lengths, "num_heads": heads}
+
+
+def ragged(features, lengths, num_heads):
+    """The same rows without padding."""
+    if lengths is None:
+        lengths = torch.full(features.shape[:1], features.shape[1], device=features.device)
+    kept = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+    return features[kept], {"offsets": torch.cat((lengths.new_zeros(1), lengths.cumsum(0))), "num_heads": num_heads}
+
+
+def by_hand(slots, w_q, w_k, w_v, features, *, lengths=None, offsets=None, num_heads):
+    rows = [x[:k] for x, k in zip(features, lengths)] if lengths is not None else list(features)
+    if offsets is not None:
+        rows = [features[i:j] for i, j in zip(offsets[:-1], offsets[1:])]
+    outs = []
+    for i, row in enumerate(rows):
+        query = linear(slots if slots.ndim == 2 else slots[i], w_q)
+        if not len(row):
+            outs.append(query * 0)
+            continue
+        q, k, v = (x.unflatten(1, (num_heads, -1)).transpose(0, 1) for x in (query, linear(row, w_k), linear(row, w_v)))
+        outs.append(scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
+    return torch.stack(outs) if outs else slots.flatten()[:0].view(0, *slots.shape[-2:])
+
+
+def of(impl):
+    def forward(slots, w_q, w_k, w_v, features, **options):
+        return label_cross_attention(slots, features, w_q, w_k, w_v, impl=impl, **options)
+
+    return forward
+
+
+def results(function, floats, features, grad, **options):
+    leaves = [x.detach().requires_grad_() for x in floats]
+    out = function(*leaves, features, **options)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+NAMES = ("out", "slots", "w_q", "w_k", "w_v")
+
+
+def compare(impl, floats, features, checked=NAMES, **options):
+    """Summed error at most twice plain PyTorch's in the same dtypes."""
+    dtype = floats[0].dtype
+    out = by_hand(*floats, features.to(dtype), **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    truth = results(by_hand, [x.double() for x in floats], features.double(), grad, **options)
+    plain = results(by_hand, floats, features.to(dtype), grad, **options)
+    got = results(of(impl), floats, features, grad, **options)
+    for name, mine, y, t in zip(NAMES, got, plain, truth, strict=True):
+        assert mine.shape == t.shape and mine.dtype == dtype and mine.isfinite().all(), name
+        error, allowed = ((z.double() - t).abs().sum().item() for z in (mine, y))
+        floor = torch.finfo(dtype).eps * t.abs().sum().item()
+        assert name not in checked or error <= 2 * allowed + 2 * floor + 1e-12, (
+            f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}, floor {floor:.3e}"
+        )
+
+
+DTYPES = {
+    "float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "float32 over bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
+@pytest.mark.parametrize("case", CASES)
+def test_parity(impl, case, per_row, dtypes, device):
+    dtype, wide = DTYPES[dtypes]
+    if not takes(impl, device, dtype):
+        pytest.skip(f"{impl} does not take {dtype}")
+    floats, features, options = make(CASES[case], per_row, dtype, wide, device)
+    compare(impl, floats, features, **options)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
+@pytest.mark.parametrize("case", CASES)
+def test_parity_of_ragged_rows(impl, case, per_row, device):
+    floats, features, options = make(CASES[case], per_row, device=device)
+    features, options = ragged(features, **options)
+    compare(impl, floats, features, **options)
+
+
+@pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 31, 48, 63, 64, 65, 127, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widths(impl, width, dtype, device):
+    floats, features = make_plain((24, 5, width, 3, 1), dtype, device)  # many rows: of few, one error would decide
+    compare(impl, floats, features, NAMES if width > 2 else NAMES[:1], num_heads=1)  # as would one of few weights
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 15, 16, 17, 33, 65])
+def test_numbers_of_slots(impl, slots, device):
+    compare(impl, *make_plain((2, 9, 72, slots, 2), torch.float32, device), num_heads=2)
+
+
+def make_plain(sizes, dtype, device):
+    floats, features, _ = make((sizes, None), dtype=dtype, device=device)
+    return floats, features
+
+
+def test_long_widths_lose_no_digits(impl, device):
+    """Scores are sums over d."""
+    compare(impl, *make_plain((1, 30, 2048, 2, 2), torch.float32, device), num_heads=2)
+
+
+def test_large_scores(impl, device):
+    """One feature takes all: no gradient is left for the slots, and none may be lost in an overflow."""
+    (slots, *weights), features = make_plain((2, 9, 32, 3, 4), torch.float32, device)
+    floats = [slots * 3000, *weights]
+    truth = by_hand(*(x.double() for x in floats), features.double(), num_heads=4)
+    out, *grads = results(of(impl), floats, features, torch.ones_like(truth), num_heads=4)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=1e-4)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_strides(impl, device):
+    floats, features, options = make(CASES["lengths"], True, device=device)
+    for change in (
+        lambda t: t.mT.contiguous().mT,
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: t.repeat_interleave(3, -1)[..., 1::3],
+        lambda t: t.repeat_interleave(2, -2)[..., ::2, :],
+    ):
+        compare(impl, [change(x) for x in floats], change(features), **options)
+    compare(impl, floats, features[:1].expand_as(features).nan_to_num(), **options)
+
+
+def test_strides_of_the_gradient(impl, device):
+    floats, features, options = make(CASES["lengths"], device=device)
+    leaves = [x.requires_grad_() for x in floats]
+    out = of(impl)(*leaves, features, **options)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    for change in (lambda g: g.mT.contiguous().mT, lambda g: g.transpose(0, 1).contiguous().transpose(0, 1)):
+        torch.testing.assert_close(torch.autograd.grad(out, leaves, change(grad), retain_graph=True), expected)
+    summed = torch.autograd.grad(out.sum(), leaves, retain_graph=True)  # strides 0
+    torch.testing.assert_close(summed, torch.autograd.grad(out, leaves, torch.ones_like(out)))
+
+
+def test_frozen_tensors_get_nothing(impl, device):
+    floats, features, options = make(CASES["plain"], device=device)
+    names = ("slots", "w_q", "w_k", "w_v")
+    for wanted in (("slots",), ("w_q",), ("w_k",), ("w_v",), ("slots", "w_v"), ("w_k", "w_v")):
+        leaves = [x.detach().requires_grad_(name in wanted) for name, x in zip(names, floats)]
+        of(impl)(*leaves, features, **options).square().sum().backward()
+        assert {name for name, x in zip(names, leaves) if x.grad is not None} == set(wanted)
+
+
+def test_keys_and_values_are_not_made(impl, device):
+    if impl in ("reference", "explicit"):
+        pytest.skip("they make them")
+    floats, features, options = make(((2, 64, 256, 2, 2), None), device=device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        of(impl)(*(x.requires_grad_() for x in floats), features, **options)
+    large = [t for t in kept if t.numel() >= features.numel() and t.data_ptr() != features.data_ptr()]
+    assert all(any(t.data_ptr() == x.data_ptr() for x in floats) for t in large)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
+def test_ten_repeats_are_bit_equal(impl, per_row, device):
+    floats, features, options = make(((32, 40, 72, 3, 4), [40, 0, 17, 3] * 8), per_row, device=device)
+    grad = torch.randn(32, 3, 72, device=device)
+    first, *rest = (results(of(impl), floats, features, grad, **options) for _ in range(10))
+    assert all(torch.equal(x, y) for again in rest for x, y in zip(first, again))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(data, device):
+    rows, tokens, heads, each, slots = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (1, 6), (1, 24), (1, 6)))
+    lengths = data.draw(st.lists(st.integers(0, tokens), min_size=rows, max_size=rows))
+    floats, features, options = make(((rows, tokens, heads * each, slots, heads), None), data.draw(st.booleans()), device=device)
+    options["lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
+    if data.draw(st.booleans()):
+        features, options = ragged(features, **options)
+    compare("auto", floats, features, **options)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "explicit", "matmul"])
+@pytest.mark.parametrize("form", ["full", "lengths", "offsets"])
+def test_opcheck(impl, form):
+    for per_row in (False, True):
+        floats, features, options = make(CASES["lengths" if form != "full" else "plain"], per_row)
+        lengths, offsets, heads = options["lengths"], None, options["num_heads"]
+        if form == "offsets":
+            features, options = ragged(features, lengths, heads)
+            lengths, offsets = None, options["offsets"]
+        features = features.nan_to_num()  # opcheck compares its arguments
+        slots, _, w_k, w_v = (x.requires_grad_() for x in floats)
+        query = slots if per_row else slots[None].detach().requires_grad_()
+        operator, args = torch.ops.peft_kernels.label_cross_attention.default, (query, features, w_k, w_v, lengths, offsets, heads)
+        torch.library.opcheck(operator, (*args, True, impl))
+        torch.library.opcheck(operator, (*(x.detach() if isinstance(x, torch.Tensor) else x for x in args), False, impl))
+        with torch.no_grad():
+            out, weights, kept = operator(*args, True, impl)
+        query, w_k, w_v = query.detach(), w_k.detach(), w_v.detach()
+        backward = torch.ops.peft_kernels.label_cross_attention_backward.default
+        for needs in ((True, True, True), (True, False, False), (False, False, True)):
+            torch.library.opcheck(backward, (torch.randn_like(out), query, features, w_k, w_v, weights, kept, *args[4:], *needs, impl))
+
+
+@pytest.mark.parametrize("impl", ["auto", "explicit", "matmul"])
+def test_gradcheck(impl):
+    for per_row in (False, True):
+        floats, features, options = make(((3, 4, 6, 2, 2), [4, 0, 2]), per_row, torch.float64)
+        floats = [x.requires_grad_() for x in floats]
+        if impl == "auto":
+            assert torch.autograd.gradcheck(lambda *t, f=features, o=options: of("auto")(*t, f, **o), floats)
+        else:  # their softmax is in float32
+            compare(impl, [x.detach().float() for x in floats], features.float(), **options)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "explicit", "matmul"])
+@pytest.mark.parametrize("form", ["padded", "ragged"])
+def test_compiles_with_dynamic_shapes(impl, form):
+    torch.compiler.reset()
+
+    def loss(*floats, **options):
+        return of(impl)(*floats, **options).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes, lengths in (((5, 9, 32, 3, 2), [9, 0, 4, 1, 8]), ((4, 6, 32, 3, 2), [6, 2, 4, 1])):
+        floats, features, options = make((sizes, lengths))
+        if form == "ragged":
+            features, options = ragged(features, **options)
+        grads = []
+        for function in (loss, compiled):
+            leaves = [x.detach().requires_grad_() for x in floats]
+            function(*leaves, features, **options).backward()
+            grads.append([x.grad for x in leaves])
+        torch.testing.assert_close(*grads)
+
+
+def test_autocast(device):
+    floats, features, options = make(CASES["lengths"], device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = label_cross_attention(floats[0], features, *floats[1:], **options)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, by_hand(*floats, features, **options), rtol=5e-2, atol=5e-2)
+
+
+def test_auto_takes_what_is_cheaper():
+    native = implementations.unavailable("cpp", "cpu", torch.float32) is None
+    for queries, expected in ((48, "cpp" if native else "matmul"), (1024, "explicit"), (2000, "explicit")):
+        assert choose("cpu", torch.float32, torch.float32, queries, 1024, True) == expected
+    assert choose("cpu", torch.float64, torch.float64, 48, 1024, True) == "reference"
+    assert choose("cpu", torch.float16, torch.float16, 48, 1024, True) == "matmul"
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"features": torch.zeros(3, 32)}, ValueError, r"features must be \(B, n, d\), with offsets \(total, d\), got \(3, 32\)"),
+        ({"features": torch.zeros(3, 7, 32, dtype=torch.int8)}, TypeError, "features must be float32"),
+        ({"features": torch.zeros(3, 7, 32, requires_grad=True)}, ValueError, "features must not require a gradient"),
+        ({"offsets": torch.tensor([0, 7])}, ValueError, "features must be"),
+        ({"lengths": torch.tensor([7, 7])}, ValueError, r"lengths must be \(3,\), got \(2,\)"),
+        ({"lengths": torch.ones(3)}, TypeError, "lengths must be int32 or int64, got torch.float32"),
+        ({"lengths": torch.tensor([7, 8, 0])}, ValueError, r"lengths must lie in \[0, 7\], got values from 0 to 8"),
+        ({"lengths": torch.tensor([7, -1, 0])}, ValueError, r"lengths must lie in \[0, 7\], got values from -1 to 7"),
+        ({"features": torch.zeros(7, 32), "offsets": torch.tensor([0, 5, 6])}, ValueError, "offsets must go from 0 to 7"),
+        ({"features": torch.zeros(7, 32), "offsets": torch.tensor([0, 5, 4, 7])}, ValueError, "offsets must go from 0 to 7"),
+        ({"features": torch.zeros(7, 32), "offsets": torch.zeros(0).long()}, ValueError, r"offsets must be \(B \+ 1,\), got \(0,\)"),
+        ({"lengths": torch.ones(3).long(), "offsets": torch.ones(3).long()}, ValueError, "exclude each other"),
+        ({"slots": torch.zeros(3, 31)}, ValueError, r"slots must be \(S, 32\) or \(3, S, 32\), got \(3, 31\)"),
+        ({"slots": torch.zeros(2, 3, 32)}, ValueError, "slots must be"),
+        ({"slots": torch.zeros(3, 32).half()}, TypeError, "slots must be torch.float32 as features are"),
+        ({"w_k": torch.zeros(32, 16)}, ValueError, r"w_k must be \(32, 32\), got \(32, 16\)"),
+        ({"w_v": torch.zeros(32, 32).half()}, TypeError, "w_v must be torch.float32 as slots are, got torch.float16"),
+        ({"w_q": torch.zeros(32, 32, device="meta")}, ValueError, "w_q must be on cpu as features are, got meta"),
+        ({"num_heads": 5}, ValueError, "num_heads must divide d = 32, got 5"),
+        ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
+    ],
+)
+def test_errors(changed, error, message):
+    (slots, *weights), features, options = make(CASES["plain"])
+    given = {"slots": slots, "features": features, **dict(zip(("w_q", "w_k", "w_v"), weights)), **options} | changed
+    with pytest.raises(error, match=message):
+        label_cross_attention(**given)
+
+
+def test_an_implementation_that_cannot_run_says_why():
+    floats, features, options = make(CASES["plain"], dtype=torch.float16)
+    with pytest.raises(ValueError, match="impl='cpp' cannot run here: "):
+        of("cpp")(*floats, features, **options)
+
+
+def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
+    if reason := implementations.unavailable("cpp", "cpu", torch.float32):
+        pytest.skip(reason)
+    queries, features, weights = torch.zeros(2, 3, 4, 8), torch.zeros(3, 5, 8), torch.zeros(3, 5, 8)
+    forward, backward = torch.ops.peft_kernels.label_cross_attention_cpu, torch.ops.peft_kernels.label_cross_attention_backward_cpu
+    for changed, message in (
+        ({0: queries.half()}, "queries must be float32 or bfloat16"),
+        ({0: queries.bfloat16()}, "queries must be float32 or as the features are"),
+        ({0: queries.mT}, "contiguous"),
+        ({0: queries[:, :2].contiguous()}, "queries must have 1 row or 3"),
+        ({1: features.half()}, "features must be float32 or bfloat16"),
+        ({1: features[..., :7]}, "features must be"),
+        ({1: features[0]}, "features must be"),
+        ({2: torch.tensor([5, 6, 0])}, "lengths must lie in"),
+        ({2: torch.tensor([5, 5])}, "lengths must be a CPU tensor of 3 elements"),
+        ({1: features[0], 3: torch.tensor([0, 3, 2, 5])}, "offsets must not decrease"),
+        ({1: features[0], 3: torch.tensor([0, 3, 4, 6])}, "offsets must go from 0 to 5"),
+        ({2: torch.tensor([5, 5, 5]), 3: torch.tensor([0, 3, 4, 5])}, "features must be"),
+    ):
+        given = [queries, features, None, None, 1.0, True]
+        for i, value in changed.items():
+            given[i] = value
+        with pytest.raises(RuntimeError, match=message):
+            forward(*given)
+    for changed, message in (({2: weights[:2]}, "weights must be 120"), ({2: weights.double()}, "weights must be"), ({0: queries[:, :1]}, "3 rows")):
+        given = [queries, features, weights, None, None, 1.0, False]
+        for i, value in changed.items():
+            given[i] = value
+        with pytest.raises(RuntimeError, match=message):
+            backward(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in given))

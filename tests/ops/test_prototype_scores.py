@@ -1,0 +1,327 @@
+"""Every implementation that runs on this device, and ``auto``, against autograd in float64; and what the operators promise beside."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, normalize
+
+from peft_kernels.ops import prototype_cross_entropy, prototype_objective, prototype_scores
+from peft_kernels.ops.prototype_scores import adam, implementations
+
+IMPLS = ["reference", "cpp", "auto"]  # triton has a file of its own: its interpreter is slow
+# texts, features, projected to, classes
+CASES = {
+    "plain": (6, 20, 16, 3),
+    "one of all": (1, 1, 1, 1),
+    "one class": (5, 7, 8, 1),
+    "odd width": (7, 33, 101, 5),
+    "as in the paper": (32, 64, 128, 2),
+    "many classes": (40, 24, 32, 150),
+    "many texts": (700, 8, 24, 4),
+    "no text": (0, 7, 8, 3),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every uninitialised tensor holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request, device):
+    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+        pytest.skip(reason)
+    return request.param
+
+
+def make(case, dtype=torch.float32, device="cpu", seed=0):
+    """features, projection, prototypes, radius, scores, labels."""
+    texts, width, to, classes = case
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    labels = torch.randint(classes, (texts,), generator=generator).to(device)
+    return normal(texts, width), normal(to, width), normal(classes, to) / to**0.5, normal(classes), normal(texts, classes), labels
+
+
+def by_hand(features, projection, prototypes, radius, scores=None, *, weight=1.0):
+    """The formula, with an (N, C, D) temporary; autograd does the rest."""
+    away = normalize(features @ projection.mT, dim=1)[:, None] - prototypes
+    q = radius - away.norm(dim=2)
+    return q if scores is None else q + weight * scores
+
+
+def loss_by_hand(features, projection, prototypes, radius, scores, labels, *, weight=1.0):
+    q = by_hand(features, projection, prototypes, radius, scores, weight=weight)
+    return cross_entropy(q, labels) if len(labels) else q.sum()
+
+
+def results(function, tensors, rest, frozen=(), **options):
+    """Output, then the gradients of features, projection, prototypes and radius."""
+    leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(tensors)]
+    out = function(*leaves, *rest, **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for i, x in enumerate(leaves) if i not in frozen)]
+
+
+def compare(function, expected, tensors, rest, **options):
+    """Summed error at most twice plain PyTorch's in the same dtype."""
+    wide = [x if x is None or not x.is_floating_point() else x.double() for x in rest]
+    truth = results(expected, [x.double() for x in tensors], wide, **options)
+    plain, got = results(expected, tensors, rest, **options), results(function, tensors, rest, **options)
+    for i, (x, y, t) in enumerate(zip(got, plain, truth)):
+        assert x.dtype == tensors[0].dtype and x.shape == t.shape, i
+        assert x.isfinite().all(), i
+        error, allowed = ((z.double() - t).abs().sum().item() for z in (x, y))
+        floor = torch.finfo(x.dtype).eps * t.abs().sum().item()
+        assert error <= 2 * allowed + floor, f"{i}: error {error:.3e}, plain PyTorch {allowed:.3e}"
+
+
+def of(function, impl):
+    return lambda *args, **kwargs: function(*args, **kwargs, impl=impl)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_scores(impl, case, with_scores, device):
+    *tensors, scores, _ = make(CASES[case], device=device)
+    compare(of(prototype_scores, impl), by_hand, tensors, [scores if with_scores else None], weight=0.3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_cross_entropy(impl, case, with_scores, device):
+    *tensors, scores, labels = make(CASES[case], device=device)
+    rest = [scores if with_scores else None, labels]
+    compare(of(prototype_cross_entropy, impl), loss_by_hand, tensors, rest, frozen=(2,), weight=0.3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_without_autograd(impl, case, device):
+    features, projection, prototypes, radius, scores, labels = make(CASES[case], device=device)
+    projected = (features @ projection.mT).requires_grad_()
+    wanted = radius.clone().requires_grad_()
+    got = prototype_objective(prototypes, scores, labels, weight=0.2, impl=impl)(projected, wanted)
+    assert not any(x.requires_grad for x in got)
+    loss = prototype_cross_entropy(projected, torch.eye(projected.shape[1], device=device), prototypes, wanted, scores, labels, weight=0.2, impl=impl)
+    torch.testing.assert_close(got, (loss.detach(), *torch.autograd.grad(loss, (projected, wanted))))
+
+
+def test_strides(impl, device):
+    *tensors, scores, labels = make(CASES["odd width"], device=device)
+    apart = [x.repeat_interleave(2, -1)[..., ::2] for x in (*tensors, scores, labels)]
+    turned = [x if x.ndim == 1 else x.mT.contiguous().mT for x in (*tensors, scores, labels)]
+    for *tensors, scores, labels in (apart, turned):
+        compare(of(prototype_scores, impl), by_hand, tensors, [scores])
+        compare(of(prototype_cross_entropy, impl), loss_by_hand, tensors, [scores, labels], frozen=(2,))
+
+
+def test_strides_of_the_gradient(impl, device):
+    features, *rest, scores, _ = make(CASES["plain"], device=device)
+    features.requires_grad_()
+    q = prototype_scores(features, *rest, scores, impl=impl)
+    grad = torch.randn_like(q)
+    (expected,) = torch.autograd.grad(q, features, grad, retain_graph=True)
+    for changed in (grad.mT.contiguous().mT, grad.repeat_interleave(2, -1)[..., ::2]):
+        assert torch.equal(torch.autograd.grad(q, features, changed, retain_graph=True)[0], expected)
+    (summed,) = torch.autograd.grad(q.sum(), features, retain_graph=True)  # strides 0
+    torch.testing.assert_close(summed, torch.autograd.grad(q, features, torch.ones_like(q))[0])
+
+
+def test_no_length_and_no_distance(impl, device):
+    projected = torch.tensor([[0.0, 0.0], [3.0, 4.0]], device=device, requires_grad=True)
+    prototypes = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 0.0]], device=device)
+    eye, radius = torch.eye(2, device=device), torch.zeros(3, device=device)
+    q = prototype_scores(projected, eye, prototypes, radius, impl=impl)
+    torch.testing.assert_close(q[0], -prototypes.norm(dim=1))
+    q.sum().backward()
+    assert projected.grad[0].eq(0).all() and projected.grad[1].isfinite().all()
+    loss, grad, _ = prototype_objective(prototypes, None, torch.tensor([1, 0], device=device), impl=impl)(projected, radius)
+    assert loss.isfinite() and grad[0].eq(0).all() and grad.isfinite().all()
+
+
+def test_large_scores_do_not_overflow(impl, device):
+    features, projection, prototypes, radius, scores, labels = make(CASES["plain"], device=device)
+    loss = prototype_cross_entropy(features, projection, prototypes, radius, 1e4 * scores, labels, impl=impl)
+    torch.testing.assert_close(loss, loss_by_hand(features, projection, prototypes, radius, 1e4 * scores, labels))
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=st.tuples(st.integers(0, 9), st.integers(2, 20), st.integers(2, 40), st.integers(1, 6)), weight=st.floats(-2, 2))
+def test_any_shape(case, weight, device):
+    *tensors, scores, labels = make(case, device=device)
+    compare(prototype_scores, by_hand, tensors, [scores], weight=weight)
+    compare(prototype_cross_entropy, loss_by_hand, tensors, [scores, labels], frozen=(2,), weight=weight)
+
+
+def test_ten_repeats_are_bit_equal(impl, device):
+    *tensors, scores, labels = make(CASES["many texts"], device=device)
+    for function, rest, frozen in ((prototype_scores, [scores], ()), (prototype_cross_entropy, [scores, labels], (2,))):
+        first, *others = (results(of(function, impl), tensors, rest, frozen) for _ in range(10))
+        assert all(torch.equal(x, y) for again in others for x, y in zip(first, again))
+
+
+def test_frozen_tensors_get_nothing(impl, device):
+    *tensors, scores, labels = make(CASES["plain"], device=device)
+    for wanted in range(4):
+        leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
+        prototype_scores(*leaves, scores, impl=impl).square().sum().backward()
+        assert [x.grad is not None for x in leaves] == [i == wanted for i in range(4)]
+        if wanted != 2:
+            leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
+            prototype_cross_entropy(*leaves, scores, labels, impl=impl).backward()
+            assert [x.grad is not None for x in leaves] == [i == wanted for i in range(4)]
+
+
+@pytest.mark.parametrize("sizes", [[(5, 7), (3,)], [(1024, 128), (2,)], [(1,)]])
+@pytest.mark.parametrize("native", [True, False])
+def test_adam(sizes, native, device, monkeypatch):
+    if not native:
+        monkeypatch.setattr(adam.cpp, "unavailable", lambda *_: "not wanted")
+    parameters = [torch.randn(size, device=device) for size in sizes]
+    truth = [p.double().requires_grad_() for p in parameters]
+    plain = [p.clone().requires_grad_() for p in parameters]
+    optimizers = [torch.optim.Adam(x, lr=0.01) for x in (truth, plain)]
+    ours = adam.Adam(parameters, 0.01)
+    for _ in range(20):
+        grads = [
+            torch.randn_like(p) * torch.randint(-1, 2, p.shape, device=device) * 10.0 ** torch.randint(-6, 3, p.shape, device=device)
+            for p in parameters
+        ]
+        ours.step(grads)
+        for tensors, optimizer in zip((truth, plain), optimizers):
+            for p, g in zip(tensors, grads):
+                p.grad = g.to(p.dtype)
+            optimizer.step()
+    for x, y, t in zip(parameters, plain, truth):
+        error, allowed = ((z.detach().double() - t.detach()).abs().sum() for z in (x, y))
+        assert error <= 2 * allowed + torch.finfo(x.dtype).eps * t.abs().sum()
+
+
+# The contract
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_opcheck(impl):
+    features, projection, prototypes, radius, scores, labels = make(CASES["plain"])
+    operators = torch.ops.peft_kernels
+    projected, trained, wanted = ((x).clone().requires_grad_() for x in (features @ projection.mT, prototypes, radius))
+    torch.library.opcheck(operators.prototype_scores.default, (projected, trained, wanted, scores, 0.5, impl))
+    torch.library.opcheck(operators.prototype_scores.default, (projected, trained, wanted, None, 0.5, impl))
+    torch.library.opcheck(operators.prototype_scores_backward.default, (scores, projected.detach(), prototypes, impl))
+    # its gradients are outputs, which have none of their own: what opcheck differentiates
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(operators.prototype_cross_entropy.default, (projected, prototypes, wanted, scores, 0.5, labels, impl), test_utils=checks)
+
+
+def test_gradcheck():
+    *tensors, scores, labels = make(CASES["plain"], torch.float64)
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(lambda *x: prototype_scores(*x, scores, weight=0.3), leaves)
+    frozen = leaves[2].detach()
+    trained = leaves[0], leaves[1], leaves[3]
+    assert torch.autograd.gradcheck(lambda f, w, r: prototype_cross_entropy(f, w, frozen, r, scores, labels, weight=0.3), trained)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_compiles_with_dynamic_shapes(impl):
+    torch.compiler.reset()
+
+    def loss(features, projection, prototypes, radius, scores, labels):
+        q = prototype_scores(features, projection, prototypes, radius, scores, impl=impl)
+        return q.square().sum() + prototype_cross_entropy(features, projection, prototypes, radius, scores, labels, impl=impl)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for texts in (5, 9):
+        features, projection, *rest = make((texts, 12, 8, 3))
+        grads = []
+        for function in (loss, compiled):
+            leaves = features.clone().requires_grad_(), projection.clone().requires_grad_()
+            function(*leaves, *rest).backward()
+            grads.append([x.grad for x in leaves])
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"features": torch.zeros(6)}, ValueError, r"features must be \(N, H\), got \(6,\)"),
+        ({"features": torch.zeros(6, 20).half(), "projection": torch.zeros(16, 20).half()}, TypeError, "features must be float32 or float64"),
+        ({"projection": torch.zeros(16, 21)}, ValueError, r"projection must be \(D, 20\), got \(16, 21\)"),
+        ({"projection": torch.zeros(16, 20).double()}, TypeError, "projection must be torch.float32 as features is, got torch.float64"),
+        ({"prototypes": torch.zeros(3, 15)}, ValueError, r"prototypes must be \(C, 16\) with at least one row, got \(3, 15\)"),
+        ({"prototypes": torch.zeros(0, 16)}, ValueError, "with at least one row"),
+        ({"prototypes": torch.zeros(3, 16, device="meta")}, ValueError, "prototypes must be on cpu as features is, got meta"),
+        ({"radius": torch.zeros(2)}, ValueError, r"radius must be \(3,\), got \(2,\)"),
+        ({"scores": torch.zeros(6, 2)}, ValueError, r"scores must be \(6, 3\), got \(6, 2\)"),
+        ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, ValueError, r"labels must be \(6,\) on cpu as features is, got \(5,\)"),
+        ({"labels": torch.zeros(6)}, TypeError, "labels must be int64, got torch.float32"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 0, 0])}, ValueError, r"labels must lie in \[0, 3\), got values from 0 to 3"),
+        ({"labels": torch.tensor([0, 1, 2, -1, 0, 0])}, ValueError, r"labels must lie in \[0, 3\), got values from -1 to 2"),
+    ],
+)
+def test_errors(changed, error, message):
+    names = "features", "projection", "prototypes", "radius", "scores", "labels"
+    arguments = dict(zip(names, make(CASES["plain"]))) | changed
+    with pytest.raises(error, match=message):
+        prototype_cross_entropy(**arguments)
+    if "labels" not in changed:
+        with pytest.raises(error, match=message):
+            prototype_scores(**{k: v for k, v in arguments.items() if k != "labels"})
+
+
+def test_errors_of_the_loss():
+    features, projection, prototypes, radius, scores, labels = make(CASES["plain"])
+    with pytest.raises(ValueError, match="prototypes must not require a gradient"):
+        prototype_cross_entropy(features, projection, prototypes.requires_grad_(), radius, scores, labels)
+    for arguments, error, message in (
+        ((prototypes[0], scores, labels), ValueError, r"prototypes must be \(C, D\) with at least one row, got \(16,\)"),
+        ((prototypes, scores[:5], labels), ValueError, r"scores must be \(6, 3\), got \(5, 3\)"),
+        ((prototypes.half(), None, labels), TypeError, "prototypes must be float32 or float64"),
+        ((prototypes, scores.double(), labels), TypeError, "scores must be torch.float32 as prototypes is"),
+        ((prototypes, scores, labels.int()), TypeError, "labels must be int64"),
+        ((prototypes, None, labels[:, None]), ValueError, "labels must be"),
+        ((prototypes, scores, labels + 2), ValueError, r"labels must lie in \[0, 3\)"),
+    ):
+        with pytest.raises(error, match=message):
+            prototype_objective(*arguments)
+    with pytest.raises(ValueError, match="impl='cpp' cannot run here"):
+        prototype_objective(prototypes.double(), scores.double(), labels, impl="cpp")
+
+
+def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
+    if reason := implementations.module("cpp").unavailable("cpu", torch.float32):
+        pytest.skip(reason)
+    operators = torch.ops.peft_kernels
+    x, p, r, s, labels = torch.zeros(4, 5), torch.zeros(3, 5), torch.zeros(3), torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
+    for changed, message in (
+        ({0: x.double()}, "projected must be"),
+        ({0: x.mT.contiguous().mT}, "projected must be"),
+        ({0: x[0]}, "projected must be"),
+        ({1: p[:, :4]}, "prototypes must be"),
+        ({2: r[:2]}, "radius must be"),
+        ({3: s[:3]}, "scores must be"),
+    ):
+        arguments = [changed.get(i, a) for i, a in enumerate((x, p, r, s))]
+        with pytest.raises(RuntimeError, match=message):
+            operators.prototype_scores_cpu(*arguments, 1.0)
+        with pytest.raises(RuntimeError, match=message):
+            operators.prototype_cross_entropy_cpu(*arguments, 1.0, labels)
+    for wrong, message in ((labels[:3], "labels must be"), (labels + 1, "labels must lie in"), (labels - 1, "labels must lie in")):
+        with pytest.raises(RuntimeError, match=message):
+            operators.prototype_cross_entropy_cpu(x, p, r, s, 1.0, wrong)
+    for wrong in (x[:3], x.double(), x.mT.contiguous().mT):
+        with pytest.raises(RuntimeError, match="contiguous float32 CPU tensors of one size"):
+            operators.prototype_adam_cpu(x, wrong, x.clone(), x.clone(), 0.1, 1)
+    with pytest.raises(RuntimeError, match="step must be at least 1"):
+        operators.prototype_adam_cpu(x, x.clone(), x.clone(), x.clone(), 0.1, 0)
+    with pytest.raises(RuntimeError, match="grad must be"):
+        operators.prototype_scores_backward_cpu(s[:, :2].contiguous(), x, p)
