@@ -1,0 +1,147 @@
+"""Texts in a template with one mask, and the pieces of label words at that mask."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TEXT, MASK = "{text}", "{mask}"
+T5_MASK = "<extra_id_0>"
+UNLIMITED = 10**6  # a tokenizer without a limit names a huge number
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text: its ids and where the model predicts the masked word."""
+
+    input_ids: list[int]
+    position: int
+
+
+class Template:
+    """A text around a sentence, such as ``"{text} It was {mask}."``; ``{text}`` and ``{mask}`` stand in it once each.
+
+    Decoder tuning (DecT), arXiv 2212.08408. Where a text is too long, its end is cut, never the template.
+
+    Args:
+        template: see above. A causal model predicts what follows, so that ``{mask}`` ends its template.
+        tokenizer: of the model; its mask token stands for ``{mask}``, in T5 ``<extra_id_0>``, in a causal model nothing.
+        max_length: the most tokens of a text in its template.
+        causal: whether the model predicts what follows instead of a mask.
+
+    Raises:
+        ValueError: a placeholder missing or given twice, ``{mask}`` not last in a causal model's template, or no mask token.
+    """
+
+    def __init__(self, template: str, tokenizer, max_length: int, *, causal: bool = False):
+        for placeholder in (TEXT, MASK):
+            if template.count(placeholder) != 1:
+                raise ValueError(f"DecT: template must contain {placeholder} once, got {template!r}")
+        if causal and not template.endswith(MASK):
+            raise ValueError(f"DecT: a causal model predicts what follows, so template must end with {MASK}, got {template!r}")
+        self.template, self.tokenizer, self.max_length, self.causal = template, tokenizer, max_length, causal
+        before_mask = template[: template.index(MASK)]
+        self.mask_first = not before_mask
+        self.spaced = before_mask[-1:].isspace()
+        self.mask_follows_text = template.index(TEXT) < template.index(MASK)
+        self.mask_token = "" if causal else mask_token(tokenizer)
+        self.mask_id = None if causal else tokenizer.convert_tokens_to_ids(self.mask_token)
+
+    def fill(self, text: str) -> str:
+        """The string that is tokenized. A causal model gets no space before what it predicts: its words begin with theirs."""
+        filled = self.template.replace(MASK, self.mask_token).replace(TEXT, text)
+        return filled.rstrip() if self.causal else filled
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Every text in its template, its end cut where it is too long.
+
+        Raises:
+            ValueError: the template alone is too long, or its mask is not among its tokens.
+        """
+        rows = self._ids(self.cut(texts))
+        return [Encoded(ids, self.position(ids)) for ids in rows]
+
+    def cut(self, texts: Sequence[str]) -> list[str]:
+        """The texts, each short enough for the template."""
+        texts = list(texts)
+        return [self._cut(text) if len(ids) > self.max_length else text for text, ids in zip(texts, self._ids(texts))]
+
+    def _cut(self, text: str) -> str:
+        fits = bisect_right(range(len(text)), self.max_length, key=lambda n: len(self._ids([text[:n]])[0]))
+        if fits == 0:
+            raise ValueError(f"DecT: the template takes more than max_length={self.max_length} tokens: the mask would be truncated away")
+        return text[: fits - 1]
+
+    def position(self, ids: Sequence[int]) -> int:
+        """Where the masked word is predicted: at the template's mask, although the text may have others; in a causal model last."""
+        if self.causal:
+            if not ids:
+                raise ValueError("DecT: a text is empty, and so is its template: there is no token to predict from")
+            return len(ids) - 1
+        found = [i for i, token in enumerate(ids) if token == self.mask_id]
+        if not found:
+            raise ValueError(f"DecT: the mask {self.mask_token!r} is not among the tokens of a text in its template {self.template!r}")
+        return found[-1] if self.mask_follows_text else found[0]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        rows = self.tokenizer([self.fill(text) for text in texts], truncation=False, verbose=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return [ids[:-1] if self.causal and ids[-1:] == [end] else list(ids) for ids in rows]  # what follows an end is no prediction
+
+    def label_ids(self, label_words: Sequence[Sequence[str] | str]) -> list[list[int]]:
+        """For every class the ids of its words' first pieces, padded with -1.
+
+        A word is read as it would stand at the mask: after a space if the template or the word itself has one there, else after
+        a character that is not a letter, or as the first of a text. Tokenizers of the BPE kind tell these apart.
+
+        Raises:
+            ValueError: a class without words, a word without pieces or unknown to the tokenizer, or two classes of the same pieces.
+        """
+        classes = [[words] if isinstance(words, str) else list(words) for words in label_words]
+        if not classes:
+            raise ValueError("DecT: label_words must have at least one class, got none")
+        pieces = []
+        for i, words in enumerate(classes):
+            if not words:
+                raise ValueError(f"DecT: label_words must have a word for every class, got none for class {i}")
+            pieces.append(list(dict.fromkeys(self._first_piece(word) for word in words)))
+            if set(pieces[i]) in map(set, pieces[:i]):
+                raise ValueError(f"DecT: the first pieces of the words of class {i}, {words}, are those of another class: {pieces[i]}")
+        most = max(map(len, pieces))
+        return [ids + [-1] * (most - len(ids)) for ids in pieces]
+
+    def _first_piece(self, word: str) -> int:
+        spaced, bare = self.spaced or word[:1].isspace(), word.strip()
+        before = "" if self.mask_first and not spaced else "a" if spaced else "("
+        pieces = self._plain(f"{before}{' ' if spaced else ''}{bare}") if bare else []
+        context = self._plain(before)
+        if pieces[: len(context)] == context:
+            pieces = pieces[len(context) :]
+        else:  # the word has merged with what stands before it
+            pieces = self._plain(f"{' ' if spaced else ''}{bare}")
+        if not pieces or pieces[0] == self.tokenizer.unk_token_id:
+            raise ValueError(f"DecT: the label word {word!r} has no piece in the tokenizer")
+        return pieces[0]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def mask_token(tokenizer) -> str:
+    if tokenizer.mask_token is not None:
+        return tokenizer.mask_token
+    if T5_MASK in tokenizer.get_vocab():
+        return T5_MASK
+    raise ValueError(f"DecT: {type(tokenizer).__name__} has neither a mask token nor {T5_MASK}, so there is no position to read")
+
+
+def max_length_of(model, tokenizer) -> int:
+    """What both the tokenizer and the table of positions allow; 512 where neither has a limit."""
+    limits = [n for n in (tokenizer.model_max_length,) if n < UNLIMITED]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and positions > 0:
+        embeddings = getattr(model.base_model, "embeddings", None)
+        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its kin count from padding_idx + 1
+        limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
+    return min(limits, default=512)

@@ -1,0 +1,62 @@
+"""DecT as an ordinary model: saved, found by the Auto classes, run by a pipeline."""
+
+import pytest
+import torch
+from dect_models import TEXTS, WORDS, make
+from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+
+from peft_kernels.dect import DecoderTuning, DecTForSequenceClassification, extract
+
+LABELS = [0, 1, 1, 0, 0, 1]
+
+
+def trained(name, words=WORDS, **options):
+    model, t, template = make(name)
+    extraction = extract(model, t, TEXTS, template, words)
+    classifier = DecoderTuning(dim=8, empty_scores=extraction.empty_scores, classes=["bad", "good"], **options)
+    classifier.fit(extraction.features, [classifier.classes[i] for i in LABELS], extraction.scores)
+    q = classifier.decision_function(extraction.features, extraction.scores)
+    return DecTForSequenceClassification.from_classifier(classifier, model, t, template, words), t, q
+
+
+@torch.no_grad()
+def logits_of(model, t):
+    rows = [t(text, return_tensors="pt")["input_ids"] for text in model.prepare(TEXTS, t)]
+    return torch.cat([model(input_ids=ids).logits for ids in rows])
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "gpt2", "t5"])
+@pytest.mark.parametrize("words", [WORDS, None], ids=["scores", "features alone"])
+def test_saved_and_loaded(name, words, tmp_path):
+    model, t, q = trained(name, words)
+    torch.testing.assert_close(logits_of(model, t), q, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert isinstance(loaded, DecTForSequenceClassification)
+    assert AutoConfig.from_pretrained(tmp_path).id2label == {0: "bad", 1: "good"}
+    assert torch.equal(logits_of(loaded, t), logits_of(model, t))
+
+
+def test_pipeline():
+    model, t, q = trained("bert", calibration="logprob")
+    classify = pipeline("text-classification", model=model, tokenizer=t)
+    for batch_size in (1, 4):
+        got = classify(model.prepare(TEXTS, t), batch_size=batch_size)
+        assert [x["label"] for x in got] == [["bad", "good"][i] for i in q.argmax(1)]
+        torch.testing.assert_close(torch.tensor([x["score"] for x in got]), q.softmax(1).amax(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_padded_batch_and_a_loss():
+    model, t, q = trained("bert")
+    batch = t(model.prepare(TEXTS, t), padding=True, return_tensors="pt")
+    output = model(batch["input_ids"], batch["attention_mask"], labels=torch.tensor(LABELS))
+    torch.testing.assert_close(output.logits, q, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, torch.tensor(LABELS)))
+
+
+def test_errors():
+    model, t, _ = trained("bert")
+    with pytest.raises(ValueError, match="row 0 has no mask: texts must stand in the template"):
+        model(t("a film", return_tensors="pt")["input_ids"])
+    with pytest.raises(ValueError, match="classifier must be fitted, with scores where label_words are given"):
+        DecTForSequenceClassification.from_classifier(DecoderTuning(), model.backbone, t, "{text} {mask}", WORDS)
