@@ -11,7 +11,7 @@ demo: env
 test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready
-	$(call PYTEST,.venv-oldest) tests/pid tests/dept tests/pasta
+	$(call PYTEST,.venv-oldest) tests/pid tests/dept tests/pasta tests/dect tests/ytuning
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 clean:

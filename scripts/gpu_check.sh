@@ -27,14 +27,16 @@ step() { # step NAME SECONDS COMMAND...: the log goes to OUT/NAME.log, its end t
 for part in "${PARTS[@]}"; do
   case $part in
     build) step build 240 python3 setup.py build_ext --inplace ;;
-    tests) step tests 240 python3 -m pytest tests/ops tests/pid tests/dept tests/pasta --device cuda -n 8 --dist loadfile -p no:cacheprovider ;;
+    tests) step tests 240 python3 -m pytest tests/ops tests/pid tests/dept tests/pasta tests/dect tests/ytuning --device cuda -n 8 --dist loadfile -p no:cacheprovider ;;
     sanitize) step sanitize 540 compute-sanitizer --tool memcheck --error-exitcode 1 python3 -m pytest tests/ops/test_shared_cross_attention_triton.py tests/ops/test_decomposed_prompt_embedding_cuda.py tests/ops/test_special_tokens_cuda.py tests/ops/test_add_layer_norm_inject_cuda.py --device cuda -x -p no:cacheprovider ;;
     bench)
       step pid_attention 120 python3 benchmarks/pid_attention.py --device cuda --dtype float32 bfloat16 --out "$OUT/pid_attention.json"
       step pid_generate 120 python3 benchmarks/pid_generate.py --device cuda --dtype float32 bfloat16 --repeats 5 --out "$OUT/pid_generate.json"
       step dept_embedding 120 python3 benchmarks/dept_embedding.py --device cuda --dtype float32 bfloat16 --out "$OUT/dept_embedding.json"
       step pasta_norm 120 python3 benchmarks/pasta_norm.py --device cuda --dtype float32 bfloat16 --out "$OUT/pasta_norm.json"
-      step pasta_layer 120 python3 benchmarks/pasta_layer.py --device cuda --model base large --dtype float32 bfloat16 --repeats 10 --out "$OUT/pasta_layer.json" ;;
+      step pasta_layer 120 python3 benchmarks/pasta_layer.py --device cuda --model base large --dtype float32 bfloat16 --repeats 10 --out "$OUT/pasta_layer.json"
+      step label_attention 60 python3 benchmarks/label_attention.py --device cuda --dtype float32 bfloat16 --out "$OUT/label_attention.json"
+      step label_logits 60 python3 benchmarks/label_logits.py --device cuda --out "$OUT/label_logits.json" ;;
     *) echo "gpu_check.sh: no part named $part" >&2; exit 2 ;;
   esac
 done

@@ -151,7 +151,7 @@ def test_word_ids_are_reversible_and_share_the_vocabulary():
     assert len(set(ids)) == len(set(TEXT.split()))
 
 
-@pytest.mark.parametrize("script", ["pid_attention", "pid_generate", "dept_embedding", "dept_training", "pasta_norm", "pasta_layer"])
+@pytest.mark.parametrize("script", ["pid_attention", "pid_generate", "dept_embedding", "dept_training", "pasta_norm", "pasta_layer", "label_attention"])
 def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr("sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")])
@@ -159,4 +159,13 @@ def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "out.json").read_text())
     assert {result["dtype"] for result in found["results"]} == {"float32", "bfloat16"}
     assert all(any("ours" in way for way in result["ways"]) for result in found["results"])
+    assert "spread" in capsys.readouterr().out
+
+
+def test_benchmark_of_dect_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.argv", ["label_logits", "--quick", "--out", str(tmp_path / "out.json")])
+    runpy.run_path(str(BENCHMARKS / "label_logits.py"), run_name="__main__")
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 5 and all("ours" in result["ways"] for result in results)
     assert "spread" in capsys.readouterr().out

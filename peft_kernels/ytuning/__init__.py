@@ -1,0 +1,20 @@
+"""Y-Tuning (arXiv 2202.09817): labels learn to look at features that never change, so those are computed once.
+
+Importing this package registers the model with ``AutoConfig`` and ``AutoModelForSequenceClassification``.
+
+The paper has no public code. What is ours where it leaves a choice: the slots, the task's and then one for every label, start as free
+vectors; a block is post-norm, with self-attention, cross-attention and a feed-forward part; a label's score is the inner product of the
+last states of its slot and the task's; the triplet loss is the sum of the hinges over all wrong labels.
+"""
+
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from .cache import cache_features
+from .config import YTuningConfig
+from .dataset import CachedFeatures, FeatureCollator
+from .model import YTuningForSequenceClassification
+
+AutoConfig.register(YTuningConfig.model_type, YTuningConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(YTuningConfig, YTuningForSequenceClassification, exist_ok=True)
+
+__all__ = ["CachedFeatures", "FeatureCollator", "YTuningConfig", "YTuningForSequenceClassification", "cache_features"]

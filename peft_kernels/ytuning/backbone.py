@@ -1,0 +1,48 @@
+"""The frozen model that makes features, and what its attention mask says about them."""
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+__all__ = ["FrozenBackbone", "features_of", "right_padded"]
+
+
+class FrozenBackbone:
+    """No module of the model that uses it: it is neither saved with that model nor trained, and keeps to eval mode.
+
+    It is loaded when first used, and follows the device of its inputs.
+    """
+
+    def __init__(self, name: str | None):
+        self.name, self.model = name, None
+
+    def set(self, model: torch.nn.Module) -> None:
+        self.model = model.requires_grad_(False).eval()
+
+    def __call__(self, layer: int, **inputs) -> Tensor:
+        if self.model is None:
+            if self.name is None:
+                raise ValueError("YTuningForSequenceClassification: input_ids need a backbone: name one in the config, or give features")
+            with torch.device("cpu"):
+                self.set(AutoModel.from_pretrained(self.name))
+        self.model.to(inputs["input_ids"].device)
+        return features_of(self.model, layer, **inputs)
+
+
+@torch.no_grad()
+def features_of(model, layer: int, **inputs) -> Tensor:
+    """(B, n, d): hidden states number ``layer``."""
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    if layer == -1:
+        return model(**inputs).last_hidden_state
+    return model(**inputs, output_hidden_states=True).hidden_states[layer]
+
+
+def right_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Features, those that ``mask``, (B, n), shows before all others; and how many there are, (B,). Attention has no order among them."""
+    mask = mask.bool()
+    lengths = mask.sum(1)
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        order = mask.int().sort(dim=1, descending=True, stable=True).indices
+        features = features.gather(1, order[..., None].expand_as(features))
+    return features, lengths

@@ -1,0 +1,55 @@
+"""``YTuningConfig``."""
+
+from transformers import PreTrainedConfig
+
+LOSSES = ("triplet", "cross_entropy")
+
+
+class YTuningConfig(PreTrainedConfig):
+    """Y-Tuning (arXiv 2202.09817). The number of labels is ``num_labels``, as everywhere.
+
+    Args:
+        hidden_size: d, the width of the features and of the label blocks.
+        num_blocks: label blocks, at least one.
+        num_attention_heads: of both attentions of a block; divides ``hidden_size``.
+        intermediate_size: of a block's feed-forward part.
+        hidden_dropout_prob: of what each part of a block adds.
+        loss: ``"triplet"``, the sum over wrong labels c of ``max(0, margin + t_c - t_y)``, or ``"cross_entropy"``; the mean over rows.
+        margin: of the triplet loss.
+        backbone: the name or folder of the frozen model that makes features from ``input_ids``; None: the model takes ``features`` alone.
+        backbone_layer: which of the backbone's hidden states are the features, counted as in ``hidden_states``: -1, the last.
+        initializer_range: of matrices. Slots start from N(0, 1), the scale of what a LayerNorm returns.
+        layer_norm_eps: of every LayerNorm.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    model_type = "ytuning"
+
+    hidden_size: int = 768
+    num_blocks: int = 1
+    num_attention_heads: int = 12
+    intermediate_size: int = 768
+    hidden_dropout_prob: float | int = 0.1
+    loss: str = "triplet"
+    margin: float | int = 1.0
+    backbone: str | None = None
+    backbone_layer: int = -1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ("hidden_size", "num_blocks", "num_attention_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"YTuningConfig: {name} must be an integer of at least 1, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"YTuningConfig: num_attention_heads must divide hidden_size = {self.hidden_size}, got {self.num_attention_heads}")
+        if not 0 <= self.hidden_dropout_prob < 1:
+            raise ValueError(f"YTuningConfig: hidden_dropout_prob must lie in [0, 1), got {self.hidden_dropout_prob!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"YTuningConfig: loss must be one of {LOSSES}, got {self.loss!r}")
+        if self.margin <= 0:
+            raise ValueError(f"YTuningConfig: margin must be positive, got {self.margin!r}")

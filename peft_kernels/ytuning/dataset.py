@@ -1,0 +1,85 @@
+"""Cached features for a Trainer: a Dataset over memory-mapped shards, and the collator that pads them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from .cache import checksum, read_index
+
+__all__ = ["CachedFeatures", "FeatureCollator"]
+
+
+class CachedFeatures(Dataset):
+    """What ``cache_features`` wrote, in the order of its texts: ``{"features": (n, d), "labels": ...}``.
+
+    Shards are mapped into memory: what is read is what is used, and worker processes share it.
+
+    Args:
+        folder: of ``cache_features``.
+        labels: one for every text; None: items have features alone.
+        verify: compare every shard with its checksum, which reads all of them.
+
+    Raises:
+        ValueError: no cache, one that is not complete or damaged, or a wrong number of labels.
+    """
+
+    def __init__(self, folder: str | Path, labels: Sequence[int] | None = None, *, verify: bool = False):
+        self.folder = Path(folder)
+        index = read_index(self.folder)
+        if index is None:
+            raise ValueError(f"CachedFeatures: {folder} has no index of features: run cache_features")
+        if len(index["done"]) < index["shards"]:
+            raise ValueError(f"CachedFeatures: {folder} has {len(index['done'])} of {index['shards']} shards: run cache_features again to continue")
+        if labels is not None and len(labels) != index["texts"]:
+            raise ValueError(f"CachedFeatures: labels must be as many as texts, {index['texts']}, got {len(labels)}")
+        self.labels = labels
+        self.names = sorted(index["done"])
+        for name in self.names:
+            found = checksum(self.folder / name) if verify else (self.folder / name).exists()
+            if not found or (verify and found != index["done"][name]):
+                raise ValueError(f"CachedFeatures: {self.folder / name} is damaged or missing: run cache_features again, which repairs it")
+        self._shards = None
+        self._place = torch.zeros(index["texts"], 3, dtype=torch.long)  # shard, begin, end
+        for number in range(len(self.names)):
+            _, rows, offsets = self._tensors(number)
+            self._place[rows] = torch.stack((torch.full_like(rows, number), offsets[:-1], offsets[1:]), 1)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __getitem__(self, i: int) -> dict:
+        shard, begin, end = self._place[i].tolist()
+        if self._shards is None:
+            self._shards = [self._tensors(number)[0] for number in range(len(self.names))]
+        item = {"features": self._shards[shard][begin:end]}
+        return item if self.labels is None else {**item, "labels": int(self.labels[i])}
+
+    def __getstate__(self):
+        return {**self.__dict__, "_shards": None}  # a worker maps the files itself
+
+    @property
+    def lengths(self) -> list[int]:
+        """Features of every text."""
+        return (self._place[:, 2] - self._place[:, 1]).tolist()
+
+    def _tensors(self, number):
+        try:
+            with safe_open(self.folder / self.names[number], framework="pt") as shard:
+                return tuple(shard.get_tensor(name) for name in ("features", "rows", "offsets"))
+        except Exception as error:  # safetensors has a type of its own
+            raise ValueError(f"CachedFeatures: {self.folder / self.names[number]} is damaged: run cache_features again, which repairs it") from error
+
+
+class FeatureCollator:
+    """A batch for ``YTuningForSequenceClassification``: ``features`` padded on the right, ``lengths``, and ``labels`` where given."""
+
+    def __call__(self, items: list[dict]) -> dict:
+        features = [item["features"] for item in items]
+        batch = {"features": pad_sequence(features, batch_first=True), "lengths": torch.tensor([len(x) for x in features])}
+        if "labels" in items[0]:
+            batch["labels"] = torch.tensor([item["labels"] for item in items])
+        return batch

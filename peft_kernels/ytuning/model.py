@@ -1,0 +1,145 @@
+"""``YTuningForSequenceClassification``: label blocks over frozen features."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ..ops import label_cross_attention
+from .backbone import FrozenBackbone, right_padded
+from .config import YTuningConfig
+
+__all__ = ["YTuningForSequenceClassification", "triplet_loss"]
+
+
+class SelfAttention(nn.Module):
+    """Among slots, (S, d) or (B, S, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, slots):
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for x in self.qkv(slots).chunk(3, -1))
+        return self.output(scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """From slots to features, (B, n, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(3))
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, slots, features, lengths):
+        weights = self.query.weight, self.key.weight, self.value.weight
+        return self.output(label_cross_attention(slots, features, *weights, lengths=lengths, num_heads=self.heads))
+
+
+class LabelBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(3))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, slots, features, lengths):
+        """Slots (S, d) or (B, S, d); returns (B, S, d)."""
+        slots = self.norms[0](slots + self.dropout(self.self_attention(slots)))
+        slots = self.norms[1](slots + self.dropout(self.cross_attention(slots, features, lengths)))
+        return self.norms[2](slots + self.dropout(self.down(gelu(self.up(slots)))))
+
+
+class YTuningForSequenceClassification(PreTrainedModel):
+    """Y-Tuning (arXiv 2202.09817): a slot for the task and one for each label attend to features that nothing is trained for.
+
+    Takes ``features``, or ``input_ids`` for the backbone that ``config.backbone`` names. The backbone is loaded when first used, stays
+    frozen and in eval mode, and is no part of what ``parameters``, ``state_dict`` and ``save_pretrained`` see: a checkpoint holds the
+    label blocks, and the config where to find the rest. ``set_backbone`` gives one that is in memory already.
+    """
+
+    config_class = YTuningConfig
+    base_model_prefix = "ytuning"
+    main_input_name = "features"
+
+    def __init__(self, config: YTuningConfig):
+        super().__init__(config)
+        self.slots = nn.Parameter(torch.empty(1 + config.num_labels, config.hidden_size))
+        self.blocks = nn.ModuleList(LabelBlock(config) for _ in range(config.num_blocks))
+        self.frozen_backbone = FrozenBackbone(config.backbone)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.slots, mean=0.0, std=1.0)
+
+    def set_backbone(self, model: nn.Module) -> None:
+        """Freezes ``model``, puts it in eval mode, and has it make the features from now on."""
+        self.frozen_backbone.set(model)
+
+    def forward(
+        self,
+        features: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """
+        Args:
+            features: (B, n, d), of any floating-point dtype; or ``input_ids``.
+            lengths: (B,), of features that are padded on the right; or ``attention_mask``.
+            attention_mask: (B, n), 1 where there is no padding.
+            input_ids: (B, n), and perhaps ``token_type_ids``, for the backbone.
+            labels: (B,) in [0, num_labels).
+
+        Returns:
+            ``loss`` with ``labels``, and ``logits``, (B, num_labels): the inner products of the last states of task and label.
+
+        Raises:
+            ValueError: none or both of ``features`` and ``input_ids``, or both of ``lengths`` and ``attention_mask``; a wrong width.
+        """
+        if (features is None) == (input_ids is None):
+            raise ValueError(f"YTuningForSequenceClassification: give features or input_ids, got {'none' if features is None else 'both'}")
+        if lengths is not None and attention_mask is not None:
+            raise ValueError("YTuningForSequenceClassification: give lengths or attention_mask, got both")
+        if features is None:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            features = self.frozen_backbone(self.config.backbone_layer, **inputs)
+        if features.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"YTuningForSequenceClassification: features must be {self.config.hidden_size} wide, got {tuple(features.shape)}")
+        if attention_mask is not None:
+            features, lengths = right_padded(features, attention_mask)
+        if features.dtype != self.dtype and self.dtype != torch.float32:
+            features = features.to(self.dtype)
+        states = self.slots
+        for block in self.blocks:
+            states = block(states, features, lengths)
+        logits = (states[:, 1:] @ states[:, 0, :, None]).squeeze(-1)  # (B, C)
+        loss = None if labels is None else self._loss(logits, labels)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    def _loss(self, logits, labels):
+        if self.config.loss == "triplet":
+            return triplet_loss(logits, labels, self.config.margin)
+        return cross_entropy(logits, labels)
+
+
+def triplet_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Mean over the rows of scores, (B, C), of the sum over ``c != y`` of ``max(0, margin + t_c - t_y)``."""
+    right = scores.gather(1, labels[:, None])
+    hinges = (margin + scores - right).relu()
+    return hinges.scatter(1, labels[:, None], 0).sum(1).mean()
