@@ -56,10 +56,56 @@ void low_rank_update(const Embedding& e, const EmbeddingTask& task, int64_t colu
   for (int64_t i = 0; i < positions * stride; ++i) update[i] *= e.scale;
 }
 
+// The result of some positions and columns of one row, its update straight from the registers: products and memory overlap.
+template <class Element, int ROWS, int VECTORS>
+void row_tile(const Embedding& e, const EmbeddingTask& task, int64_t position, int64_t column) {
+  const int64_t row = task.rows[0], token = position + e.offsets[row];
+  const Element* from[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    from[r] = table_row<Element>(e, row, token + r) + column;
+    for (int i = 0; i < VECTORS * kWidth; i += 64 / sizeof(Element)) __builtin_prefetch(from[r] + i);
+  }
+  Float<kWidth> sums[ROWS][VECTORS];
+  const float* a = e.a + (task.adapter * e.positions + position) * e.rank;
+  const float* b = e.b + task.adapter * e.rank * e.columns + column;
+  tile_sums<Float32Lanes>(Weights<true>{a, e.rank}, {b, e.columns}, e.rank, sums);
+  unrolled<ROWS, 1>([&](int r, int) {
+    Element* to = out_row<Element>(e, row, token_column(token + r, e.first, e.virtual_tokens)) + column;
+    unrolled<1, VECTORS>([&](int, int v) {
+      const auto embedding = e.embed_scale * load_elements<kWidth>(from[r] + v * kWidth);
+      store_elements<kWidth>(to + v * kWidth, embedding + e.scale * sums[r][v]);
+    });
+  });
+}
+
+template <class Element>
+using RowTile = void (*)(const Embedding&, const EmbeddingTask&, int64_t, int64_t);
+
+template <class Element, int VECTORS>
+constexpr RowTile<Element> kRowTiles[kTileRows] = {
+    row_tile<Element, 1, VECTORS>, row_tile<Element, 2, VECTORS>, row_tile<Element, 3, VECTORS>,
+    row_tile<Element, 4, VECTORS>, row_tile<Element, 5, VECTORS>, row_tile<Element, 6, VECTORS>,
+};
+
+// All of a task of one row; its width is a multiple of kWidth.
+template <class Element>
+void row_of(const Embedding& e, const EmbeddingTask& task) {
+  const int64_t end = least(task.end, e.length - e.offsets[task.rows[0]]);
+  for (int64_t column = 0; column < e.width;) {
+    const bool wide = column + kTileVectors * kWidth <= e.width;
+    for (int64_t p = task.begin; p < end; p += kTileRows) {
+      const int64_t rows = least(kTileRows, end - p);
+      (wide ? kRowTiles<Element, kTileVectors> : kRowTiles<Element, 1>)[rows - 1](e, task, p, column);
+    }
+    column += wide ? kTileVectors * kWidth : kWidth;
+  }
+}
+
 template <class Element>
 void tokens_of(const Embedding& e, const EmbeddingTask& task, float* scratch) {
   const int64_t positions = task.end - task.begin;
   const bool updated = task.adapter >= 0;
+  if (updated && !e.delta && task.row_count == 1 && e.width % kWidth == 0) return row_of<Element>(e, task);
   for (int64_t column = 0; column < e.width; column += kBlockColumns) {
     const int64_t count = least(kBlockColumns, e.width - column);
     const float* update = scratch;

@@ -58,10 +58,10 @@ struct Weights {
   const float* at(int64_t row, int64_t lane) const { return data + (LANES_INNER ? row * stride + lane : lane * stride + row); }
 };
 
-// out[row][d] = rescale[row] * out[row][d] + sum over lanes of weights(row, lane) * values[lane][d]; without rescale the sum alone
+// sums[row][d] = sum over lanes of weights(row, lane) * values[lane][d]
 template <class Lanes, bool LANES_INNER, int ROWS, int VECTORS>
-void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, const float* rescale, float* out, int64_t out_stride) {
-  Float<kWidth> sums[ROWS][VECTORS];
+inline __attribute__((always_inline)) void tile_sums(
+    Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, Float<kWidth> (&sums)[ROWS][VECTORS]) {
   unrolled<ROWS, VECTORS>([&](int r, int v) { sums[r][v] = Float<kWidth>{}; });
   for (int64_t lane = 0; lane < lanes; ++lane) {
     Float<kWidth> value[VECTORS], weight[ROWS];
@@ -69,6 +69,13 @@ void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lan
     for (int r = 0; r < ROWS; ++r) weight[r] = broadcast<kWidth>(weights.at(r, lane));
     unrolled<ROWS, VECTORS>([&](int r, int v) { sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight[r], value[v]); });
   }
+}
+
+// out[row][d] = rescale[row] * out[row][d] + sums[row][d]; without rescale the sums alone
+template <class Lanes, bool LANES_INNER, int ROWS, int VECTORS>
+void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, const float* rescale, float* out, int64_t out_stride) {
+  Float<kWidth> sums[ROWS][VECTORS];
+  tile_sums<Lanes>(weights, values, lanes, sums);
   const auto to = [&](int r, int v) { return out + r * out_stride + v * kWidth; };
   if (rescale) {
     unrolled<ROWS, VECTORS>([&](int r, int v) { store<kWidth>(to(r, v), load<kWidth>(to(r, v)) * rescale[r] + sums[r][v]); });
