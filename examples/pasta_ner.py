@@ -18,10 +18,9 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCol
 from peft_kernels import PASTAConfig
 from peft_kernels.bench.measure import peak_memory
 
-FIRST = ("Anna", "Boris", "Carla", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Irene", "Jamal", "Karin", "Liam", "Marta", "Nadia")
-LAST = ("Abel", "Bauer", "Castillo", "Dubois", "Eriksen", "Fischer", "Garcia", "Hansen", "Ivanov", "Jensen", "Kowalski", "Lopez")
-PLACES = ("Paris", "New York", "Buenos Aires", "Oslo", "Cape Town", "Kyoto", "Lima", "San Marino", "Geneva", "Salt Lake City")
-FIRMS = ("Acme", "Northwind Traders", "Blue River Bank", "Helix", "Summit Air", "Granite Works", "Delta Foods", "Vertex")
+# each of these may be a person, a place or a firm: the sentence says which
+NAMES = ("Jordan", "Austin", "Florence", "Sydney", "Chelsea", "Victoria", "Carson", "Lincoln", "Madison", "Paris", "Hilton", "Orion")
+NAMES += ("Delta", "Phoenix", "Dallas", "Savannah", "Morgan", "Charlotte", "Kimberley", "Wellington", "Houston", "Kent", "Denver", "Ford")
 PATTERNS = (
     "PER met PER in LOC last week .",
     "Shares of ORG fell after PER resigned .",
@@ -31,6 +30,8 @@ PATTERNS = (
     "Heavy rain is expected near LOC on Monday .",
     "Nobody from ORG wanted to comment .",
     "The minister said that PER would visit LOC .",
+    "PER drove from LOC to LOC in one day .",
+    "ORG sold its stake in ORG to PER .",
 )
 
 
@@ -40,10 +41,10 @@ def made(count: int, seed: int) -> list[tuple[list[str], list[str]]]:
     for _ in range(count):
         words, tags = [], []
         for word in generator.choice(PATTERNS).split():
-            names = {"PER": f"{generator.choice(FIRST)} {generator.choice(LAST)}", "LOC": generator.choice(PLACES), "ORG": generator.choice(FIRMS)}
-            parts = names.get(word, word).split()
+            kind = word if word in ("PER", "LOC", "ORG") else None
+            parts = generator.sample(NAMES, generator.choice((1, 2))) if kind else [word]
             words += parts
-            tags += ["O"] * len(parts) if word not in names else [f"B-{word}", *[f"I-{word}"] * (len(parts) - 1)]
+            tags += ["O"] if kind is None else [f"B-{kind}", *[f"I-{kind}"] * (len(parts) - 1)]
         sentences.append((words, tags))
     return sentences
 
