@@ -151,7 +151,9 @@ def test_word_ids_are_reversible_and_share_the_vocabulary():
     assert len(set(ids)) == len(set(TEXT.split()))
 
 
-@pytest.mark.parametrize("script", ["pid_attention", "pid_generate", "dept_embedding", "dept_training", "pasta_norm", "pasta_layer", "label_attention"])
+@pytest.mark.parametrize(
+    "script", ["pid_attention", "pid_generate", "dept_embedding", "dept_training", "pasta_norm", "pasta_layer", "label_attention"]
+)
 def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr("sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")])
