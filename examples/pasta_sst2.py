@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results/pasta_sst2"))
     parser.add_argument("--lr-vectors", type=float, default=1e-2)
     parser.add_argument("--lr-head", type=float, default=1e-2, help="of the classification head")
-    parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--full-epochs", type=float, default=1, help="of full fine-tuning; 0: none")
     parser.add_argument("--lr-full", type=float, default=5e-5, help="of full fine-tuning")
     options = parser.parse_args()

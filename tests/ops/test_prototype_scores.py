@@ -154,8 +154,8 @@ def test_large_scores_do_not_overflow(impl, device):
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=st.tuples(st.integers(0, 9), st.integers(2, 20), st.integers(2, 40), st.integers(1, 6)), weight=st.floats(-2, 2))
-def test_any_shape(case, weight, device):
+@given(case=st.tuples(st.sampled_from([0, 16, 23, 40]), st.integers(2, 20), st.integers(2, 40), st.integers(2, 6)), weight=st.floats(-2, 2))
+def test_any_shape(case, weight, device):  # several texts: PyTorch may round a single number well by chance
     *tensors, scores, labels = make(case, device=device)
     compare(prototype_scores, by_hand, tensors, [scores], weight=weight)
     compare(prototype_cross_entropy, loss_by_hand, tensors, [scores, labels], frozen=(2,), weight=weight)
