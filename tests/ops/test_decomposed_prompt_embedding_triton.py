@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from decomposed_prompt_embedding_on_gpu import *  # noqa: F403
 from decomposed_prompt_embedding_on_gpu import Problem, check_all
 
+from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.decomposed_prompt_embedding import triton
 
 
@@ -37,7 +38,7 @@ def test_says_why_it_cannot_run(device_type, dtype, reason):
 
 
 def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
     assert "TRITON_INTERPRET" in triton.unavailable("cpu", torch.float32)
-    monkeypatch.setattr(triton, "triton_kernels", None)
+    monkeypatch.setattr(triton_runtime, "INSTALLED", False)
     assert triton.unavailable("cuda", torch.float32) == "triton is not installed"

@@ -18,8 +18,8 @@ from test_label_logits import (  # noqa: F401
     test_without_bias_and_with_one_in_float32,
 )
 
+from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.label_logits import triton
-from peft_kernels.ops.special_tokens import triton as special_tokens
 
 
 @pytest.fixture
@@ -86,5 +86,5 @@ def test_says_why_it_cannot_run(device_type, dtype, reason):
 
 
 def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(special_tokens, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
     assert "TRITON_INTERPRET" in triton.unavailable("cpu", torch.float32)

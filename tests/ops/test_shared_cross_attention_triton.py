@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.shared_cross_attention import reference, shared_cross_attention
 from peft_kernels.ops.shared_cross_attention import triton as implementation
 
@@ -208,7 +209,7 @@ def test_says_why_it_cannot_run(device_type, dtype, reason):
 
 
 def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(implementation, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
     assert "TRITON_INTERPRET" in implementation.unavailable("cpu", torch.float32)
-    monkeypatch.setattr(implementation, "triton_forward", None)
+    monkeypatch.setattr(triton_runtime, "INSTALLED", False)
     assert implementation.unavailable("cuda", torch.float32) == "triton is not installed"

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 from special_tokens_on_gpu import *  # noqa: F403
 
+from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.special_tokens import triton
 
 
@@ -29,7 +30,7 @@ def test_says_why_it_cannot_run(device_type, dtype, reason):
 
 
 def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
     assert "TRITON_INTERPRET" in triton.unavailable("cpu", torch.float32)
-    monkeypatch.setattr(triton, "triton_kernels", None)
+    monkeypatch.setattr(triton_runtime, "INSTALLED", False)
     assert triton.unavailable("cuda", torch.float32) == "triton is not installed"

@@ -5,7 +5,8 @@ from functools import cache
 from torch import Tensor
 
 from ..special_tokens import triton as special_tokens
-from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, dropout, guard, strides, unavailable
+from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, dropout, guard, strides
+from ..triton_runtime import unavailable
 
 try:
     from . import triton_kernels

@@ -1,12 +1,13 @@
 """GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
 
-import os
 from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..triton_runtime import unavailable
 
 try:
     from . import triton_kernels
@@ -15,8 +16,8 @@ except ModuleNotFoundError as error:
         raise
     triton_kernels = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["backward", "forward", "unavailable"]
+
 PROGRAMS_PER_PROCESSOR = 2  # wanted at least, before a program takes several rows of the batch
 MAX_ROWS = 16
 
@@ -46,20 +47,6 @@ CONFIGS = {
     ("amd", 2): Configs(Config(32, 128, 16, 4), Config(8, 256)),
     ("amd", 4): Configs(Config(32, 128, 16, 4), Config(8, 128)),
 }
-
-
-def unavailable(device: str, dtype: torch.dtype) -> str | None:
-    if triton_kernels is None:
-        return "triton is not installed"
-    if dtype not in DTYPES:
-        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
-    if device == "cpu" and not INTERPRETED:
-        return "on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1 set before the first call"
-    if device == "cpu" and dtype == torch.bfloat16:
-        return "the arithmetic of Triton's interpreter is wrong in bfloat16"
-    if device not in ("cpu", "cuda"):
-        return f"its kernels are for CUDA and ROCm devices, not {device}"
-    return None
 
 
 def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids) -> Tensor:

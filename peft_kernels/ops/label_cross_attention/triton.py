@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..shared_cross_attention.triton import device_of
-from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, guard, partition, unavailable
+from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, guard, partition
+from ..triton_runtime import unavailable
 
 try:
     from . import triton_kernels

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, strides, unavailable
+from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, strides
+from ..triton_runtime import unavailable
 
 try:
     from . import triton_kernels

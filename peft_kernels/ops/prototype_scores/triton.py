@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from ..special_tokens import triton as special_tokens
+from .. import triton_runtime
 from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, partition
 
 try:
@@ -27,7 +27,7 @@ MAX_WARPS = 16
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
     if dtype != torch.float32:
         return f"its kernels take torch.float32, not {dtype}"
-    return special_tokens.unavailable(device, dtype)
+    return triton_runtime.unavailable(device, dtype)
 
 
 def forward(projected, prototypes, radius, scores, weight):

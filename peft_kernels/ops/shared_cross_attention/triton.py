@@ -4,7 +4,6 @@ Rows are addressed by one stride, as (streams, tokens, heads, D) in memory has i
 a key or value whose D is not contiguous, is copied first. Nothing waits for the device, and no launch depends on a value there.
 """
 
-import os
 from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..triton_runtime import unavailable
 from .layout import as_token_major, token_major
 
 try:
@@ -21,8 +21,8 @@ except ModuleNotFoundError as error:
         raise
     triton_forward = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["backward", "forward", "unavailable"]
+
 MAX_STRIDE = (1 << 31) // 128  # of rows and keys: offsets inside a tile are int32
 MAX_SPLITS = 64
 SPLIT_KEYS = 256  # a split of fewer keys costs more in the merge than it saves
@@ -81,20 +81,6 @@ CONFIGS = {
     ("gfx942", 4, 128): Configs((C(16, 32, 4, 2), C(64, 32, 4, 2)), C(64, 16, 4, 2), C(16, 64, 4, 2)),
     ("gfx942", 4, 256): Configs((C(16, 16, 4, 2), C(32, 16, 4, 2)), C(16, 16, 4, 2), C(16, 32, 4, 2)),
 }
-
-
-def unavailable(device: str, dtype: torch.dtype) -> str | None:
-    if triton_forward is None:
-        return "triton is not installed"
-    if dtype not in DTYPES:
-        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
-    if device == "cpu" and not INTERPRETED:
-        return "on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1 set before the first call"
-    if device == "cpu" and dtype == torch.bfloat16:
-        return "the arithmetic of Triton's interpreter is wrong in bfloat16"
-    if device not in ("cpu", "cuda"):
-        return f"its kernels are for CUDA and ROCm devices, not {device}"
-    return None
 
 
 def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,5 @@
 """GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
 
-import os
 from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..triton_runtime import unavailable
 from ..vector_dropout import threshold
 
 try:
@@ -17,8 +17,8 @@ except ModuleNotFoundError as error:
         raise
     triton_kernels = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["add_", "backward", "slots", "unavailable"]
+
 PROGRAMS = 512  # of backward, until which more parts of the batch are worth a second sum
 ADDENDS = 32  # of a part, at least
 
@@ -36,20 +36,6 @@ SLOTS = Config(1024, 4)
 ADD = {2: Config(1024, 4), 4: Config(512, 4)}
 BACKWARD = {2: Config(256, 4, 8), 4: Config(128, 4, 8)}
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-
-
-def unavailable(device: str, dtype: torch.dtype) -> str | None:
-    if triton_kernels is None:
-        return "triton is not installed"
-    if dtype not in DTYPES:
-        return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
-    if device == "cpu" and not INTERPRETED:
-        return "on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1 set before the first call"
-    if device == "cpu" and dtype == torch.bfloat16:
-        return "the arithmetic of Triton's interpreter is wrong in bfloat16"
-    if device not in ("cpu", "cuda"):
-        return f"its kernels run on CUDA and ROCm devices, not {device}"
-    return None
 
 
 def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Tensor]:
