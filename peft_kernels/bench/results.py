@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -31,11 +32,12 @@ class Row:
     spread: float | None = None  # interquartile range over the median
     runs: int = 0
     ratio: float | None = None  # this way's time over ours: the median of the turns' ratios
-    error: float | None = None  # norm of the error over norm of the float64 truth
+    error: float | None = None  # norm of the error over norm of the float64 truth; of tokens, the share of streams that differ
     bytes: int | None = None  # each input read once, each output written once
     operations: int | None = None  # a multiplication and an addition are two
     floor_s: float | None = None  # the least that this machine's ceilings allow
     peak_bytes: int | None = None  # above what stood before
+    kept_bytes: int | None = None  # held from step to step: cross-attention's keys and values
     items: int | None = None  # what a run gets through
     item: str = ""  # "tokens", "samples"
     missing: str | None = None  # why it was not timed
@@ -49,9 +51,16 @@ class Row:
         return None if self.floor_s is None or self.median_s is None else self.floor_s / self.median_s
 
 
-def timed(timing: Timing) -> dict:
-    """The fields of a row that a timing fills."""
-    return {"median_s": timing.median, "spread": timing.spread, "runs": len(timing.seconds)}
+def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **common) -> list[Row]:
+    """A row for each way that was timed turn by turn with OURS. each: way -> fields of its own; common: those that all share."""
+    ours = timings[OURS].seconds
+
+    def row(way: str, timing: Timing) -> Row:
+        ratio = statistics.median(theirs / own for theirs, own in zip(timing.seconds, ours))  # zip: a slow way has fewer turns
+        times = {"median_s": timing.median, "spread": timing.spread, "runs": len(timing.seconds), "ratio": ratio}
+        return Row(**{"way": way, **times, **common, **each.get(way, {})})
+
+    return [row(*one) for one in timings.items()]
 
 
 @dataclass(frozen=True)
