@@ -15,7 +15,7 @@ test-oldest: .venv-oldest/.ready
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 docs: env
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 clean:
 	rm -rf .venv .venv-oldest build site *.egg-info peft_kernels/*.so
 

@@ -1,6 +1,7 @@
 """Every block of Python in the README and in the documentation runs. Those of a page share their names; those of the README stand alone."""
 
 import re
+from doctest import NORMALIZE_WHITESPACE
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-BLOCKS = Sybil([PythonCodeBlockParser()])
+BLOCKS = Sybil([PythonCodeBlockParser(doctest_optionflags=NORMALIZE_WHITESPACE)])
 
 
 @pytest.fixture(autouse=True)
