@@ -1,0 +1,83 @@
+"""What a benchmark of an operator consists of: problems, and ways to solve them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.implementations import Implementations
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Way:
+    """``compute(*leaves)`` gives the operator's output, a tensor or several, differentiable in the leaves."""
+
+    compute: Callable[..., Any]
+    leaves: tuple[Tensor, ...] | None = None  # in a layout of its own; None: the problem's
+    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None  # outputs and gradients to the operator's shapes, for the check
+    waits: bool = False  # for the device, so that it is no CUDA graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One call of an operator on random numbers, and the other ways to compute it."""
+
+    leaves: tuple[Tensor, ...]  # take gradients
+    grads: tuple[Tensor, ...]  # of the outputs; their shapes are the outputs'
+    ours: Callable[..., Any]  # of the leaves and, by keyword, impl
+    truth: Callable[..., Any]  # of the leaves in float64
+    cost: Callable[..., Any]  # of the leaves and, by keyword, backward: a Cost
+    baselines: Mapping[str, Callable[[], Way]]  # each is prepared once, and raises where it does not apply here, with the reason
+    floor: Callable[[], Any] | None = None  # its time is the floor; None: the cost over the machine's ceilings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """A public operator, and the problems on which it is measured."""
+
+    name: str
+    shapes: tuple[dict[str, int], ...]  # the letters of the operator's docstring -> sizes
+    quick_shapes: tuple[dict[str, int], ...]
+    problem: Callable[[Mapping[str, int], str, torch.dtype, str, bool], Problem]  # shape, variant, dtype, device, backward
+    variants: tuple[str, ...] = ("",)
+    dtypes: tuple[str, ...] = DTYPES
+    has_backward: bool = True
+
+    @property
+    def letters(self) -> list[str]:
+        return list(self.shapes[0])
+
+
+class Numbers:
+    """Seeded, and drawn on the CPU: the same on every device."""
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(size, generator=self.generator).to(self.device, dtype or self.dtype)
+
+    def integers(self, low: int, high: int, *size: int) -> Tensor:
+        """int64 in [low, high)"""
+        return torch.randint(low, high, size, generator=self.generator).to(self.device)
+
+
+def plain(compute: Callable[..., Any]) -> Callable[[], Way]:
+    return lambda: Way(compute)
+
+
+def compiled(compute: Callable[..., Any]) -> Callable[[], Way]:
+    return lambda: Way(torch.compile(compute, fullgraph=True, dynamic=False))
+
+
+def others_of_ours(problem: Problem, implementations: Implementations, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Way]]:
+    """A way for each implementation that can run, where there is a choice. The reference and an interpreted Triton compete with nobody."""
+    names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
+    names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
+    ways = {name: lambda *leaves, impl=name: problem.ours(*leaves, impl=impl) for name in names}
+    return {f"ours, {name}": plain(way) for name, way in ways.items()} if len(ways) > 1 else {}
