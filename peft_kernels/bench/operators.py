@@ -1,13 +1,16 @@
 """An operator against its baselines: every way is checked against float64 first, then all are timed turn by turn."""
 
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from .measure import Ceilings, Timing, captured, interleaved
 from .results import OURS, Row, timed
 from .suite import Operator, Problem, Way
@@ -69,7 +72,7 @@ def compare(
     problem = thing.problem(device)
     expected = truth(problem, thing.backward)
     functions, errors, reasons = {}, {}, {}
-    prepare = {OURS: lambda: Way(problem.ours), **problem.baselines}
+    prepare = {OURS: lambda: problem.ours("auto"), **other_implementations(thing, problem, device), **problem.baselines}
     for name, way in prepare.items():
         notify(f"checking {name}", 0)
         try:
@@ -95,6 +98,20 @@ def compare(
         else:
             rows.append(thing.row(name, **timed(timings[name]), ratio=ours and ratio(timings[name], ours), error=errors[name], **counted))
     return rows
+
+
+def other_implementations(thing: Thing, problem: Problem, device: str) -> dict[str, Callable[[], Way]]:
+    """A way for each of ours that can run, where there is a choice. The reference and an interpreted Triton compete with nobody."""
+    implementations = sys.modules[getattr(ops, thing.operator.name).__module__].implementations
+    names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
+    dtype = getattr(torch, rate_dtype(thing.dtype))
+    names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
+    return {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
+
+
+def rate_dtype(dtype: str) -> str:
+    """Whose matrix rate is a ceiling; integers are counted in bytes alone."""
+    return dtype if getattr(torch, dtype).is_floating_point else "float32"
 
 
 def truth(problem: Problem, backward: bool) -> list[Tensor]:

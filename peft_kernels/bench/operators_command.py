@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .cases import NAMES, operator
 from .measure import ceilings
-from .operators import Thing, compare, things
+from .operators import Thing, compare, rate_dtype, things
 from .results import OURS, Row, device_name, folder_name, measured
 from .suite import Operator
 
@@ -61,11 +61,12 @@ def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], ph
     found = []
     for one in operators:
         sizes = [parsed(text, one) for text in shapes] or list(one.quick_shapes if quick else one.shapes)
-        here = things(one, sizes, dtypes or [d for d in one.dtypes if d != "float16"], PHASES[phase])
-        if not here and names:
-            raise ValueError(f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}: nothing to measure")
+        here = things(one, sizes, one.dtypes if one.is_integer else dtypes or one.default_dtypes, PHASES[phase])
         if not here:
-            console.print(f"{one.name}: left out, it has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}")
+            lacks = f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}: nothing to measure"
+            if names:
+                raise ValueError(lacks)
+            console.print(lacks)
         found += here
     return found
 
@@ -85,11 +86,6 @@ def parsed(text: str, one: Operator) -> dict[str, int]:
     if missing := [letter for letter in one.letters if letter not in sizes]:
         raise ValueError(f"--shapes of {one.name} must be {','.join(f'{x}=<size>' for x in one.letters)}; {text!r} has no {', '.join(missing)}")
     return {letter: sizes[letter] for letter in one.letters}
-
-
-def rate_dtype(dtype: str) -> str:
-    """Whose matrix rate is a ceiling; integers are counted in bytes alone."""
-    return dtype if getattr(torch, dtype).is_floating_point else "float32"
 
 
 def shown(thing: Thing, rows: list[Row]) -> Group:

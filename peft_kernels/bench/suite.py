@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.implementations import Implementations
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,7 +26,7 @@ class Problem:
 
     leaves: tuple[Tensor, ...]  # take gradients
     grads: tuple[Tensor, ...]  # of the outputs; their shapes are the outputs'
-    ours: Callable[..., Any]  # of the leaves and, by keyword, impl
+    ours: Callable[[str], Way]  # of impl
     truth: Callable[..., Any]  # of the leaves in float64
     cost: Callable[..., Any]  # of the leaves and, by keyword, backward: a Cost
     baselines: Mapping[str, Callable[[], Way]]  # each is prepared once, and raises where it does not apply here, with the reason
@@ -44,12 +42,20 @@ class Operator:
     quick_shapes: tuple[dict[str, int], ...]
     problem: Callable[[Mapping[str, int], str, torch.dtype, str, bool], Problem]  # shape, variant, dtype, device, backward
     variants: tuple[str, ...] = ("",)
-    dtypes: tuple[str, ...] = DTYPES
+    dtypes: tuple[str, ...] = DTYPES  # or int64 alone
     has_backward: bool = True
 
     @property
     def letters(self) -> list[str]:
         return list(self.shapes[0])
+
+    @property
+    def is_integer(self) -> bool:
+        return self.dtypes == ("int64",)
+
+    @property
+    def default_dtypes(self) -> list[str]:
+        return [dtype for dtype in self.dtypes if dtype != "float16"]
 
 
 class Numbers:
@@ -75,9 +81,6 @@ def compiled(compute: Callable[..., Any]) -> Callable[[], Way]:
     return lambda: Way(torch.compile(compute, fullgraph=True, dynamic=False))
 
 
-def others_of_ours(problem: Problem, implementations: Implementations, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Way]]:
-    """A way for each implementation that can run, where there is a choice. The reference and an interpreted Triton compete with nobody."""
-    names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
-    names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
-    ways = {name: lambda *leaves, impl=name: problem.ours(*leaves, impl=impl) for name in names}
-    return {f"ours, {name}": plain(way) for name, way in ways.items()} if len(ways) > 1 else {}
+def fresh(device: str, *outputs: Tensor) -> Callable[[], Any] | None:
+    """The floor of an operator with ``outputs`` like these: a CPU pays for the pages of a new large tensor, which a copy does not show."""
+    return (lambda: [x.clone() for x in outputs]) if device == "cpu" else None

@@ -22,8 +22,8 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
     lengths = numbers.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
     visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]  # [b, 1, 1, n]
 
-    def ours(query, key, value, impl="auto"):
-        return ops.shared_cross_attention(query, key, value, key_lengths=lengths, impl=impl)
+    def ours(impl):
+        return Way(lambda query, key, value: ops.shared_cross_attention(query, key, value, key_lengths=lengths, impl=impl))
 
     def cost(query, key, value, backward):
         from ...ops.shared_cross_attention import cost
