@@ -103,20 +103,23 @@ def bench(
     phase: Annotated[Phase, typer.Option(help="backward: forward and backward together.")] = Phase.both,
     repeats: Annotated[int, typer.Option(help="Timed runs of each way, or more where they are short.", min=2)] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and fewer repetitions of what is short.")] = False,
+    against: Annotated[str | None, typer.Option(help="A git revision of this package, whose operators are timed beside.", metavar="REF")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for operators.json and operators.csv. Without it: results/<device>.", file_okay=False)
     ] = None,
 ):
     """Every operator against every baseline: checked against float64, timed turn by turn, held against the floor of this machine."""
     from .operators_command import asked, run
+    from .revision import found
 
     _check(device)
     console = Console()
     try:
         things = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
+        checkout = None if against is None else found(against)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    raise typer.Exit(0 if run(things, device.value, repeats, quick, out, console) else 1)
+    raise typer.Exit(0 if run(things, device.value, repeats, quick, out, console, checkout) else 1)
 
 
 def _check(device: Device):

@@ -49,12 +49,12 @@ class Timing:
 
 @runtime_checkable
 class SelfTimed(Protocol):
-    """A function that runs elsewhere, so that timing a call of it here would time the way there too."""
+    """A function that runs in another process, so that timing a call of it here would time the way there too."""
 
     def __call__(self) -> Any: ...
 
     def seconds(self) -> float:
-        """Run once, timed where it runs."""
+        """Run twice; the seconds of the second run, taken where it runs."""
         ...
 
 
@@ -71,11 +71,22 @@ def interleaved(
     ``repeats`` may differ by name; a slow function then leaves the later turns to the others.
 
     Every turn has its own order, so that none always runs after the same other, which leaves it a cache cold or warm. On CUDA the L2
-    cache is flushed before each run and events are timed. ``notify`` gets the name before each timed run. A ``SelfTimed`` function is
-    asked for its own seconds.
+    cache is flushed before each run and events are timed. ``notify`` gets the name before each timed run.
+
+    A ``SelfTimed`` function runs in another process, which comes to its turn with other caches than this one. With such among them every
+    timed run directly follows an untimed one of the same function.
     """
     wanted = repeats if isinstance(repeats, Mapping) else dict.fromkeys(functions, repeats)
     clock = clock_of(device)
+    settle = any(isinstance(function, SelfTimed) for function in functions.values())
+
+    def timed(function) -> float:
+        if isinstance(function, SelfTimed):
+            return function.seconds()
+        if settle:
+            function()
+        return clock(function)
+
     for _ in range(warmup):
         for function in functions.values():
             function()
@@ -85,8 +96,7 @@ def interleaved(
         for name in order.sample(list(functions), len(functions)):
             if turn < wanted[name]:
                 notify(name)
-                function = functions[name]
-                samples[name].append(function.seconds() if isinstance(function, SelfTimed) else clock(function))
+                samples[name].append(timed(functions[name]))
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from .measure import Ceilings, Timing, captured, interleaved
 from .results import OURS, Row, timed
+from .revision import Missing, Revision
 from .suite import Operator, Problem, Way
 
 # Norm of the error over norm of the truth, of the output and of every gradient. Integers are exact.
@@ -60,12 +61,12 @@ def compare(
     *,
     repeats: int,
     seconds: float,
-    revision=None,
+    revision: Revision | None = None,
     notify: Callable[[str, float], None] = lambda way, share: None,
 ) -> list[Row]:
     """A row for each way, ours first. A way that is wrong or cannot run has a row that says so.
 
-    ``repeats`` timed runs of each way, more where ``seconds`` allow. ``revision`` computes ours at another revision (``revision.py``).
+    ``repeats`` timed runs of each way, more where ``seconds`` allow. ``revision`` takes its turns too.
     ``notify`` gets what is done next and the share of this thing that is done.
     """
     torch.compiler.reset()  # the shapes before count towards the limit of recompilations
@@ -79,13 +80,14 @@ def compare(
             functions[name], errors[name] = checked(way(), problem, expected, thing, device)
         except Exception as error:  # whatever a baseline lacks here is its row's reason; ours fails the command
             reasons[name] = first_line(error)
+    del expected
     if revision is not None:
+        notify(f"checking {revision.way}", 0)
         try:
             functions[revision.way] = revision.prepare(thing)
             errors[revision.way] = functions[revision.way].error
-        except revision.Missing as error:
-            reasons[revision.way] = first_line(error)
-    del expected
+        except Missing as error:
+            reasons[revision.way] = str(error)
     cost = problem.cost(*_leaves(problem.leaves, thing.backward), backward=thing.backward)
     timings, floor = _timed(functions, problem.floor, repeats, seconds, device, notify)
     floor = limits.floor(cost.bytes, cost.operations) if floor is None else floor

@@ -1,7 +1,7 @@
 """The command that measures operators: what is asked for, a progress bar, a table for each thing, files."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,26 +15,28 @@ from .cases import NAMES, operator
 from .measure import ceilings
 from .operators import Thing, compare, rate_dtype, things
 from .results import OURS, Row, device_name, folder_name, measured
+from .revision import Checkout, running
 from .suite import Operator
 
 SECONDS, QUICK_SECONDS = 3.0, 0.4  # for the turns of one thing; short ways are repeated more often, as their times scatter most
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
 
-def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Path | None, console: Console) -> bool:
+def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Path | None, console: Console, against: Checkout | None = None) -> bool:
     """Measure, show and write; False where our operator was wrong or failed."""
     console.print(f"on: {device_name(device)}, {torch.get_num_threads()} threads")
     limits = {dtype: ceilings(getattr(torch, dtype), device) for dtype in dict.fromkeys(rate_dtype(thing.dtype) for thing in wanted)}
     for dtype, limit in limits.items():
         console.print(f"{dtype}: {limit}")
     rows: list[Row] = []
-    with _progress(console, len(wanted)) as step:
+    with nullcontext() if against is None else starting(against, device, console) as revision, _progress(console, len(wanted)) as step:
         for i, thing in enumerate(wanted):
             found = compare(
                 thing,
                 device,
                 limits[rate_dtype(thing.dtype)],
                 repeats=repeats,
+                revision=revision,
                 seconds=QUICK_SECONDS if quick else SECONDS,
                 notify=lambda what, share, i=i, thing=thing: step(f"{thing}: {what}", i + share),
             )
@@ -106,6 +108,15 @@ def shown(thing: Thing, rows: list[Row]) -> Group:
     floor = f"  floor {rows[0].floor_s * 1e3:.3f} ms: {rows[0].bytes / 1e6:,.1f} MB, {rows[0].operations / 1e9:,.2f} GFLOP"
     missing = [f"  [yellow]missing[/yellow] {escape(row.way)}: {escape(row.missing)}" for row in rows if row.missing]
     return Group(f"[bold]{thing}[/bold]", table, floor, *missing, "")
+
+
+@contextmanager
+def starting(against: Checkout, device: str, console: Console):
+    """The other revision, with a word while its library may be built."""
+    with ExitStack() as stack:
+        with console.status(f"preparing {against.ref}"):
+            revision = stack.enter_context(running(against, device))
+        yield revision
 
 
 @contextmanager
