@@ -73,7 +73,7 @@ def compare(
     problem = thing.problem(device)
     expected = truth(problem, thing.backward)
     functions, errors, reasons = {}, {}, {}
-    prepare = {OURS: lambda: problem.ours("auto"), **other_implementations(thing, problem, device), **problem.baselines}
+    prepare = ways(thing, problem, device)
     for name, way in prepare.items():
         notify(f"checking {name}", 0)
         try:
@@ -102,13 +102,17 @@ def compare(
     return rows
 
 
-def other_implementations(thing: Thing, problem: Problem, device: str) -> dict[str, Callable[[], Way]]:
-    """A way for each of ours that can run, where there is a choice. The reference and an interpreted Triton compete with nobody."""
+def ways(thing: Thing, problem: Problem, device: str) -> dict[str, Callable[[], Way]]:
+    """Ours; each implementation of ours that can run, where there is a choice; the baselines.
+
+    The reference and a Triton that would be interpreted compete with nobody.
+    """
     implementations = sys.modules[getattr(ops, thing.operator.name).__module__].implementations
-    names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
     dtype = getattr(torch, rate_dtype(thing.dtype))
+    names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
     names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
-    return {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
+    chosen = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
+    return {OURS: partial(problem.ours, "auto"), **chosen, **problem.baselines}
 
 
 def rate_dtype(dtype: str) -> str:
