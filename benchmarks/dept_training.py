@@ -11,11 +11,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from dept_embedding import official_formulation
 from peft import PromptTuningConfig, get_peft_model
 from rich.console import Console
 
 from peft_kernels import DePTConfig, dept
+from peft_kernels.bench.cases.decomposed_prompt_embedding import official_formulation
 from peft_kernels.bench.measure import interleaved, peak_memory
 from peft_kernels.bench.methods import t5_base, twin
 from peft_kernels.bench.results import OURS, compared, measured

@@ -15,6 +15,18 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class AnyDtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Phase(str, Enum):
+    forward = "forward"
+    backward = "backward"
+    both = "both"
+
+
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
@@ -72,10 +84,46 @@ def demo(
     from .workloads import chosen
 
     console = Console()
-    if device == Device.cuda and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
+    _check(device)
     if data is not None and (input is not None or prompts is not None):
         raise typer.BadParameter("dialogues bring their own inputs and prompts: leave --input and --prompts out", param_hint="--data")
     workload = chosen(model, tokenizer, input, prompts, data, input_tokens, limit, batch_size)
     agree = run(workload, model, getattr(torch, dtype.value), device.value, new_tokens, repeats, out, console)
     raise typer.Exit(0 if agree else 1)
+
+
+@app.command()
+def bench(
+    operators: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators, as in peft_kernels.ops. Without one: all.")] = None,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
+    dtype: Annotated[list[AnyDtype] | None, typer.Option(help="May be repeated. Without it: float32 and bfloat16.")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option(help='Sizes in place of the default shapes, "B=16,L=256,...", of exactly one OP. May be repeated.')
+    ] = None,
+    phase: Annotated[Phase, typer.Option(help="backward: forward and backward together.")] = Phase.both,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each way, or more where they are short.", min=2)] = 20,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and fewer repetitions of what is short.")] = False,
+    against: Annotated[str | None, typer.Option(help="A git revision of this package, whose operators are timed beside.", metavar="REF")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for operators.json and operators.csv. Without it: results/<device>.", file_okay=False)
+    ] = None,
+):
+    """Every operator against every baseline: checked against float64, timed turn by turn, held against the floor of this machine."""
+    from .operators_command import asked, run
+    from .revision import found
+
+    _check(device)
+    console = Console()
+    try:
+        things = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
+        checkout = None if against is None else found(against)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(0 if run(things, device.value, repeats, quick, out, console, checkout) else 1)
+
+
+def _check(device: Device):
+    import torch
+
+    if device == Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")

@@ -52,12 +52,16 @@ class Row:
 
 
 def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **common) -> list[Row]:
-    """A row for each way that was timed turn by turn with OURS. each: way -> fields of its own; common: those that all share."""
-    ours = timings[OURS].seconds
+    """A row for each way that was timed, turn by turn. each: way -> fields of its own; common: those that all share.
+
+    Without OURS among them no ratio is known.
+    """
+    ours = timings[OURS].seconds if OURS in timings else ()
 
     def row(way: str, timing: Timing) -> Row:
-        ratio = statistics.median(theirs / own for theirs, own in zip(timing.seconds, ours))  # zip: a slow way has fewer turns
-        times = {"median_s": timing.median, "spread": timing.spread, "runs": len(timing.seconds), "ratio": ratio}
+        ratios = [theirs / own for theirs, own in zip(timing.seconds, ours)]  # zip: a slow way has fewer turns
+        times = {"median_s": timing.median, "spread": timing.spread, "runs": len(timing.seconds)}
+        times["ratio"] = statistics.median(ratios) if ratios else None
         return Row(**{"way": way, **times, **common, **each.get(way, {})})
 
     return [row(*one) for one in timings.items()]
