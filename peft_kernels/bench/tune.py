@@ -58,13 +58,14 @@ def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | Non
             bar = progress.add_task(operator, total=len(given))
             outcomes = []
             for problem in given:
+                progress.update(bar, description=f"{operator}, {problem.site.kernel}")
                 outcomes.append(search(problem, device, on_gpu, 1 if quick else MAX_ROUNDS))
                 progress.advance(bar)
         console.print(table(operator, outcomes))
         for mistake in mistakes(outcomes):
             console.print(f"[red]{escape(mistake)}[/red]", soft_wrap=True)
         save(path, device, outcomes, console)  # now: what is interrupted later loses nothing of this
-    console.print(f"Written to {path}, which is read at the first launch of a process.", soft_wrap=True)
+    console.print(f"Written to {path}; peft-kernels info says what launches take.", soft_wrap=True)
 
 
 def on_gpu(functions: Mapping[str, Callable]) -> dict[str, Timing]:

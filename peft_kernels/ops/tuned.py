@@ -6,7 +6,6 @@ A cache that cannot be used is named in a warning, and the shipped tables are us
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -96,7 +95,7 @@ def options(operator: str, kernel: str, device: torch.device, shipped: dict, *ke
 
 @cache
 def entries(device: torch.device) -> dict[Site, dict[str, int]]:
-    """Of the device's cache, or none: the one dictionary that launches look into."""
+    """Of the device's cache, or none: the dictionary that every launch looks into, and that the tuner puts its candidates into."""
     if not enabled():
         return {}
     path = cache_file(device)
@@ -152,7 +151,7 @@ def read(path: Path, device: torch.device) -> list[Entry]:
             raise ValueError(f"{path} is for {what} {content.get(what)!r}, and this is {here!r}")
     try:
         return [_entry(item) for item in content["entries"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever stands there
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -161,15 +160,13 @@ def write(path: Path, device: torch.device, found: Iterable[Entry]):
     items = [{**entry._asdict(), "site": _named(entry.site)} for entry in sorted(found, key=lambda entry: entry.site)]
     head = json.dumps(fingerprint(device), indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps({**item.pop('site'), **item})}" for item in items)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(f'{head},\n "entries": [\n{lines}\n ]\n}}\n')
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    try:
+        partial.write_text(f'{head},\n "entries": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _named(site: Site) -> dict:
@@ -181,8 +178,8 @@ def _entry(item: dict) -> Entry:
     if name not in KERNELS.get(operator, ()):
         raise ValueError(f"no kernel {name!r} of {operator!r} can be tuned")
     kernel = KERNELS[operator][name]
-    if tuple(item["key"]) != kernel.key:
-        raise ValueError(f"{operator}, {name}: expected a key of {kernel.key}, got {item['key']!r}")
+    if tuple(item["key"]) != kernel.key or not all(type(size) is int for size in item["key"].values()):
+        raise ValueError(f"{operator}, {name}: expected a key of {kernel.key}, integers, got {item['key']!r}")
     allowed = {**kernel.blocks, "num_warps": WARPS, "num_stages": STAGES}
     for what, value in item["options"].items():
         least, most = allowed.get(what, (0, 0))

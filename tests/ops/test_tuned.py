@@ -119,6 +119,7 @@ def test_switched_off(monkeypatch):
         ({"operator": ["softmax"]}, "is damaged: TypeError"),
         ({"kernel": "sideways"}, "no kernel 'sideways' of 'label_logits' can be tuned"),
         ({"key": {"bytes": 4}}, "expected a key of ('bytes', 'words')"),
+        ({"key": {"bytes": [4], "words": 8}}, "expected a key of ('bytes', 'words'), integers"),
         ({"key": None}, "is damaged"),
         ({"options": {"BK": 32}}, "BK=32 is no option"),
         ({"options": {"BD": 96}}, "BD=96 is no option"),
