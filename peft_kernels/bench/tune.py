@@ -20,7 +20,7 @@ from .tune_problems import Problem, problems
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # norm of the difference over norm of the shipped result
 LEAST_GAIN = 0.03  # of the time; where runs scatter more than that, their spread
-MAX_ELEMENTS = 128  # of a tile, to a thread: half of its registers
+MOST_REGISTERS = 0.7  # for tiles; the shipped table has no row with more, and beyond it most rows spill
 MAX_ROUNDS = 8
 REPEATS = 31
 WRONG = "wrong result"
@@ -123,14 +123,17 @@ def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterato
     if options["num_stages"] > 1:  # 1: nothing that is worth a pipeline
         found += [{**options, "num_stages": options["num_stages"] + step} for step in (-1, 1)]
     for one in found:
-        if all(least <= one[name] <= most for name, (least, most) in allowed.items()) and elements(one, shipped, kernel) <= MAX_ELEMENTS:
+        if all(least <= one[name] <= most for name, (least, most) in allowed.items()) and fits(one, shipped, kernel):
             yield one
 
 
-def elements(options: Options, shipped: dict, kernel: tuned.Kernel) -> float:
-    """To a thread, of the largest tile that two sizes span: those that vary, and widths that do not."""
-    sizes = [*(options[name] for name in kernel.blocks), *(shipped[name] for name in {"BLOCK_D", "BD", "BQ"} - {*kernel.blocks} if name in shipped)]
-    return max(map(prod, combinations([*sizes, 1], 2))) / (32 * options["num_warps"])
+def fits(options: Options, shipped: dict, kernel: tuned.Kernel) -> bool:
+    """Whether all tiles leave a thread some of its registers: what would spill need not be compiled. Shared memory is the compiler's to judge."""
+    sizes = [options[name] for name in kernel.blocks] + [shipped[name] for name in {"BLOCK_D", "BD", "BQ"} - {*kernel.blocks} if name in shipped]
+    tiles = [prod(pair) for pair in combinations([*sizes, 1], 2)]
+    lanes, most = (64, 512) if torch.version.hip else (32, 255)
+    registers = min(most, 2048 // options["num_warps"], shipped.get("maxnreg", most))
+    return sum(tiles) + (kernel.tiles - 1) * max(tiles) <= MOST_REGISTERS * registers * lanes * options["num_warps"]
 
 
 def wrong(function: Callable[[], tuple], expected: tuple, tolerance: float) -> str | None:

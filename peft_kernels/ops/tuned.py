@@ -25,6 +25,7 @@ class Kernel(NamedTuple):
 
     key: tuple[str, ...]
     blocks: dict[str, tuple[int, int]]
+    tiles: int = 1  # of its largest, in registers at once
 
 
 _ATTENTION = {"BM": (16, 128), "BN": (16, 128)}
@@ -34,11 +35,11 @@ KERNELS = {
     "shared_cross_attention": {
         "forward": Kernel(("bytes", "head_dim", "rows"), _ATTENTION),
         "query_grad": Kernel(("bytes", "head_dim"), _ATTENTION),
-        "key_value_grad": Kernel(("bytes", "head_dim"), _ATTENTION),
+        "key_value_grad": Kernel(("bytes", "head_dim"), _ATTENTION, tiles=2),
     },
     "decomposed_prompt_embedding": {
-        "product": Kernel(("bytes",), {"BP": (16, 128), "BD": (16, 512), "BR": (16, 64)}),
-        "delta": Kernel(("bytes",), {"BP": (1, 128), "BD": (16, 1024)}),
+        "product": Kernel(("bytes",), {"BP": (16, 128), "BD": (16, 512), "BR": (16, 64)}, tiles=3),
+        "delta": Kernel(("bytes",), {"BP": (1, 128), "BD": (16, 1024)}, tiles=2),
         "backward": Kernel(("bytes",), {"BN": (1, 64), "BD": (16, 1024)}),
     },
     "special_tokens": {
