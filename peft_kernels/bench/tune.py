@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -51,21 +52,28 @@ def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | Non
     if reason := triton_runtime.unavailable("cuda", torch.float32):
         raise SystemExit(f"peft-kernels tune: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
-    path = out or tuned.cache_file(device)
-    for operator in operators or tuned.KERNELS:
+    tune(operators or list(tuned.KERNELS), dtypes, device, out or tuned.cache_file(device), on_gpu, 1 if quick else MAX_ROUNDS, console)
+
+
+def tune(operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, path: Path, timer: Timer, rounds: int, console: Console):
+    """One operator after the other; the file is written after each, so that an interruption loses one at most."""
+    for operator in operators:
         given = [problem for dtype in dtypes for problem in problems(operator, dtype, device)]
+        if not given:
+            console.print(f"{operator} has no kernels in {', '.join(map(str, dtypes))}")
+            continue
+        outcomes = []
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task(operator, total=len(given))
-            outcomes = []
             for problem in given:
                 progress.update(bar, description=f"{operator}, {problem.site.kernel}")
-                outcomes.append(search(problem, device, on_gpu, 1 if quick else MAX_ROUNDS))
+                outcomes.append(search(problem, device, timer, rounds))
                 progress.advance(bar)
         console.print(table(operator, outcomes))
         for mistake in mistakes(outcomes):
             console.print(f"[red]{escape(mistake)}[/red]", soft_wrap=True)
-        save(path, device, outcomes, console)  # now: what is interrupted later loses nothing of this
-    console.print(f"Written to {path}; peft-kernels info says what launches take.", soft_wrap=True)
+        save(path, device, outcomes, console)
+    console.print(f"{path}: peft-kernels info says what launches take.", soft_wrap=True)
 
 
 def on_gpu(functions: Mapping[str, Callable]) -> dict[str, Timing]:
@@ -77,15 +85,11 @@ def search(problem: Problem, device: torch.device, timer: Timer, rounds: int) ->
     launches = tuned.entries(device)
     launches.pop(problem.site, None)
     kernel = tuned.KERNELS[problem.site.operator][problem.site.kernel]
-    expected = problem.make()()
-    call = problem.make()
+    expected, call = problem.make()(), problem.make()
 
-    def launching(options, call=call):
-        def function():
-            launches[problem.site] = options
-            return call()
-
-        return function
+    def launched(options, call):
+        launches[problem.site] = options
+        return call()
 
     shipped = best = {name: problem.shipped[name] for name in (*kernel.blocks, "num_warps", "num_stages")}
     seen, rejected = [shipped], {}
@@ -94,18 +98,18 @@ def search(problem: Problem, device: torch.device, timer: Timer, rounds: int) ->
         for options in neighbours(best, problem.shipped, kernel):
             if options not in seen:
                 seen.append(options)
-                if reason := wrong(launching(options, problem.make()), expected, TOLERANCE[problem.dtype]):
+                if reason := wrong(partial(launched, options, problem.make()), expected, TOLERANCE[problem.dtype]):
                     rejected[described(options)] = reason
                 else:
                     candidates.append(options)
         if not candidates:
             break
-        timings = timer({described(options): launching(options) for options in (best, *candidates)})
+        timings = timer({described(options): partial(launched, options, call) for options in (best, *candidates)})
         fastest = min(candidates, key=lambda options: timings[described(options)].median)
         if not is_faster(timings[described(fastest)], timings[described(best)]):
             break
         best = fastest
-    timings = timer({described(options): launching(options) for options in (shipped, best)})
+    timings = timer({described(options): partial(launched, options, call) for options in (shipped, best)})
     of_shipped, of_best = timings[described(shipped)], timings[described(best)]
     won = is_faster(of_best, of_shipped)
     changed = {name: value for name, value in best.items() if value != shipped[name]}

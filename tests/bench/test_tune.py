@@ -188,15 +188,20 @@ def test_the_command_needs_a_gpu_and_a_known_operator(monkeypatch):
     assert "label_logits" in CliRunner().invoke(app, ["tune", "softmax"]).output
 
 
-def test_the_command_tunes_and_writes(problem, here, tmp_path, monkeypatch):
-    """All of it but the GPU: the kernels run in the interpreter."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tune.torch, "device", lambda *_: here)
-    monkeypatch.setattr(tune, "on_gpu", clock(lambda options: float(options["BD"]), []))
-    monkeypatch.setattr(tune, "problems", lambda operator, dtype, device: [problem] if dtype == torch.float32 else [])
-    result = CliRunner().invoke(app, ["tune", "label_logits", "--out", str(tmp_path / "out.json")], catch_exceptions=False)
-    assert result.exit_code == 0 and "BD=64" in result.output and "out.json" in result.output
-    (entry,) = tuned.read(tmp_path / "out.json", here)
+def test_tunes_and_writes_operator_by_operator(problem, here, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(tune, "problems", lambda operator, dtype, device: [problem] if operator == "label_logits" else [])
+    operators = ["label_logits", "prototype_scores"]
+    tune.tune(operators, [torch.float32], here, path, clock(lambda options: float(options["BD"]), []), 8, Console(width=200))
+    text = capsys.readouterr().out
+    assert "BD=64" in text and "prototype_scores has no kernels in torch.float32" in text and str(path) in text
+    (entry,) = tuned.read(path, here)
     assert entry[:2] == (problem.site, {"BD": 64})
     assert not tuned.cache_file(here).exists()
+
+
+def test_times_on_a_gpu(problem, here):
+    if here.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    outcome = tune.search(problem, here, tune.on_gpu, 1)
+    assert 0 < outcome.best.median <= outcome.shipped.median and not list(tune.mistakes([outcome]))
