@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..ops.tuned import KERNELS
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -127,3 +129,31 @@ def _check(device: Device):
 
     if device == Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
+
+
+Operator = Enum("Operator", {name: name for name in KERNELS}, type=str)
+
+
+@app.command()
+def tune(
+    operators: Annotated[list[Operator] | None, typer.Argument(metavar="[OP]...", help="Without one: all.")] = None,
+    dtype: Annotated[list[Dtype], typer.Option(help="Of the tensors; bfloat16 stands for float16 too.")] = (Dtype.float32, Dtype.bfloat16),
+    out: Annotated[
+        Path | None, typer.Option(help="Write here, not where launches read; what is there of other kernels stays.", dir_okay=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the nearest neighbours of the shipped options.")] = False,
+):
+    """Measure the launch options of the Triton kernels on this GPU, and keep those that are at least 3 % faster than the shipped ones.
+
+    Block sizes, warps and stages are tried around the shipped table, checked against its results, and timed side by side as CUDA graphs.
+    What is faster goes into a JSON file that later processes read at their first launch: in PEFT_KERNELS_CACHE, XDG_CACHE_HOME/peft_kernels
+    or ~/.cache/peft_kernels, for this GPU, this version of Triton and of peft_kernels. PEFT_KERNELS_TUNED=0 turns it off, `info` says what
+    is in use. Sums may be added in another order than with the shipped options. Nothing is ever tuned at a call.
+
+    The kernels in CUDA C++, which "auto" takes where they are built, have their launch constants compiled in and are not tuned.
+    """
+    import torch
+
+    from .tune import run
+
+    run([one.value for one in operators or ()], [getattr(torch, one.value) for one in dtype], out, quick, Console())
