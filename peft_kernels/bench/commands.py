@@ -157,3 +157,45 @@ def tune(
     from .tune import run
 
     run([one.value for one in operators or ()], [getattr(torch, one.value) for one in dtype], out, quick, Console())
+
+
+class Method(str, Enum):
+    pid = "pid"
+    dept = "dept"
+    pasta = "pasta"
+    dect = "dect"
+    ytuning = "ytuning"
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(help="A folder, or t5-base, bert-base, roberta-base, gpt2 and the like with random weights, or a hub id."),
+    ],
+    method: Annotated[Method | None, typer.Option(help="What is swapped in. Encoder-decoder models need not say: pid.")] = None,
+    batch: Annotated[
+        list[str] | None, typer.Option(metavar="INTS", help="Inputs of a batch. Several values, as 1,2,4 or repeated, make a sweep with a plot.")
+    ] = None,
+    streams: Annotated[list[str] | None, typer.Option(metavar="INTS", help="pid: prompts of every input; a sweep likewise.")] = None,
+    length: Annotated[list[str] | None, typer.Option(metavar="INTS", help="Tokens of an input; a sweep likewise.")] = None,
+    new_tokens: Annotated[list[str] | None, typer.Option(metavar="INTS", help="pid: tokens generated, or learned, per prompt; likewise.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs of each way; 5, with --quick 2.", min=1)] = None,
+    train: Annotated[bool, typer.Option("--train", help="A training step in place of inference.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes where no option names one, two runs: does it work at all.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON, plots and traces; else results/DEVICE.", file_okay=False)] = None,
+):
+    """A model end to end, stock and with a method's kernels: throughput, time to first token, peak memory, time by operator.
+
+    Both ways run turn by turn in one process, and what they say is compared: a disagreement in float32 fails. Chrome traces are written too.
+    """
+    import torch
+
+    from .profile import run
+
+    sizes = {"batch": batch, "streams": streams, "length": length, "new_tokens": new_tokens}
+    chosen = {"dtype": getattr(torch, dtype.value), "device": device.value, "repeats": repeats, "train": train, "quick": quick, "out": out}
+    agree = run(model, None if method is None else method.value, sizes, **chosen, console=Console())
+    raise typer.Exit(0 if agree else 1)
