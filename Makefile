@@ -3,11 +3,13 @@ PYTHON ?= python3
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: env demo test test-oldest lint docs clean
+.PHONY: env demo figures test test-oldest lint docs clean
 
 env: .venv/.ready
 demo: env
 	.venv/bin/peft-kernels demo
+figures: env
+	.venv/bin/peft-kernels report --readme README.md
 test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready
