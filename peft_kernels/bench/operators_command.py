@@ -1,5 +1,6 @@
 """The command that measures operators: what is asked for, a progress bar, a table for each thing, files."""
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -11,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .cases import NAMES, operator
 from .measure import ceilings
-from .operators import Thing, compare, rate_dtype, things
-from .results import OURS, Row, device_name, folder_name, measured
+from .operators import Thing, compare, failed, rate_dtype, things
+from .results import Row, device_name, folder_name, measured
 from .revision import Checkout, running
 from .suite import Operator
 from .tables import table
 
 SECONDS, QUICK_SECONDS = 3.0, 0.4  # for the turns of one thing; short ways are repeated more often, as their times scatter most
+DRAWN_EVERY = 0.2  # seconds
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
 
@@ -43,11 +45,11 @@ def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Pa
             rows += found
     path = (out or Path("results") / folder_name(device_name(device))) / "operators.json"
     measured(rows, device, limits).write(path)
-    failed = [row for row in rows if row.way == OURS and row.missing]
-    for row in failed:
-        console.print(f"[bold red]ours failed[/bold red]: {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}: {escape(row.missing)}")
+    failures = [row for row in rows if failed(row)]
+    for row in failures:
+        console.print(f"[bold red]{row.way} failed[/bold red], {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}: {escape(row.missing)}")
     console.print(f"written: {path} and {path.with_suffix('.csv').name}")
-    return not failed
+    return not failures
 
 
 def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], phase: str, quick: bool, console: Console) -> list[Thing]:
@@ -101,6 +103,15 @@ def starting(against: Checkout, device: str, console: Console):
 @contextmanager
 def _progress(console: Console, total: int):
     columns = SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("", total=total)
-        yield lambda what, done: progress.update(task, description=escape(what), completed=done)
+        drawn = 0.0
+
+        def step(what: str, done: float):
+            """Draws between timed runs, and not too often: a thread that draws would take its time from them."""
+            nonlocal drawn
+            if (now := time.monotonic()) - drawn > DRAWN_EVERY:
+                progress.update(task, description=escape(what), completed=done, refresh=True)
+                drawn = now
+
+        yield step

@@ -30,7 +30,7 @@ class Problem:
     truth: Callable[..., Any]  # of the leaves in float64
     cost: Callable[..., Any]  # of the leaves and, by keyword, backward: a Cost
     baselines: Mapping[str, Callable[[], Way]]  # each is prepared once, and raises where it does not apply here, with the reason
-    floor: Callable[[], Any] | None = None  # its time is the floor; None: the cost over the machine's ceilings
+    floor: Callable[[], Any] | None = None  # on a CPU: its time is the floor; None: the cost over the ceilings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from peft_kernels import ops
 from peft_kernels.bench import cases, measure, operators_command, results, revision
 from peft_kernels.bench.commands import app
-from peft_kernels.bench.operators import Thing, compare
+from peft_kernels.bench.operators import Thing, checked, compare, truth
 from peft_kernels.bench.suite import Way
 
 ROOT = Path(__file__).parents[2]
@@ -124,8 +124,23 @@ def test_a_wrong_operator_fails_the_command_after_all_rows(tmp_path, monkeypatch
     assert "ours failed" in output and "wrong: error 1.0e-03" in output
     for row in rows:
         assert (row.missing or "").startswith("wrong" if row.way == "ours" else "no C++" if "compiled" in row.way else "")
-        assert row.ratio is None and (row.way == "ours" or row.missing or row.median_s > 0)
+        assert row.ratio is None and (row.missing or row.median_s > 0)
     assert {row.phase for row in rows} == {"forward", "forward + backward"}
+
+
+def test_a_wrong_implementation_that_auto_does_not_take_fails_too(tmp_path, monkeypatch):
+    function = ops.label_cross_attention
+    explicit = functools.wraps(function)(lambda *args, impl, **kwargs: function(*args, impl=impl, **kwargs) * (1.001 if impl == "explicit" else 1))
+    monkeypatch.setattr(ops, "label_cross_attention", explicit)
+    output, _ = bench("label_cross_attention", tmp_path, "--dtype", "float32", "--phase", "forward", code=1)
+    assert "ours, explicit failed" in output and "ours failed" not in output
+
+
+def test_a_shape_that_does_not_fit_costs_no_other_row(tmp_path):
+    fits = TINY["label_cross_attention"]
+    output, rows = bench("label_cross_attention", tmp_path, "--shapes", fits.replace("num_heads=2", "num_heads=3"), "--dtype", "float32", code=1)
+    assert {row.shape["num_heads"]: bool(row.missing) for row in rows if row.way == "ours"} == {2: False, 3: True}
+    assert "ours failed" in output
 
 
 def test_a_wrong_baseline_is_missing(tmp_path, monkeypatch):
@@ -139,14 +154,11 @@ def test_a_wrong_baseline_is_missing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [lambda x: x[..., :1], lambda x: x * float("nan")])
 def test_other_shapes_and_nan_are_wrong(change):
-    problem = thing("special_token_add").problem("cpu")
+    added = thing("special_token_add")
+    problem = added.problem("cpu")
     ours = problem.ours("auto").compute
-    operator = cases.operator("special_token_add")
-    broken = Way(lambda *leaves: change(ours(*leaves)))
-    from peft_kernels.bench.operators import checked, truth
-
     with pytest.raises(ValueError, match="wrong: "):
-        checked(broken, problem, truth(problem, False), thing(operator.name), "cpu")
+        checked(Way(lambda *leaves: change(ours(*leaves))), problem, truth(problem, False), added, "cpu")
 
 
 def test_what_a_ratio_is():
@@ -176,19 +188,11 @@ def test_what_has_nothing_to_measure_is_named(capsys):
 
 @pytest.fixture
 def repository(tmp_path):
-    """This package as a small repository, with a commit in which one operator is wrong and one has another name."""
+    """This package as a small repository, with a commit in which one operator is wrong and one is not there."""
     root = tmp_path / "repository"
-    shutil.copytree(ROOT / "peft_kernels", root / "peft_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.rmtree(root / "peft_kernels" / "bench")
+    shutil.copytree(ROOT / "peft_kernels", root / "peft_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "bench"))
     package = root / "peft_kernels" / "ops" / "__init__.py"
-    package.write_text(
-        package.read_text()
-        .replace("special_token_slots", "positions_of_special_tokens")
-        .replace(
-            "import special_token_add, special_token_add_, positions_of_special_tokens",
-            "import special_token_add, special_token_add_, special_token_slots as positions_of_special_tokens",
-        )
-    )
+    package.write_text(package.read_text().replace('    "special_token_slots",\n', ""))
     reference = root / "peft_kernels" / "ops" / "label_logits" / "reference.py"
     reference.write_text(reference.read_text().replace("words + bias", "words - bias"))
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):

@@ -16,6 +16,22 @@ def test_interleaved_takes_turns_and_counts_by_name():
     assert len(calls) == 40 and turns == {"ab", "ba"}
 
 
+def test_what_runs_in_another_process_times_itself_and_the_others_settle():
+    class Elsewhere:
+        def __call__(self):
+            calls.append("there")
+
+        def seconds(self):
+            calls.append("timed there")
+            return 5.0
+
+    calls = []
+    timings = measure.interleaved({"there": Elsewhere(), "here": lambda: calls.append("here")}, 2, warmup=1)
+    assert timings["there"].seconds == (5.0, 5.0)
+    assert calls[:2] == ["there", "here"] and calls.count("timed there") == 2
+    assert calls.count("here") == 1 + 2 * 2  # warm-up, then an untimed run before each timed one
+
+
 def test_timing():
     timing = measure.Timing((1.0, 2.0, 3.0, 4.0, 5.0))
     assert timing.median == 3 and timing.spread == pytest.approx(2 / 3)
