@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from ..results import OURS
 
 STOCK = "stock"
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative difference between two ways through a whole model
@@ -28,7 +26,7 @@ class Case:
     shape: dict[str, int]
     items: int  # what a run gets through
     item: str  # "tokens", "streams", "samples"
-    ways: dict[str, Callable[[], Run]]  # STOCK, OURS and others; called for a run that nothing has warmed up
+    ways: dict[str, Callable[[], Run]]  # STOCK, OURS and others; called for a run that holds nothing yet
     check: Callable[[dict[str, Any]], Agreement]  # takes what a run of every way returned
     missing: dict[str, str] = field(default_factory=dict)  # ways that this model cannot take, and why
 
@@ -37,12 +35,28 @@ class Case:
         return self.phase, tuple(self.shape.items())
 
 
-def without_gradient(function: Run) -> Run:
-    def run():
-        with torch.no_grad():
-            return function()
+class Subject(Protocol):
+    """A method on a model. Made of a source, whether to train, and the largest size on every axis."""
 
-    return run
+    kinds: tuple[str, ...]  # of models that it takes
+    trains: bool
+    sizes: dict[str, int]  # by axis, where no option names one
+    quick: dict[str, int]
+    ways: dict[str, str]  # what each of them does, in words
+
+    def cases(self, point: dict[str, int]) -> Iterator[Case]: ...
+
+
+def run_of(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> Run:
+    """A training step, or a forward that returns logits."""
+    if train:
+        return training_step(model, lambda: model(**inputs).loss)
+
+    def forward():
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    return forward
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
@@ -85,6 +99,3 @@ def close(dtype: torch.dtype, differences: dict[str, float]) -> Agreement:
     limit = LIMITS[dtype]
     text = "; ".join(f"{what}: relative difference {error:.1e}" for what, error in differences.items())
     return Agreement(all(error <= limit for error in differences.values()), f"{text} (at most {limit:.0e})")
-
-
-__all__ = ["OURS", "STOCK", "Agreement", "Case", "Run", "close", "difference", "evaluating", "training_step", "without_gradient"]

@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from ... import dect
+from ..results import OURS
 from ..workloads import built_in_text
-from .case import OURS, STOCK, Agreement, Case, close, difference
-from .models import check_length
+from .case import STOCK, Agreement, Case, close, difference
+from .models import Source, check_length
 from .tokens import T5_MASK, word_tokenizer
 
 LABEL_WORDS = ["terrible", "great"]
@@ -25,7 +26,7 @@ class DecT:
     sizes = {"batch": 32, "length": 128}
     quick = {"batch": 4, "length": 32}
 
-    def __init__(self, source, train: bool, largest: dict[str, int]):
+    def __init__(self, source: Source, train: bool, largest: dict[str, int]):
         self.dtype = source.dtype
         self.model = source.language_model()
         self.template = "{text} It was {mask}" if source.kind == "causal" else "{text} It was {mask}."

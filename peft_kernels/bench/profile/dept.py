@@ -10,38 +10,42 @@ from torch import Tensor, nn
 from ... import DePTConfig
 from ...dept.family import inserts_after_first
 from .. import methods
-from .case import OURS, STOCK, Agreement, Case, close, difference, evaluating, training_step, without_gradient
-from .models import check_length
-from .tokens import random_ids
+from ..results import OURS
+from .case import STOCK, Agreement, Case, close, difference, evaluating, run_of
+from .models import Source, check_length
+from .tokens import random_sentences
 
 PROMPT_TUNING = "prompt tuning"
 VIRTUAL_TOKENS, RANK = 60, 30  # the paper's trade, table 1, at T5-base: as many trained numbers as 100 prompt rows
 LABEL_TOKENS = 4
+TASKS = {"encoder-decoder": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "encoder": "SEQ_CLS"}
 
 
 class DePT:
-    kinds = ("encoder-decoder", "causal", "encoder")
+    kinds = tuple(TASKS)
     trains = True
     sizes = {"batch": 8, "length": 256}
     quick = {"batch": 2, "length": 64}
 
-    def __init__(self, source, train: bool, largest: dict[str, int]):
+    def __init__(self, source: Source, train: bool, largest: dict[str, int]):
         self.train, self.dtype, self.kind = train, source.dtype, source.kind
-        base = source.classifier() if source.kind == "encoder" else source.language_model()
-        width, longest = base.get_input_embeddings().embedding_dim, largest["length"]
-        rows = VIRTUAL_TOKENS + round(RANK * (longest + width) / width)
-        check_length(base if base.can_generate() else base.base_model, longest, rows)
-        task = {"encoder-decoder": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "encoder": "SEQ_CLS"}[source.kind]
+        self.base = source.classifier() if source.kind == "encoder" else source.language_model()
+        table, longest = self.base.get_input_embeddings(), largest["length"]
+        rows = VIRTUAL_TOKENS + round(RANK * (longest + table.embedding_dim) / table.embedding_dim)
+        check_length(self.base if self.base.can_generate() else self.base.base_model, longest, rows)
+        task = TASKS[source.kind]
         config = DePTConfig(task_type=task, num_virtual_tokens=VIRTUAL_TOKENS, r=RANK, max_length=longest)
-        ours = get_peft_model(methods.twin(base), config)
+        ours = get_peft_model(methods.twin(self.base), config)
         layer = ours.base_model.model.dept
         prompt, a, b = (parameters["default"] for parameters in (layer.dept_prompt, layer.dept_a, layer.dept_b))
-        for parameter in (prompt, b):  # as large as embeddings are: the update starts from zero, which would compare nothing
-            parameter.data.normal_(std=float(base.get_input_embeddings().weight.float().std()))
-        official = Official(methods.twin(base), prompt, a, b, config.scale)
-        tuning = get_peft_model(methods.twin(base), PromptTuningConfig(task_type=task, num_virtual_tokens=rows, num_transformer_submodules=1))
-        self.models = {STOCK: official, PROMPT_TUNING: tuning, OURS: ours}
-        self.vocab_size, self.pad, self.device = base.get_input_embeddings().num_embeddings, base.config.pad_token_id, base.device
+        for parameter in (prompt, b):  # as large as embeddings: an update of zero, from which training starts, would compare nothing
+            parameter.data.normal_(std=float(table.weight.float().std()))
+        tuning = PromptTuningConfig(task_type=task, num_virtual_tokens=rows, num_transformer_submodules=1)
+        self.models = {
+            STOCK: Official(methods.twin(self.base), prompt, a, b, config.scale),
+            PROMPT_TUNING: get_peft_model(methods.twin(self.base), tuning),
+            OURS: ours,
+        }
         self.ways = {
             STOCK: f"DePT, {VIRTUAL_TOKENS} prompt rows and rank {RANK}, in the authors' order of work: repeat, multiply, add, concatenate",
             PROMPT_TUNING: f"PEFT's, {rows} rows, as many trained numbers",
@@ -49,27 +53,18 @@ class DePT:
         }
 
     def cases(self, point: dict[str, int]) -> Iterator[Case]:
-        batch, length = point["batch"], point["length"]
-        ids = random_ids(batch, length, vocab_size=self.vocab_size, avoid=self.pad).to(self.device)
-        if self.kind == "encoder":
-            labels = torch.arange(batch, device=self.device) % 2
-        else:
-            labels = ids if self.kind == "causal" else ids[:, :LABEL_TOKENS].contiguous()
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-        def run_of(model):
-            if self.train:
-                return training_step(model, lambda: model(**inputs).loss)
-            return without_gradient(lambda: model(**inputs).logits)
+        inputs = random_sentences(self.base, **point)
+        if self.kind != "encoder":
+            inputs["labels"] = inputs["input_ids"] if self.kind == "causal" else inputs["input_ids"][:, :LABEL_TOKENS].contiguous()
 
         def check(outputs) -> Agreement:
             with evaluating(self.models.values()):
                 found, expected = (self.models[way](**inputs) for way in (OURS, STOCK))
-                logits = expected.logits[:, -length:] if self.kind == "causal" else expected.logits
-                return close(self.dtype, {"logits": difference(found.logits, logits), "loss": difference(found.loss, expected.loss)})
+            logits = expected.logits[:, -point["length"] :] if self.kind == "causal" else expected.logits
+            return close(self.dtype, {"logits": difference(found.logits, logits), "loss": difference(found.loss, expected.loss)})
 
-        ways = {way: lambda model=model: run_of(model) for way, model in self.models.items()}
-        yield Case("training step" if self.train else "forward", point, batch, "samples", ways, check)
+        ways = {way: lambda model=model: run_of(model, inputs, self.train) for way, model in self.models.items()}
+        yield Case("training step" if self.train else "forward", point, point["batch"], "samples", ways, check)
 
 
 class Official(nn.Module):

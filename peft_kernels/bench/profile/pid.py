@@ -4,17 +4,20 @@ from collections.abc import Iterator
 
 import torch
 import typer
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ... import pid
 from ...pid.families import max_positions
 from .. import methods
+from ..results import OURS
 from ..workloads import Workload
-from .case import OURS, STOCK, Agreement, Case, close, difference, evaluating, training_step
-from .models import check_length
+from .case import STOCK, Agreement, Case, close, difference, evaluating, training_step
+from .models import Source, check_length
 from .tokens import random_ids
 
 PROMPT_TOKENS = 8
+UNPACKED = "ours, not packed"
 
 
 class PiD:
@@ -23,7 +26,7 @@ class PiD:
     sizes = {"batch": 1, "streams": 30, "length": 512, "new_tokens": 10}
     quick = {"batch": 1, "streams": 4, "length": 64, "new_tokens": 4}
 
-    def __init__(self, source, train: bool, largest: dict[str, int]):
+    def __init__(self, source: Source, train: bool, largest: dict[str, int]):
         self.train, self.dtype = train, source.dtype
         self.model = source.language_model()
         self.enabled()  # says early what is not supported
@@ -33,25 +36,24 @@ class PiD:
             raise typer.BadParameter(
                 f"the decoder has {limit} positions, got {needed} tokens, those of the prompt among them", param_hint="--new-tokens"
             )
-        what = "forward, backward and AdamW on all weights" if train else "greedy generate"
-        note = "; packed weights count as memory" if source.device == "cpu" and not train else ""
-        if train and getattr(source.config, "attention_dropout", getattr(source.config, "dropout_rate", 0)):
-            note = "; the model has attention dropout, which runs in stock attention on queries folded by input"
+        encoded_once = f"inputs encoded once, the encoder's output repeated per prompt of {PROMPT_TOKENS} tokens"
         self.ways = {
-            STOCK: f"inputs encoded once, the encoder's output repeated per prompt of {PROMPT_TOKENS} tokens; stock {what}",
-            OURS: f"pid.enable and pid.{'forward' if train else 'generate'}: keys and values of an input computed and kept once{note}",
+            STOCK: f"{encoded_once}; {'forward, backward and AdamW on all weights' if train else 'greedy generate'}",
+            OURS: f"pid.enable and pid.{'forward' if train else 'generate'}: keys and values of an input computed and kept once",
         }
+        if not train and source.device == "cpu":  # nothing is packed elsewhere
+            self.ways[UNPACKED] = "without the second copy of linear weights, packed for few rows"
+        if train and getattr(source.config, "attention_dropout", getattr(source.config, "dropout_rate", 0)):
+            self.ways[OURS] += "; the model has attention dropout, which runs in stock attention on queries folded by input"
 
-    def enabled(self):
-        return pid.enable(methods.twin(self.model))
+    def enabled(self, **options):
+        return pid.enable(methods.twin(self.model), **options)
 
     def cases(self, point: dict[str, int]) -> Iterator[Case]:
-        vocab_size = self.model.get_input_embeddings().num_embeddings
-        pad = methods.pad_token(self.model)
-        inputs = random_ids(point["batch"], point["length"], vocab_size=vocab_size, avoid=pad)
-        prompts = random_ids(point["streams"], PROMPT_TOKENS, vocab_size=vocab_size, avoid=pad, seed=1)
+        inputs = random_ids(self.model, point["batch"], point["length"])
+        prompts = random_ids(self.model, point["streams"], PROMPT_TOKENS, seed=1)
         if self.train:
-            yield self.training(point, inputs, prompts, random_ids(point["streams"], point["new_tokens"], vocab_size=vocab_size, avoid=pad, seed=2))
+            yield self.training(point, inputs, prompts, random_ids(self.model, point["streams"], point["new_tokens"], seed=2))
             return
         workload = Workload("", inputs.tolist(), prompts.tolist(), batch_size=point["batch"])
         yield self.generation("generate", point, workload, point["new_tokens"])
@@ -62,19 +64,24 @@ class PiD:
             return lambda: methods.ask(method, model, workload, new_tokens, full_length=True)
 
         def check(outputs) -> Agreement:
-            wrong, streams = methods.differing(outputs[STOCK], outputs[OURS]), len(outputs[STOCK].tokens)
+            stock = outputs.pop(STOCK)
+            wrong, streams = max(methods.differing(stock, other) for other in outputs.values()), len(stock.tokens)
             return Agreement(not wrong, f"tokens: {wrong} of {streams} streams differ" if wrong else f"tokens: all {streams} streams identical")
 
-        ways = {STOCK: lambda: asking(methods.repeated, self.model), OURS: lambda: asking(methods.shared, self.enabled())}
+        ways = {
+            STOCK: lambda: asking(methods.repeated, self.model),
+            OURS: lambda: asking(methods.shared, self.enabled()),
+            UNPACKED: lambda: asking(methods.shared, self.enabled(pack_weights=False)),
+        }
+        ways = {way: make for way, make in ways.items() if way in self.ways}
         return Case(phase, shape, shape["batch"] * shape["streams"] * new_tokens, "tokens", ways, check)
 
-    def training(self, shape: dict[str, int], inputs: torch.Tensor, prompts: torch.Tensor, targets: torch.Tensor) -> Case:
+    def training(self, shape: dict[str, int], ids: Tensor, prompts: Tensor, targets: Tensor) -> Case:
         """The targets of an input's prompts are those of every input's."""
-        device, (batch, streams) = self.model.device, (len(inputs), len(prompts))
-        ids = inputs.to(device)
-        starts = torch.full((streams, 1), methods.start_token(self.model))
-        decoder_ids = torch.cat((starts, prompts, targets[:, :-1]), 1).repeat(batch, 1).to(device)  # [b*M, P + t]
-        labels = torch.cat((torch.full_like(prompts, -100), targets), 1).repeat(batch, 1).to(device)
+        batch, streams = len(ids), len(prompts)
+        starts = prompts.new_full((streams, 1), methods.start_token(self.model))
+        decoder_ids = torch.cat((starts, prompts, targets[:, :-1]), 1).repeat(batch, 1)  # [b*M, P + t]
+        labels = torch.cat((torch.full_like(prompts, -100), targets), 1).repeat(batch, 1)
 
         def repeated(model):
             states = model.get_encoder()(input_ids=ids).last_hidden_state.repeat_interleave(streams, 0)

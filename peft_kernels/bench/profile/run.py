@@ -2,9 +2,9 @@
 
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 
 from ..demo import progress_bar
-from ..measure import interleaved, peak_memory
+from ..measure import Timing, interleaved, peak_memory
 from ..results import OURS, Row, device_name, folder_name, measured, timed
 from . import plot, show
-from .case import STOCK, Agreement, Case, Run
+from .case import STOCK, Agreement, Case, Subject
 from .dect import DecT
 from .dept import DePT
 from .models import NAMES, Source, source_of
@@ -25,7 +25,7 @@ from .pid import PiD
 from .sweep import points, sizes_of
 from .ytuning import YTuning
 
-METHODS = {"pid": PiD, "dept": DePT, "pasta": PASTA, "dect": DecT, "ytuning": YTuning}
+METHODS: dict[str, type[Subject]] = {"pid": PiD, "dept": DePT, "pasta": PASTA, "dect": DecT, "ytuning": YTuning}
 
 
 def run(
@@ -51,12 +51,9 @@ def run(
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's concern
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with _refusing("MODEL"):
         source = source_of(name, dtype, device)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="MODEL") from error
-    follows = method is None
-    method = method or _method_for(source)
+    follows, method = method is None, method or _method_for(source)
     kind = METHODS[method]
     if source.kind not in kind.kinds:
         raise typer.BadParameter(f"{method} takes {' or '.join(NAMES[one] for one in kind.kinds)}, got {source}", param_hint="--method")
@@ -64,32 +61,18 @@ def run(
         raise typer.BadParameter(f"does not apply to {method}, which trains nothing in the model", param_hint="--train")
     sizes = sizes_of(given, kind.quick if quick else kind.sizes, method)
     repeats = repeats or (2 if quick else 5)
+
     show.header(console, source, method, follows, sizes, train, repeats)
-    try:
+    with _refusing("MODEL"):
         subject = kind(source, train, {axis: max(values) for axis, values in sizes.items()})
         cases = list({case.thing: case for point in points(sizes) for case in subject.cases(point)}.values())
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{method}: {error}", param_hint="MODEL") from error
     show.ways(console, subject.ways)
-
     out = out or Path("results") / folder_name(device_name(device))
     stem = f"profile_{method}{'_train' if train else ''}"
     traces = {way: out / f"{stem}_{way}.trace.json.gz" for way in (STOCK, OURS)}
-    rows, agreements, operators = [], [], {}
-    first, *_ = cases
-    with progress_bar(console, len(first.ways) + len(traces) + sum(len(case.ways) * (1 + repeats) for case in cases)) as step:
-        for way, make in first.ways.items():
-            step(f"warming up: {way}")
-            make()()
-        for case in cases:
-            runs, found, agreement = _measured(case, repeats, source, method, step)
-            rows += found
-            agreements.append((case, agreement))
-            if case is first:
-                for way, trace in traces.items():
-                    step(f"torch.profiler: {way}")
-                    operators[way] = self_times(runs[way], device, trace)
-            del runs  # optimizers, packed weights
+    with progress_bar(console, len(cases[0].ways) + len(traces) + sum(len(case.ways) * (1 + repeats) for case in cases)) as step:
+        rows, agreements, operators = _measured(cases, repeats, source, method, traces, step)
+
     show.results(console, rows, sizes)
     agree = show.agreements(console, agreements, dtype)
     show.operators(console, operators)
@@ -99,6 +82,14 @@ def run(
     return agree
 
 
+@contextmanager
+def _refusing(argument: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=argument) from error
+
+
 def _method_for(source: Source) -> str:
     if source.kind == "encoder-decoder":
         return "pid"
@@ -106,22 +97,34 @@ def _method_for(source: Source) -> str:
     raise typer.BadParameter(f"needed for {source}: one of {', '.join(fitting)}", param_hint="--method")
 
 
-def _measured(case: Case, repeats: int, source: Source, method: str, step: Callable[[str], Any]) -> tuple[dict[str, Run], list[Row], Agreement]:
-    runs, outputs, peaks = {}, {}, {}
-    for way, make in case.ways.items():
-        step(f"{show.point(case)}: {way}, memory")
-        runs[way] = make()
-        outputs[way], peaks[way], _ = peak_memory(runs[way], source.device)
-    agreement = case.check(outputs)
-    outputs.clear()
-    timings = interleaved(runs, repeats, warmup=0, device=source.device, notify=lambda way: step(f"{show.point(case)}: {way}"))
+def _measured(
+    cases: Sequence[Case], repeats: int, source: Source, method: str, traces: Mapping[str, Path], step: Callable[[str], None]
+) -> tuple[list[Row], list[tuple[Case, Agreement]], dict[str, dict[str, float]]]:
+    """Rows and agreement of every case, and the operators' times in the first."""
+    rows, agreements, operators = [], [], {}
+    for way, make in cases[0].ways.items():
+        step(f"warming up: {way}")
+        make()()
+    for case in cases:
+        runs, outputs, peaks = {}, {}, {}
+        for way, make in case.ways.items():
+            step(f"{case.phase}: {way}, memory")
+            runs[way] = make()
+            outputs[way], peaks[way], _ = peak_memory(runs[way], source.device)
+        agreements.append((case, case.check(outputs)))
+        timings = interleaved(runs, repeats, warmup=0, device=source.device, notify=lambda way, case=case: step(f"{case.phase}: {way}"))
+        rows += _rows(case, timings, peaks, source, method)
+        for way, trace in traces.items() if case is cases[0] else ():
+            step(f"torch.profiler: {way}")
+            operators[way] = self_times(runs[way], source.device, trace)
+    return rows, agreements, operators
 
-    def row(way: str, **fields) -> Row:
-        what = {"benchmark": f"profile {method}", "variant": source.title, "dtype": str(source.dtype).removeprefix("torch.")}
-        return Row(**what, shape=case.shape, phase=case.phase, way=way, items=case.items, item=case.item, **fields)
 
-    rows = []
+def _rows(case: Case, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str) -> Iterator[Row]:
+    what = {"benchmark": f"profile {method}", "variant": source.title, "dtype": str(source.dtype).removeprefix("torch.")}
+    what |= {"shape": case.shape, "phase": case.phase, "items": case.items, "item": case.item}
     for way, timing in timings.items():
         ratio = statistics.median(theirs / ours for theirs, ours in zip(timing.seconds, timings[OURS].seconds))
-        rows.append(row(way, **timed(timing), ratio=ratio, peak_bytes=peaks[way]))
-    return runs, rows + [row(way, missing=reason) for way, reason in case.missing.items()], agreement
+        yield Row(**what, way=way, **timed(timing), ratio=ratio, peak_bytes=peaks[way])
+    for way, reason in case.missing.items():
+        yield Row(**what, way=way, missing=reason)

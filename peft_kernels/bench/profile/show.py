@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..results import OURS, Row, device_name
-from .case import STOCK, Agreement, Case
+from .case import Agreement, Case
 from .models import NAMES, Source
 from .operators import NAMESPACE
 
@@ -42,36 +42,41 @@ def point(case: Case) -> str:
 
 def results(console: Console, rows: Iterable[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
     """A table for each phase, a line for each way at each point."""
-    phases = {}
+    points = {}
     for row in rows:
-        phases.setdefault(row.phase, []).append(row)
-    for phase, of_phase in phases.items():
-        axes = [axis for axis, values in sizes.items() if len(values) > 1 and axis in of_phase[0].shape]
+        points.setdefault(row.phase, {}).setdefault(row.thing, []).append(row)
+    for phase, of_phase in points.items():
+        first, *_ = next(iter(of_phase.values()))
+        axes = [axis for axis, values in sizes.items() if len(values) > 1 and axis in first.shape]
         table = Table(title=_title(phase), title_justify="left", box=box.SIMPLE_HEAD)
         for axis in axes:
             table.add_column(axis.replace("_", " "), justify="right")
         table.add_column("way")
-        for column in ("time", "spread", f"{of_phase[0].item}/s", "x stock", "peak MB"):
+        for column in ("time", "spread", f"{first.item}/s", "x stock", "peak MB"):
             table.add_column(column, justify="right")
-        stock = {row.thing: row for row in of_phase if row.way == STOCK}
-        for row in of_phase:
-            sweep = [str(row.shape[axis]) for axis in axes]
-            if row.missing:
-                console.print(f"{row.way} is missing: {escape(row.missing)}", highlight=False)
-                continue
-            cells = [
-                _seconds(row.median_s),
-                "-" if row.spread is None else f"{row.spread:.0%}",
-                f"{row.items / row.median_s:,.1f}",
-                f"{stock[row.thing].ratio / row.ratio:.2f}",
-                "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
-            ]
-            last_way = row.way == [one.way for one in of_phase if one.thing == row.thing and not one.missing][-1]
-            table.add_row(*sweep, row.way, *cells, style="bold" if row.way == OURS else None, end_section=last_way and bool(axes))
+        for ways in of_phase.values():
+            stock, *_ = ways
+            for row in ways:
+                cells = [*(str(row.shape[axis]) for axis in axes), row.way, *(["-"] * 5 if row.missing else _cells(row, stock))]
+                table.add_row(*cells, style="bold" if row.way == OURS else None)
+            if axes:
+                table.add_section()
         console.print(table)
+    for way, why in {row.way: row.missing for row in rows if row.missing}.items():
+        console.print(f"{way}: {escape(why)}", highlight=False)
     console.print(
         "time: median; spread: interquartile range over it; x stock: how many times faster; peak MB: above the loaded models\n", style="dim"
     )
+
+
+def _cells(row: Row, stock: Row) -> list[str]:
+    return [
+        _seconds(row.median_s),
+        "-" if row.spread is None else f"{row.spread:.0%}",
+        f"{row.items / row.median_s:,.1f}",
+        f"{stock.ratio / row.ratio:.2f}",
+        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
+    ]
 
 
 def agreements(console: Console, found: Iterable[tuple[Case, Agreement]], dtype: torch.dtype) -> bool:
@@ -85,7 +90,7 @@ def agreements(console: Console, found: Iterable[tuple[Case, Agreement]], dtype:
     wrong = [agreement for _, agreement in found if not agreement.agrees]
     if not wrong:
         case, agreement = found[0]
-        more = f"; so at all {len(found)} points" if len(found) > 1 else ""
+        more = f"; so in all {len(found)} cases" if len(found) > 1 else ""
         console.print(f"[green]stock and ours agree: {agreement.text}{more}[/green]", highlight=False)
     return not wrong or dtype != torch.float32
 

@@ -1,10 +1,10 @@
-"""Token ids and texts for models that come without a tokenizer."""
+"""Token ids, and a tokenizer for models that come without one."""
 
 from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from ...dect.template import T5_MASK
@@ -12,10 +12,18 @@ from ...dect.template import T5_MASK
 FIRST_ORDINARY_ID = 5  # random ids stay clear of what usually comes first: padding, start, end, unknown
 
 
-def random_ids(*shape: int, vocab_size: int, avoid: int | None = None, seed: int = 0) -> Tensor:
-    """Token ids on the CPU, the same at every call; ``avoid``, the padding, is not among them."""
-    ids = torch.randint(FIRST_ORDINARY_ID, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-    return ids if avoid is None else ids.masked_fill(ids == avoid, FIRST_ORDINARY_ID if avoid != FIRST_ORDINARY_ID else FIRST_ORDINARY_ID + 1)
+def random_ids(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
+    """Without padding, and the same at every call."""
+    vocab_size = min(model.get_input_embeddings().num_embeddings, model.config.get_text_config(decoder=True).vocab_size)
+    ids = torch.randint(FIRST_ORDINARY_ID, vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    pad = model.config.pad_token_id
+    return ids if pad is None else ids.masked_fill(ids == pad, FIRST_ORDINARY_ID - 1)
+
+
+def random_sentences(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
+    """Ids and mask, (B, S), and labels of two classes, (B,)."""
+    ids = random_ids(model, batch, length)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch, device=ids.device) % 2}
 
 
 def word_tokenizer(config: PreTrainedConfig, kind: str, words: Sequence[str]) -> PreTrainedTokenizerFast:

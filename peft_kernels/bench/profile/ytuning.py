@@ -7,9 +7,10 @@ import torch
 
 from ...ytuning import YTuningConfig, YTuningForSequenceClassification
 from .. import methods
-from .case import OURS, STOCK, Agreement, Case, close, difference, evaluating, training_step, without_gradient
-from .models import check_length
-from .tokens import random_ids
+from ..results import OURS
+from .case import STOCK, Agreement, Case, close, difference, evaluating, run_of
+from .models import Source, check_length
+from .tokens import random_sentences
 
 UNCACHED = "ours, not cached"
 
@@ -20,11 +21,12 @@ class YTuning:
     sizes = {"batch": 32, "length": 128}
     quick = {"batch": 4, "length": 32}
 
-    def __init__(self, source, train: bool, largest: dict[str, int]):
+    def __init__(self, source: Source, train: bool, largest: dict[str, int]):
         self.train, self.dtype = train, source.dtype
         self.stock = source.classifier()
-        self.backbone = (copy.deepcopy(self.stock) if train else methods.twin(self.stock)).base_model.requires_grad_(False)
-        check_length(self.backbone, largest["length"])
+        check_length(self.stock.base_model, largest["length"])
+        # what is tuned in full needs weights of its own
+        self.backbone = (copy.deepcopy(self.stock) if train else methods.twin(self.stock)).base_model
         width, heads = self.stock.config.hidden_size, self.stock.config.num_attention_heads
         torch.manual_seed(0)
         config = YTuningConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=width, num_labels=2)
@@ -33,37 +35,26 @@ class YTuning:
         if train:
             self.ways = {
                 STOCK: "full fine-tuning: forward, backward and AdamW on all weights",
-                OURS: "a label block on features in memory, computed before",
-                UNCACHED: "the same, the frozen backbone run in every step",
+                OURS: "the same on a label block, whose features were computed before and lie in memory",
+                UNCACHED: "with the frozen backbone run in every step",
             }
         else:
             self.ways = {STOCK: "the model with a classification head", OURS: "the same backbone with a label block"}
 
     def cases(self, point: dict[str, int]) -> Iterator[Case]:
-        batch, length = point["batch"], point["length"]
-        ids = random_ids(batch, length, vocab_size=self.stock.get_input_embeddings().num_embeddings, avoid=self.stock.config.pad_token_id)
-        ids = ids.to(self.stock.device)
-        mask, labels = torch.ones_like(ids), torch.arange(batch, device=ids.device) % 2
-        tokens = {"input_ids": ids, "attention_mask": mask}
+        inputs = random_sentences(self.stock, **point)
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        others = {name: inputs[name] for name in ("attention_mask", "labels")}
 
         def cached():
-            return {"features": without_gradient(lambda: self.backbone(**tokens).last_hidden_state)(), "attention_mask": mask}
-
-        def run_of(model, inputs):
-            if self.train:
-                return training_step(model, lambda: model(**inputs, labels=labels).loss)
-            return without_gradient(lambda: model(**inputs).logits)
+            with torch.no_grad():
+                return {"features": self.backbone(**tokens).last_hidden_state, **others}
 
         def check(outputs) -> Agreement:
             with evaluating((self.model,)):
-                return close(self.dtype, {"logits, cached and not": difference(self.model(**cached()).logits, self.model(**tokens).logits)})
+                return close(self.dtype, {"logits, cached and not": difference(self.model(**cached()).logits, self.model(**inputs).logits)})
 
+        ways = {STOCK: lambda: run_of(self.stock, inputs, self.train), OURS: lambda: run_of(self.model, inputs, self.train)}
         if self.train:
-            ways = {
-                STOCK: lambda: run_of(self.stock, tokens),
-                OURS: lambda: run_of(self.model, cached()),
-                UNCACHED: lambda: run_of(self.model, tokens),
-            }
-        else:
-            ways = {STOCK: lambda: run_of(self.stock, tokens), OURS: lambda: run_of(self.model, tokens)}
-        yield Case("training step" if self.train else "forward", point, batch, "samples", ways, check)
+            ways |= {UNCACHED: ways[OURS], OURS: lambda: run_of(self.model, cached(), True)}
+        yield Case("training step" if self.train else "forward", point, point["batch"], "samples", ways, check)
