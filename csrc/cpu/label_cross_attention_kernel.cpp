@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t kTokens = 96;                        // a multiple of kTileRows
+constexpr int64_t kStreams = 4 * kTileRows;            // tokens read side by side: as many as the hardware fetches ahead
+constexpr int64_t kTokens = 128;                       // pooled at a time
 constexpr int64_t kSumLanes = 128;                     // of a part of a score's sum
 constexpr int64_t kPanel = kTileVectors * kWidth;      // columns pooled at a time: those of kTokens features are in the nearest cache
 
@@ -66,7 +67,7 @@ struct Scratch {
   float *ones, *sums, *features, *panel, *scores, *weights;
 
   Scratch(float* memory, int64_t queries, int64_t padded, int64_t lanes, int64_t tokens)
-      : ones(memory), sums(ones + most(queries)), features(sums + padded * kPanel), panel(features + kTokens * round_up(lanes, 16)),
+      : ones(memory), sums(ones + most(queries)), features(sums + padded * kPanel), panel(features + kStreams * round_up(lanes, 16)),
         scores(panel + kTokens * kPanel), weights(scores + tokens * padded) {
     for (int64_t i = 0; i < most(queries); ++i) ones[i] = 1;
   }
@@ -74,7 +75,7 @@ struct Scratch {
   static int64_t most(int64_t queries) { return round_up(queries > kTokens ? queries : kTokens, 16); }
 
   static int64_t floats(int64_t queries, int64_t padded, int64_t lanes, int64_t tokens) {
-    return most(queries) + padded * kPanel + kTokens * (round_up(lanes, 16) + kPanel) + 2 * tokens * padded;
+    return most(queries) + padded * kPanel + kStreams * round_up(lanes, 16) + kTokens * kPanel + 2 * tokens * padded;
   }
 };
 
@@ -175,8 +176,8 @@ class Attend {
 
   // out[token][query], the sums over the width.
   void products(const LabelRow& row, const float* packed, float* out, const Scratch& scratch) const {
-    for (int64_t token = 0; token < row.length; token += kTokens) {
-      const int64_t count = least(kTokens, row.length - token);
+    for (int64_t token = 0; token < row.length; token += kStreams) {
+      const int64_t count = least(kStreams, row.length - token);
       const Packed features = rows_of(row, token, count, scratch.features);
       for (int64_t lane = 0; lane < lanes; lane += kSumLanes) {
         const Weights<true> part{features.data + lane, features.stride};

@@ -64,10 +64,12 @@ inline __attribute__((always_inline)) void tile_sums(
     Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, Float<kWidth> (&sums)[ROWS][VECTORS]) {
   unrolled<ROWS, VECTORS>([&](int r, int v) { sums[r][v] = Float<kWidth>{}; });
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    Float<kWidth> value[VECTORS], weight[ROWS];
+    Float<kWidth> value[VECTORS];
     for (int v = 0; v < VECTORS; ++v) value[v] = load<kWidth>(values.data + lane * values.stride + v * kWidth);
-    for (int r = 0; r < ROWS; ++r) weight[r] = broadcast<kWidth>(weights.at(r, lane));
-    unrolled<ROWS, VECTORS>([&](int r, int v) { sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight[r], value[v]); });
+    unrolled<ROWS, 1>([&](int r, int) {  // one weight at a time: all at once would not fit the registers beside the sums
+      const Float<kWidth> weight = broadcast<kWidth>(weights.at(r, lane));
+      unrolled<1, VECTORS>([&](int, int v) { sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight, value[v]); });
+    });
   }
 }
 

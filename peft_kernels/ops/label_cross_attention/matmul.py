@@ -14,12 +14,14 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 def pool(queries, features, lengths, offsets, scale, keep):
     heads, rows, slots, width = queries.shape
     features, mask = padded(features.to(queries.dtype), lengths, offsets)
-    scores = torch.matmul(features, _rows_first(queries).mT).float() * scale  # (B, n, H * S)
+    queries = _rows_first(queries).mT  # (B or 1, d, H * S)
+    scores = features @ queries[0] if rows == 1 else torch.bmm(features, queries)  # (B, n, H * S)
+    scores = scores.float() * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask[..., None], -torch.inf)
+        scores = scores.masked_fill_(~mask[..., None], -torch.inf)
     weights = scores.softmax(1)
     if mask is not None:
-        weights = weights.masked_fill(~mask[..., None], 0)
+        weights = weights.masked_fill_(~mask[..., None], 0)
     pooled = torch.bmm(weights.mT.to(features.dtype), features)
     return _heads_first(pooled, heads, slots), unpadded(weights, mask, offsets) if keep else None
 
@@ -29,8 +31,7 @@ def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, share
     features, mask = padded(features.to(grad_pooled.dtype), lengths, offsets)
     weights, _ = padded(weights, lengths, offsets)
     grad_weights = torch.bmm(features, _rows_first(grad_pooled).mT).float()
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(1, keepdim=True)) * scale
-    grad_scores = grad_scores.to(features.dtype)
+    grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, 1, torch.float32).mul_(scale).to(features.dtype)
     if shared:
         grad = (grad_scores.flatten(0, 1).mT @ features.flatten(0, 1))[None]
     else:
