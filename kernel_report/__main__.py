@@ -6,7 +6,7 @@
     python -m kernel_report --write [--cuda]             the same, into kernels.json and docs/kernels.md
 
 ``--write`` keeps, of every row, the worst of this and the versions of the compiler recorded before; delete kernels.json first to forget
-them. It writes nothing where a kernel spills or is otherwise not as its operator expects.
+them. A kernel that spills or is otherwise not as its operator expects keeps the row that it had, and the exit status is 1.
 """
 
 import argparse
@@ -57,19 +57,20 @@ def main() -> int:
 
     implementation = "cuda" if options.cuda else "triton"
     version = binary.cuda_version() if options.cuda else ".".join(triton.__version__.split(".")[:2])
-    found, wrong = {}, []
+    found, problems = {}, {}
     for name, row, expected in cuda_rows(options.only) if options.cuda else triton_rows(options.only, options.j):
         print(json.dumps({name: row}), flush=True)
         found[name] = row
-        wrong += check.problems(name, row, expected)
+        problems[name] = check.problems(name, row, expected)
 
+    wrong = [problem for of_kernel in problems.values() for problem in of_kernel]
     recorded = table.read()
-    section = recorded.get(implementation, {"versions": [], "kernels": {}})
+    before = recorded.get(implementation, {})
     if options.check:
-        rows = {name: row for name, row in section["kernels"].items() if re.search(options.only, name)}
-        wrong += check.changes(found, rows, version in section["versions"])
-    elif options.write and not wrong:
-        table.write({**recorded, implementation: table.updated(section, found, version, options.only)})
+        wrong += check.changes(found, {name: row for name, row in before.items() if re.search(options.only, name)}, version)
+    elif options.write:
+        good = {name: None if problems[name] else row for name, row in found.items()}
+        table.write({**recorded, implementation: table.updated(before, good, version, options.only)})
         page.PATH.write_text(page.text(table.read()))
     print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
     return 1 if wrong and (options.check or options.write) else 0

@@ -13,7 +13,7 @@ from .architectures import ARCHITECTURES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX_UNITS = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"mma\.sync", "mfma": r"v_mfma"}
-PTX = {"load": r"\bld\.global([.\w]*)", "store": r"\bst\.global([.\w]*)"}
+PTX = {"load": r"\bld\.global([.:\w]*)", "store": r"\bst\.global([.:\w]*)"}
 PTX_COPY = r"\bcp\.async\.c[ag]\.shared\.global .*?, 0x(\d+)"  # 4, 8 or 10, hexadecimal
 AMDGCN = {"load": r"\b(?:global|buffer|flat)_load_(\w+)", "store": r"\b(?:global|buffer|flat)_store_(\w+)"}
 AMDGCN_BYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
@@ -42,9 +42,8 @@ def of_triton(binary) -> dict:
         )
         spills += private  # scalars spill into vector registers, not into memory
         widths = {key: _widest(map(_amdgcn_bytes, re.findall(pattern, text))) for key, pattern in AMDGCN.items()}
-    unit = next((key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)), None)
-    if unit is None and "tt.dot " in binary.asm["ttgir"]:
-        unit = "fma"
+    units = [key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)]  # two: one product of the kernel has lost its own
+    unit = "+".join(units) or ("fma" if "tt.dot " in binary.asm["ttgir"] else None)
     return {"registers": registers, "scalars": scalars, "spills": spills, "shared": metadata.shared, **row, "matrix_unit": unit, **widths}
 
 
@@ -57,7 +56,7 @@ def of_cuda_library(operators: dict[str, str]):
     }
     code = {
         (architecture, symbol): {
-            "matrix_unit": ARCHITECTURES[architecture].matrix_unit if re.search(SASS_MATRIX_UNIT, text) else None,
+            "matrix_unit": "mma" if re.search(SASS_MATRIX_UNIT, text) else None,
             **{key: _widest(map(_sass_bytes, re.findall(pattern, text))) for key, pattern in SASS.items()},
         }
         for architecture, symbol, text in _sections(_cuobjdump("-sass", LIBRARY), r"Function : (\S+)")

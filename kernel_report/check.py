@@ -27,15 +27,13 @@ def problems(name: str, row: dict, expected: Expected) -> list[str]:
     return [f"{name}: {problem}" for problem in found]
 
 
-def changes(found: dict[str, dict], rows: dict[str, dict], recorded: bool) -> list[str]:
-    """Beside the table. A version of the compiler that is not ``recorded`` may differ in what it needs, not in which kernels there are."""
+def changes(found: dict[str, dict], rows: dict[str, dict], version: str) -> list[str]:
+    """Beside the table. A version of the compiler that is not recorded there may differ in what it needs, not in which kernels there are."""
     names = [f"{name}: not in the table" for name in found.keys() - rows.keys()]
     names += [f"{name}: in the table, but no kernel is shipped so" for name in rows.keys() - found.keys()]
-    if not recorded:
-        return sorted(names)
     worse = []
     for name in found.keys() & rows.keys():
-        for key, of in WORST.items():
-            if "error" not in found[name] and of(found[name][key], rows[name][key]) != rows[name][key]:
+        for key, of in WORST.items() if version in rows[name]["versions"] and "error" not in found[name] else ():
+            if of(found[name][key], rows[name][key]) != rows[name][key]:
                 worse.append(f"{name}: {key} is {found[name][key]}, in the table {rows[name][key]}")
     return sorted(names + worse)

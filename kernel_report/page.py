@@ -1,5 +1,6 @@
 """docs/kernels.md, made of the table alone."""
 
+from collections import Counter
 from pathlib import Path
 
 from .architectures import ARCHITECTURES
@@ -21,7 +22,8 @@ a new build with it: a spill, a lost tensor-core instruction, a narrower access,
   to be exact, for which the tensor cores of NVIDIA are too coarse. Empty: nothing is multiplied.
 - **Load**, **store**: bytes of the widest access to global memory by one thread.
 
-Where several versions of a compiler are recorded, a row is the worst of them. The configuration names the kernel's constants as its source
+Where several versions of a compiler are recorded, a row is the worst of them; a version that spills or loses a tensor-core instruction in
+a kernel is not recorded for it. The configuration names the kernel's constants as its source
 does. sm_80 also serves 8.6 and 8.9, so its kernels ask for at most 99 KiB.
 """
 CUDA = """\
@@ -43,10 +45,11 @@ def text(table: dict) -> str:
     rows = [
         {**dict(zip(("architecture", "operator", "kernel", "dtype", "configuration"), name.split(" ", 4))), "implementation": implementation, **row}
         for implementation in IMPLEMENTATIONS
-        for name, row in table.get(implementation, {"kernels": {}})["kernels"].items()
+        for name, row in table.get(implementation, {}).items()
     ]
-    versions = ", ".join(f"{title} {' and '.join(table[key]['versions'])}" for key, title in IMPLEMENTATIONS.items() if key in table)
-    parts = [HEAD, f"Compilers: {versions}.\n", "## Summary\n", summary(rows)]
+    versions = Counter(f"{IMPLEMENTATIONS[row['implementation']]} {version}" for row in rows for version in row["versions"])
+    counts = ", ".join(f"{version} ({count} kernels)" for version, count in sorted(versions.items()))
+    parts = [HEAD, f"Compilers: {counts}.\n", "## Summary\n", summary(rows)]
     for operator, of_operator in grouped(rows, "operator"):
         parts.append(f"## {operator}\n")
         for (architecture, implementation), of_architecture in grouped(of_operator, "architecture", "implementation"):

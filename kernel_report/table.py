@@ -1,4 +1,4 @@
-"""The table: for every version of a compiler that was recorded, the worst that any of them made of a kernel.
+"""The table: of every kernel the worst that any of the recorded versions of its compiler made of it.
 
 One line to a kernel, under its name: architecture, operator, kernel, dtype, configuration.
 """
@@ -20,18 +20,20 @@ def read() -> dict:
 def write(table: dict) -> None:
     """Sorted, so that a difference is that of the kernels."""
     sections = []
-    for name, section in sorted(table.items()):
-        rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(section["kernels"].items(), key=by_name))
-        sections.append(f'"{name}": {{"versions": {json.dumps(section["versions"])}, "kernels": {{\n{rows}\n}}}}')
+    for name, kernels in sorted(table.items()):
+        rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(kernels.items(), key=by_name))
+        sections.append(f'"{name}": {{\n{rows}\n}}')
     PATH.write_text("{" + ",\n".join(sections) + "}\n")
 
 
-def updated(section: dict, found: dict[str, dict], version: str, only: str) -> dict:
-    """A section with what was found. Names that ``only`` matches and that were not found are gone."""
-    before = section["kernels"]
-    rows = {name: row for name, row in before.items() if not re.search(only, name)}
-    rows |= {name: with_occupancy(name, worst(row, before.get(name, row))) for name, row in found.items()}
-    return {"versions": sorted({*section["versions"], version}), "kernels": rows}
+def updated(before: dict[str, dict], found: dict[str, dict | None], version: str, only: str) -> dict[str, dict]:
+    """Rows with what was found. One found as None stays as it is; names that ``only`` matches and that were not found are gone."""
+    rows = {name: row for name, row in before.items() if not re.search(only, name) or (name in found and found[name] is None)}
+    for name, row in found.items():
+        if row is not None:
+            known = before.get(name, {**row, "versions": []})
+            rows[name] = {**with_occupancy(name, worst(row, known)), "versions": sorted({*known["versions"], version})}
+    return rows
 
 
 def worst(row: dict, before: dict) -> dict:

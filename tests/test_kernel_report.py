@@ -18,6 +18,7 @@ ROW = {
     "registers": 168, "scalars": 0, "spills": 0, "shared": 65536, "tensor_memory": 0, "warps": 4,
     "matrix_unit": "wgmma", "load": 16, "store": 16,
 }  # fmt: skip
+RECORDED = {**ROW, "versions": ["3.9"]}
 EXPECTED = Expected("wgmma", store=16, warps=12)
 
 
@@ -47,7 +48,7 @@ def test_page_is_that_of_the_table():
 
 def test_nothing_is_wrong_with_a_good_kernel():
     assert check.problems(NAME, ROW, EXPECTED) == []
-    assert check.changes({NAME: ROW}, {NAME: table.with_occupancy(NAME, ROW)}, recorded=True) == []
+    assert check.changes({NAME: ROW}, {NAME: RECORDED}, "3.9") == []
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_nothing_is_wrong_with_a_good_kernel():
     [
         ({"spills": 8}, "8 bytes of registers are spilled"),
         ({"matrix_unit": "mma"}, "multiplied by mma, expected wgmma"),
+        ({"matrix_unit": "wgmma+mma"}, "multiplied by wgmma+mma, expected wgmma"),
         ({"matrix_unit": None}, "multiplied by None, expected wgmma"),
         ({"shared": 228 << 10}, "shared memory"),
         ({"registers": 176}, "2 blocks of 4 warps"),
@@ -77,25 +79,25 @@ def test_a_kernel_that_does_not_compile_is_a_problem():
 
 @pytest.mark.parametrize("change", [{"registers": 169}, {"shared": 65537}, {"spills": 1}, {"load": 8}, {"store": 8}])
 def test_worse_than_the_table_in_a_recorded_version(change):
-    found = {NAME: {**ROW, **change}}
-    assert len(check.changes(found, {NAME: ROW}, recorded=True)) == 1
-    assert check.changes(found, {NAME: ROW}, recorded=False) == []
-    assert check.changes({NAME: ROW}, found, recorded=True) == []  # better
+    worse = {**RECORDED, **change}
+    assert len(check.changes({NAME: worse}, {NAME: RECORDED}, "3.9")) == 1
+    assert check.changes({NAME: worse}, {NAME: RECORDED}, "3.6") == []
+    assert check.changes({NAME: ROW}, {NAME: worse}, "3.9") == []  # better
 
 
-@pytest.mark.parametrize("found, rows", [({}, {NAME: ROW}), ({NAME: ROW}, {})])
+@pytest.mark.parametrize("found, rows", [({}, {NAME: RECORDED}), ({NAME: ROW}, {})])
 def test_the_table_has_the_shipped_kernels(found, rows):
-    assert len(check.changes(found, rows, recorded=False)) == 1
+    assert len(check.changes(found, rows, "3.6")) == 1
 
 
 def test_the_table_keeps_the_worst_of_all_versions():
-    first = table.updated({"versions": [], "kernels": {}}, {NAME: {**ROW, "registers": 170, "load": 8}}, "3.6", "")
+    first = table.updated({}, {NAME: {**ROW, "registers": 170, "load": 8}}, "3.6", "")
     both = table.updated(first, {NAME: {**ROW, "shared": 81920}}, "3.9", "")
-    row = both["kernels"][NAME]
-    assert both["versions"] == ["3.6", "3.9"]
+    row = both[NAME]
+    assert row["versions"] == ["3.6", "3.9"]
     assert (row["registers"], row["shared"], row["load"], row["blocks"], row["occupancy"]) == (170, 81920, 8, 2, 8 / 64)
-    assert table.updated(both, {}, "3.9", "^sm_80 ")["kernels"] == both["kernels"]
-    assert table.updated(both, {}, "3.9", "^sm_90 ")["kernels"] == {}
+    assert table.updated(both, {}, "3.9", "^sm_80 ") == table.updated(both, {NAME: None}, "3.10", "") == both
+    assert table.updated(both, {}, "3.9", "^sm_90 ") == {}
 
 
 @pytest.mark.parametrize(
