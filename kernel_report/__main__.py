@@ -62,6 +62,8 @@ def main() -> int:
         print(json.dumps({name: row}), flush=True)
         found[name] = row
         problems[name] = check.problems(name, row, expected)
+    if not found:
+        parser.error(f"no kernel has a name that matches {options.only!r}")
 
     wrong = [problem for of_kernel in problems.values() for problem in of_kernel]
     recorded = table.read()
