@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: env demo figures test test-oldest lint docs clean
+.PHONY: env demo figures test test-oldest lint docs kernels clean
 
 env: .venv/.ready
 demo: env
@@ -18,6 +18,10 @@ lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 docs: env
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+# what the compiled kernels hold: the table that the tests compare with, and docs/kernels.md; those of CUDA C++ where nvcc built them
+kernels: env
+	.venv/bin/python -m kernel_report --write >/dev/null
+	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m kernel_report --cuda --write >/dev/null
 clean:
 	rm -rf .venv .venv-oldest build site *.egg-info peft_kernels/*.so
 

@@ -27,7 +27,7 @@ step() { # step NAME SECONDS COMMAND...: the log goes to OUT/NAME.log, its end t
 for part in "${PARTS[@]}"; do
   case $part in
     build) step build 240 python3 setup.py build_ext --inplace ;;
-    tests) step tests 240 python3 -m pytest tests/ops tests/pid tests/dept tests/pasta tests/dect tests/ytuning --device cuda -n 8 --dist loadfile -p no:cacheprovider ;;
+    tests) step tests 240 python3 -m pytest tests/test_kernel_report.py tests/ops tests/pid tests/dept tests/pasta tests/dect tests/ytuning --device cuda -n 8 --dist loadfile -p no:cacheprovider ;;
     sanitize) step sanitize 540 compute-sanitizer --tool memcheck --error-exitcode 1 python3 -m pytest tests/ops/test_shared_cross_attention_triton.py tests/ops/test_decomposed_prompt_embedding_cuda.py tests/ops/test_special_tokens_cuda.py tests/ops/test_add_layer_norm_inject_cuda.py --device cuda -x -p no:cacheprovider ;;
     bench)
       step pid_attention 120 python3 benchmarks/pid_attention.py --device cuda --dtype float32 bfloat16 --out "$OUT/pid_attention.json"

@@ -20,7 +20,7 @@ __all__ = ["backward", "forward", "unavailable"]
 
 SLOTS = 16  # compared at a time
 # Elements to a program, in whole rows, and to a warp of it: more would leave fewer warps to a processor for their registers.
-# Compiled for every architecture, without a GPU, by tests/ops/test_pasta_compiles.py.
+# Compiled for every architecture, without a GPU, by tests/test_kernel_report.py.
 ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
 MAX_ROWS = 32

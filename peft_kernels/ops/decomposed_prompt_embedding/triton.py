@@ -40,7 +40,7 @@ class Configs(NamedTuple):
 
 
 # (vendor, bytes of an element of the table); no row for an architecture that has not been measured to want another. Every row is compiled
-# for every architecture, without a GPU, by tests/ops/test_decomposed_prompt_embedding_compiles.py.
+# for every architecture, without a GPU, by tests/test_kernel_report.py.
 # A result in 16 bits has no use for the last bits of the product: three products in TF32 on tensor cores err by less than 2^-20.
 CONFIGS = {
     ("nvidia", 2): Configs(Config(32, 128, 16, 8, "tf32x3", 128), Config(8, 256)),

@@ -41,7 +41,7 @@ class Configs(NamedTuple):
 
 # (matrix unit, queries to a block): the least that hold all queries, so that features are read once, else the most. "fma": float32 on
 # NVIDIA, where a thread keeps whole rows and columns of the depth in registers. Every row is compiled for every architecture that it
-# is for, without a GPU, by tests/ops/test_labels_compile.py: no spills, tensor cores, and shared memory below the 99 KiB of small chips.
+# is for, without a GPU, by tests/test_kernel_report.py: no spills, tensor cores, and shared memory below the 99 KiB of small chips.
 C = Config
 CONFIGS = {
     ("half", 16): Configs(C(128, 64, 4, 3), C(128, 32, 4, 3)),

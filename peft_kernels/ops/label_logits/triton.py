@@ -28,7 +28,7 @@ class Config(NamedTuple):
 
 
 # Forward: the first that holds all words, else the last. Every row is compiled for every architecture, without a GPU, by
-# tests/ops/test_labels_compile.py.
+# tests/test_kernel_report.py.
 FORWARD = (Config(2, 1024, 4), Config(8, 256, 4))
 BACKWARD = Config(4, 512, 4)
 

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 __all__ = ["backward", "cross_entropy", "forward", "unavailable"]
 
 # Elements to a program, in whole rows, and to a warp of it. Compiled for every architecture, without a GPU, by
-# tests/ops/test_labels_compile.py.
+# tests/test_kernel_report.py.
 ELEMENTS = 1024
 ELEMENTS_PER_WARP = 256
 MAX_ROWS = 16

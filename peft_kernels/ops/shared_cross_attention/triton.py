@@ -53,7 +53,7 @@ class Configs(NamedTuple):
 
 
 # (family, bytes of an element, BLOCK_D; 64 also for less). Every row is compiled without a GPU by
-# tests/ops/test_shared_cross_attention_compiles.py: no spills, tensor cores of the family, shared memory that fits. sm_80 also serves
+# tests/test_kernel_report.py: no spills, tensor cores of the family, shared memory that fits. sm_80 also serves
 # the families that are not named, whose shared memory may be smaller: it stays below 99 KiB.
 C = Config
 CONFIGS = {

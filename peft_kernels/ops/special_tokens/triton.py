@@ -32,7 +32,7 @@ class Config(NamedTuple):
     rows: int = 1
 
 
-# Every row is compiled for every architecture, without a GPU, by tests/ops/test_pasta_compiles.py; by bytes of an element.
+# Every row is compiled for every architecture, without a GPU, by tests/test_kernel_report.py; by bytes of an element.
 SLOTS = Config(1024, 4)
 ADD = {2: Config(1024, 4), 4: Config(512, 4)}
 BACKWARD = {2: Config(256, 4, 8), 4: Config(128, 4, 8)}

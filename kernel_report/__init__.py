@@ -1,0 +1,1 @@
+"""What the compiled kernels hold, without a GPU: see __main__.py."""

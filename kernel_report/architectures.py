@@ -1,0 +1,67 @@
+"""The GPUs that kernels are compiled for, what a processor of each has, and how many blocks that holds."""
+
+from typing import NamedTuple
+
+
+class Architecture(NamedTuple):
+    """A processor is a streaming multiprocessor (NVIDIA) or a compute unit (AMD), with four schedulers; a warp is a wavefront on AMD."""
+
+    backend: str
+    arch: int | str
+    lanes: int  # of a warp
+    matrix_unit: str  # its instruction for tiles of 64 rows and more
+    warps: int  # of a processor, at most
+    blocks: int  # of a processor, at most
+    registers: int  # of 32 bits, of each lane, of a scheduler
+    register_granularity: int  # of a lane
+    shared: int  # bytes of a processor
+    shared_per_block: int  # bytes that a kernel may ask for
+    shared_granularity: int
+    shared_reserved: int  # bytes of every block
+    tensor_memory: int = 0  # columns of a processor
+    scalars: int = 0  # scalar registers of a scheduler, where they are allocated
+
+
+# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the tuning guides of Ampere, Hopper and
+# Blackwell: 65536 registers for four schedulers in units of 256 to a warp, 1 KiB of shared memory reserved for every block. Tensor memory:
+# PTX ISA, "Tensor Memory". sm_80 also serves 8.6 and 8.9, where a block has 99 KiB: that is what its kernels may ask for.
+# AMD: CDNA3 Instruction Set Architecture guide, and LLVM's AMDGPUBaseInfo.cpp, whose occupancy of gfx942 this is: 512 vector registers to a
+# lane with the accumulation registers among them, 800 scalar registers in units of 16 and 16 for the trap handler, 8 wavefronts to a SIMD,
+# 64 KiB of LDS, 16 workgroups of several wavefronts.
+ARCHITECTURES = {
+    "sm_80": Architecture("cuda", 80, 32, "mma", 64, 32, 512, 8, 164 << 10, 99 << 10, 128, 1 << 10),
+    "sm_90": Architecture("cuda", 90, 32, "wgmma", 64, 32, 512, 8, 228 << 10, 227 << 10, 128, 1 << 10),
+    "sm_100": Architecture("cuda", 100, 32, "tcgen05", 64, 32, 512, 8, 228 << 10, 227 << 10, 128, 1 << 10, 512),
+    "gfx942": Architecture("hip", "gfx942", 64, "mfma", 32, 16, 512, 8, 64 << 10, 64 << 10, 512, 0, scalars=800),
+}
+SCHEDULERS = 4
+SCALARS_OF_TRAP_HANDLER = 16
+
+
+def blocks_per_processor(name: str, warps: int, registers: int, scalars: int, shared: int, tensor_memory: int) -> int:
+    """How many blocks of ``warps`` warps are resident at once.
+
+    ``registers`` to a lane, ``scalars`` to a warp, ``shared`` bytes and columns of ``tensor_memory`` to a block.
+    """
+    has = ARCHITECTURES[name]
+    resident = min(has.warps // SCHEDULERS, has.registers // _up(max(registers, 1), has.register_granularity))
+    if has.scalars:
+        resident = min(resident, has.scalars // (_up(scalars, 16) + SCALARS_OF_TRAP_HANDLER))
+    by_warps = resident * SCHEDULERS // warps
+    needed = _up(shared, has.shared_granularity) + has.shared_reserved
+    by_shared = has.shared // needed if needed else has.blocks
+    by_tensor_memory = has.tensor_memory // tensor_memory if tensor_memory else has.blocks
+    return min(has.blocks, by_warps, by_shared, by_tensor_memory)
+
+
+def matrix_unit(name: str, exact: bool, rows: int = 64) -> str:
+    """What multiplies tiles of ``rows`` rows. ``exact``: in float32, for which NVIDIA's tensor cores are too coarse; AMD's are not."""
+    if name == "gfx942":
+        return "mfma"
+    if exact:
+        return "fma"
+    return ARCHITECTURES[name].matrix_unit if rows >= 64 else "mma"
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,39 @@
+"""What is wrong with a kernel, in itself and beside its row of the table."""
+
+from .architectures import ARCHITECTURES
+from .case import Expected
+from .table import WORST, with_occupancy
+
+
+def problems(name: str, row: dict, expected: Expected) -> list[str]:
+    """Of a binary, by any compiler."""
+    if "error" in row:
+        return [f"{name}: {row['error']}"]
+    architecture = ARCHITECTURES[name.split()[0]]
+    blocks = with_occupancy(name, row)["blocks"]
+    found = []
+    if row["spills"]:
+        found.append(f"{row['spills']} bytes of registers are spilled")
+    if row["matrix_unit"] != expected.matrix_unit:
+        found.append(f"matrices are multiplied by {row['matrix_unit']}, expected {expected.matrix_unit}")
+    if row["shared"] > architecture.shared_per_block:
+        found.append(f"{row['shared']} bytes of shared memory, a block has {architecture.shared_per_block}")
+    if not blocks or blocks * row["warps"] < expected.warps:
+        found.append(f"{blocks} blocks of {row['warps']} warps fit on a processor, expected {expected.warps} warps")
+    for access in ("load", "store"):
+        least = getattr(expected, access)
+        if not (least <= row[access] <= expected.widest):
+            found.append(f"the widest {access} has {row[access]} bytes, expected {least} to {expected.widest}")
+    return [f"{name}: {problem}" for problem in found]
+
+
+def changes(found: dict[str, dict], rows: dict[str, dict], version: str) -> list[str]:
+    """Beside the table. A version of the compiler that is not recorded there may differ in what it needs, not in which kernels there are."""
+    names = [f"{name}: not in the table" for name in found.keys() - rows.keys()]
+    names += [f"{name}: in the table, but no kernel is shipped so" for name in rows.keys() - found.keys()]
+    worse = []
+    for name in found.keys() & rows.keys():
+        for key, of in WORST.items() if version in rows[name]["versions"] and "error" not in found[name] else ():
+            if of(found[name][key], rows[name][key]) != rows[name][key]:
+                worse.append(f"{name}: {key} is {found[name][key]}, in the table {rows[name][key]}")
+    return sorted(names + worse)

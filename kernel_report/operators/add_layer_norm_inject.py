@@ -1,0 +1,29 @@
+from peft_kernels.ops.add_layer_norm_inject import triton as implementation
+from peft_kernels.ops.add_layer_norm_inject import triton_kernels
+
+from ..architectures import ARCHITECTURES
+from ..case import Case, Expected
+
+OPERATOR = "add_layer_norm_inject"
+CUDA_KERNELS = ("add_layer_norm_inject", "add_layer_norm_inject_backward")
+WIDTHS = (1024, 8192)
+EXPECTED = Expected(store=16, warps=12)
+OTHERS = {
+    **dict.fromkeys(("adapter_ids", "seed"), "*i64"),
+    **dict.fromkeys(("vectors", "mean", "rstd", "weight", "bias", "grad_slots"), "*fp32"),
+    "slots": "*i32",
+}
+IN_STORAGE = ("out", "total", "x", "residual", "grad", "grad_x", "grad_sum")
+
+
+def cases():
+    """Forward and backward with everything they can have."""
+    for architecture in ARCHITECTURES:
+        for dtype in ("fp32", "bf16"):
+            types = {**OTHERS, **dict.fromkeys(IN_STORAGE, f"*{dtype}")}
+            for width, pre in (*((width, False) for width in WIDTHS), (WIDTHS[0], True)):
+                options = {"RMS": False, "PRE": pre, **implementation.row_options(width)}
+                yield Case(architecture, OPERATOR, "forward", dtype, triton_kernels.forward_kernel, options, types, EXPECTED)
+            for width in WIDTHS:
+                options = {"LISTED": False, **implementation.row_options(width)}
+                yield Case(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, EXPECTED)

@@ -1,0 +1,30 @@
+from peft_kernels.ops.decomposed_prompt_embedding import triton as implementation
+from peft_kernels.ops.decomposed_prompt_embedding import triton_kernels
+
+from ..architectures import ARCHITECTURES, matrix_unit
+from ..case import Case, Expected
+
+OPERATOR = "decomposed_prompt_embedding"
+CUDA_KERNELS = ("embedding_forward", "embedding_backward")
+OTHERS = {
+    **dict.fromkeys(("prompt", "a", "b", "delta", "grad_prompt", "grad_delta"), "*fp32"),
+    **dict.fromkeys(("input_ids", "offsets", "adapter_ids"), "*i64"),
+}  # fmt: skip
+WARPS = 12  # three blocks of four warps
+
+
+def cases():
+    """Forward with the product of a and b or with delta, and backward."""
+    for architecture in ARCHITECTURES:
+        for dtype in ("fp32", "bf16", "fp16"):
+            configs = implementation.CONFIGS["amd" if architecture == "gfx942" else "nvidia", 4 if dtype == "fp32" else 2]
+            types = {**OTHERS, **dict.fromkeys(("out", "weight", "grad"), f"*{dtype}")}
+            for kernel, absent in (("forward_product", ("delta",)), ("forward_delta", ("a", "b"))):
+                product = kernel == "forward_product"
+                # 16 bits: in three parts of TF32
+                unit = matrix_unit(architecture, dtype == "fp32", configs.forward.rows) if product else None
+                options, given = implementation.forward_options(configs.forward, True, product), {**types, **dict.fromkeys(absent)}
+                expected = Expected(unit, store=16, warps=WARPS)
+                yield Case(architecture, OPERATOR, kernel, dtype, triton_kernels.forward_kernel, options, given, expected)
+            options = implementation.backward_options(configs.backward, True)
+            yield Case(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, Expected(warps=WARPS))

@@ -1,0 +1,48 @@
+from peft_kernels.ops.shared_cross_attention import triton as implementation
+from peft_kernels.ops.shared_cross_attention import triton_backward, triton_forward
+
+from ..architectures import matrix_unit
+from ..case import Case, Expected
+
+OPERATOR = "shared_cross_attention"
+IN_STORAGE = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+OTHERS = {
+    **dict.fromkeys(("lse", "delta", "grad_lse", "partial_out", "partial_lse"), "*fp32"),
+    "key_lengths": "*i64", "cu_streams": "*i32",
+}  # fmt: skip
+
+
+def cases():
+    """Every row of the table, and D 80 in the row of 128."""
+    for (architecture, size, block_d), configs in implementation.CONFIGS.items():
+        for d in (80, 128) if (size, block_d) == (2, 128) else (block_d,):
+            dtype = "fp32" if size == 4 else "fp16" if d == 80 else "bf16"
+            grads = ("key_grad", "value_grad") if configs.apart else ("key_value_grad",)
+            yield from (products(architecture, "attend", dtype, d, config) for config in configs.forward)
+            yield products(architecture, "query_grad", dtype, d, configs.query_grad)
+            yield from (products(architecture, kernel, dtype, d, configs.key_value_grad) for kernel in grads)
+            if block_d == 128 and d != 80:
+                yield from (rows(architecture, kernel, dtype, d) for kernel in ("merge", "delta"))
+
+
+def products(architecture, kernel, dtype, d, config):
+    types = types_of(dtype)
+    if kernel == "attend":
+        function = triton_forward.attend_kernel
+        types["out"] = "*fp32" if config.rows <= 32 else types["out"]  # few rows: the keys are split
+        tall = config.rows
+    else:
+        function = triton_backward.query_grad_kernel if kernel == "query_grad" else triton_backward.key_value_grad_kernel
+        tall = 64  # scores are transposed where the block of rows is short
+    types |= {"key_grad": {"grad_v": None}, "value_grad": {"grad_k": None}}.get(kernel, {})
+    options = implementation.launch_options(config, architecture, 4 if dtype == "fp32" else 2, d)
+    return Case(architecture, OPERATOR, kernel, dtype, function, options, types, Expected(matrix_unit(architecture, dtype == "fp32", tall)))
+
+
+def rows(architecture, kernel, dtype, d):
+    function = triton_forward.merge_kernel if kernel == "merge" else triton_backward.delta_kernel
+    return Case(architecture, OPERATOR, kernel, dtype, function, implementation.row_options(d), types_of(dtype), Expected())
+
+
+def types_of(dtype):
+    return {**OTHERS, **dict.fromkeys(IN_STORAGE, f"*{dtype}")}
