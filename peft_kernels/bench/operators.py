@@ -18,7 +18,7 @@ from .suite import Operator, Problem, Way
 # Norm of the error over norm of the truth, of the output and of every gradient. Integers are exact.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 WARMUP = 3
-MAX_REPEATS = 201
+MAX_REPEATS = 1001
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _timed(functions, floor, repeats, seconds, device, notify) -> tuple[dict[str
     if floor is not None:
         functions = {**functions, "floor": floor}
     notify("warming up", 0)
-    turn = sum(timing.median for timing in interleaved(functions, 1, warmup=WARMUP, device=device).values())
+    turn = sum(timing.median for timing in interleaved(functions, WARMUP, device=device).values())
     repeats = max(repeats, min(MAX_REPEATS, int(seconds / turn)))
     total, done = repeats * len(functions), 0
 
