@@ -48,7 +48,7 @@ def run(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's concern
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with _refusing("MODEL"):

@@ -1,6 +1,6 @@
 """What the terminal says."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ def point(case: Case) -> str:
     return f"{case.phase} at {', '.join(f'{axis} {value}' for axis, value in case.shape.items())}".replace("_", " ")
 
 
-def results(console: Console, rows: Iterable[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
+def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
     """A table for each phase, a line for each way at each point."""
     points = {}
     for row in rows:
