@@ -3,25 +3,29 @@ PYTHON ?= python3
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: env demo test test-oldest lint clean
+.PHONY: env demo figures test test-oldest lint docs clean
 
 env: .venv/.ready
 demo: env
 	.venv/bin/peft-kernels demo
+figures: env
+	.venv/bin/peft-kernels report --readme README.md
 test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready
 	$(call PYTEST,.venv-oldest) tests/pid tests/dept tests/pasta tests/dect tests/ytuning
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+docs: env
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info peft_kernels/*.so
+	rm -rf .venv .venv-oldest build site *.egg-info peft_kernels/*.so
 
 # torch comes first, and the package is built against it: an isolated build would fetch a torch of its own
 .venv/.ready: constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt setuptools ninja torch
-	.venv/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	.venv/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[test,docs]'
 	touch $@
 
 .venv-oldest/.ready: constraints-oldest.txt $(SOURCES)

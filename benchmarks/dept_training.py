@@ -1,6 +1,6 @@
 """A training step of T5-base's architecture: DePT, DePT as its authors compute it, and PEFT's prompt tuning; time and peak memory.
 
-    python benchmarks/dept_training.py --device cpu --dtype float32 --out benchmarks/results/cpu/dept_training.json
+    python benchmarks/dept_training.py --device cpu --dtype float32 --out results/dept_training.json
 
 All three train 76,800 parameters: 100 prompt rows, or 60 and a low-rank update of rank 30 over 256 positions, which is the paper's
 trade (arXiv 2309.05173, table 1). Random weights, random tokens, labels of 4 tokens; the base is frozen. A step is forward, backward and AdamW.
@@ -11,18 +11,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from dept_embedding import official_formulation
 from peft import PromptTuningConfig, get_peft_model
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from peft_kernels import DePTConfig, dept
-from peft_kernels.bench.measure import interleaved, peak_memory, write_json
+from peft_kernels.bench.cases.decomposed_prompt_embedding import official_formulation
+from peft_kernels.bench.measure import interleaved, peak_memory
 from peft_kernels.bench.methods import t5_base, twin
+from peft_kernels.bench.results import OURS, compared, measured
+from peft_kernels.bench.tables import table
 from peft_kernels.dept import layer
 
-OURS, OFFICIAL, PROMPT_TUNING = "DePT, ours", "DePT, official formulation", "prompt tuning, 100 tokens"
+OFFICIAL, PROMPT_TUNING = "official formulation", "prompt tuning, 100 tokens"
 LABELS = 4
 
 
@@ -37,7 +37,7 @@ def step_of(base, config, formulation, ids, labels):
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return step
 
 
 def main():
@@ -62,28 +62,17 @@ def main():
             OFFICIAL: (ours, official_formulation),
             PROMPT_TUNING: (PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=more_virtual, num_transformer_submodules=1), None),
         }
-        made = {way: step_of(base, *config, ids, labels) for way, config in configs.items()}
-        steps = {way: step for way, (step, _) in made.items()}
+        steps = {way: step_of(base, *config, ids, labels) for way, config in configs.items()}
         for step in steps.values():
             step()
-        peaks = {way: peak_memory(step, options.device)[1] for way, step in steps.items()}
+        each = {way: {"peak_bytes": peak_memory(step, options.device)[1]} for way, step in steps.items()}
         timings = interleaved(steps, 2 if options.quick else options.repeats, warmup=0, device=options.device)
-        ways = {way: {**t.to_json(), "peak_bytes": peaks[way], "trained_parameters": made[way][1]} for way, t in timings.items()}
-        results.append({"dtype": name, "batch_size": options.batch_size, "ways": ways})
-        console.print(table(name, ways))
+        common = {"benchmark": "dept_training", "shape": {"B": options.batch_size, "L": length}, "dtype": name, "phase": "training step"}
+        rows = compared(timings, each, items=options.batch_size, item="samples", **common)
+        results += rows
+        console.print(table(rows))
     if options.out:
-        write_json(options.out, device=options.device, results=results)
-
-
-def table(dtype: str, ways: dict[str, dict]) -> Table:
-    result = Table("way", title=f"{dtype}, a training step", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("ms", "spread", "x prompt tuning", "peak MB", "parameters"):
-        result.add_column(column, justify="right")
-    for name, way in ways.items():
-        ratio = way["median_s"] / ways[PROMPT_TUNING]["median_s"]
-        peak = "-" if way["peak_bytes"] is None else f"{way['peak_bytes'] / 1e6:,.0f}"
-        result.add_row(name, f"{way['median_s'] * 1e3:,.1f}", f"{way['spread']:.0%}", f"{ratio:.2f}", peak, f"{way['trained_parameters']:,}")
-    return result
+        measured(results, options.device).write(options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """PASTA in the whole of BERT: what the vectors add to a forward, and a training step, against the published ways to add them.
 
-    python benchmarks/pasta_layer.py --model base large --dtype float32 bfloat16 --out benchmarks/results/cpu/pasta_layer.json
+    python benchmarks/pasta_layer.py --model base large --dtype float32 bfloat16 --out results/pasta_layer.json
 
 Random weights, 32 rows of 128 random tokens with [CLS] and [SEP], a classification head. A training step is forward and backward with
 the dropout of the vectors, 0.1, and none in the model. The ways:
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_kernels import PASTAConfig, pasta
-from peft_kernels.bench.measure import interleaved, write_json
+from peft_kernels.bench.measure import interleaved
 from peft_kernels.bench.methods import twin
+from peft_kernels.bench.results import OURS, Row, compared, measured
+from peft_kernels.bench.tables import table
 from peft_kernels.ops import special_token_add_, special_token_slots
 
 SIZES = {
@@ -36,7 +36,8 @@ SIZES = {
 }
 BATCH, LENGTH, CLS, SEP, VOCABULARY = 32, 128, 101, 102, 30_522
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-STOCK, OFFICIAL, OFFICIAL_FROZEN, DENSE, OURS, FUSED = "stock", "official", "official, frozen", "dense, frozen", "ours", "ours, fused"
+STOCK, OFFICIAL, OFFICIAL_FROZEN, DENSE, FUSED = "stock", "official", "official, frozen", "dense, frozen", "ours, fused"
+OPERATORS = "operators alone"
 
 
 def bert(size: str, dtype: torch.dtype, device: str):
@@ -151,38 +152,20 @@ def operators(vectors, ids):
     return call
 
 
-def compare(size, dtype, device, repeats) -> list[dict]:
+def compare(size, dtype, device, repeats) -> list[list[Row]]:
     models, vectors = ways(size, dtype, device)
     ids, labels = tokens(device)
     check(models, ids, labels, dtype)
-    rows = []
+    common = {"benchmark": "pasta_layer", "shape": {"B": BATCH, "S": LENGTH}, "variant": f"BERT-{size}", "dtype": str(dtype).removeprefix("torch.")}
+    common |= {"items": BATCH, "item": "samples"}
     forwards = {name: forward_of(model, ids) for name, model in models.items() if name != OFFICIAL_FROZEN}  # the same as official
     timings = interleaved(forwards, repeats, device=device)
-    share = interleaved({"operators": operators(vectors, ids)}, 5 * repeats, warmup=5, device=device)["operators"].median / timings[STOCK].median
-    rows.append(row(size, dtype, False, timings) | {"share_of_operators": share})
+    timings |= interleaved({OPERATORS: operators(vectors, ids)}, 5 * repeats, warmup=5, device=device)
+    forward = compared(timings, {OPERATORS: {"items": None, "item": ""}}, phase="forward", **common)
     for model in models.values():
         model.train()
     timings = interleaved({name: step_of(model, ids, labels) for name, model in models.items()}, repeats, device=device)
-    rows.append(row(size, dtype, True, timings))
-    return rows
-
-
-def row(size, dtype, training, timings) -> dict:
-    times = {name: t.to_json() for name, t in timings.items()}
-    return {"model": size, "dtype": str(dtype).removeprefix("torch."), "training": training, "ways": times}
-
-
-def table(row: dict) -> Table:
-    title = f"BERT-{row['model']}, {row['dtype']}, {'a training step' if row['training'] else 'forward'} of {BATCH} x {LENGTH} tokens"
-    result = Table("way", title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("ms", "spread", "x stock", "x ours"):
-        result.add_column(column, justify="right")
-    for name, way in row["ways"].items():
-        ratios = (f"{way['median_s'] / row['ways'][other]['median_s']:.3f}" for other in (STOCK, OURS))
-        result.add_row(name, f"{way['median_s'] * 1e3:,.1f}", "-" if way["spread"] is None else f"{way['spread']:.1%}", *ratios)
-    if not row["training"]:
-        result.caption = f"the operators of all layers: {row['share_of_operators']:.3%} of the stock forward"
-    return result
+    return [forward, compared(timings, phase="training step", **common)]
 
 
 def main():
@@ -197,11 +180,11 @@ def main():
     console, results = Console(), []
     for size in ["tiny"] if options.quick else options.model:
         for name in options.dtype:
-            for result in compare(size, getattr(torch, name), options.device, 2 if options.quick else options.repeats):
-                results.append(result)
-                console.print(table(result))
+            for rows in compare(size, getattr(torch, name), options.device, 2 if options.quick else options.repeats):
+                results += rows
+                console.print(table(rows))
     if options.out:
-        write_json(options.out, device=options.device, results=results)
+        measured(results, options.device).write(options.out)
 
 
 if __name__ == "__main__":

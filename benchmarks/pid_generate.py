@@ -1,34 +1,34 @@
 """Generation end to end on T5-base's architecture: many prompts of one input, beam search, and the overhead where nothing is shared.
 
-    python benchmarks/pid_generate.py --device cpu --dtype float32 bfloat16 --out benchmarks/results/cpu/pid_generate.json
+    python benchmarks/pid_generate.py --device cpu --dtype float32 bfloat16 --out results/pid_generate.json
 
 Weights are random and every run decodes all its steps. Tokens are compared before anything is timed; in float32 a difference stops the
 run, in 16 bits it is counted, since a near-tie may fall either way with the order of a sum.
 """
 
 import argparse
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_kernels import pid
 from peft_kernels.bench import methods
-from peft_kernels.bench.measure import Ceilings, ceilings, interleaved, write_json
+from peft_kernels.bench.measure import Ceilings, Timing, ceilings, interleaved
+from peft_kernels.bench.results import OURS, Row, compared, measured
+from peft_kernels.bench.tables import table
 from peft_kernels.bench.workloads import VOCAB_SIZE, built_in
 
 NEW_TOKENS, BEAM_TOKENS, OVERHEAD_TOKENS = 10, 24, 32
 OVERHEAD_RUNS = 12
 BEAM_SHAPES = ((2, 512, 8), (2, 1024, 16))  # b, n, beams
 TINY = {"vocab_size": VOCAB_SIZE, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 16}
-PIE, REPEATED, STOCK = "PiE", "repeated", "stock"  # each with stock generate
-OURS, UNPACKED = "ours", "ours, not packed"
+PIE, REPEATED, STOCK = "prompts in the encoder", "repeated encoder outputs", "stock"  # each with stock generate
+UNPACKED = "ours, not packed"
 
 
 class Bench:
@@ -41,7 +41,7 @@ class Bench:
         self.packed = pid.enable(methods.twin(self.stock))
         self.plain = pid.enable(methods.twin(self.stock), pack_weights=False)
 
-    def prompts(self) -> dict:
+    def prompts(self) -> list[Row]:
         """One input of 512 tokens, 30 prompts of 8, 10 new tokens, greedy."""
         workload = built_in(16, 3) if self.quick else built_in()
 
@@ -54,12 +54,12 @@ class Bench:
             OURS: asking(methods.shared, self.packed),
             UNPACKED: asking(methods.shared, self.plain),
         }
-        streams, prefix = len(workload.prompts), len(workload.prompts[0])
-        floor = generation_floor(self.stock, self.limits, 1, len(workload.inputs[0]), streams, prefix, NEW_TOKENS)
-        title = f"{len(workload.inputs[0])} tokens, {streams} prompts of {prefix}, {NEW_TOKENS} new tokens, greedy"
-        return self.compare(title, ways, REPEATED, (OURS, UNPACKED), floor, {PIE: max(1, self.repeats // 4)})
+        n, streams, prefix = len(workload.inputs[0]), len(workload.prompts), len(workload.prompts[0])
+        floor = generation_floor(self.stock, self.limits, 1, n, streams, prefix, NEW_TOKENS)
+        shape = {"b": 1, "n": n, "M": streams, "T": prefix, "new": NEW_TOKENS}
+        return self.compare("prompts", shape, ways, REPEATED, streams * NEW_TOKENS, floor, {PIE: max(1, self.repeats // 4)})
 
-    def beams(self, inputs: int, n: int, beams: int) -> dict:
+    def beams(self, inputs: int, n: int, beams: int) -> list[Row]:
         """Ordinary beam search through ``model.generate``."""
         ids = random_ids(inputs, n, self.device)
 
@@ -81,36 +81,28 @@ class Bench:
 
         ways = {STOCK: searching(self.stock), OURS: searching(self.packed), UNPACKED: searching(self.plain)}
         floor = generation_floor(self.stock, self.limits, inputs, n, inputs * beams, 0, BEAM_TOKENS)
-        return self.compare(f"beam search, b={inputs}, {n} tokens, {beams} beams, {BEAM_TOKENS} new tokens", ways, STOCK, (OURS, UNPACKED), floor, {})
+        shape = {"b": inputs, "n": n, "M": beams, "new": BEAM_TOKENS}
+        return self.compare("beams", shape, ways, STOCK, inputs * BEAM_TOKENS, floor, {})
 
-    def compare(self, title: str, ways: dict, truth: str, checked: tuple, floor: float, repeats: dict[str, int]) -> dict:
+    def compare(self, variant: str, shape: dict, ways: dict, truth: str, tokens: int, floor: float, repeats: dict[str, int]) -> list[Row]:
         answers = {name: way() for name, way in ways.items()}  # the warm-up too
-        wrong = {name: methods.differing(answers[truth], answers[name]) for name in checked}
+        wrong = {name: methods.differing(answers[truth], answers[name]) for name in (OURS, UNPACKED)}
         if self.dtype == torch.float32 and any(wrong.values()):
-            raise SystemExit(f"{title}: tokens differ from {truth} in {wrong} streams")
+            raise SystemExit(f"{variant}, {shape}: tokens differ from {truth} in {wrong} streams")
         timings = interleaved(ways, {**dict.fromkeys(ways, self.repeats), **repeats}, warmup=0, device=self.device)
-        rows = {
-            name: {
-                **timing.to_json(),
-                "share_of_floor": floor / timing.median,
-                "speedup": {other: timings[other].median / timing.median for other in ways if other not in (*checked, name)},
-                "cross_kv_bytes": answers[name].cross_bytes,
-                "streams_differing": wrong.get(name),
-            }
-            for name, timing in timings.items()
-        }
-        return {
-            "title": title,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "floor_s": floor,
-            "streams": len(answers[truth].tokens),
-            "ways": rows,
-        }
+        each = {name: {"kept_bytes": answer.cross_bytes} for name, answer in answers.items()}
+        for name, streams in wrong.items():
+            each[name]["error"] = streams / len(answers[truth].tokens)
+        return compared(timings, each, shape=shape, variant=variant, phase="generate", floor_s=floor, items=tokens, item="tokens", **self.common)
 
-    def overhead(self) -> dict:
+    @property
+    def common(self) -> dict:
+        return {"benchmark": "pid_generate", "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def overhead(self) -> list[Row]:
         """A decoding step of a model that shares nothing, stock and enabled without packed weights: what enabling costs in Python."""
         ids = random_ids(2, 16 if self.quick else 512, self.device)
-        steps = {STOCK: [], "enabled": []}
+        steps = {STOCK: [], OURS: []}
         tokens = {}
         with torch.inference_mode():
             states = self.stock.get_encoder()(input_ids=ids).last_hidden_state
@@ -131,17 +123,11 @@ class Bench:
                 return decode
 
             runs = self.repeats if self.quick else max(self.repeats, OVERHEAD_RUNS)  # a per cent is looked for
-            interleaved({STOCK: decoding(STOCK, self.stock), "enabled": decoding("enabled", self.plain)}, runs, device=self.device)
-        if not torch.equal(tokens[STOCK], tokens["enabled"]):
+            interleaved({STOCK: decoding(STOCK, self.stock), OURS: decoding(OURS, self.plain)}, runs, device=self.device)
+        if not torch.equal(tokens[STOCK], tokens[OURS]):
             raise SystemExit("tokens of a model that shares nothing differ once it is enabled")
-        median = {name: statistics.median(s for run in runs[1:] for s in run) for name, runs in steps.items()}  # without the warm-up
-        return {
-            "title": "a decoding step of a model that shares nothing, b=2, no beams",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "median_step_s": median,
-            "steps": (len(steps[STOCK]) - 1) * (OVERHEAD_TOKENS - 1),
-            "overhead": median["enabled"] / median[STOCK] - 1,
-        }
+        timings = {name: Timing(tuple(s for run in runs[1:] for s in run)) for name, runs in steps.items()}  # without the warm-up
+        return compared(timings, shape={"b": 2, "n": ids.shape[1], "M": 1}, variant="nothing shared", phase="a decoding step", **self.common)
 
 
 class StepClock:
@@ -188,27 +174,6 @@ def generation_floor(model: nn.Module, limits: Ceilings, inputs: int, n: int, st
     return encode + project + decode(prefix + 1) + (new_tokens - 1) * decode(1)
 
 
-def table(result: dict) -> Table:
-    against = list(dict.fromkeys(other for row in result["ways"].values() for other in row["speedup"]))
-    title = f"{result['dtype']}: {result['title']}; floor {result['floor_s']:.3f} s"
-    table = Table("way", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("s", "spread", "runs", "of floor", *(f"x {other}" for other in against), "K/V MB", "tokens"):
-        table.add_column(column, justify="right")
-    for name, row in result["ways"].items():
-        wrong = row["streams_differing"]
-        table.add_row(
-            name,
-            f"{row['median_s']:.3f}",
-            "-" if row["spread"] is None else f"{row['spread']:.0%}",
-            str(row["runs"]),
-            f"{row['share_of_floor']:.0%}",
-            *(f"{row['speedup'][other]:.2f}" if other in row["speedup"] else "-" for other in against),
-            f"{row['cross_kv_bytes'] / 1e6:.1f}",
-            "-" if wrong is None else "same" if not wrong else f"{wrong}/{result['streams']} off",
-        )
-    return table
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -217,21 +182,18 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a tiny model, two runs: does it work at all")
     options = parser.parse_args()
-    console, machine, results, overheads = Console(), {}, [], []
+    console, machine, results = Console(), {}, []
     for name in options.dtype:
         bench = Bench(getattr(torch, name), options.device, 2 if options.quick else options.repeats, options.quick)
-        machine[name] = vars(bench.limits)
+        machine[name] = bench.limits
         console.print(f"{name}: {bench.limits}; random weights")
-        results.append(bench.prompts())
-        console.print(table(results[-1]))
-        for shape in ((2, 16, 2),) if options.quick else BEAM_SHAPES:
-            results.append(bench.beams(*shape))
-            console.print(table(results[-1]))
-        overheads.append(bench.overhead())
-        medians = ", ".join(f"{way} {seconds * 1e3:.3f} ms" for way, seconds in overheads[-1]["median_step_s"].items())
-        console.print(f"{overheads[-1]['title']}: {medians}, overhead {overheads[-1]['overhead']:+.2%} (medians of {overheads[-1]['steps']} steps)")
+        beams = [partial(bench.beams, *shape) for shape in (((2, 16, 2),) if options.quick else BEAM_SHAPES)]
+        for measure in (bench.prompts, *beams, bench.overhead):
+            rows = measure()
+            results += rows
+            console.print(table(rows))
     if options.out:
-        write_json(options.out, device=options.device, ceilings=machine, results=results, overhead=overheads)
+        measured(results, options.device, machine).write(options.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-NEEDS = ("typer", "rich", "matplotlib", "transformers")
+NEEDS = ("typer", "rich", "matplotlib", "jinja2", "transformers")
 
 
 def app():

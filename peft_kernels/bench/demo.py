@@ -42,7 +42,7 @@ def run(workload: Workload, name: str | None, dtype: torch.dtype, device: str, n
         pid.enable(enabled)
         return asking(methods.shared, enabled)()
 
-    with _progress(console, 3 + 2 * repeats) as step:
+    with progress_bar(console, 3 + 2 * repeats) as step:
         asking(methods.repeated, model, replace(workload, inputs=[workload.inputs[0][:16]], prompts=workload.prompts[:1]))()
         first = {}
         for label, function in ((PIE, asking(methods.prompt_in_encoder, model)), (REPEATED, asking(methods.repeated, model)), (OURS, first_time)):
@@ -80,7 +80,8 @@ def run(workload: Workload, name: str | None, dtype: torch.dtype, device: str, n
 
 
 @contextmanager
-def _progress(console: Console, total: int):
+def progress_bar(console: Console, total: int):
+    """Yields a function that shows a label and counts one of ``total`` runs."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("warming up", total=total + 1)

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import ops
-from ..ops import cuda_library, native_library
+from ..ops import cuda_library, native_library, triton_runtime, tuned
 from .measure import cpu_model, gpus, versions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def show(console: Console):
     console.print(_versions())
     console.print(_devices())
+    console.print(_launch_options())
     for package in packages():
         console.print(_implementations(package))
 
@@ -37,6 +38,34 @@ def _devices() -> Table:
     for what in gpus() or ["none that torch sees"]:
         table.add_row("gpu", what)
     return table
+
+
+def _launch_options() -> Table:
+    table = Table("operator", "launch options", title="Triton kernels on the current GPU", title_justify="left")
+    launches = torch.cuda.is_available() and triton_runtime.INSTALLED
+    for row in launch_options(torch.device("cuda", torch.cuda.current_device()) if launches else None).items():
+        table.add_row(*row)
+    return table
+
+
+def launch_options(device: torch.device | None) -> dict[str, str]:
+    """operator -> whether its launches on a device take the shipped options or, for so many rows of its tables, tuned ones."""
+    entries, otherwise = [], "shipped"
+    if not tuned.enabled():
+        otherwise = "shipped, because PEFT_KERNELS_TUNED is 0"
+    elif device is not None:
+        path = tuned.cache_file(device)
+        try:
+            entries = tuned.read(path, device)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            otherwise = f"shipped, [yellow]because the tuned ones cannot be used[/yellow]: {escape(str(error))}"
+    found = dict.fromkeys(tuned.KERNELS, otherwise)
+    for operator in tuned.KERNELS:
+        if dates := [entry.date for entry in entries if entry.site.operator == operator]:
+            found[operator] = f"[green]tuned[/green] on {max(dates)[:10]}, rows: {len(dates)}, {escape(str(path))}"
+    return found
 
 
 def packages() -> dict[str, list[str]]:

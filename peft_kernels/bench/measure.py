@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -47,6 +47,17 @@ class Timing:
         return {"median_s": self.median, "spread": self.spread, "runs": len(self.seconds), "seconds": list(self.seconds)}
 
 
+@runtime_checkable
+class SelfTimed(Protocol):
+    """A function that runs in another process, so that timing a call of it here would time the way there too."""
+
+    def __call__(self) -> Any: ...
+
+    def seconds(self) -> float:
+        """Run twice; the seconds of the second run, taken where it runs."""
+        ...
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     repeats: int | Mapping[str, int],
@@ -61,9 +72,21 @@ def interleaved(
 
     Every turn has its own order, so that none always runs after the same other, which leaves it a cache cold or warm. On CUDA the L2
     cache is flushed before each run and events are timed. ``notify`` gets the name before each timed run.
+
+    A ``SelfTimed`` function runs in another process, which comes to its turn with other caches than this one. With such among them every
+    timed run directly follows an untimed one of the same function.
     """
     wanted = repeats if isinstance(repeats, Mapping) else dict.fromkeys(functions, repeats)
-    clock = _cuda_clock() if device == "cuda" else _wall_clock
+    clock = clock_of(device)
+    settle = any(isinstance(function, SelfTimed) for function in functions.values())
+
+    def timed(function) -> float:
+        if isinstance(function, SelfTimed):
+            return function.seconds()
+        if settle:
+            function()
+        return clock(function)
+
     for _ in range(warmup):
         for function in functions.values():
             function()
@@ -73,8 +96,13 @@ def interleaved(
         for name in order.sample(list(functions), len(functions)):
             if turn < wanted[name]:
                 notify(name)
-                samples[name].append(clock(functions[name]))
+                samples[name].append(timed(functions[name]))
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def clock_of(device: str) -> Callable[[Callable[[], Any]], float]:
+    """Runs a function and returns its seconds."""
+    return _cuda_clock() if device == "cuda" else _wall_clock
 
 
 def _wall_clock(function) -> float:
@@ -109,7 +137,11 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(function=function):  # keeps the function, and with it the tensors that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def peak_memory(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, int | None, float]:

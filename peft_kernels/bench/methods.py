@@ -26,15 +26,19 @@ Method = Callable[..., Answers]
 
 
 def t5_base(dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides) -> nn.Module:
-    """T5-base's architecture with random weights from a fixed seed.
-
-    With the usual initialisation and tied embeddings a random T5 repeats its last token whatever it reads. Smaller embeddings and
-    sharper attention make the tokens depend on input, prompt and step, so that comparing them says something.
-    """
+    """T5-base's architecture with random weights from a fixed seed."""
     sizes = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12, "d_kv": 64}
     config = {"vocab_size": VOCAB_SIZE, **sizes, "decoder_start_token_id": 0, **overrides}
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(**config))
+    return sharpened(T5ForConditionalGeneration(T5Config(**config))).to(device, dtype).eval()
+
+
+def sharpened(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
+    """A random T5 whose tokens depend on input, prompt and step, so that comparing them says something.
+
+    With the usual initialisation and tied embeddings it repeats its last token whatever it reads: embeddings get smaller here, attention
+    sharper.
+    """
     with torch.no_grad():
         model.shared.weight.mul_(0.05)
         for block in model.decoder.block:
@@ -42,7 +46,7 @@ def t5_base(dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides
             own.q.weight.mul_(8)
             own.o.weight.mul_(2)
             cross.q.weight.mul_(8)
-    return model.to(device, dtype).eval()
+    return model
 
 
 def load(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

@@ -63,7 +63,7 @@ def chosen(
     encoder = _tokenizer(tokenizer or model)
     if data is not None:
         return dialogues(data, encoder, input_tokens, limit, batch_size)
-    text = input.read_text() if input else _built_in("encode_once.txt")
+    text = input.read_text() if input else built_in_text()
     lines = [line.strip() for line in (prompts.read_text() if prompts else _built_in("questions.txt")).splitlines() if line.strip()]
     ids = _cut(encoder.encode(text), input_tokens)
     asked = [encoder.encode(line, add_special_tokens=False) for line in lines]
@@ -78,7 +78,7 @@ def built_in(input_tokens: int = 512, prompts: int = 30) -> Workload:
     """The package's own text and questions, an id per word: prompts of 8 tokens."""
     words = WordIds()
     asked = [words.encode(line) for line in _built_in("questions.txt").splitlines()][:prompts]
-    return Workload("built-in text", [_cut(words.encode(_built_in("encode_once.txt")), input_tokens)], asked)
+    return Workload("built-in text", [_cut(words.encode(built_in_text()), input_tokens)], asked)
 
 
 def dialogues(path: Path, encoder, input_tokens: int, limit: int, batch_size: int) -> Workload:
@@ -113,6 +113,10 @@ def _tokenizer(name: str | None):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
+
+
+def built_in_text() -> str:
+    return _built_in("encode_once.txt")
 
 
 def _built_in(name: str) -> str:

@@ -4,6 +4,7 @@ from functools import cache
 
 from torch import Tensor
 
+from .. import tuned
 from ..special_tokens import triton as special_tokens
 from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, dropout, guard, strides
 from ..triton_runtime import unavailable
@@ -34,7 +35,7 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
     mean = weight.new_empty(batch, length) if keep and not rms else None
     rstd = weight.new_empty(batch, length) if keep else None
     if batch * length:
-        options = row_options(width)
+        options = _tuned("forward", x)
         vectors_each = 0 if vectors is None else vectors.shape[1]
         slots_each = 0 if slots is None else slots.shape[1]
         with guard(x.device):
@@ -69,7 +70,7 @@ def _rows(grad, grad_sum, total, mean, rstd, weight, slots, need_x, need_slots):
     grad_slots = weight.new_empty(batch, slots_each, width) if need_slots else None
     tokens = batch * (length if need_x else slots_each)
     if tokens * width:
-        options = row_options(width)
+        options = _tuned("backward", grad)
         with guard(grad.device):
             triton_kernels.backward_kernel[cdiv(tokens, options["BR"]),](
                 grad_x, grad_slots, grad, grad_sum, total, mean, rstd, weight, slots,
@@ -77,6 +78,11 @@ def _rows(grad, grad_sum, total, mean, rstd, weight, slots, need_x, need_slots):
                 LISTED=not need_x, **options,
             )  # fmt: skip
     return grad_x, grad_slots
+
+
+def _tuned(kernel, x):
+    shipped = row_options(x.shape[2])
+    return tuned.options("add_layer_norm_inject", kernel, x.device, shipped, x.element_size(), shipped["BD"])
 
 
 @cache

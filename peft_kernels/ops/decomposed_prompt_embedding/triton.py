@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..triton_runtime import unavailable
 
 try:
@@ -59,15 +60,17 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
     prompt, a, b, delta = (x if x is None else x.contiguous() for x in (prompt, a, b, delta))
     positions, rank = a.shape[1:] if delta is None else (delta.shape[1], 0)
     vendor, processors = device_of(weight.device)
-    config = CONFIGS[vendor, weight.element_size()].forward
-    programs_per_row = _cdiv(width, config.columns) * (_cdiv(virtual, config.rows) + _cdiv(length, config.rows))
+    shipped = forward_options(CONFIGS[vendor, weight.element_size()].forward, insert_after_first, with_product=delta is None)
+    kernel = "product" if delta is None else "delta"
+    options = tuned.options("decomposed_prompt_embedding", kernel, weight.device, shipped, weight.element_size())
+    programs_per_row = _cdiv(width, options["BD"]) * (_cdiv(virtual, options["BP"]) + _cdiv(length, options["BP"]))
     rows = rows_per_program(batch, programs_per_row, processors)
     with _guard(weight.device):
         triton_kernels.forward_kernel[programs_per_row * _cdiv(batch, rows),](
             out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
             batch, length, virtual, positions, rank, width, rows, scale, embed_scale,
             *input_ids.stride(), weight.stride(0), _stride(offsets), _stride(adapter_ids),
-            **forward_options(config, insert_after_first, with_product=delta is None),
+            **options,
         )  # fmt: skip
     return out
 
@@ -85,13 +88,14 @@ def backward(
         return grad_prompt, grad_delta
     grad = _dense(grad)
     vendor, _ = device_of(grad.device)
-    config = CONFIGS[vendor, grad.element_size()].backward
+    shipped = backward_options(CONFIGS[vendor, grad.element_size()].backward, insert_after_first)
+    options = tuned.options("decomposed_prompt_embedding", "backward", grad.device, shipped, grad.element_size())
     with _guard(grad.device):
-        triton_kernels.backward_kernel[_cdiv(width, config.columns) * adapters * (prompt_rows + delta_rows),](
+        triton_kernels.backward_kernel[_cdiv(width, options["BD"]) * adapters * (prompt_rows + delta_rows),](
             grad, grad_prompt, grad_delta, offsets, adapter_ids,
             batch, columns - virtual, virtual, prompt_rows, delta_rows, width,
             *grad.stride()[:2], _stride(offsets), _stride(adapter_ids),
-            **backward_options(config, insert_after_first),
+            **options,
         )  # fmt: skip
     return grad_prompt, grad_delta
 

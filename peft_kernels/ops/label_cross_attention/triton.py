@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..shared_cross_attention.triton import device_of
 from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, guard, partition
 from ..triton_runtime import unavailable
@@ -67,8 +68,9 @@ def pool(queries, features, lengths, offsets, scale, keep) -> tuple[Tensor, Tens
         with guard(features.device):
             if weights.numel():
                 _scores(weights, queries, features, lengths, offsets, batch)
-                triton_kernels.softmax_kernel[cdiv(heads * slots, SOFTMAX["BQ"]) * batch,](
-                    weights, lengths, offsets, features.shape[-2], heads * slots, scale, **SOFTMAX
+                options = tuned.options("label_cross_attention", "softmax", weights.device, SOFTMAX)
+                triton_kernels.softmax_kernel[cdiv(heads * slots, options["BQ"]) * batch,](
+                    weights, lengths, offsets, features.shape[-2], heads * slots, scale, **options
                 )
             _pool(pooled, weights, features, lengths, offsets, batch, 1, queries.dtype)
     return pooled, weights if keep else None
@@ -79,7 +81,7 @@ def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, share
     features, offsets, batch = _rows(features, offsets)
     lengths = None if lengths is None else lengths.contiguous()
     if shared:
-        options = pool_options(unit_of(features.device, grad_pooled.dtype), heads * slots)
+        options = _tuned("pool", pool_options, features.device, grad_pooled.dtype, heads * slots)
         programs = cdiv(width, options["BD"]) * cdiv(heads * slots, options["BQ"])
         parts, rows = partition(batch, weights.numel() // max(batch * heads * slots, 1), programs)
         grad = weights.new_empty(parts, heads, slots, width).transpose(0, 1)  # (H, parts, S, d)
@@ -90,8 +92,9 @@ def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, share
         with guard(features.device):
             if weights.numel():
                 _scores(grad_scores, grad_pooled, features, lengths, offsets, batch)
-                triton_kernels.softmax_backward_kernel[cdiv(heads * slots, SOFTMAX["BQ"]) * batch,](
-                    grad_scores, weights, lengths, offsets, features.shape[-2], heads * slots, scale, **SOFTMAX
+                options = tuned.options("label_cross_attention", "softmax_backward", weights.device, SOFTMAX)
+                triton_kernels.softmax_backward_kernel[cdiv(heads * slots, options["BQ"]) * batch,](
+                    grad_scores, weights, lengths, offsets, features.shape[-2], heads * slots, scale, **options
                 )
             _pool(grad, grad_scores, features, lengths, offsets, batch, rows, grad_pooled.dtype)
     return grad.sum(1, keepdim=True) if shared and grad.shape[1] > 1 else grad
@@ -100,7 +103,7 @@ def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, share
 def _scores(scores, queries, features, lengths, offsets, batch):
     heads, given, slots, width = queries.shape
     n = features.shape[-2]
-    options = scores_options(unit_of(features.device, queries.dtype), heads * slots)
+    options = _tuned("scores", scores_options, features.device, queries.dtype, heads * slots)
     tiles = batch * cdiv(n, options["BN"]) if offsets is None else n // options["BN"] + batch
     triton_kernels.scores_kernel[cdiv(heads * slots, options["BQ"]) * tiles,](
         scores, queries, features, lengths, offsets,
@@ -112,12 +115,17 @@ def _scores(scores, queries, features, lengths, offsets, batch):
 def _pool(out, weights, features, lengths, offsets, batch, rows, product):
     """``out``: (H, parts of ``rows`` rows, slots, d); ``product``: the dtype of what is multiplied."""
     heads, parts, slots, width = out.shape
-    options = pool_options(unit_of(features.device, product), heads * slots)
+    options = _tuned("pool", pool_options, features.device, product, heads * slots)
     triton_kernels.pool_kernel[cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts,](
         out, weights, features, lengths, offsets,
         features.shape[-2], batch, rows, slots, heads * slots, width, *out.stride()[:2], *_strides(features),
         WIDE=product == torch.float32, **options,
     )  # fmt: skip
+
+
+def _tuned(kernel, shipped_options, device, product, queries):
+    shipped = shipped_options(unit_of(device, product), queries)
+    return tuned.options("label_cross_attention", kernel, device, shipped, product.itemsize, shipped["BQ"])
 
 
 @cache

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import tuned
 from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, strides
 from ..triton_runtime import unavailable
 
@@ -36,7 +37,8 @@ def forward(hidden, weight, label_ids, bias, positions):
     (batch, width), words = (hidden.shape[0], hidden.shape[-1]), label_ids.numel()
     out = hidden.new_empty(batch, *label_ids.shape, dtype=torch.float32)
     if out.numel():
-        options = launch_options(forward_config(words))
+        config = forward_config(words)
+        options = tuned.options("label_logits", "forward", weight.device, launch_options(config), weight.element_size(), config.words)
         with guard(hidden.device):
             triton_kernels.forward_kernel[cdiv(words, options["BW"]) * batch,](
                 out, hidden, weight, label_ids.contiguous(), bias, positions,
@@ -50,7 +52,7 @@ def backward(grad_words, weight, label_ids):
     batch, width = grad_words.shape[0], weight.shape[1]
     grad_rows = grad_words.new_empty(batch, width)
     if grad_rows.numel():
-        options = launch_options(BACKWARD)
+        options = tuned.options("label_logits", "backward", weight.device, launch_options(BACKWARD), weight.element_size())
         with guard(weight.device):
             triton_kernels.backward_kernel[cdiv(width, options["BD"]) * batch,](
                 grad_rows, grad_words.contiguous(), weight, label_ids.contiguous(), label_ids.numel(), width, *weight.stride(), **options

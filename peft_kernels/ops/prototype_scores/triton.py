@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from .. import triton_runtime
+from .. import triton_runtime, tuned
 from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, partition
 
 try:
@@ -34,7 +34,7 @@ def forward(projected, prototypes, radius, scores, weight):
     (texts, width), classes = projected.shape, prototypes.shape[0]
     out = projected.new_empty(texts, classes)
     if texts:
-        options = row_options(width)
+        options = _tuned("forward", projected)
         with guard(projected.device):
             triton_kernels.forward_kernel[cdiv(texts, options["BR"]),](
                 out, projected, prototypes, radius, scores, weight, texts, classes, width, **options
@@ -44,22 +44,24 @@ def forward(projected, prototypes, radius, scores, weight):
 
 def backward(grad, projected, prototypes):
     (texts, width), classes = projected.shape, prototypes.shape[0]
-    options = row_options(width)
     grad_projected = torch.empty_like(projected)
     parts, rows = partition(texts, 1, classes)
     partial = projected.new_empty(parts, classes, width)
     with guard(projected.device):
         if texts:
+            options = _tuned("backward", projected)
             triton_kernels.backward_kernel[cdiv(texts, options["BR"]),](
                 grad_projected, grad, projected, prototypes, texts, classes, width, **options
             )  # fmt: skip
-        triton_kernels.prototypes_kernel[parts * classes,](partial, grad, projected, prototypes, texts, rows, classes, width, **options)
+        triton_kernels.prototypes_kernel[parts * classes,](
+            partial, grad, projected, prototypes, texts, rows, classes, width, **_tuned("prototypes", projected)
+        )  # fmt: skip
     return grad_projected, partial[0] if parts == 1 else partial.sum(0)
 
 
 def cross_entropy(projected, prototypes, radius, scores, weight, labels):
     (texts, width), classes = projected.shape, prototypes.shape[0]
-    options = row_options(width)
+    options = _tuned("cross_entropy", projected)
     blocks = cdiv(texts, options["BR"])
     losses, partial = projected.new_empty(texts), projected.new_empty(classes, blocks)
     grad_projected = torch.empty_like(projected)
@@ -71,6 +73,11 @@ def cross_entropy(projected, prototypes, radius, scores, weight, labels):
                 **options,
             )  # fmt: skip
     return losses.sum() / max(texts, 1), grad_projected, partial.sum(1)
+
+
+def _tuned(kernel, projected):
+    shipped = row_options(projected.shape[1])
+    return tuned.options("prototype_scores", kernel, projected.device, shipped, shipped["BD"])
 
 
 @cache

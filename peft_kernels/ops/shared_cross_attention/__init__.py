@@ -15,7 +15,7 @@ implementations = Implementations(__name__, "reference", "sdpa", "matmul", "cpp"
 MAX_HEAD_DIM = 256
 
 # Without the native library a CPU takes PyTorch's flash attention or two matrix products on folded rows, whichever
-# benchmarks/pid_attention.py showed faster: products in these dtypes, while the scores of one head of one input stay in the cache.
+# `peft-kernels bench shared_cross_attention` showed faster: products in these dtypes, while the scores of one head of one input stay in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
 

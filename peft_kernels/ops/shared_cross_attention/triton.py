@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..triton_runtime import unavailable
 from .layout import as_token_major, token_major
 
@@ -97,9 +98,10 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
     family, processors = device_of(query.device)
     configs = configs_of(family, query.element_size(), head_dim)
     config = next((c for c in configs.forward if c.rows * inputs >= rows), configs.forward[-1])
+    options = _tuned("forward", config, query, config.rows)
     with _guard(query.device):
         cu_streams = _cu_streams(encoder_index, inputs)
-        tiles = _tiles(config.rows, rows, inputs, cu_streams)
+        tiles = _tiles(options["BM"], rows, inputs, cu_streams)
         splits = num_splits(tiles * heads, n, processors)
         part_out, part_lse = out, lse
         if splits > 1:
@@ -109,7 +111,7 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
             query, key, value, part_out, part_lse, key_lengths, cu_streams,
             tokens, rows // inputs, rows, inputs, n, scale,
             *_row_strides(query), *key.stride()[:3], *value.stride()[:3],
-            **launch_options(config, family, query.element_size(), head_dim),
+            **options,
         )  # fmt: skip
         if splits > 1:
             triton_forward.merge_kernel[_cdiv(rows * heads, ROW_HEADS),](
@@ -142,20 +144,20 @@ def backward(
             )  # fmt: skip
         cu_streams = _cu_streams(encoder_index, inputs)
         if rows * heads and need_query:
-            config = configs.query_grad
-            triton_backward.query_grad_kernel[_tiles(config.rows, rows, inputs, cu_streams), heads](
+            options = _tuned("query_grad", configs.query_grad, query)
+            triton_backward.query_grad_kernel[_tiles(options["BM"], rows, inputs, cu_streams), heads](
                 query, key, value, grad_out, lse, delta, grad_query, key_lengths, cu_streams,
                 tokens, rows // inputs, inputs, n, scale, *strides,
-                **launch_options(config, family, query.element_size(), head_dim),
+                **options,
             )  # fmt: skip
         if key.numel() and (need_key or need_value):
-            config = configs.key_value_grad
+            options = _tuned("key_value_grad", configs.key_value_grad, query)
             for grads in ((grad_key, None), (None, grad_value)) if configs.apart else ((grad_key, grad_value),):
                 if any(grad is not None for grad in grads):
-                    triton_backward.key_value_grad_kernel[inputs * _cdiv(n, config.keys), heads](
+                    triton_backward.key_value_grad_kernel[inputs * _cdiv(n, options["BN"]), heads](
                         query, key, value, grad_out, lse, delta, *grads, key_lengths, cu_streams,
                         tokens, rows // inputs, n, scale, *strides,
-                        **launch_options(config, family, query.element_size(), head_dim),
+                        **options,
                     )  # fmt: skip
     return grad_query, grad_key, grad_value
 
@@ -170,7 +172,11 @@ def block_d(head_dim: int) -> int:
 
 
 def configs_of(family: str, size: int, head_dim: int) -> Configs:
-    return CONFIGS[family, size, max(64, block_d(head_dim))]
+    return CONFIGS[family, size, table_d(head_dim)]
+
+
+def table_d(head_dim: int) -> int:
+    return max(64, block_d(head_dim))
 
 
 @cache
@@ -179,6 +185,12 @@ def launch_options(config: Config, family: str, size: int, head_dim: int) -> dic
     depth = FMA_DEPTH if size == 4 and family.startswith("sm") else block_d(head_dim)
     blocks = {"D": head_dim, "BLOCK_D": block_d(head_dim), "BM": config.rows, "BN": config.keys, "BK": min(depth, block_d(head_dim))}
     return {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def _tuned(kernel: str, config: Config, query: Tensor, *bucket: int) -> dict[str, int]:
+    size, head_dim = query.element_size(), query.shape[3]
+    shipped = launch_options(config, device_of(query.device)[0], size, head_dim)
+    return tuned.options("shared_cross_attention", kernel, query.device, shipped, size, table_d(head_dim), *bucket)
 
 
 def row_options(head_dim: int) -> dict[str, int]:

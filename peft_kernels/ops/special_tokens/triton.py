@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tuned
 from ..triton_runtime import unavailable
 from ..vector_dropout import threshold
 
@@ -47,7 +48,7 @@ def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Te
             triton_kernels.slots_kernel[batch,](
                 found, counts, input_ids, special_ids, attention_mask,
                 length, len(special_ids), max_slots, *input_ids.stride(), special_ids.stride(0), *strides(attention_mask, 2),
-                **slots_options(),
+                **tuned.options("special_tokens", "slots", input_ids.device, slots_options()),
             )  # fmt: skip
     return found, counts
 
@@ -56,7 +57,7 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
     (batch, slots_each), (_, vectors_each, width) = slots.shape, vectors.shape
     if not batch * slots_each * width:
         return
-    options = add_options(hidden.element_size())
+    options = tuned.options("special_tokens", "add", hidden.device, add_options(hidden.element_size()), hidden.element_size())
     with guard(hidden.device):
         triton_kernels.add_kernel[cdiv(width, options["BD"]) * batch * slots_each,](
             hidden, vectors.contiguous(), slots, adapter_ids, seed,
@@ -69,7 +70,7 @@ def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_sl
     """``by_slot``: grad is (B, k, d), a row for every slot."""
     (batch, slots_each), width = slots.shape, grad.shape[2]
     grad = dense(grad)
-    options = backward_options(grad.element_size(), by_slot)
+    options = tuned.options("special_tokens", "backward", grad.device, backward_options(grad.element_size(), by_slot), grad.element_size())
     programs = cdiv(width, options["BD"]) * adapters * vectors
     parts, rows = partition(batch, max(1, slots_each - vectors + 1), programs)
     partial = grad.new_empty(parts, adapters, vectors, width, dtype=torch.float32)

@@ -1,0 +1,90 @@
+"""What is timed together at one point of a sweep, and whether its ways agree."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..results import OURS
+
+STOCK = "stock"
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative difference between two ways through a whole model
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    agrees: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Case:
+    phase: str  # "generate", "first token", "forward", "training step"
+    shape: dict[str, int]
+    items: int  # what a run gets through
+    item: str  # "tokens", "streams", "samples"
+    ways: dict[str, Callable[[], Run]]  # STOCK, OURS and others; called for a run that nothing has warmed up
+    check: Callable[[dict[str, Any]], Agreement]  # takes what a run of every way returned
+    missing: dict[str, str] = field(default_factory=dict)  # ways that this model cannot take, and why
+
+    @property
+    def thing(self) -> tuple:
+        return self.phase, tuple(self.shape.items())
+
+
+def without_gradient(function: Run) -> Run:
+    def run():
+        with torch.no_grad():
+            return function()
+
+    return run
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
+    """Forward, backward and AdamW on what is trainable in ``model``, whose state is made in the first step.
+
+    The rate is 0: the work is the same, and weights stay what they are, so that the ways can be compared at any time.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def step():
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@contextmanager
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Without dropout and gradients."""
+    training = [m for model in models for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def close(dtype: torch.dtype, differences: dict[str, float]) -> Agreement:
+    """``differences``: what was compared -> relative difference."""
+    limit = LIMITS[dtype]
+    text = "; ".join(f"{what}: relative difference {error:.1e}" for what, error in differences.items())
+    return Agreement(all(error <= limit for error in differences.values()), f"{text} (at most {limit:.0e})")
+
+
+__all__ = ["OURS", "STOCK", "Agreement", "Case", "Run", "close", "difference", "evaluating", "training_step", "without_gradient"]

@@ -1,0 +1,61 @@
+"""A sweep as a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from ..results import OURS, Row
+from .case import STOCK
+
+matplotlib.use("Agg")
+COLOURS = {STOCK: "#5b7c99", OURS: "#d1603d"}
+OTHER_COLOURS = ("#9aa5b1", "#7a9e7e")
+
+
+def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
+    """Throughput, time to first token where it was measured, and peak memory over ``axis``, a line for each way."""
+    from matplotlib import pyplot as plt
+
+    along = _along([row for row in rows if axis in row.shape and not row.missing], axis)
+    main = next(iter(along))
+    panels = [(main, f"{along[main][0].item} per second", f"{main}: throughput", lambda row: row.items / row.median_s)]
+    if "first token" in along:
+        panels.append(("first token", "seconds", "time to first token", lambda row: row.median_s))
+    if along[main][0].peak_bytes is not None:
+        panels.append((main, "MB", f"{main}: peak memory above the model", lambda row: row.peak_bytes / 1e6))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
+    ways = list(dict.fromkeys(row.way for row in along[main]))
+    colours = COLOURS | dict(zip((way for way in ways if way not in COLOURS), OTHER_COLOURS))
+    for panel, (phase, unit, title, value) in zip(axes[0], panels):
+        for way in ways:
+            points = sorted((row.shape[axis], value(row)) for row in along[phase] if row.way == way)
+            panel.plot(*zip(*points), marker="o", color=colours[way], label=way)
+        ticks = sorted({row.shape[axis] for row in along[phase]})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel(axis.replace("_", " "))
+        panel.set_ylabel(unit)
+        panel.set_title(title, fontsize=10)
+        panel.grid(axis="y", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False)
+    row = along[main][0]
+    fixed = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in row.shape.items() if name != axis)
+    figure.suptitle(f"{row.variant}, {row.benchmark.removeprefix('profile ')}, {row.dtype}; {fixed}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _along(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
+    """Phase -> the rows in which only ``axis`` differs from where all sweeps start, the first row."""
+    found = {}
+    for phase in dict.fromkeys(row.phase for row in rows):
+        of_phase = [row for row in rows if row.phase == phase]
+        start = of_phase[0].shape
+        found[phase] = [row for row in of_phase if all(row.shape[name] == size for name, size in start.items() if name != axis)]
+    return found

@@ -1,0 +1,128 @@
+"""What the terminal says."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..results import OURS, Row, device_name
+from .case import STOCK, Agreement, Case
+from .models import NAMES, Source
+from .operators import NAMESPACE
+
+LONGEST_TABLE = 12
+UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
+
+
+def header(console: Console, source: Source, method: str, follows: bool, sizes: Mapping[str, tuple[int, ...]], train: bool, repeats: int) -> None:
+    console.print(f"[bold]{escape(source.name)}, stock and with {method}: {'a training step' if train else 'inference'}[/bold]")
+    if follows:
+        console.print(f"method: {method}, which {NAMES[source.kind]} takes where --method names none")
+    if source.random:
+        console.print("[yellow]model: this architecture with RANDOM weights: times and memory are real, what it says is not.[/yellow]")
+    shape = ", ".join(f"{axis.replace('_', ' ')} {', '.join(map(str, values))}" for axis, values in sizes.items())
+    console.print(f"workload: {shape}; {str(source.dtype).removeprefix('torch.')}; {repeats} timed runs of each way, turn by turn")
+    threads = "" if source.device == "cuda" else f", {torch.get_num_threads()} threads"
+    console.print(f"on: {device_name(source.device)}{threads}")
+
+
+def ways(console: Console, described: Mapping[str, str]) -> None:
+    for way, text in described.items():
+        console.print(f"[bold]{way}[/bold]: {text}", highlight=False)
+    console.print()
+
+
+def point(case: Case) -> str:
+    return f"{case.phase} at {', '.join(f'{axis} {value}' for axis, value in case.shape.items())}".replace("_", " ")
+
+
+def results(console: Console, rows: Iterable[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """A table for each phase, a line for each way at each point."""
+    phases = {}
+    for row in rows:
+        phases.setdefault(row.phase, []).append(row)
+    for phase, of_phase in phases.items():
+        axes = [axis for axis, values in sizes.items() if len(values) > 1 and axis in of_phase[0].shape]
+        table = Table(title=_title(phase), title_justify="left", box=box.SIMPLE_HEAD)
+        for axis in axes:
+            table.add_column(axis.replace("_", " "), justify="right")
+        table.add_column("way")
+        for column in ("time", "spread", f"{of_phase[0].item}/s", "x stock", "peak MB"):
+            table.add_column(column, justify="right")
+        stock = {row.thing: row for row in of_phase if row.way == STOCK}
+        for row in of_phase:
+            sweep = [str(row.shape[axis]) for axis in axes]
+            if row.missing:
+                console.print(f"{row.way} is missing: {escape(row.missing)}", highlight=False)
+                continue
+            cells = [
+                _seconds(row.median_s),
+                "-" if row.spread is None else f"{row.spread:.0%}",
+                f"{row.items / row.median_s:,.1f}",
+                f"{stock[row.thing].ratio / row.ratio:.2f}",
+                "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
+            ]
+            last_way = row.way == [one.way for one in of_phase if one.thing == row.thing and not one.missing][-1]
+            table.add_row(*sweep, row.way, *cells, style="bold" if row.way == OURS else None, end_section=last_way and bool(axes))
+        console.print(table)
+    console.print(
+        "time: median; spread: interquartile range over it; x stock: how many times faster; peak MB: above the loaded models\n", style="dim"
+    )
+
+
+def agreements(console: Console, found: Iterable[tuple[Case, Agreement]], dtype: torch.dtype) -> bool:
+    """Whether the ways agree, or need not: in 16 bits a near-tie falls either way with the order of a sum, which is told and is no failure."""
+    found = list(found)
+    for case, agreement in found:
+        if not agreement.agrees:
+            style = "bold red" if dtype == torch.float32 else "yellow"
+            why = "DISAGREE" if dtype == torch.float32 else "differ, as 16 bits may; --dtype float32 compares exactly"
+            console.print(f"[{style}]{point(case)}: stock and ours {why}: {agreement.text}[/{style}]", highlight=False)
+    wrong = [agreement for _, agreement in found if not agreement.agrees]
+    if not wrong:
+        case, agreement = found[0]
+        more = f"; so at all {len(found)} points" if len(found) > 1 else ""
+        console.print(f"[green]stock and ours agree: {agreement.text}{more}[/green]", highlight=False)
+    return not wrong or dtype != torch.float32
+
+
+def operators(console: Console, times: Mapping[str, Mapping[str, float]]) -> None:
+    """Self times side by side, those of this package marked."""
+    totals = {way: sum(of_way.values()) for way, of_way in times.items()}
+    names = {name for of_way in times.values() for name in of_way}
+    largest = sorted(names, key=lambda name: -max(of_way.get(name, 0.0) / totals[way] for way, of_way in times.items()))
+    mine = [name for name in largest if name.startswith(NAMESPACE)]
+    shown = [name for name in largest if name in mine or name in largest[: LONGEST_TABLE - len(mine)]]
+    table = Table("operator", title="[bold]self time by operator[/bold], one run under torch.profiler", title_justify="left", box=box.SIMPLE_HEAD)
+    for way in times:
+        table.add_column(way, justify="right")
+        table.add_column("share", justify="right")
+    rest = [name for name in names if name not in shown]
+    lines = [(name, [name]) for name in shown] + [(f"{len(rest)} others", rest)] + [("all", list(names))]
+    for label, group in lines:
+        cells = []
+        for way, of_way in times.items():
+            seconds = sum(of_way.get(name, 0.0) for name in group)
+            cells += [_seconds(seconds), f"{seconds / totals[way]:.1%}"] if seconds else ["-", "-"]
+        table.add_row(label.removeprefix(NAMESPACE).removeprefix("aten::"), *cells, style="bold cyan" if label in mine else None)
+    console.print(table)
+    if mine:
+        console.print("in colour: the operators of this package\n", style="dim")
+
+
+def written(console: Console, paths: Iterable[Path]) -> None:
+    console.print("written: " + "\n         ".join(str(path) for path in paths), highlight=False)
+
+
+def _title(phase: str) -> str:
+    return {"first token": "[bold]time to first token[/bold], the encoder included"}.get(phase, f"[bold]{phase}[/bold]")
+
+
+def _seconds(seconds: float) -> str:
+    scale, unit = next(((scale, unit) for scale, unit in UNITS if seconds >= scale), UNITS[-1])
+    value = seconds / scale
+    return f"{value:.{max(0, 2 - (value >= 10) - (value >= 100))}f} {unit}"

@@ -1,0 +1,33 @@
+"""From options to the points that are measured."""
+
+from collections.abc import Mapping, Sequence
+
+import typer
+
+AXES = {"batch": "--batch", "streams": "--streams", "length": "--length", "new_tokens": "--new-tokens"}
+
+
+def sizes_of(given: Mapping[str, Sequence[str] | None], defaults: Mapping[str, int], method: str) -> dict[str, tuple[int, ...]]:
+    """Of every axis of a method its values: those of the command line, or the default.
+
+    Raises:
+        typer.BadParameter: an axis that the method does not have, or a value that is no positive integer.
+    """
+    for axis, texts in given.items():
+        if texts and axis not in defaults:
+            known = ", ".join(AXES[one] for one in defaults)
+            raise typer.BadParameter(f"does not apply to {method}, which has {known}", param_hint=AXES[axis])
+    return {axis: _values(axis, given[axis]) if given.get(axis) else (default,) for axis, default in defaults.items()}
+
+
+def points(sizes: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+    """Every axis with several values in turn, the others at their first one, which is where all start."""
+    base = {axis: values[0] for axis, values in sizes.items()}
+    return [base, *({**base, axis: value} for axis, values in sizes.items() for value in values[1:])]
+
+
+def _values(axis: str, texts: Sequence[str]) -> tuple[int, ...]:
+    words = [word.strip() for text in texts for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"expected positive integers with commas between them, got {','.join(words)!r}", param_hint=AXES[axis])
+    return tuple(dict.fromkeys(int(word) for word in words))

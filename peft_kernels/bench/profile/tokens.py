@@ -1,0 +1,31 @@
+"""Token ids and texts for models that come without a tokenizer."""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from ...dect.template import T5_MASK
+
+FIRST_ORDINARY_ID = 5  # random ids stay clear of what usually comes first: padding, start, end, unknown
+
+
+def random_ids(*shape: int, vocab_size: int, avoid: int | None = None, seed: int = 0) -> Tensor:
+    """Token ids on the CPU, the same at every call; ``avoid``, the padding, is not among them."""
+    ids = torch.randint(FIRST_ORDINARY_ID, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return ids if avoid is None else ids.masked_fill(ids == avoid, FIRST_ORDINARY_ID if avoid != FIRST_ORDINARY_ID else FIRST_ORDINARY_ID + 1)
+
+
+def word_tokenizer(config: PreTrainedConfig, kind: str, words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """An id per word, those of ``words`` that fit into the vocabulary, around them what tokenizers of this kind of model put there."""
+    mask, template = {"encoder": ("[MASK]", "[CLS] $A [SEP]"), "causal": ("[MASK]", "$A"), "encoder-decoder": (T5_MASK, "$A [SEP]")}[kind]
+    ordered = list(dict.fromkeys(["[CLS]", "[SEP]", "[UNK]", mask, *words]))[: config.vocab_size - 1]
+    ordered.insert(min(config.pad_token_id or 0, len(ordered)), "[PAD]")
+    vocabulary = {word: i for i, word in enumerate(ordered)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=[(x, vocabulary[x]) for x in ("[CLS]", "[SEP]")])
+    special = {"additional_special_tokens": [mask]} if kind == "encoder-decoder" else {"mask_token": mask}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", **special)

@@ -1,0 +1,137 @@
+"""Bars that the page draws itself, as boxes of a width in per cent: they stay readable on a narrow screen."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..results import OURS, Row
+from .cases import Case, is_ours
+from .words import megabytes, percent, times
+
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+NARROWEST, WIDEST = (0.5, 2), (TICKS[0], TICKS[-1])
+
+
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    left: float  # per cent of the track, as width
+    width: float
+    tone: str  # a class of style.css
+    text: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """The bars of one problem."""
+
+    label: str
+    bars: tuple[Bar, ...]
+    share: float | None = None  # of the floor, that ours reaches
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars on one axis."""
+
+    title: str
+    groups: tuple[Group, ...]
+    ticks: tuple[tuple[float, str], ...] = ()  # position in per cent, label
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Characters of labels and of texts, for the widths of their columns."""
+        bars = [bar for group in self.groups for bar in group.bars]
+        return max((len(bar.label) for bar in bars), default=0), max((len(bar.text) for bar in bars), default=0)
+
+
+class RatioAxis:
+    """Logarithmic, so that half and twice are as far from 1; what lies outside of the widest range ends at its edge."""
+
+    def __init__(self, ratios: Iterable[float]):
+        ratios = list(ratios)
+        low = max(min([*ratios, NARROWEST[0]]), WIDEST[0])
+        high = min(max([*ratios, NARROWEST[1]]), WIDEST[1])
+        self.low, self.high = (max(t for t in TICKS if t <= low), min(t for t in TICKS if t >= high))
+
+    def at(self, ratio: float) -> float:
+        clipped = min(max(ratio, self.low), self.high)
+        return round(100 * math.log(clipped / self.low) / math.log(self.high / self.low), 2)
+
+    @property
+    def ticks(self) -> tuple[tuple[float, str], ...]:
+        inside = [t for t in TICKS if self.low <= t <= self.high]
+        shown = inside if len(inside) <= 6 else [t for t in inside if math.log10(t).is_integer()]
+        return tuple((self.at(t), f"{t:g}x") for t in shown)
+
+
+def speed(cases: list[Case]) -> list[Panel]:
+    """Every way's time over ours, a panel for each phase and dtype; all on one axis."""
+    axis = RatioAxis(row.ratio for case in cases for row in case.timed if row.ratio is not None and row.way not in case.section.other_work)
+
+    def group(case):
+        compared = [row for row in case.timed if row.way != OURS and row.ratio is not None]
+        return Group(case.problem, tuple(_ratio(row, case, axis) for row in compared), case.ours and case.ours.share_of_floor)
+
+    return _panels(cases, group, axis.ticks)
+
+
+def _ratio(row: Row, case: Case, axis: RatioAxis) -> Bar:
+    """From 1 to the ratio."""
+    one, here = axis.at(1), axis.at(row.ratio)
+    return Bar(row.way, min(one, here), round(abs(here - one), 2), _tone(row, case), times(row.ratio))
+
+
+def _tone(row: Row, case: Case) -> str:
+    if is_ours(row.way):
+        return "own"
+    if row.way in case.section.other_work:
+        return "aside"
+    return ("faster" if row.ratio >= 1 else "slower") + (" strongest" if row is case.strongest else "")
+
+
+def floors(cases: list[Case]) -> list[Panel]:
+    """The share of the floor that ours reaches."""
+    found = [case for case in cases if case.ours and case.ours.share_of_floor is not None]
+    full = max([1.0, *(case.ours.share_of_floor for case in found)])
+
+    def group(case):
+        share = case.ours.share_of_floor
+        return Group("", (Bar(case.problem, 0, round(100 * share / full, 2), "floor", percent(share)),))
+
+    return _panels(found, group, ((0, "0"), (round(100 / full, 2), "100%")))
+
+
+def amounts(cases: list[Case]) -> dict[str, list[Panel]]:
+    """What is counted beside time, from zero: throughput and memory, where they were measured."""
+    kinds = {
+        "Throughput": (lambda row: row.items and row.median_s and row.items / row.median_s, lambda value, row: f"{_count(value)} {row.item}/s"),
+        "Peak memory, above what stood before": (lambda row: row.peak_bytes, lambda value, row: megabytes(value)),
+        "Memory kept from step to step": (lambda row: row.kept_bytes, lambda value, row: megabytes(value)),
+    }
+    found = {name: _panels(cases, lambda case, kind=kind: _amounts(case, *kind)) for name, kind in kinds.items()}
+    return {name: panels for name, panels in found.items() if panels}
+
+
+def _amounts(case: Case, value: Callable, word: Callable) -> Group:
+    known = [(row, number) for row in case.timed if (number := value(row)) is not None]
+    full = max((number for _, number in known), default=0) or 1
+
+    def bar(row, number):
+        tone = "ours" if row.way == OURS else "own" if is_ours(row.way) else "other"
+        return Bar(row.way, 0, round(100 * number / full, 2), tone, word(number, row))
+
+    return Group(case.problem, tuple(bar(*one) for one in known))
+
+
+def _panels(cases: list[Case], group: Callable[[Case], Group], ticks=()) -> list[Panel]:
+    """One for each phase and dtype that has bars."""
+    found: dict[str, list[Group]] = {}
+    for case in cases:
+        if (one := group(case)).bars:
+            found.setdefault(f"{case.of.phase}, {case.of.dtype}", []).append(one)
+    return [Panel(title, tuple(groups), ticks) for title, groups in found.items()]
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"

@@ -1,0 +1,112 @@
+"""Result files as what the report shows: for every machine, what was measured on it, and how the ways of doing it compare."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..measure import Ceilings
+from ..results import OURS, Results, Row, read
+from .sections import Section, section
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing on one machine: the ways to do it, timed turn by turn, and the file that they come from."""
+
+    rows: tuple[Row, ...]
+    results: Results
+    fixed: frozenset[str] = frozenset()  # letters with one size in all cases of the benchmark: not told apart by them
+
+    @cached_property
+    def section(self) -> Section:
+        return section(self.rows[0].benchmark)
+
+    @property
+    def of(self) -> Row:
+        """Any row: all agree in what was done."""
+        return self.rows[0]
+
+    @property
+    def timed(self) -> list[Row]:
+        return [row for row in self.rows if row.missing is None]
+
+    @property
+    def missing(self) -> list[Row]:
+        return [row for row in self.rows if row.missing is not None]
+
+    @property
+    def ours(self) -> Row | None:
+        return next((row for row in self.timed if row.way == OURS), None)
+
+    @property
+    def baselines(self) -> list[Row]:
+        """Other people's ways to do the same work."""
+        return [row for row in self.timed if row.ratio is not None and not is_ours(row.way) and row.way not in self.section.other_work]
+
+    @property
+    def strongest(self) -> Row | None:
+        return min(self.baselines, key=lambda row: row.ratio, default=None)
+
+    @property
+    def ceilings(self) -> Ceilings | None:
+        return self.results.ceilings.get(self.of.dtype)
+
+    @property
+    def problem(self) -> str:
+        """What sets it apart beside dtype and phase: sizes and variant."""
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.of.shape.items() if letter not in self.fixed)
+        return ", ".join(part for part in (sizes, self.of.variant) if part)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device, the files that were measured on it, oldest first, and of each thing the newest case."""
+
+    device: str
+    name: str
+    files: tuple[tuple[Path, Results], ...]
+    cases: tuple[Case, ...]
+
+    def of(self, benchmark: str) -> list[Case]:
+        return [case for case in self.cases if case.of.benchmark == benchmark]
+
+
+def is_ours(way: str) -> bool:
+    """Ours, or another implementation or setting of ours: ``ours, cpp``."""
+    return way == OURS or way.startswith(f"{OURS}, ")
+
+
+def load(folders: Iterable[Path]) -> list[Machine]:
+    """The machines of all JSON files in the folders, GPUs first.
+
+    Raises:
+        ValueError: a folder without results, or a file that is not of the schema.
+    """
+    by_machine: dict[tuple[str, str], list[tuple[Path, Results]]] = {}
+    for folder in folders:
+        paths = sorted(folder.rglob("*.json"))
+        if not paths:
+            raise ValueError(f"{folder}: expected result files (*.json), found none")
+        for path in paths:
+            results = read(path)
+            by_machine.setdefault((results.device, results.device_name), []).append((path, results))
+    machines = [_machine(*key, files) for key, files in by_machine.items()]
+    return sorted(machines, key=lambda machine: (machine.device == "cpu", machine.name))
+
+
+def _machine(device: str, name: str, files: list[tuple[Path, Results]]) -> Machine:
+    files = sorted(files, key=lambda file: (file[1].environment["date"], file[0]))
+    newest = {thing: (tuple(rows), results) for _, results in files for thing, rows in results.by_thing().items()}
+    shapes: dict[str, list[dict[str, int]]] = {}
+    for (benchmark, *_), (rows, _) in newest.items():
+        shapes.setdefault(benchmark, []).append(rows[0].shape)
+    fixed = {benchmark: frozenset(_fixed(some)) for benchmark, some in shapes.items()}
+    return Machine(device, name, tuple(files), tuple(Case(*one, fixed[thing[0]]) for thing, one in newest.items()))
+
+
+def _fixed(shapes: list[dict[str, int]]) -> dict[str, int]:
+    """Letters that all shapes have in one size; none where all shapes are the same."""
+    first = shapes[0]
+    same = {letter: size for letter, size in first.items() if all(shape.get(letter) == size for shape in shapes)}
+    return same if same != first else {}

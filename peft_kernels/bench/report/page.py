@@ -1,0 +1,182 @@
+"""The page: what the template shows, and the template filled in."""
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from importlib.resources import files
+
+from jinja2 import Environment, FunctionLoader
+from markupsafe import Markup
+
+from ..results import OURS
+from . import bars, figures, words
+from .cases import Case, Machine
+from .sections import order, section
+
+
+def page(machines: list[Machine]) -> str:
+    """HTML with everything in it: styles and drawings too."""
+    environment = Environment(loader=FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {name: getattr(words, name) for name in words.__all__}
+    benchmarks = sorted({case.of.benchmark for machine in machines for case in machine.cases}, key=order)
+    axis = bars.RatioAxis(case.strongest.ratio for machine in machines for case in machine.cases if case.strongest)
+    content = {
+        "style": Markup(_source("style.css")),
+        "machines": [_facts(machine) for machine in machines],
+        "gpus": [machine.name for machine in machines if machine.device != "cpu"],
+        "overviews": _overviews(machines, benchmarks, axis),
+        "axis": axis,
+        "sections": [_section(machines, benchmark) for benchmark in benchmarks],
+    }
+    return environment.get_template("page.html").render(content)
+
+
+def _source(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _facts(machine: Machine) -> dict:
+    """What the machine is, as its files say; of values that changed between files, all."""
+    environments = [results.environment for _, results in machine.files]
+
+    def all_of(word) -> str:
+        return " and ".join(dict.fromkeys(word(environment) for environment in environments))
+
+    facts = {
+        "device": machine.device.upper(),
+        "cores": all_of(lambda e: f"{e['cores']} cores, {e['threads']} threads"),
+        "instructions": all_of(lambda e: e["cpu_capability"]),
+        "system": all_of(lambda e: e["system"]),
+    }
+    if machine.device != "cpu":
+        facts["GPU"] = all_of(lambda e: "; ".join(e["gpus"]))
+        facts["CPU"] = all_of(lambda e: e["cpu"])
+    packages = dict.fromkeys(name for environment in environments for name in environment["versions"])
+    dates = sorted(map(words.date, environments))
+    return {
+        "name": machine.name,
+        "facts": facts,
+        "versions": {name: all_of(lambda e, name=name: e["versions"].get(name, "not installed")) for name in packages},
+        "dates": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        "files": machine.files,
+        "ceilings": [(path, dtype, limit) for path, results in machine.files for dtype, limit in results.ceilings.items()],
+    }
+
+
+def _overviews(machines, benchmarks, axis) -> dict[str, list[dict]]:
+    kinds = {"Operators": [], "Methods, end to end": []}
+    for one in map(section, benchmarks):
+        cells = [_cell(machine.of(one.benchmark), axis) for machine in machines]
+        kinds["Operators" if one.is_operator else "Methods, end to end"].append({"section": one, "cells": cells})
+    return {kind: rows for kind, rows in kinds.items() if rows}
+
+
+def _cell(cases: list[Case], axis) -> dict | None:
+    """How ours compares over all cases of a benchmark on a machine; None where nothing was measured."""
+    if not cases:
+        return None
+    compared = [case for case in cases if case.strongest]
+    ratios = [case.strongest.ratio for case in compared]
+    shares = [case.ours.share_of_floor for case in cases if case.ours and case.ours.share_of_floor is not None]
+    return {
+        "mean": statistics.geometric_mean(ratios) if ratios else None,
+        "ratios": ratios,
+        "behind": sum(ratio < 1 for ratio in ratios),
+        "dots": [(axis.at(case.strongest.ratio), _named(case), case.strongest.ratio < 1) for case in compared],
+        "share": statistics.median(shares) if shares else None,
+        "shares": shares,
+        "missing": len(cases) - len(compared),
+    }
+
+
+def _named(case: Case) -> str:
+    return f"{case.problem}, {case.of.phase}, {case.of.dtype}: {words.times(case.strongest.ratio)} over {case.strongest.way}"
+
+
+def _section(machines: list[Machine], benchmark: str) -> dict:
+    found = [(machine, machine.of(benchmark)) for machine in machines]
+    blocks = [_block(machine, cases) for machine, cases in found if cases]
+    fixed = [f"{letter}={count}" for _, cases in found for case in cases for letter, count in case.of.shape.items() if letter in case.fixed]
+    return {
+        "section": section(benchmark),
+        "fixed": list(dict.fromkeys(fixed)),
+        "blocks": blocks,
+        "common": _common(found),
+    }
+
+
+def _common(found: list[tuple[Machine, list[Case]]]) -> dict | None:
+    """Things that several machines were asked, side by side."""
+    columns = [(machine, {case.of.thing: case for case in cases}) for machine, cases in found if cases]
+    counts = Counter(thing for _, by_thing in columns for thing in by_thing)
+    rows = [[by_thing.get(thing) for _, by_thing in columns] for thing, count in counts.items() if count > 1]
+    return {"machines": [machine.name for machine, _ in columns], "rows": rows} if rows else None
+
+
+def _block(machine: Machine, cases: list[Case]) -> dict:
+    """A benchmark on a machine."""
+    on_roof = [case for case in cases if _has_intensity(case)]
+    return {
+        "machine": machine,
+        "dates": " and ".join(sorted({words.date(case.results.environment) for case in cases})),
+        "speed": bars.speed(cases),
+        "floors": bars.floors([case for case in cases if not _has_intensity(case)]),
+        "roofs": _roofs(machine, on_roof),
+        "scaling": _scaling(machine, cases),
+        "amounts": bars.amounts(cases),
+        "missing": _missing(cases),
+        "cases": cases,
+    }
+
+
+def _has_intensity(case: Case) -> bool:
+    return bool(case.ours and case.ours.bytes and case.ours.operations and case.ceilings)
+
+
+def _roofs(machine: Machine, cases: list[Case]) -> list[dict]:
+    """A drawing for each dtype and each file's ceilings."""
+    by_roof: dict[tuple, list[Case]] = {}
+    for case in cases:
+        by_roof.setdefault((case.of.dtype, case.ceilings.bandwidth, case.ceilings.rate), []).append(case)
+    found = []
+    for number, ((dtype, *_), some) in enumerate(by_roof.items()):
+        name = f"roofline {number} of {some[0].of.benchmark}, {dtype}, {machine.name}"
+        found.append({"title": dtype, "svg": figures.roofline([case.ours for case in some], some[0].ceilings, name)})
+    return found
+
+
+def _scaling(machine: Machine, cases: list[Case]) -> list[dict]:
+    """Drawings of the ways' times where problems differ in one letter only."""
+    ways = [OURS, *dict.fromkeys(row.way for case in cases for row in case.baselines)]
+    sweeps: dict[tuple, list[tuple[int, Case]]] = {}
+    for case in cases:
+        sizes, variant = _sizes(case, cases)
+        for letter, count in sizes.items():
+            rest = " ".join(f"{other}={count}" for other, count in sizes.items() if other not in (letter, *case.fixed))
+            sweeps.setdefault((letter, rest, variant, case.of.phase, case.of.dtype), []).append((count, case))
+    found = []
+    for (letter, *rest), sweep in sweeps.items():
+        sweep = sorted(sweep, key=lambda point: point[0])
+        if sweep[-1][0] >= 2 * sweep[0][0] > 0:
+            title = ", ".join(filter(None, rest))
+            timed = {way: [(count, row.median_s) for count, case in sweep for row in case.timed if row.way == way] for way in ways}
+            lines = {way: points for way, points in timed.items() if points}
+            svg = figures.scaling(lines, letter, ways, f"time over {letter} of {cases[0].of.benchmark}, {title}, {machine.name}")
+            found.append({"letter": letter, "title": title, "svg": svg})
+    return found
+
+
+def _sizes(case: Case, cases: list[Case]) -> tuple[dict[str, int], str]:
+    """Shape and variant; a variant that is a number of something ("16 adapters") is one size more, 1 where no variant is told."""
+    counts = {one.of.variant: match for one in cases if (match := re.fullmatch(r"(\d+) (\w+)", one.of.variant))}
+    if not counts or case.of.variant not in ("", *counts):
+        return case.of.shape, case.of.variant
+    what = {match[2]: int(match[1]) if variant == case.of.variant else 1 for variant, match in counts.items()}
+    return case.of.shape | what, ""
+
+
+def _missing(cases: Iterable[Case]) -> list[tuple[str, str, int]]:
+    """Way, reason, and in how many cases."""
+    counts = Counter((row.way, row.missing) for case in cases for row in case.missing)
+    return [(*key, count) for key, count in counts.items()]

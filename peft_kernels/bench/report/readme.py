@@ -1,0 +1,99 @@
+"""The README's figures: small tables between two markers, from the same files as the page."""
+
+from collections.abc import Iterable
+
+from .cases import Case, Machine
+from .sections import Section, order, section
+from .words import date, megabytes, percent, percents, times, timeses
+
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+
+
+def updated(text: str, machines: list[Machine]) -> str:
+    """``text`` with the figures of ``machines`` between its markers.
+
+    Raises:
+        ValueError: not one pair of markers.
+    """
+    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one {BEGIN} with one {END} after it")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{figures(machines)}{END}{rest.split(END)[1]}"
+
+
+def figures(machines: list[Machine]) -> str:
+    """Markdown: for every machine a table for each benchmark. Profiles are of models of one's own and are left to the page."""
+    lines = []
+    for machine in machines:
+        benchmarks = sorted({case.of.benchmark for case in machine.cases if not case.section.is_profile}, key=order)
+        lines += [_heading(machine), "", *(line for one in benchmarks for line in [*_table(section(one), machine.of(one)), ""])]
+    if all(machine.device == "cpu" for machine in machines):
+        lines += ["No GPU was measured.", ""]
+    return "\n".join(lines)
+
+
+def _heading(machine: Machine) -> str:
+    environments = [results.environment for _, results in machine.files]
+    dates = sorted({date(environment) for environment in environments})
+    cores = sorted({environment["cores"] for environment in environments})
+    what = [f"{' or '.join(map(str, cores))} cores", *dict.fromkeys(environment["cpu_capability"] for environment in environments)]
+    return ", ".join([f"**{machine.name}**", *what, " to ".join(dict.fromkeys((dates[0], dates[-1])))]) + ":"
+
+
+def _table(one: Section, cases: list[Case]) -> list[str]:
+    dtypes = list(dict.fromkeys(case.of.dtype for case in cases))
+    over = [f"over {way}" for way in ("the best alternative", one.published) if way]
+    head = [f"`{one.command}`" + (f": {'; '.join(over)}; share of the floor" if one.is_operator else ""), *dtypes]
+    rows: dict[tuple, list[Case]] = {}
+    for case in cases:
+        where = (case.of.phase, case.of.variant) if one.is_operator else (case.of.phase, case.problem)
+        rows.setdefault(where, []).append(case)
+    lines = [head, ["---"] * len(head)]
+    for where, some in rows.items():
+        by_dtype = [[case for case in some if case.of.dtype == dtype] for dtype in dtypes]
+        lines += [_operator(where, by_dtype, one)] if one.is_operator else _end_to_end(where, by_dtype)
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _operator(where: Iterable[str], by_dtype: list[list[Case]], one: Section) -> list[str]:
+    """One line: ranges over the shapes."""
+    shapes = max(map(len, by_dtype))
+    return [", ".join(filter(None, [*where, f"{shapes} shape{'s' if shapes > 1 else ''}"])), *(_ranges(cases, one) for cases in by_dtype)]
+
+
+def _ranges(cases: list[Case], one: Section) -> str:
+    strongest = [case.strongest.ratio for case in cases if case.strongest]
+    published = [row.ratio for case in cases for row in case.baselines if row.way == one.published]
+    shares = [case.ours.share_of_floor for case in cases if case.ours and case.ours.share_of_floor is not None]
+    words = [timeses(strongest) if strongest else "-"]
+    words += [timeses(published) if published else "-"] if one.published else []
+    return "; ".join([*words, percents(shares) if shares else "-"])
+
+
+def _end_to_end(where: Iterable[str], by_dtype: list[list[Case]]) -> list[list[str]]:
+    """A line for each way, then shares and memory; a dtype has one case at most."""
+    cases = [some[0] if some else None for some in by_dtype]
+    known = [case for case in cases if case]
+    lines = []
+
+    def line(what, cell):
+        cells = ["-" if case is None or (word := cell(case)) is None else word for case in cases]
+        if any(word != "-" for word in cells):
+            lines.append([f"{'the same' if lines else ', '.join(filter(None, where))}: {what}", *cells])
+
+    def of(way, word):
+        return lambda case: next((word(row.ratio) for row in case.timed if row.way == way and row.ratio is not None), None)
+
+    for way in dict.fromkeys(row.way for case in known for row in case.baselines):
+        line(f"over {way}", of(way, times))
+    for way in known[0].section.other_work:
+        line(f"{way}, share of our time", of(way, percent))
+    line("share of the floor", lambda case: case.ours and case.ours.share_of_floor and percent(case.ours.share_of_floor))
+    line("peak memory, best alternative → ours", lambda case: _memory(case, "peak_bytes"))
+    line("memory kept, best alternative → ours", lambda case: _memory(case, "kept_bytes"))
+    return lines
+
+
+def _memory(case: Case, field: str) -> str | None:
+    both = [getattr(row, field) for row in (case.strongest, case.ours) if row]
+    return " → ".join(map(megabytes, both)) if len(both) == 2 and None not in both else None

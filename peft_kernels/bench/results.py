@@ -1,0 +1,132 @@
+"""Results as files: one row for each way of doing one thing, with the machine that it was measured on."""
+
+import csv
+import json
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from .measure import Ceilings, Timing, cpu_model, environment
+
+OURS = "ours"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way of doing one thing. Rows that agree in all of ``thing`` were timed turn by turn in one process."""
+
+    benchmark: str  # an operator's name, or that of an end-to-end benchmark
+    shape: dict[str, int]  # the letters of the operator's docstring -> sizes
+    variant: str = ""  # what else sets the problem apart: "ragged", "16 adapters"
+    dtype: str
+    phase: str  # "forward", "forward + backward", "generate", "training step"
+    way: str  # OURS, or what it is compared with
+    median_s: float | None = None
+    spread: float | None = None  # interquartile range over the median
+    runs: int = 0
+    ratio: float | None = None  # this way's time over ours: the median of the turns' ratios
+    error: float | None = None  # norm of the error over norm of the float64 truth; of tokens, the share of streams that differ
+    bytes: int | None = None  # each input read once, each output written once
+    operations: int | None = None  # a multiplication and an addition are two
+    floor_s: float | None = None  # the least that this machine's ceilings allow
+    peak_bytes: int | None = None  # above what stood before
+    kept_bytes: int | None = None  # held from step to step: cross-attention's keys and values
+    items: int | None = None  # what a run gets through
+    item: str = ""  # "tokens", "samples"
+    missing: str | None = None  # why it was not timed
+
+    @property
+    def thing(self) -> tuple:
+        return self.benchmark, tuple(self.shape.items()), self.variant, self.dtype, self.phase
+
+    @property
+    def share_of_floor(self) -> float | None:
+        return None if self.floor_s is None or self.median_s is None else self.floor_s / self.median_s
+
+
+def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **common) -> list[Row]:
+    """A row for each way that was timed, turn by turn. each: way -> fields of its own; common: those that all share.
+
+    Without OURS among them no ratio is known.
+    """
+    ours = timings[OURS].seconds if OURS in timings else ()
+
+    def row(way: str, timing: Timing) -> Row:
+        ratios = [theirs / own for theirs, own in zip(timing.seconds, ours)]  # zip: a slow way has fewer turns
+        times = {"median_s": timing.median, "spread": timing.spread, "runs": len(timing.seconds)}
+        times["ratio"] = statistics.median(ratios) if ratios else None
+        return Row(**{"way": way, **times, **common, **each.get(way, {})})
+
+    return [row(*one) for one in timings.items()]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The content of a file: what was asked of which device, its ceilings by dtype, and the rows."""
+
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    environment: dict
+    rows: tuple[Row, ...]
+    ceilings: dict[str, Ceilings] = field(default_factory=dict)  # dtype -> what the machine reached in the same run
+    command: str = ""
+
+    def by_thing(self) -> dict[tuple, list[Row]]:
+        """Rows that were timed together, in the file's order."""
+        found = {}
+        for row in self.rows:
+            found.setdefault(row.thing, []).append(row)
+        return found
+
+    def write(self, path: Path):
+        """JSON at ``path`` and the same rows as CSV beside it."""
+        content = {key: value for key, value in asdict(self).items() if key != "rows"}
+        head = json.dumps({"schema": SCHEMA, **content}, indent=1)
+        rows = ",\n".join(f"  {json.dumps(_without_defaults(row))}" for row in self.rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
+        with path.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [one.name for one in fields(Row)])
+            writer.writeheader()
+            writer.writerows({**asdict(row), "shape": " ".join(f"{k}={v}" for k, v in row.shape.items())} for row in self.rows)
+
+
+def measured(rows: Iterable[Row], device: str, ceilings: Mapping[str, Ceilings] = {}) -> Results:
+    """Rows of this process with the fingerprint of this machine."""
+    return Results(device, device_name(device), environment(), tuple(rows), dict(ceilings), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def read(path: Path) -> Results:
+    """
+    Raises:
+        ValueError: a file that is not of this schema.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else None
+        raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {found!r}")
+    del content["schema"]
+    content["rows"] = tuple(Row(**row) for row in content["rows"])
+    content["ceilings"] = {dtype: Ceilings(**one) for dtype, one in content["ceilings"].items()}
+    return Results(**content)
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_model()
+
+
+def folder_name(device_name: str) -> str:
+    """Of the results of a device: lower case, words joined by dashes, without marks and clock rates."""
+    words = re.sub(r"\((?:R|TM|C)\)|@.*|\b\d+-Core\b|\bProcessor\b|\bCPU\b", " ", device_name, flags=re.I)
+    return "-".join(re.findall(r"[a-z0-9]+", words.lower())) or "unknown"
+
+
+def _without_defaults(row: Row) -> dict:
+    return {one.name: value for one in fields(Row) if (value := getattr(row, one.name)) != one.default}

@@ -1,0 +1,51 @@
+"""Rows as a table for the terminal."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from .results import Row
+
+COLUMNS = {
+    "time": lambda row: seconds(row.median_s),
+    "spread": lambda row: "-" if row.spread is None else f"{row.spread:.0%}",
+    "runs": lambda row: str(row.runs),
+    "x ours": lambda row: None if row.ratio is None else f"{row.ratio:.2f}",
+    "of floor": lambda row: None if row.share_of_floor is None else f"{row.share_of_floor:.0%}",
+    "{item}/s": lambda row: None if row.items is None else f"{row.items / row.median_s:,.0f}",
+    "peak MB": lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}",
+    "kept MB": lambda row: None if row.kept_bytes is None else f"{row.kept_bytes / 1e6:,.1f}",
+    "error": lambda row: None if row.error is None else f"{row.error:.0e}",
+}
+
+
+def table(rows: Sequence[Row]) -> Group:
+    """Rows that were timed together; below them the floor, and what was not timed and why."""
+    first, shown = rows[0], [row for row in rows if row.missing is None]
+    cells = {name: [cell(row) for row in shown] for name, cell in COLUMNS.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    result = Table("way", box=box.SIMPLE_HEAD)
+    for name in cells:
+        result.add_column(name.format(item=first.item), justify="right", no_wrap=True)
+    for i, row in enumerate(shown):
+        result.add_row(escape(row.way), *(column[i] or "-" for column in cells.values()))
+    lines = [f"  floor {seconds(first.floor_s)}"] if first.floor_s is not None else []
+    if first.bytes is not None:
+        lines[0] += f": {first.bytes / 1e6:,.1f} MB, {first.operations / 1e9:,.2f} GFLOP"
+    lines += [f"  [yellow]missing[/yellow] {escape(row.way)}: {escape(row.missing)}" for row in rows if row.missing is not None]
+    return Group(f"[bold]{escape(title(first))}[/bold]", result, *lines, "")
+
+
+def title(row: Row) -> str:
+    """What its ways are compared in."""
+    shape = " ".join(f"{letter}={size}" for letter, size in row.shape.items())
+    return ", ".join(filter(None, (row.benchmark, shape, row.variant, row.dtype, row.phase)))
+
+
+def seconds(time: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if time * scale >= 1 or unit == "us":
+            return f"{time * scale:.3g} {unit}" if time * scale < 100 else f"{time * scale:.0f} {unit}"

@@ -1,0 +1,46 @@
+"""The costs of add, norm and injection in one pass."""
+
+from torch import Tensor
+
+from ..cost import Cost, gradient_bytes, nbytes
+
+FORWARD_OPERATIONS = 8  # of an element: the sum, mean and variance, scaling, weight and bias
+BACKWARD_OPERATIONS = 11  # the two means over a row and their subtraction, from the sum again
+
+
+def add_layer_norm_inject(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    vectors: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    adapter_ids: Tensor | None = None,
+    backward: bool = False,
+) -> Cost:
+    """``x`` and ``residual`` read, the result written. Backward reads its gradient and writes one for both ``x`` and ``residual``."""
+    return _cost(x, residual, (weight, bias, vectors), (slots, adapter_ids), 1, backward)
+
+
+def add_inject_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    vectors: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    adapter_ids: Tensor | None = None,
+    backward: bool = False,
+) -> Cost:
+    """The same with two results, the norm and the sum, and a gradient of each."""
+    return _cost(x, residual, (weight, bias, vectors), (slots, adapter_ids), 2, backward)
+
+
+def _cost(x, residual, parameters, indices, results, backward):
+    cost = Cost(nbytes(x, residual, *parameters, *indices) + results * x.nbytes, FORWARD_OPERATIONS * x.numel())
+    if not backward:
+        return cost
+    of_inputs = x.nbytes if x.requires_grad or residual.requires_grad else 0
+    return Cost(cost.bytes + results * x.nbytes + of_inputs + gradient_bytes(*parameters), cost.operations + BACKWARD_OPERATIONS * x.numel())

@@ -1,0 +1,35 @@
+"""The cost of the decomposed prompt embedding."""
+
+from torch import Tensor
+
+from ..cost import Cost, gradient_bytes, nbytes
+
+
+def decomposed_prompt_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    prompt: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    delta: Tensor | None = None,
+    offsets: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    backward: bool = False,
+) -> Cost:
+    """Each token's row of the table, the parameters and the output; ``a @ b`` once per adapter, and an addition for every element.
+
+    Backward sums the output's gradient over the batch and multiplies it with ``a`` and with ``b``. A token that stands twice is read
+    twice. A table that requires a gradient gets a dense one.
+    """
+    batch, length = input_ids.shape
+    width, item = weight.shape[1], weight.element_size()
+    parameters = [x for x in (prompt, a, b, delta) if x is not None]
+    out = batch * (prompt.shape[-2] + length) * width * item
+    tokens = batch * length * width
+    product = 0 if a is None else 2 * a.numel() * width
+    moved = nbytes(input_ids, offsets, adapter_ids, *parameters) + tokens * item + out
+    if not backward:
+        return Cost(moved, product + tokens)
+    products = 0 if a is None else a.requires_grad + b.requires_grad
+    return Cost(moved + out + gradient_bytes(weight, *parameters), (1 + products) * product + 2 * tokens)

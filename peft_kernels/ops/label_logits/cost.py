@@ -1,0 +1,24 @@
+"""The cost of label words' logits."""
+
+from torch import Tensor
+
+from ..cost import Cost, gradient_bytes, nbytes
+
+
+def label_logits(
+    hidden: Tensor, weight: Tensor, label_ids: Tensor, *, bias: Tensor | None = None, positions: Tensor | None = None, backward: bool = False
+) -> Cost:
+    """One row of ``hidden`` per text and one of ``weight`` per word; backward a product for each that requires a gradient.
+
+    Gradients are dense: they have the whole of their tensors' sizes.
+    """
+    batch, width = hidden.shape[0], hidden.shape[-1]
+    words = int((label_ids >= 0).sum())
+    out = batch * label_ids.shape[0] * 4 if hidden.element_size() < 8 else batch * label_ids.shape[0] * 8
+    rows = (batch + words) * width * hidden.element_size()
+    biases = 0 if bias is None else words * bias.element_size()
+    cost = Cost(rows + biases + nbytes(label_ids, positions) + out, 2 * batch * words * width)
+    if not backward:
+        return cost
+    products = 1 + hidden.requires_grad + weight.requires_grad
+    return Cost(cost.bytes + out + gradient_bytes(hidden, weight, bias), products * cost.operations)
