@@ -1,6 +1,6 @@
 """Every kernel of every implementation that runs here, once, forward and backward, checked against float64: what a sanitizer is to look at.
 
-    compute-sanitizer --tool memcheck python3 scripts/every_kernel.py --device cuda
+compute-sanitizer --tool memcheck python3 scripts/every_kernel.py --device cuda
 """
 
 import argparse
