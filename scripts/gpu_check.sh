@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU and without a network: build, tests on CUDA, benchmarks. Results go to OUT (default: results/gpu).
-#   scripts/gpu_check.sh [--part build|tests|sanitize|bench] ...      default: build, tests and bench
-# Uses the python3 on PATH, whose torch, triton, transformers and pytest are already installed. Changes no clocks or settings.
+# One command for a machine with a GPU and without a network: build, tests on CUDA, sanitizer, benchmarks, profiles.
+#   scripts/gpu_check.sh                   all parts in a quick form, within 9 minutes
+#   scripts/gpu_check.sh --part NAME ...   build, tests, sanitize, bench or profile in full, each within 9 minutes
+# Results go to OUT (default: results/gpu): JSON, and a log for each step. What was measured belongs in benchmarks/results/<device>/.
+# Uses the python3 on PATH, whose torch, triton, transformers, peft and pytest are already installed. Changes no clocks or settings.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results/gpu}
@@ -12,31 +14,49 @@ while [ $# -gt 0 ]; do
     *) echo "gpu_check.sh: unknown argument $1" >&2; exit 2 ;;
   esac
 done
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(build tests bench)
+full=true
+[ ${#PARTS[@]} -gt 0 ] || { full=false; PARTS=(build tests sanitize bench profile); }
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=()
 
-step() { # step NAME SECONDS COMMAND...: the log goes to OUT/NAME.log, its end to the terminal
-  local name=$1 seconds=$2 start=$SECONDS
+step() { # step NAME SECONDS COMMAND...: the log goes to OUT/NAME.log, its end to the terminal. Interrupted, a benchmark writes what it has.
+  local name=$1 seconds=$2 start=$SECONDS status
   shift 2
-  if timeout "$seconds" "$@" >"$OUT/$name.log" 2>&1; then echo "ok   $name, $((SECONDS - start)) s"; else failed+=("$name"); echo "FAIL $name (exit $?), $((SECONDS - start)) s"; fi
+  timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+  status=$?
+  if [ $status -eq 0 ]; then echo "ok   $name, $((SECONDS - start)) s"; else failed+=("$name"); echo "FAIL $name (exit $status), $((SECONDS - start)) s"; fi
   tail -n 12 "$OUT/$name.log"
+}
+pick() { if $full; then echo "$2"; else echo "$1"; fi; }
+peft_kernels() { step "$1" "$2" python3 -m peft_kernels "${@:3}" --device cuda --out "$OUT"; }
+benchmark() { step "$1" "$2" python3 "benchmarks/$1.py" --device cuda --dtype bfloat16 --out "$OUT/$1.json"; }
+sanitize() { # without its pool, every tensor of torch has borders that memcheck sees
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" compute-sanitizer --tool "$1" --error-exitcode 1 python3 scripts/every_kernel.py --device cuda
 }
 
 for part in "${PARTS[@]}"; do
   case $part in
-    build) step build 240 python3 setup.py build_ext --inplace ;;
-    tests) step tests 240 python3 -m pytest tests/test_kernel_report.py tests/ops tests/pid tests/dept tests/pasta tests/dect tests/ytuning --device cuda -n 8 --dist loadfile -p no:cacheprovider ;;
-    sanitize) step sanitize 540 compute-sanitizer --tool memcheck --error-exitcode 1 python3 -m pytest tests/ops/test_shared_cross_attention_triton.py tests/ops/test_decomposed_prompt_embedding_cuda.py tests/ops/test_special_tokens_cuda.py tests/ops/test_add_layer_norm_inject_cuda.py --device cuda -x -p no:cacheprovider ;;
+    build) step build 120 python3 setup.py build_ext --inplace ;;
+    tests) step tests "$(pick 150 530)" python3 -m pytest tests/ops tests/pid tests/dept tests/pasta tests/dect tests/ytuning --device cuda -n 8 --dist loadfile -p no:cacheprovider ;;
+    sanitize)
+      sanitize memcheck "$(pick 70 270)"
+      if $full; then sanitize racecheck 260; fi ;;
     bench)
-      step pid_attention 120 python3 benchmarks/pid_attention.py --device cuda --dtype float32 bfloat16 --out "$OUT/pid_attention.json"
-      step pid_generate 120 python3 benchmarks/pid_generate.py --device cuda --dtype float32 bfloat16 --repeats 5 --out "$OUT/pid_generate.json"
-      step dept_embedding 120 python3 benchmarks/dept_embedding.py --device cuda --dtype float32 bfloat16 --out "$OUT/dept_embedding.json"
-      step pasta_norm 120 python3 benchmarks/pasta_norm.py --device cuda --dtype float32 bfloat16 --out "$OUT/pasta_norm.json"
-      step pasta_layer 120 python3 benchmarks/pasta_layer.py --device cuda --model base large --dtype float32 bfloat16 --repeats 10 --out "$OUT/pasta_layer.json"
-      step label_attention 60 python3 benchmarks/label_attention.py --device cuda --dtype float32 bfloat16 --out "$OUT/label_attention.json"
-      step label_logits 60 python3 benchmarks/label_logits.py --device cuda --out "$OUT/label_logits.json" ;;
+      if $full; then
+        peft_kernels bench 350 bench
+        for name in pid_generate pasta_layer dept_training; do benchmark $name 60; done
+      else
+        peft_kernels bench 120 bench --quick --dtype bfloat16
+      fi ;;
+    profile)
+      if $full; then
+        peft_kernels profile_pid 150 profile t5-base --dtype bfloat16 --streams 1,8,30 --length 512
+        for method in dept pasta ytuning; do peft_kernels "profile_$method" 90 profile bert-base --method $method --train --dtype bfloat16; done
+        peft_kernels profile_dect 90 profile roberta-base --method dect --dtype bfloat16
+      else
+        peft_kernels profile 60 profile t5-base --quick --dtype bfloat16
+      fi ;;
     *) echo "gpu_check.sh: no part named $part" >&2; exit 2 ;;
   esac
 done

@@ -8,20 +8,19 @@
 
 namespace {
 
-constexpr int64_t kTaskWork = 1 << 16;  // multiplications that are worth a thread
+constexpr int64_t kTaskWork = 1 << 19;  // multiplications that are worth waking a thread
 
 struct Texts {
   int64_t begin, end;
 };
 
+// f(begin, end) of a few texts.
 template <class F>
-void for_each_text(int64_t batch, int64_t work_per_text, const F& f) {
+void for_texts(int64_t batch, int64_t work_per_text, const F& f) {
   const int64_t per_task = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work_per_text));
   std::vector<Texts> tasks;
   for (int64_t b = 0; b < batch; b += per_task) tasks.push_back({b, std::min(b + per_task, batch)});
-  for_each_task(tasks, [&](const Texts& texts, const Texts*) {
-    for (int64_t b = texts.begin; b < texts.end; ++b) f(b);
-  });
+  for_each_task(tasks, [&](const Texts& texts, const Texts*) { f(texts.begin, texts.end); });
 }
 
 // (C, w) ids, row after row, each in [-1, rows of the table).
@@ -85,9 +84,10 @@ Tensor forward(
   const int64_t element = words.storage == Storage::float32 ? 4 : 2;
   const int64_t token_stride = positions ? hidden.stride(1) : 0;
   const LabelLogitKernels& kernel = KERNELS_FOR_THIS_CPU(kLabelLogitKernels);
-  for_each_text(batch, words.words * words.width, [&](int64_t b) {
-    const void* row = from + (b * hidden.stride(0) + at[b] * token_stride) * element;
-    kernel.logits(words, row, bias ? biases.data() : nullptr, to + b * words.words);
+  std::vector<const void*> rows(batch);
+  for (int64_t b = 0; b < batch; ++b) rows[b] = from + (b * hidden.stride(0) + at[b] * token_stride) * element;
+  for_texts(batch, words.words * words.width, [&](int64_t begin, int64_t end) {
+    kernel.logits(words, &rows[begin], end - begin, bias ? biases.data() : nullptr, to + begin * words.words);
   });
   return out;
 }
@@ -104,7 +104,9 @@ Tensor backward(const Tensor& grad_words, const Tensor& weight, const Tensor& la
   const auto to = static_cast<float*>(out.mutable_data_ptr());
   const auto from = static_cast<const float*>(grad_words.const_data_ptr());
   const LabelLogitKernels& kernel = KERNELS_FOR_THIS_CPU(kLabelLogitKernels);
-  for_each_text(batch, words.words * words.width, [&](int64_t b) { kernel.backward(words, from + b * words.words, to + b * words.width); });
+  for_texts(batch, words.words * words.width, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) kernel.backward(words, from + b * words.words, to + b * words.width);
+  });
   return out;
 }
 

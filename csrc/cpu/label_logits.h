@@ -16,8 +16,8 @@ struct WordRows {
 };
 
 struct LabelLogitKernels {
-  void (*logits)(const WordRows&, const void* hidden, const float* bias, float* to);  // to[word], of one text; bias by word or null
-  void (*backward)(const WordRows&, const float* grads, float* to);                   // to[column], of one text
+  void (*logits)(const WordRows&, const void* const* hidden, int64_t texts, const float* bias, float* to);  // to[text][word]; bias by word or null
+  void (*backward)(const WordRows&, const float* grads, float* to);                                         // to[column], of one text
 };
 
 extern const LabelLogitKernels kLabelLogitKernelsDefault;

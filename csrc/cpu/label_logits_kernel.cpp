@@ -7,36 +7,60 @@
 
 namespace {
 
-constexpr int kSums = 4;  // so that a multiplication need not wait for the one before
+constexpr int kWords = kRegisters == 32 ? 4 : 2;  // that share what is loaded of a text
+constexpr int kSums = 4;                          // so that a multiplication need not wait for the one before
 
 template <class Element>
 const Element* word_row(const WordRows& words, int64_t word) {
   return static_cast<const Element*>(words.table) + words.ids[word] * words.row_stride;
 }
 
-template <class Element>
-float dot(const Element* a, const Element* b, int64_t width) {
-  Float<kWidth> sums[kSums]{};
-  int64_t d = 0;
-  for (; d + kSums * kWidth <= width; d += kSums * kWidth) {
-    unrolled<kSums, 1>([&](int i, int) { sums[i] += load_elements<kWidth>(a + d + i * kWidth) * load_elements<kWidth>(b + d + i * kWidth); });
+template <int W>
+float total_of(Float<W> lanes) {
+  if constexpr (W == 1) {
+    return lanes[0];
+  } else {
+    Float<W / 2> halves[2];
+    std::memcpy(halves, &lanes, sizeof lanes);
+    return total_of<W / 2>(halves[0] + halves[1]);
   }
-  for (; d + kWidth <= width; d += kWidth) sums[0] += load_elements<kWidth>(a + d) * load_elements<kWidth>(b + d);
-  float lanes[kWidth];
-  store<kWidth>(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  float sum = 0;
-  for (const float lane : lanes) sum += lane;
-  for (; d < width; ++d) sum += widen(a[d]) * widen(b[d]);
-  return sum;
 }
 
+// to[i] = hidden . rows[i]; the order of a sum does not depend on COUNT.
+template <int COUNT, class Element>
+void dots(const Element* hidden, const Element* const* rows, int64_t width, float* to) {
+  Float<kWidth> sums[COUNT][kSums];
+  const auto add = [&](int word, int sum, int64_t d) { sums[word][sum] += load_elements<kWidth>(hidden + d) * load_elements<kWidth>(rows[word] + d); };
+  unrolled<COUNT, kSums>([&](int word, int sum) { sums[word][sum] = Float<kWidth>{}; });
+  int64_t d = 0;
+  for (; d + kSums * kWidth <= width; d += kSums * kWidth) {
+    unrolled<kSums, COUNT>([&](int sum, int word) { add(word, sum, d + sum * kWidth); });
+  }
+  for (; d + kWidth <= width; d += kWidth) unrolled<COUNT, 1>([&](int word, int) { add(word, 0, d); });
+  unrolled<COUNT, 1>([&](int word, int) { to[word] = total_of<kWidth>((sums[word][0] + sums[word][1]) + (sums[word][2] + sums[word][3])); });
+  for (; d < width; ++d) {
+    for (int word = 0; word < COUNT; ++word) to[word] += widen(hidden[d]) * widen(rows[word][d]);
+  }
+}
+
+// Words outside, texts inside: a few rows of the table stay in the nearest cache, all of them might not.
 template <class Element>
-void logits_of(const WordRows& words, const Element* hidden, const float* bias, float* to) {
-  for (int64_t word = 0; word < words.words; ++word) {
-    if (words.ids[word] < 0) {
-      to[word] = -std::numeric_limits<float>::infinity();
-    } else {
-      to[word] = dot(hidden, word_row<Element>(words, word), words.width) + (bias ? bias[word] : 0);
+void logits_of(const WordRows& words, const void* const* hidden, int64_t texts, const float* bias, float* to) {
+  for (int64_t first = 0; first < words.words; first += kWords) {
+    const int64_t count = least(kWords, words.words - first);
+    for (int64_t text = 0; text < texts; ++text) {
+      const auto from = static_cast<const Element*>(hidden[text]);
+      float* const of_text = to + text * words.words + first;
+      const Element* rows[kWords];
+      for (int64_t i = 0; i < count; ++i) rows[i] = words.ids[first + i] < 0 ? from : word_row<Element>(words, first + i);  // no word: any row
+      if (count == kWords) {
+        dots<kWords>(from, rows, words.width, of_text);
+      } else {
+        for (int64_t i = 0; i < count; ++i) dots<1>(from, rows + i, words.width, of_text + i);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        of_text[i] = words.ids[first + i] < 0 ? -std::numeric_limits<float>::infinity() : of_text[i] + (bias ? bias[first + i] : 0);
+      }
     }
   }
 }
@@ -53,12 +77,8 @@ void backward_of(const WordRows& words, const float* grads, float* to) {
   }
 }
 
-void logits(const WordRows& words, const void* hidden, const float* bias, float* to) {
-  if (words.storage == Storage::float32) {
-    logits_of(words, static_cast<const float*>(hidden), bias, to);
-  } else {
-    logits_of(words, static_cast<const uint16_t*>(hidden), bias, to);
-  }
+void logits(const WordRows& words, const void* const* hidden, int64_t texts, const float* bias, float* to) {
+  (words.storage == Storage::float32 ? logits_of<float> : logits_of<uint16_t>)(words, hidden, texts, bias, to);
 }
 
 void backward(const WordRows& words, const float* grads, float* to) {

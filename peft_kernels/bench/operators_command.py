@@ -29,26 +29,28 @@ def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Pa
     limits = {dtype: ceilings(getattr(torch, dtype), device) for dtype in dict.fromkeys(rate_dtype(thing.dtype) for thing in wanted)}
     for dtype, limit in limits.items():
         console.print(f"{dtype}: {limit}")
-    rows: list[Row] = []
-    with nullcontext() if against is None else starting(against, device, console) as revision, _progress(console, len(wanted)) as step:
-        for i, thing in enumerate(wanted):
-            found = compare(
-                thing,
-                device,
-                limits[rate_dtype(thing.dtype)],
-                repeats=repeats,
-                revision=revision,
-                seconds=QUICK_SECONDS if quick else SECONDS,
-                notify=lambda what, share, i=i, thing=thing: step(f"{thing}: {what}", i + share),
-            )
-            console.print(table(found))
-            rows += found
     path = (out or Path("results") / folder_name(device_name(device))) / "operators.json"
-    measured(rows, device, limits).write(path)
+    rows: list[Row] = []
+    try:
+        with nullcontext() if against is None else starting(against, device, console) as revision, _progress(console, len(wanted)) as step:
+            for i, thing in enumerate(wanted):
+                found = compare(
+                    thing,
+                    device,
+                    limits[rate_dtype(thing.dtype)],
+                    repeats=repeats,
+                    revision=revision,
+                    seconds=QUICK_SECONDS if quick else SECONDS,
+                    notify=lambda what, share, i=i, thing=thing: step(f"{thing}: {what}", i + share),
+                )
+                console.print(table(found))
+                rows += found
+    finally:  # what was measured before an interruption is kept
+        measured(rows, device, limits).write(path)
+        console.print(f"written: {path} and {path.with_suffix('.csv').name}")
     failures = [row for row in rows if failed(row)]
     for row in failures:
         console.print(f"[bold red]{row.way} failed[/bold red], {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}: {escape(row.missing)}")
-    console.print(f"written: {path} and {path.with_suffix('.csv').name}")
     return not failures
 
 

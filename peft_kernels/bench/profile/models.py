@@ -42,8 +42,6 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
 }
 LANGUAGE_MODELS = {"encoder-decoder": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM}
-
-
 NAMES = {"encoder-decoder": "an encoder-decoder model", "causal": "a causal model", "encoder": "an encoder"}
 
 
@@ -62,11 +60,13 @@ class Source:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, random weights" if self.random else Path(self.name).name if Path(self.name).exists() else self.name
+        if self.random:
+            return f"{self.name}, random weights"
+        return Path(self.name).name if Path(self.name).exists() else self.name
 
     @property
     def kind(self) -> str:
-        """ "encoder-decoder", "causal" or "encoder"."""
+        """A key of ``LANGUAGE_MODELS``."""
         if self.config.is_encoder_decoder:
             return "encoder-decoder"
         masked = self.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(self.config, "is_decoder", False)
@@ -83,7 +83,8 @@ class Source:
         torch.manual_seed(0)  # a head may be new
         if self.random:
             model = auto.from_config(self.config)
-            model = sharpened(model) if isinstance(model, T5ForConditionalGeneration) else model
+            if isinstance(model, T5ForConditionalGeneration):
+                sharpened(model)
         else:
             model = auto.from_pretrained(self.name, **options)
         return model.to(self.device, self.dtype).eval()

@@ -64,8 +64,8 @@ class PiD:
             return lambda: methods.ask(method, model, workload, new_tokens, full_length=True)
 
         def check(outputs) -> Agreement:
-            stock = outputs.pop(STOCK)
-            wrong, streams = max(methods.differing(stock, other) for other in outputs.values()), len(stock.tokens)
+            wrong = max(methods.differing(outputs[STOCK], other) for other in outputs.values())
+            streams = len(outputs[STOCK].tokens)
             return Agreement(not wrong, f"tokens: {wrong} of {streams} streams differ" if wrong else f"tokens: all {streams} streams identical")
 
         ways = {

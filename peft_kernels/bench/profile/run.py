@@ -1,6 +1,5 @@
 """Measure, compare, look inside, show and write."""
 
-import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from ..demo import progress_bar
 from ..measure import Timing, interleaved, peak_memory
-from ..results import OURS, Row, device_name, folder_name, measured, timed
+from ..results import OURS, Row, compared, device_name, folder_name, measured
 from . import plot, show
 from .case import STOCK, Agreement, Case, Subject
 from .dect import DecT
@@ -48,7 +47,7 @@ def run(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's concern
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with _refusing("MODEL"):
@@ -123,8 +122,6 @@ def _measured(
 def _rows(case: Case, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str) -> Iterator[Row]:
     what = {"benchmark": f"profile {method}", "variant": source.title, "dtype": str(source.dtype).removeprefix("torch.")}
     what |= {"shape": case.shape, "phase": case.phase, "items": case.items, "item": case.item}
-    for way, timing in timings.items():
-        ratio = statistics.median(theirs / ours for theirs, ours in zip(timing.seconds, timings[OURS].seconds))
-        yield Row(**what, way=way, **timed(timing), ratio=ratio, peak_bytes=peaks[way])
+    yield from compared(timings, {way: {"peak_bytes": peak} for way, peak in peaks.items()}, **what)
     for way, reason in case.missing.items():
         yield Row(**what, way=way, missing=reason)

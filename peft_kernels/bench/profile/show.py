@@ -1,6 +1,6 @@
 """What the terminal says."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..results import OURS, Row, device_name
+from ..tables import seconds
 from .case import Agreement, Case
 from .models import NAMES, Source
 from .operators import NAMESPACE
 
 LONGEST_TABLE = 12
-UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def header(console: Console, source: Source, method: str, follows: bool, sizes: Mapping[str, tuple[int, ...]], train: bool, repeats: int) -> None:
@@ -40,7 +40,7 @@ def point(case: Case) -> str:
     return f"{case.phase} at {', '.join(f'{axis} {value}' for axis, value in case.shape.items())}".replace("_", " ")
 
 
-def results(console: Console, rows: Iterable[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
+def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
     """A table for each phase, a line for each way at each point."""
     points = {}
     for row in rows:
@@ -71,7 +71,7 @@ def results(console: Console, rows: Iterable[Row], sizes: Mapping[str, tuple[int
 
 def _cells(row: Row, stock: Row) -> list[str]:
     return [
-        _seconds(row.median_s),
+        seconds(row.median_s),
         "-" if row.spread is None else f"{row.spread:.0%}",
         f"{row.items / row.median_s:,.1f}",
         f"{stock.ratio / row.ratio:.2f}",
@@ -111,8 +111,8 @@ def operators(console: Console, times: Mapping[str, Mapping[str, float]]) -> Non
     for label, group in lines:
         cells = []
         for way, of_way in times.items():
-            seconds = sum(of_way.get(name, 0.0) for name in group)
-            cells += [_seconds(seconds), f"{seconds / totals[way]:.1%}"] if seconds else ["-", "-"]
+            time = sum(of_way.get(name, 0.0) for name in group)
+            cells += [seconds(time), f"{time / totals[way]:.1%}"] if time else ["-", "-"]
         table.add_row(label.removeprefix(NAMESPACE).removeprefix("aten::"), *cells, style="bold cyan" if label in mine else None)
     console.print(table)
     if mine:
@@ -125,9 +125,3 @@ def written(console: Console, paths: Iterable[Path]) -> None:
 
 def _title(phase: str) -> str:
     return {"first token": "[bold]time to first token[/bold], the encoder included"}.get(phase, f"[bold]{phase}[/bold]")
-
-
-def _seconds(seconds: float) -> str:
-    scale, unit = next(((scale, unit) for scale, unit in UNITS if seconds >= scale), UNITS[-1])
-    value = seconds / scale
-    return f"{value:.{max(0, 2 - (value >= 10) - (value >= 100))}f} {unit}"

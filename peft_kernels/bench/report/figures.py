@@ -16,10 +16,11 @@ from .words import rate, seconds
 
 # Drawn in colours that stand for the variables of style.css.
 VARIABLES = {"ink": "#fe0001", "muted": "#fe0002", "line": "#fe0003", "panel": "#fe0004", **{f"series-{i}": f"#fe001{i}" for i in range(7)}}
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "peft_kernels",
+    "text.parse_math": False,
     "font.size": 9,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -59,7 +60,7 @@ def roofline(rows: Sequence[Row], ceilings: Ceilings, name: str) -> Markup:
         axes.loglog(roof, [min(ceilings.bandwidth * x, ceilings.rate) for x in roof], color=VARIABLES["muted"], marker="")
         for i, phase in enumerate(phases):
             points = [(x, y) for x, y, row in zip(intensities, rates, rows) if row.phase == phase]
-            axes.plot(*zip(*points), MARKERS[i % len(MARKERS)], color=_series(i), markeredgecolor=VARIABLES["panel"], label=phase)
+            axes.plot(*zip(*points), linestyle="", markeredgecolor=VARIABLES["panel"], label=phase, **_look(i))
         axes.set_xlim(low, high)
         axes.set_ylim(min(*rates, ceilings.bandwidth * low) / 2, max(*rates, ceilings.rate) * 2.5)
         axes.text(high, ceilings.rate * 1.15, f"products {rate(ceilings.rate)}op/s ", ha="right", va="bottom", color=VARIABLES["muted"])
@@ -70,7 +71,7 @@ def roofline(rows: Sequence[Row], ceilings: Ceilings, name: str) -> Markup:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_formatter(NullFormatter())
-        axes.legend(loc="lower right", handletextpad=0.3)
+        axes.figure.legend(loc="outside upper left", ncols=2, handletextpad=0.3)
 
     return _svg(draw, name)
 
@@ -83,7 +84,7 @@ def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, ways: Sequen
         for way, points in lines.items():
             i = ways.index(way)
             front = {"linewidth": 2.4, "zorder": 3} if i == 0 else {}
-            axes.loglog(*zip(*points), marker=MARKERS[i % len(MARKERS)], color=_series(i), label=way, **front)
+            axes.loglog(*zip(*points), label=way, **_look(i), **front)
         axes.set_xlabel(letter)
         axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(sizes))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -97,8 +98,9 @@ def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, ways: Sequen
     return _svg(draw, name)
 
 
-def _series(i: int) -> str:
-    return VARIABLES[f"series-{i % 7}"]
+def _look(i: int) -> dict:
+    """Of the i-th series; the eighth has the colour of the first and a marker of its own."""
+    return {"color": VARIABLES[f"series-{i % 7}"], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def _svg(draw, name: str) -> Markup:

@@ -14,6 +14,8 @@ from . import bars, figures, words
 from .cases import Case, Machine
 from .sections import order, section
 
+LEAST_INTENSITY = 1  # a benchmark that does less for each byte only moves memory: bars of its share of the floor say it all
+
 
 def page(machines: list[Machine]) -> str:
     """HTML with everything in it: styles and drawings too."""
@@ -24,7 +26,7 @@ def page(machines: list[Machine]) -> str:
     content = {
         "style": Markup(_source("style.css")),
         "machines": [_facts(machine) for machine in machines],
-        "gpus": [machine.name for machine in machines if machine.device != "cpu"],
+        "has_gpu": any(machine.device != "cpu" for machine in machines),
         "overviews": _overviews(machines, benchmarks, axis),
         "axis": axis,
         "sections": [_section(machines, benchmark) for benchmark in benchmarks],
@@ -45,7 +47,7 @@ def _facts(machine: Machine) -> dict:
 
     facts = {
         "device": machine.device.upper(),
-        "cores": all_of(lambda e: f"{e['cores']} cores, {e['threads']} threads"),
+        "cores": all_of(lambda e: f"{words.counted(e['cores'], 'core')}, {words.counted(e['threads'], 'thread')}"),
         "instructions": all_of(lambda e: e["cpu_capability"]),
         "system": all_of(lambda e: e["system"]),
     }
@@ -60,7 +62,6 @@ def _facts(machine: Machine) -> dict:
         "versions": {name: all_of(lambda e, name=name: e["versions"].get(name, "not installed")) for name in packages},
         "dates": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         "files": machine.files,
-        "ceilings": [(path, dtype, limit) for path, results in machine.files for dtype, limit in results.ceilings.items()],
     }
 
 
@@ -86,7 +87,6 @@ def _cell(cases: list[Case], axis) -> dict | None:
         "dots": [(axis.at(case.strongest.ratio), _named(case), case.strongest.ratio < 1) for case in compared],
         "share": statistics.median(shares) if shares else None,
         "shares": shares,
-        "missing": len(cases) - len(compared),
     }
 
 
@@ -116,12 +116,14 @@ def _common(found: list[tuple[Machine, list[Case]]]) -> dict | None:
 
 def _block(machine: Machine, cases: list[Case]) -> dict:
     """A benchmark on a machine."""
-    on_roof = [case for case in cases if _has_intensity(case)]
+    on_roof = [case for case in cases if _intensity(case) is not None]
+    if max(map(_intensity, on_roof), default=0) < LEAST_INTENSITY:
+        on_roof = []
     return {
         "machine": machine,
         "dates": " and ".join(sorted({words.date(case.results.environment) for case in cases})),
         "speed": bars.speed(cases),
-        "floors": bars.floors([case for case in cases if not _has_intensity(case)]),
+        "floors": bars.floors([] if on_roof else cases),
         "roofs": _roofs(machine, on_roof),
         "scaling": _scaling(machine, cases),
         "amounts": bars.amounts(cases),
@@ -130,8 +132,10 @@ def _block(machine: Machine, cases: list[Case]) -> dict:
     }
 
 
-def _has_intensity(case: Case) -> bool:
-    return bool(case.ours and case.ours.bytes and case.ours.operations and case.ceilings)
+def _intensity(case: Case) -> float | None:
+    """Operations per byte, where there is a roof to hold them against."""
+    known = case.ours and case.ours.bytes and case.ours.operations and case.ceilings
+    return case.ours.operations / case.ours.bytes if known else None
 
 
 def _roofs(machine: Machine, cases: list[Case]) -> list[dict]:

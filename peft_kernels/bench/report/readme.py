@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from .cases import Case, Machine
 from .sections import Section, order, section
-from .words import date, megabytes, percent, percents, times, timeses
+from .words import counted, date, megabytes, percent, percents, times, timeses
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
@@ -35,8 +35,8 @@ def figures(machines: list[Machine]) -> str:
 def _heading(machine: Machine) -> str:
     environments = [results.environment for _, results in machine.files]
     dates = sorted({date(environment) for environment in environments})
-    cores = sorted({environment["cores"] for environment in environments})
-    what = [f"{' or '.join(map(str, cores))} cores", *dict.fromkeys(environment["cpu_capability"] for environment in environments)]
+    cores = dict.fromkeys(counted(environment["cores"], "core") for environment in environments)
+    what = [*cores, *dict.fromkeys(environment["cpu_capability"] for environment in environments)]
     return ", ".join([f"**{machine.name}**", *what, " to ".join(dict.fromkeys((dates[0], dates[-1])))]) + ":"
 
 
@@ -58,7 +58,7 @@ def _table(one: Section, cases: list[Case]) -> list[str]:
 def _operator(where: Iterable[str], by_dtype: list[list[Case]], one: Section) -> list[str]:
     """One line: ranges over the shapes."""
     shapes = max(map(len, by_dtype))
-    return [", ".join(filter(None, [*where, f"{shapes} shape{'s' if shapes > 1 else ''}"])), *(_ranges(cases, one) for cases in by_dtype)]
+    return [", ".join(filter(None, [*where, counted(shapes, "shape")])), *(_ranges(cases, one) for cases in by_dtype)]
 
 
 def _ranges(cases: list[Case], one: Section) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..tables import seconds
 
-__all__ = ["date", "megabytes", "percent", "percents", "rate", "seconds", "times", "timeses"]
+__all__ = ["counted", "date", "megabytes", "percent", "percents", "rate", "seconds", "times", "timeses"]
 
 
 def times(ratio: float) -> str:
@@ -40,6 +40,10 @@ def rate(value: float) -> str:
 
 def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def date(environment: dict) -> str:

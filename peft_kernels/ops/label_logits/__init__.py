@@ -62,6 +62,8 @@ def label_logits(
     if reduce not in REDUCTIONS:
         raise ValueError(f"{name}: reduce must be one of {list(REDUCTIONS)}, got {reduce!r}")
     words = torch.ops.peft_kernels.label_logits.default(hidden, weight, label_ids, bias, positions, impl)  # [B, C, w]
+    if words.shape[2] == 1:
+        return words.squeeze(2)
     if reduce == "max":
         return words.gather(2, words.argmax(2, keepdim=True)).squeeze(2)
     if reduce == "logsumexp":
@@ -98,14 +100,17 @@ def _check(name, hidden, weight, label_ids, bias, positions):
 
 
 def _check_values(hidden, weight, label_ids, positions):
-    if label_ids.numel() and bool((label_ids < 0).all(1).any()):
-        empty = int((label_ids < 0).all(1).nonzero()[0])
-        raise ValueError(f"label_logits: label_ids must have a word for every class, got none for class {empty}")
-    for which, x, low, end in (("label_ids", label_ids, -1, weight.shape[0]), ("positions", positions, 0, hidden.shape[1])):
-        if x is not None and x.numel():
-            least, most = (int(v) for v in x.aminmax())
-            if least < low or most >= end:
-                raise ValueError(f"label_logits: {which} must lie in [{low}, {end}), got values from {least} to {most}")
+    """In Python: for so few numbers every call of a tensor function would cost as much as the logits."""
+    classes = label_ids.tolist()
+    for c, words in enumerate(classes):
+        if max(words) < 0:
+            raise ValueError(f"label_logits: label_ids must have a word for every class, got none for class {c}")
+    values = {"label_ids": ([word for words in classes for word in words], -1, weight.shape[0])}
+    if positions is not None:
+        values["positions"] = positions.tolist(), 0, hidden.shape[1]
+    for which, (x, low, end) in values.items():
+        if x and not low <= min(x) <= max(x) < end:
+            raise ValueError(f"label_logits: {which} must lie in [{low}, {end}), got values from {min(x)} to {max(x)}")
 
 
 @torch.library.impl(_lib, "label_logits", "CompositeExplicitAutograd")

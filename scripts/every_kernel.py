@@ -1,0 +1,39 @@
+"""Every kernel of every implementation that runs here, once, forward and backward, checked against float64: what a sanitizer is to look at.
+
+compute-sanitizer --tool memcheck python3 scripts/every_kernel.py --device cuda
+"""
+
+import argparse
+import sys
+
+from peft_kernels.bench.cases import NAMES, operator
+from peft_kernels.bench.operators import TOLERANCE, first_line, prepared, things, truth, ways, worst_error
+from peft_kernels.bench.results import OURS
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operators", nargs="*", choices=[[], *NAMES], metavar="OP", help="without one: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    options = parser.parse_args()
+    failures = 0
+    for one in (operator(name) for name in options.operators or NAMES):
+        for thing in things(one, list(one.quick_shapes), list(one.dtypes), [False, True]):
+            problem = thing.problem(options.device)
+            expected = truth(problem, thing.backward)
+            for name, way in ways(thing, problem, options.device).items():
+                if not name.startswith(OURS):
+                    continue
+                try:
+                    results = prepared(way().compute, problem.leaves, problem.grads, thing.backward)()
+                    says = f"error {worst_error(results, expected, TOLERANCE.get(thing.dtype, 0.0)):.0e}"
+                except Exception as error:
+                    failures += 1
+                    says = f"FAIL {first_line(error)}"
+                print(f"{thing}, {name}: {says}", flush=True)
+    if failures:
+        sys.exit(f"{failures} failed")
+
+
+if __name__ == "__main__":
+    main()
