@@ -45,7 +45,7 @@ for part in "${PARTS[@]}"; do
     bench)
       if $full; then
         peft_kernels bench 350 bench
-        for name in pid_generate pasta_layer dept_training; do benchmark $name 60; done
+        for name in pid_generate pasta_layer dept_training dect ytuning_step; do benchmark $name 35; done
       else
         peft_kernels bench 120 bench --quick --dtype bfloat16
       fi ;;

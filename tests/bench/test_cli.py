@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from peft_kernels import ops
 from peft_kernels.bench import cli, info, methods
 from peft_kernels.bench.commands import app
+from peft_kernels.bench.results import OURS, read
 from peft_kernels.bench.workloads import WordIds, built_in
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -151,21 +152,12 @@ def test_word_ids_are_reversible_and_share_the_vocabulary():
     assert len(set(ids)) == len(set(TEXT.split()))
 
 
-@pytest.mark.parametrize("script", ["pid_generate", "dept_training", "pasta_layer"])
+@pytest.mark.parametrize("script", ["pid_generate", "dept_training", "pasta_layer", "dect", "ytuning_step"])
 def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr("sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")])
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert {result["dtype"] for result in found["results"]} == {"float32", "bfloat16"}
-    assert all(any("ours" in way for way in result["ways"]) for result in found["results"])
-    assert "spread" in capsys.readouterr().out
-
-
-def test_benchmark_of_dect_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.argv", ["label_logits", "--quick", "--out", str(tmp_path / "out.json")])
-    runpy.run_path(str(BENCHMARKS / "label_logits.py"), run_name="__main__")
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(results) == 5 and all("ours" in result["ways"] for result in results)
+    found = read(tmp_path / "out.json")
+    assert {row.dtype for row in found.rows} == {"float32", "bfloat16"}
+    assert all(OURS in [row.way for row in rows] for rows in found.by_thing().values())
     assert "spread" in capsys.readouterr().out
