@@ -6,6 +6,12 @@
 #include <cstring>
 #include <tuple>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 thread_local Buffer label_scratch;    // of every thread
@@ -17,6 +23,19 @@ Storage storage_of(const Tensor& x, const char* name) {
   const bool fits = x.is_cpu() && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16);
   STD_TORCH_CHECK(fits, name, " must be float32 or bfloat16, on the CPU");
   return x.scalar_type() == ScalarType::Float ? Storage::float32 : Storage::bfloat16;
+}
+
+// Linux lends AMX's registers to a process that asks for them.
+bool get_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr int kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // bfloat16 and tiles
+  unsigned a, b, c, d;
+  if (std::getenv("PEFT_KERNELS_CPU_CAPABILITY") || find_capability() != kAVX512BF16) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded && syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
+#else
+  return false;
+#endif
 }
 
 // A call's sizes, its rows and where each row's weights begin.
@@ -42,7 +61,9 @@ Problem check(
   STD_TORCH_CHECK(!lengths || !offsets, "lengths and offsets exclude each other");
   const int64_t batch = offsets ? offsets->numel() - 1 : features.size(0), padded = features.size(dims - 2);
   STD_TORCH_CHECK(batch >= 0 && (queries.size(1) == 1 || queries.size(1) == batch), "queries must have 1 row or ", batch);
-  Problem p{{queries.size(0), queries.size(2), batch, width, static_cast<float>(scale), of_features, of_queries}, {}, {}, {}};
+  static const bool have_amx = get_amx();
+  const bool amx = have_amx && of_queries == Storage::bfloat16 && width % 32 == 0 && features.stride(dims - 2) % 2 == 0;
+  Problem p{{queries.size(0), queries.size(2), batch, width, static_cast<float>(scale), of_features, of_queries, amx}, {}, {}, {}};
   const auto begin = offsets ? to_vector(*offsets, batch + 1, "offsets") : std::vector<int64_t>();
   const auto given = lengths ? to_vector(*lengths, batch, "lengths") : std::vector<int64_t>(batch, padded);
   const char* data = static_cast<const char*>(features.const_data_ptr());
@@ -90,7 +111,7 @@ std::tuple<Tensor, Tensor> forward(
     }
     float* of_row = keep ? kept + p.first_token[row.row] * p.queries() : nullptr;
     kernel.forward(a, row, packed, to, of_row, label_scratch.at_least(scratch_floats));
-    if (keep) std::memset(of_row + row.length * p.queries(), 0, (p.tokens[row.row] - row.length) * p.queries() * sizeof(float));
+    if (keep) std::fill_n(of_row + row.length * p.queries(), (p.tokens[row.row] - row.length) * p.queries(), 0.f);
   });
   return {pooled, weights};
 }

@@ -13,6 +13,7 @@ struct LabelAttention {
   float scale;
   Storage features;
   Storage queries;  // and what they pool; float32 or as the features
+  bool amx;         // for sums of bfloat16, over a width of whole tiles
 };
 
 // A row of the batch.

@@ -7,12 +7,13 @@
 
 #include <math.h>  // not <cmath>: its inline functions would be shared between instruction sets
 
+#include "amx.h"
 #include "label_cross_attention.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t kStreams = 4 * kTileRows;            // tokens read side by side: as many as the hardware fetches ahead
+constexpr int64_t kStreams = 2 * kAmxTile;             // tokens read side by side: as many as the hardware fetches ahead
 constexpr int64_t kTokens = 128;                       // pooled at a time
 constexpr int64_t kSumLanes = 128;                     // of a part of a score's sum
 constexpr int64_t kPanel = kTileVectors * kWidth;      // columns pooled at a time: those of kTokens features are in the nearest cache
@@ -86,7 +87,7 @@ class Attend {
   explicit Attend(const LabelAttention& attention) : a(attention) {}
 
   int64_t packed_floats() const { return lanes * padded; }
-  int64_t scratch_floats(int64_t longest) const { return Scratch::floats(queries, padded, lanes, longest); }
+  int64_t scratch_floats(int64_t longest) const { return Scratch::floats(queries, padded, lanes, round_up(longest, kStreams)); }
 
   // packed[lane][query]
   void pack(const void* from, int64_t batch, int64_t row, float* packed) const {
@@ -107,13 +108,13 @@ class Attend {
   }
 
   void forward(const LabelRow& row, const float* packed, void* pooled, float* weights, float* memory) const {
-    const Scratch scratch(memory, queries, padded, lanes, row.length);
+    const Scratch scratch(memory, queries, padded, lanes, round_up(row.length, kStreams));
     products(row, packed, scratch.scores, scratch);
     softmax(scratch.scores, row.length);
     if (weights) {
       for (int64_t t = 0; t < row.length; ++t) std::memcpy(weights + t * queries, scratch.scores + t * padded, queries * sizeof(float));
     }
-    pair(scratch.scores, row.length);
+    pair(row, scratch);
     for (int64_t column = 0; column < columns; column += kPanel) {
       const int64_t count = least(kPanel, columns - column);
       pool(row, scratch.scores, column, count, scratch.sums, count, true, scratch);
@@ -125,7 +126,7 @@ class Attend {
   }
 
   void backward(const LabelRow& row, const float* packed, const float* weights, float* sums, float* memory) const {
-    const Scratch scratch(memory, queries, padded, lanes, row.length);
+    const Scratch scratch(memory, queries, padded, lanes, round_up(row.length, kStreams));
     products(row, packed, scratch.scores, scratch);
     for (int64_t t = 0; t < row.length; ++t) {
       std::memcpy(scratch.weights + t * padded, weights + t * queries, queries * sizeof(float));
@@ -140,10 +141,10 @@ class Attend {
         store<kWidth>(grad + t * padded, load<kWidth>(weight + t * padded) * centred * a.scale);
       }
     }
-    pair(scratch.scores, row.length);
+    pair(row, scratch);
     for (int64_t column = 0; column < a.width; column += kPanel) {
       const int64_t count = least(kPanel, columns - column), given = least(count, a.width - column);
-      const bool whole = given == count;
+      const bool whole = given == count && !a.amx;
       pool(row, scratch.scores, column, count, whole ? sums + column : scratch.sums, whole ? a.width : count, !whole, scratch);
       if (whole) continue;
       for (int64_t q = 0; q < queries; ++q) {
@@ -162,7 +163,8 @@ class Attend {
   // `count` features as lanes along their width; not copied where they lie so.
   Packed rows_of(const LabelRow& row, int64_t token, int64_t count, float* to) const {
     constexpr bool same_lanes = sizeof(Element) * Lanes::kElements == sizeof(float);
-    if (same_lanes && a.width % Lanes::kElements == 0 && row.token_stride % Lanes::kElements == 0) {
+    const bool whole = !a.amx || count % kAmxTile == 0;  // AMX reads whole tiles
+    if (same_lanes && whole && a.width % Lanes::kElements == 0 && row.token_stride % Lanes::kElements == 0) {
       return {reinterpret_cast<const float*>(feature(row, token)), row.token_stride / Lanes::kElements};
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -179,6 +181,12 @@ class Attend {
     for (int64_t token = 0; token < row.length; token += kStreams) {
       const int64_t count = least(kStreams, row.length - token);
       const Packed features = rows_of(row, token, count, scratch.features);
+#ifdef __AVX512BF16__
+      if (a.amx) {
+        amx_products(features, {packed, padded}, lanes, false, out + token * padded, round_up(count, kAmxTile), padded, padded);
+        continue;
+      }
+#endif
       for (int64_t lane = 0; lane < lanes; lane += kSumLanes) {
         const Weights<true> part{features.data + lane, features.stride};
         const Packed those{packed + lane * padded, padded};
@@ -203,30 +211,53 @@ class Attend {
     }
   }
 
-  // Rows of weights as lanes across them, in place.
-  void pair(float* weights, int64_t length) const {
+  // Rows of weights as lanes across them, in place; for AMX with the lanes inner.
+  void pair(const LabelRow& row, const Scratch& scratch) const {
     if constexpr (Lanes::kElements == 2) {
-      for (int64_t t = 0; t < length; t += 2) {
+      float* weights = scratch.scores;
+      for (int64_t t = 0; t < row.length; t += 2) {
         for (int64_t q = 0; q < padded; q += kWidth) {
-          const Float<kWidth> second = t + 1 < length ? load<kWidth>(weights + (t + 1) * padded + q) : Float<kWidth>{};
+          const Float<kWidth> second = t + 1 < row.length ? load<kWidth>(weights + (t + 1) * padded + q) : Float<kWidth>{};
           store<kWidth>(weights + t / 2 * padded + q, Lanes::template pair<kWidth>(load<kWidth>(weights + t * padded + q), second));
+        }
+      }
+      if (!a.amx) return;
+      const int64_t given = lanes_of<Lanes>(row.length), tiled = lanes_of_row(row);
+      for (int64_t q = 0; q < padded; q += kWidth) {
+        for (int64_t lane = 0; lane < tiled; lane += kWidth) {
+          Float<kWidth> x[kWidth];
+          for (int i = 0; i < kWidth; ++i) x[i] = lane + i < given ? load<kWidth>(weights + (lane + i) * padded + q) : Float<kWidth>{};
+          transpose(x);
+          for (int i = 0; i < kWidth; ++i) store<kWidth>(scratch.weights + (q + i) * tiled + lane, x[i]);
         }
       }
     }
   }
 
+  // Of a query's weights as AMX takes them.
+  int64_t lanes_of_row(const LabelRow& row) const { return round_up(lanes_of<Lanes>(row.length), kAmxTile); }
+
   // sums[query][column] of weights (lane, query) and columns of the features; `fresh`: not added to what is there.
   void pool(
       const LabelRow& row, const float* weights, int64_t column, int64_t count, float* sums, int64_t stride, bool fresh, const Scratch& scratch) const {
     for (int64_t token = 0; token < row.length; token += kTokens) {
-      const int64_t tokens = least(kTokens, row.length - token);
+      const int64_t tokens = least(kTokens, row.length - token), these = lanes_of<Lanes>(tokens);
       for (int64_t t = 0; t < tokens; t += Lanes::kElements) {
         const Element* first = feature(row, token + t) + column;
         pack_columns(first, t + 1 < tokens ? first + row.token_stride : nullptr, least(count, a.width - column), count, scratch.panel + t / Lanes::kElements * count);
       }
+      const bool add = !fresh || token != 0;
+#ifdef __AVX512BF16__
+      if (a.amx) {
+        const int64_t tiled = round_up(these, kAmxTile);
+        std::memset(scratch.panel + these * count, 0, (tiled - these) * count * sizeof(float));
+        const Packed part{scratch.weights + token / Lanes::kElements, lanes_of_row(row)};
+        amx_products(part, {scratch.panel, count}, tiled, add, sums, padded, count, stride);
+        continue;
+      }
+#endif
       const Weights<false> part{weights + token / Lanes::kElements * padded, padded};
-      const float* rescale = fresh && token == 0 ? nullptr : scratch.ones;
-      accumulate<Lanes>(part, Packed{scratch.panel, count}, lanes_of<Lanes>(tokens), rescale, sums, queries, count, stride);
+      accumulate<Lanes>(part, Packed{scratch.panel, count}, these, add ? scratch.ones : nullptr, sums, queries, count, stride);
     }
     if (fresh && row.length == 0) std::memset(sums, 0, queries * stride * sizeof(float));
   }

@@ -115,34 +115,31 @@ def _check(name, slots, features, weights, lengths, offsets, num_heads):
             raise ValueError(f"{name}: {which} must be on {features.device} as features are, got {x.device}")
 
 
-def choose(device: str, features: torch.dtype, slots: torch.dtype, queries: int, width: int, full: bool) -> str:
-    """What ``impl="auto"`` takes, forward and backward. queries: S * num_heads; full: neither lengths nor offsets.
+def choose(device: str, features: torch.dtype, queries: int, width: int) -> str:
+    """What ``impl="auto"`` takes, forward and backward. queries: S * num_heads.
 
-    | where and what                                       | implementation |
-    | ---------------------------------------------------- | -------------- |
-    | float64                                              | reference      |
-    | as many queries as d, or more                        | explicit       |
-    | CPU with AMX, bfloat16 slots and features, all full  | matmul         |
-    | CPU, native library built                            | cpp            |
-    | CUDA or ROCm, triton                                 | triton         |
-    | anything else                                        | matmul         |
+    | where and what                | implementation |
+    | ----------------------------- | -------------- |
+    | float64                       | reference      |
+    | as many queries as d, or more | explicit       |
+    | CPU, native library built     | cpp            |
+    | CUDA or ROCm, triton          | triton         |
+    | anything else                 | matmul         |
     """
     if features == torch.float64:
         return "reference"
     if queries >= width:
         return "explicit"
-    if device == "cpu" and full and features == slots == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return "matmul"
     for impl in ("cpp", "triton"):
         if implementations.unavailable(impl, device, features) is None and (impl != "triton" or device != "cpu"):
             return impl
     return "matmul"
 
 
-def _resolve(impl, query, features, num_heads, full):
+def _resolve(impl, query, features, num_heads):
     device, dtype = features.device.type, features.dtype
     if impl == "auto":
-        impl = choose(device, dtype, query.dtype, query.shape[1] * num_heads, query.shape[2], full)
+        impl = choose(device, dtype, query.shape[1] * num_heads, query.shape[2])
     return impl, implementations.runnable("label_cross_attention", impl, device, dtype)
 
 
@@ -164,7 +161,7 @@ def _check_values(features, lengths, offsets):
 def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
     """The result; attention weights and what backward needs beside them, of no element where there is no such thing."""
     _check_values(features, lengths, offsets)
-    impl, implementation = _resolve(impl, query, features, num_heads, lengths is None and offsets is None)
+    impl, implementation = _resolve(impl, query, features, num_heads)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
     with torch.autocast(features.device.type, enabled=False):
         if impl in ABSORBED:
@@ -176,7 +173,7 @@ def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl)
 
 @torch.library.impl(_lib, "label_cross_attention_backward", "CompositeExplicitAutograd")
 def _backward(grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl):
-    impl, implementation = _resolve(impl, query, features, num_heads, lengths is None and offsets is None)
+    impl, implementation = _resolve(impl, query, features, num_heads)
     needs = need_query, need_key, need_value
     if impl in ABSORBED:
         backward = implementation.pool_backward
@@ -188,7 +185,7 @@ def _backward(grad, query, features, w_k, w_v, weights, kept, lengths, offsets, 
 
 @torch.library.register_fake("peft_kernels::label_cross_attention", lib=_lib)
 def _(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
-    impl, _ = _resolve(impl, query, features, num_heads, lengths is None and offsets is None)
+    impl, _ = _resolve(impl, query, features, num_heads)
     batch = features.shape[0] if offsets is None else offsets.shape[0] - 1
     _, slots, width = query.shape
     out = query.new_empty(batch, slots, width)
