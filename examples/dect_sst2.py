@@ -3,7 +3,8 @@
     python examples/dect_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
 The model is a masked or causal language model or T5, or an encoder without a head, which has no scores. Beside every classifier stands a
-logistic regression (scikit-learn) on the same features.
+logistic regression (scikit-learn) on the same features. With --against finetuning dept those two are trained on the shots of the first seed until
+they are as accurate on dev as DecT with that seed.
 """
 
 import argparse
@@ -11,10 +12,11 @@ import statistics
 import time
 from pathlib import Path
 
+import against
 import torch
 from rich.console import Console
 from rich.table import Table
-from sentences import add_arguments, write
+from sentences import add_arguments, read, write
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -23,6 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from peft_kernels import dect
 
 HEADS = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM, "none": AutoModel}
+OURS = "DecT"
 SHOTS, SEEDS = (1, 4, 16, 64, 256), range(5)
 
 
@@ -51,7 +54,7 @@ def few(labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
 
 
 def compare(train, train_labels, dev, dev_labels, options, shots: int) -> dict:
-    found = {"DecT": [], "logistic regression": []}
+    found = {OURS: [], "logistic regression": []}
     for seed in SEEDS:
         chosen = few(train_labels, shots, seed)
         features, labels = train.features[chosen], train_labels[chosen]
@@ -60,30 +63,42 @@ def compare(train, train_labels, dev, dev_labels, options, shots: int) -> dict:
         start = time.perf_counter()
         classifier.fit(features, labels, scores)
         seconds = time.perf_counter() - start
-        found["DecT"].append((classifier.score(dev.features, dev_labels, dev.scores), seconds))
+        trained = classifier.head_.projection.numel() + classifier.head_.radius.numel()
+        found[OURS].append((classifier.score(dev.features, dev_labels, dev.scores), seconds, trained))
         regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         start = time.perf_counter()
         regression.fit(features.numpy(), labels.numpy())
         seconds = time.perf_counter() - start
-        found["logistic regression"].append((regression.score(dev.features.numpy(), dev_labels.numpy()), seconds))
+        found["logistic regression"].append((regression.score(dev.features.numpy(), dev_labels.numpy()), seconds, features.shape[1] + 1))
     result = {}
     for name, runs in found.items():
-        accuracies, seconds = zip(*runs)
-        result[name] = {"accuracy": statistics.mean(accuracies), "deviation": statistics.stdev(accuracies), "seconds": statistics.median(seconds)}
+        accuracies, seconds, (trained, *_) = zip(*runs)
+        result[name] = {"accuracy": statistics.mean(accuracies), "deviation": statistics.stdev(accuracies), "accuracies": accuracies}
+        result[name] |= {"training_seconds": statistics.median(seconds), "trained_parameters": trained}
     return result
 
 
+def compare_training(options, tokenizer, labels: torch.Tensor, results: dict) -> None:
+    """Adds to ``results`` what is trained on the shots of the first seed until it is as accurate as DecT."""
+    train, dev = read(options.train, tokenizer, options.max_length, options.limit), read(options.dev, tokenizer, options.max_length)
+    for shots, methods in results.items():
+        rows = [train[i] for i in few(labels, int(shots), SEEDS[0]).tolist()]
+        methods |= against.run(options, tokenizer, rows, dev, methods[OURS]["accuracies"][0])
+
+
 def table(results: dict) -> Table:
-    result = Table("shots", "method", "accuracy", "training, ms", title="mean and standard deviation over 5 seeds")
+    result = Table("shots", "method", "trained numbers", "accuracy", "training, ms", title="mean and standard deviation over 5 seeds")
     for shots, methods in results.items():
         for name, row in methods.items():
-            result.add_row(shots, name, f"{row['accuracy']:.1%} ± {row['deviation']:.1%}", f"{row['seconds'] * 1e3:.1f}")
+            accuracy = f"{row['accuracy']:.1%} ± {row['deviation']:.1%}" if "deviation" in row else f"{row['accuracy']:.1%}, first seed"
+            result.add_row(shots, name, f"{row['trained_parameters']:,}", accuracy, f"{row['training_seconds'] * 1e3:,.1f}")
     return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    against.add_arguments(parser)
     parser.add_argument("--head", choices=list(HEADS), default="masked", help="what the model predicts with; none: an encoder alone")
     parser.add_argument("--template", default="{text} It was {mask}.", help="a causal model's ends with {mask}")
     parser.add_argument("--negative", nargs="+", default=["terrible"], help="label words")
@@ -100,6 +115,8 @@ def main():
     seconds = time.perf_counter() - start
     most = int(train_labels.bincount().min())
     results = {str(n): compare(train, train_labels, dev, dev_labels, options, n) for n in SHOTS if n <= most}
+    if options.against:
+        compare_training(options, tokenizer, train_labels, results)
     console = Console()
     console.print(table(results))
     console.print(f"features of {len(train_labels) + len(dev_labels):,} texts: {seconds:.1f} s, or what reading the cache took")

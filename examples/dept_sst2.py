@@ -12,10 +12,9 @@ from unittest.mock import patch
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from rich.console import Console
-from sentences import add_arguments, base_model, read, table, train_and_evaluate, trainer_of, write
+from sentences import DEPT, add_arguments, base_model, dept_model, read, table, train_and_evaluate, trainer_of, write
 from transformers import AutoTokenizer
 
-from peft_kernels import DePTConfig, dept
 from peft_kernels.dept import layer
 
 OURS, OFFICIAL, PROMPT_TUNING = "DePT, ours", "DePT, official formulation", "prompt tuning, 100 tokens"
@@ -30,17 +29,8 @@ def official_formulation(input_ids, weight, prompt, a, b, *, scale, embed_scale,
     return torch.cat((tokens[:, :first], prompt.repeat(batch, 1, 1), tokens[:, first:]), dim=1)
 
 
-def dept_model(options):
-    config = DePTConfig(
-        task_type="SEQ_CLS",
-        num_virtual_tokens=options.virtual_tokens,
-        r=options.rank,
-        max_length=options.max_length,
-        init_text=options.init_text,
-        tokenizer_name_or_path=options.model,
-    )
-    model = get_peft_model(base_model(options.model), config)
-    return model, dept.param_groups(model, options.lr_prompt, options.lr_low_rank, lr_head=options.lr_head)
+def model_of(options):
+    return dept_model(options.model, options.max_length, **{name: getattr(options, name) for name in DEPT})
 
 
 def prompt_tuning_model(options):
@@ -62,12 +52,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("results/dept_sst2"))
-    parser.add_argument("--virtual-tokens", type=int, default=20)
-    parser.add_argument("--rank", type=int, default=60)
-    parser.add_argument("--init-text", default="is this sentence of a movie review positive or negative ?")
-    parser.add_argument("--lr-prompt", type=float, default=3e-3)
-    parser.add_argument("--lr-low-rank", type=float, default=3e-4, help="of A and B")
-    parser.add_argument("--lr-head", type=float, default=5e-2, help="of the classification head")
+    parser.add_argument("--virtual-tokens", type=int, default=DEPT["virtual_tokens"])
+    parser.add_argument("--rank", type=int, default=DEPT["rank"])
+    parser.add_argument("--init-text", default=DEPT["init_text"])
+    parser.add_argument("--lr-prompt", type=float, default=DEPT["lr_prompt"])
+    parser.add_argument("--lr-low-rank", type=float, default=DEPT["lr_low_rank"], help="of A and B")
+    parser.add_argument("--lr-head", type=float, default=DEPT["lr_head"], help="of the classification head")
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--baseline-epochs", type=float, default=1, help="of the two baselines, which are there for time and memory; 0: none")
     options = parser.parse_args()
@@ -76,7 +66,7 @@ def main():
     train = read(options.train, tokenizer, options.max_length, options.limit)
     dev = read(options.dev, tokenizer, options.max_length)
 
-    model, groups = dept_model(options)
+    model, groups = model_of(options)
     results = {OURS: train_and_evaluate(model, groups, options, tokenizer, train, dev, options.epochs)}
     model.save_pretrained(options.out)
     loaded = PeftModel.from_pretrained(base_model(options.model), options.out)
@@ -87,7 +77,7 @@ def main():
     if options.baseline_epochs:
         arguments = options, tokenizer, train, dev, options.baseline_epochs
         with patch.object(layer, "decomposed_prompt_embedding", official_formulation):  # its batches have a fixed length
-            results[OFFICIAL] = train_and_evaluate(*dept_model(options), *arguments, options.max_length)
+            results[OFFICIAL] = train_and_evaluate(*model_of(options), *arguments, options.max_length)
         results[PROMPT_TUNING] = train_and_evaluate(*prompt_tuning_model(options), *arguments)
     console.print(table(results))
     if options.baseline_epochs:

@@ -4,10 +4,21 @@ import json
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
+from peft_kernels import DePTConfig, dept
 from peft_kernels.bench.measure import environment, peak_memory
+
+DEPT = {  # of dept_model
+    "virtual_tokens": 20,
+    "rank": 60,
+    "init_text": "is this sentence of a movie review positive or negative ?",
+    "lr_prompt": 3e-3,
+    "lr_low_rank": 3e-4,
+    "lr_head": 5e-2,
+}
 
 
 def add_arguments(parser) -> None:
@@ -28,6 +39,20 @@ def read(path: Path, tokenizer, max_length: int, limit: int | None = None) -> li
 def base_model(name: str):
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
+
+
+def dept_model(name: str, max_length: int, *, virtual_tokens, rank, init_text, lr_prompt, lr_low_rank, lr_head):
+    """The model and its groups of parameters."""
+    config = DePTConfig(
+        task_type="SEQ_CLS",
+        num_virtual_tokens=virtual_tokens,
+        r=rank,
+        max_length=max_length,
+        init_text=init_text,
+        tokenizer_name_or_path=name,
+    )
+    model = get_peft_model(base_model(name), config)
+    return model, dept.param_groups(model, lr_prompt, lr_low_rank, lr_head=lr_head)
 
 
 def trainer_of(model, groups, options, tokenizer, train, dev, epochs: float, pad_to: int | None = None) -> Trainer:
