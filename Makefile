@@ -1,6 +1,7 @@
 # `make demo` and `make test` need nothing but a Python and a network: each makes its environment, builds, and does its job.
 PYTHON ?= python3
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
+FIGURES = README.md $(shell grep -l '<!-- figures' docs/*.md)
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: env demo figures test test-oldest lint docs kernels clean
@@ -9,7 +10,7 @@ env: .venv/.ready
 demo: env
 	.venv/bin/peft-kernels demo
 figures: env
-	.venv/bin/peft-kernels report --readme README.md
+	.venv/bin/peft-kernels report $(addprefix --figures ,$(FIGURES))
 test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready

@@ -207,19 +207,20 @@ def report(
         list[Path] | None,
         typer.Argument(metavar="FOLDER", help="Where result files are. Without: benchmarks/results.", exists=True, file_okay=False),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The page to write. Without, and without --readme: report.html.", dir_okay=False)] = None,
-    readme: Annotated[
-        Path | None, typer.Option(help="A Markdown file whose figures are to be written anew, between its markers.", exists=True, dir_okay=False)
+    out: Annotated[Path | None, typer.Option(help="The page to write. Without, and without --figures: report.html.", dir_okay=False)] = None,
+    figures: Annotated[
+        list[Path] | None,
+        typer.Option(help="A Markdown file whose figures are written anew, between its markers. May be repeated.", exists=True, dir_okay=False),
     ] = None,
 ):
-    """Result files as one self-contained HTML page, or as the figures of the README."""
+    """Result files as one self-contained HTML page, or as the figures of the README and of docs/."""
     from .report import load, page, updated
 
     try:
         machines = load(folders or [Path("benchmarks/results")])
-        if readme is not None:
-            readme.write_text(updated(readme.read_text(encoding="utf-8"), machines), encoding="utf-8")
+        for path in figures or []:
+            path.write_text(updated(path.read_text(encoding="utf-8"), machines), encoding="utf-8")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if out is not None or readme is None:
+    if out is not None or not figures:
         (out or Path("report.html")).write_text(page(machines), encoding="utf-8")

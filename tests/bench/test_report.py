@@ -12,11 +12,11 @@ from peft_kernels.bench.commands import app
 from peft_kernels.bench.measure import Ceilings
 from peft_kernels.bench.report import load, page, updated
 from peft_kernels.bench.report.bars import RatioAxis
-from peft_kernels.bench.report.readme import BEGIN, END
 from peft_kernels.bench.report.sections import KNOWN
 from peft_kernels.bench.results import OURS, Results, Row
 from peft_kernels.ops import __all__ as operators
 
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ROOT = Path(__file__).parents[2]
 NASTY = '<script>alert("&")</script>'
 MACHINE = {"versions": {"torch": "2.0"}, "system": "Linux x86_64", "cpu": "A CPU", "cpu_capability": "AVX2", "cores": 4, "threads": 2, "gpus": []}
@@ -54,9 +54,11 @@ def report(*args, code=0):
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
-def test_readme_shows_what_the_result_files_give():
-    found = (ROOT / "README.md").read_text()
-    assert found == updated(found, load([ROOT / "benchmarks/results"])), "run `make figures`"
+def test_pages_show_what_the_result_files_give():
+    machines = load([ROOT / "benchmarks/results"])
+    for path in (ROOT / "README.md", *(ROOT / f"docs/{method}.md" for method in ("pid", "dept", "pasta", "ytuning"))):
+        found = path.read_text()
+        assert found == updated(found, machines), f"{path.name}: run `make figures`"
 
 
 def test_known_names_are_those_of_the_rows():
@@ -74,9 +76,9 @@ def test_known_names_are_those_of_the_rows():
 def test_page_without_a_gpu_says_so_and_with_one_does_not(folder):
     rows = attention(4, eager=3.0)
     cpu = page(load([folder(cpu=results(rows))]))
-    assert "No GPU was measured." in text_of(cpu) and "No GPU was measured." in updated(f"{BEGIN}{END}", load([folder()]))
+    assert "No GPU was measured." in text_of(cpu) and "No GPU was measured." in updated(f"{BEGIN}\n{END}", load([folder()]))
     both = load([folder(gpu=results(rows, device="cuda", device_name="A GPU"))])
-    assert "No GPU was measured." not in text_of(page(both)) + updated(f"{BEGIN}{END}", both)
+    assert "No GPU was measured." not in text_of(page(both)) + updated(f"{BEGIN}\n{END}", both)
     assert [machine.name for machine in both] == ["A GPU", "A CPU"]
 
 
@@ -134,16 +136,23 @@ def test_the_newest_measurement_of_a_thing_counts(folder):
 
 def test_figures_are_ranges_over_the_shapes(folder):
     rows = [*attention(4, eager=3.0, **{"sdpa expanded": 12.0}), *attention(8, eager=1.25, **{"sdpa expanded": 20.0})]
-    text = updated(f"before {BEGIN} old {END} after", load([folder(cpu=results(rows))]))
+    text = updated(f"before {BEGIN}\nold {END} after", load([folder(cpu=results(rows))]))
     assert text.startswith(f"before {BEGIN}\n**A CPU**, 4 cores, AVX2, 2026-03-05:") and text.endswith(f"{END} after") and "old" not in text
     assert "| forward, 2 shapes | 1.25 to 3.00x; 12.0 to 20.0x; 50% |" in text
     assert "`peft-kernels bench shared_cross_attention`" in text
 
 
-@pytest.mark.parametrize("text", ["nothing", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+@pytest.mark.parametrize("text", ["nothing", BEGIN, f"{END}{BEGIN}\n", f"{BEGIN}\n{END}{BEGIN}\n{END}"])
 def test_figures_need_their_markers(text, folder):
     with pytest.raises(ValueError, match="expected one <!-- figures -->"):
         updated(text, load([folder(cpu=results(attention(4, eager=3.0)))]))
+
+
+def test_figures_of_named_benchmarks(folder):
+    machines = load([folder(cpu=results(attention(4, eager=3.0)))])
+    assert "3.00x" in updated(f"<!-- figures: shared_cross_attention -->\n{END}", machines)
+    with pytest.raises(ValueError, match="no results of label_logits; there are shared_cross_attention"):
+        updated(f"<!-- figures: label_logits -->\n{END}", machines)
 
 
 def test_half_and_twice_are_as_far_from_one():
@@ -155,7 +164,7 @@ def test_half_and_twice_are_as_far_from_one():
 def test_command_writes_the_page_and_the_figures(folder, tmp_path):
     made, readme = folder(cpu=results(attention(4, eager=3.0))), tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\n{END}\n")
-    report(made, "--out", tmp_path / "page.html", "--readme", readme)
+    report(made, "--out", tmp_path / "page.html", "--figures", readme)
     assert (tmp_path / "page.html").read_text() == page(load([made])) and "3.00x" in readme.read_text()
 
 

@@ -1,7 +1,7 @@
-"""The result files as one self-contained page, and as the figures of the README."""
+"""The result files as one self-contained page, and as the figures of the README and of docs/."""
 
 from .cases import load
+from .markdown import updated
 from .page import page
-from .readme import updated
 
 __all__ = ["load", "page", "updated"]

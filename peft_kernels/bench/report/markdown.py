@@ -1,32 +1,42 @@
-"""The README's figures: small tables between two markers, from the same files as the page."""
+"""The figures of the README and of docs/: small tables between two markers, from the same files as the page."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 from .cases import Case, Machine
 from .sections import Section, order, section
 from .words import counted, date, megabytes, percent, percents, times, timeses
 
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+BEGIN, END = r"<!-- figures(?:: (?P<benchmarks>[\w ]+))? -->", "<!-- /figures -->"
 
 
 def updated(text: str, machines: list[Machine]) -> str:
-    """``text`` with the figures of ``machines`` between its markers.
+    """``text`` with the figures of ``machines`` between ``<!-- figures -->`` and ``<!-- /figures -->``.
+
+    ``<!-- figures: NAME ... -->`` has those of these benchmarks alone.
 
     Raises:
-        ValueError: not one pair of markers.
+        ValueError: no pair of markers, or the name of a benchmark that has no results.
     """
-    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} with one {END} after it")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{figures(machines)}{END}{rest.split(END)[1]}"
+    blocks = list(re.finditer(f"({BEGIN}\n).*?({END})", text, re.DOTALL))
+    if (len(re.findall(BEGIN, text)), text.count(END), len(blocks)) != (1, 1, 1):
+        raise ValueError("expected one <!-- figures --> or <!-- figures: NAME ... --> with one <!-- /figures --> after it")
+    [block] = blocks
+    named = block["benchmarks"]
+    made = figures(machines, None if named is None else named.split())
+    return f"{text[: block.end(1)]}{made}{text[block.start(3) :]}"
 
 
-def figures(machines: list[Machine]) -> str:
+def figures(machines: list[Machine], named: Sequence[str] | None = None) -> str:
     """Markdown: for every machine a table for each benchmark. Profiles are of models of one's own and are left to the page."""
+    measured = {case.of.benchmark for machine in machines for case in machine.cases if not case.section.is_profile}
+    if unknown := [one for one in named or () if one not in measured]:
+        raise ValueError(f"no results of {', '.join(unknown)}; there are {', '.join(sorted(measured, key=order))}")
     lines = []
     for machine in machines:
-        benchmarks = sorted({case.of.benchmark for case in machine.cases if not case.section.is_profile}, key=order)
-        lines += [_heading(machine), "", *(line for one in benchmarks for line in [*_table(section(one), machine.of(one)), ""])]
+        benchmarks = sorted({case.of.benchmark for case in machine.cases} & (measured if named is None else set(named)), key=order)
+        if benchmarks:
+            lines += [_heading(machine), "", *(line for one in benchmarks for line in [*_table(section(one), machine.of(one)), ""])]
     if all(machine.device == "cpu" for machine in machines):
         lines += ["No GPU was measured.", ""]
     return "\n".join(lines)
