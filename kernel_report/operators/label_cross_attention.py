@@ -27,11 +27,12 @@ def product(architecture, kernel, dtype, queries):
     unit, exact = unit_of(architecture, dtype), dtype in ("fp32", "mixed")
     features = "*bf16" if dtype == "mixed" else f"*{dtype}"
     of_queries = "*fp32" if exact else f"*{dtype}"
+    blackwell = {"BLACKWELL": architecture == "sm_100"}
     types = {**TYPES, "features": features, "queries_of": of_queries, "out": "*fp32" if kernel == "pool_float" else of_queries}
     if kernel == "scores":
-        function, options = triton_kernels.scores_kernel, implementation.scores_options(unit, queries)
+        function, options = triton_kernels.scores_kernel, {**blackwell, **implementation.scores_options(unit, queries)}
     else:
-        function, options = triton_kernels.pool_kernel, {"WIDE": exact, **implementation.pool_options(unit, queries)}
+        function, options = triton_kernels.pool_kernel, {"WIDE": exact, **blackwell, **implementation.pool_options(unit, queries)}
     # a block of 16 bfloat16 columns to a token may be 8 bytes to a thread
     expected = Expected(matrix_unit(architecture, exact), load=8 if dtype == "mixed" else 16)
     return Case(architecture, OPERATOR, kernel, dtype, function, options, types, expected)

@@ -88,6 +88,15 @@ def test_no_worse_than_torch(problem, dtype, shared, device):
         check(mine, theirs, right, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_blackwell_multiplies_the_same(dtype, device, monkeypatch):
+    """What hides the width of features from the compiler there."""
+    given = PROBLEMS["padded"].make(dtype, device, True, torch.float32)
+    expected = all_results(triton, given, True)
+    monkeypatch.setattr(triton, "on_blackwell", lambda device: True)
+    assert all(torch.equal(x, y) for x, y in zip(all_results(triton, given, True), expected))
+
+
 def test_without_weights(device):
     (queries, _), *rest = PROBLEMS["ragged"].make(torch.float32, device)
     pooled, weights = triton.pool(queries, *rest, 0.2, False)

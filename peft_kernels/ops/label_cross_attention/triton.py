@@ -108,7 +108,7 @@ def _scores(scores, queries, features, lengths, offsets, batch):
     triton_kernels.scores_kernel[cdiv(heads * slots, options["BQ"]) * tiles,](
         scores, queries, features, lengths, offsets,
         n, batch, slots, heads * slots, width, queries.stride(0), queries.stride(1) if given > 1 else 0, *_strides(features),
-        **options,
+        BLACKWELL=on_blackwell(features.device), **options,
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def _pool(out, weights, features, lengths, offsets, batch, rows, product):
     triton_kernels.pool_kernel[cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts,](
         out, weights, features, lengths, offsets,
         features.shape[-2], batch, rows, slots, heads * slots, width, *out.stride()[:2], *_strides(features),
-        WIDE=product == torch.float32, **options,
+        WIDE=product == torch.float32, BLACKWELL=on_blackwell(features.device), **options,
     )  # fmt: skip
 
 
@@ -150,6 +150,10 @@ def unit_of(device: torch.device, dtype: torch.dtype) -> str:
     if device_of(device)[0] == "gfx942":
         return "amd"
     return "fma" if dtype == torch.float32 else "half"
+
+
+def on_blackwell(device: torch.device) -> bool:
+    return device_of(device)[0] == "sm_100"
 
 
 def _options(config):

@@ -34,11 +34,24 @@ def features_of_row(features, offsets, first, b, stride_fb, stride_fn):
     return p
 
 
+@triton.jit
+def as_factor(b_f, dtype: tl.constexpr, BLACKWELL: tl.constexpr):
+    """Features in ``dtype``, to be multiplied.
+
+    On Blackwell, Triton 3.6 multiplies float32 in TF32 whatever precision is asked for, if it finds that an operand was loaded with fewer
+    bits; 3.8 does not. It looks through casts of every kind, but not through a reduction, and that of an axis of one element costs little.
+    """
+    b_factor = b_f.to(dtype)
+    if BLACKWELL and b_f.dtype != dtype:
+        b_factor = tl.sum(b_factor[None], 0)
+    return b_factor
+
+
 @triton.jit(do_not_specialize=["n", "batch", "slots", "queries"])
 def scores_kernel(
     scores, queries_of, features, lengths, offsets,
     n, batch, slots, queries, d, stride_qh, stride_qb, stride_fb, stride_fn,
-    BN: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    BLACKWELL: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of queries, then tiles of tokens. ``queries_of`` is (H, B, slots, d) of these strides; slots and columns are dense."""
     blocks = tl.cdiv(queries, BQ)
@@ -57,7 +70,7 @@ def scores_kernel(
         m_k = start + o_k < d
         b_f = tl.load(p_f[:, None] + (start + o_k)[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)  # [BN, BK]
         b_q = tl.load(p_q[:, None] + (start + o_k)[None, :], mask=m_q[:, None] & m_k[None, :], other=0.0)  # [BQ, BK]
-        b_scores = tl.dot(b_f.to(b_q.dtype), tl.trans(b_q), b_scores, input_precision="ieee")
+        b_scores = tl.dot(as_factor(b_f, b_q.dtype, BLACKWELL), tl.trans(b_q), b_scores, input_precision="ieee")
     p = scores + (first + o_n)[:, None] * queries + o_q[None, :]
     tl.store(p, b_scores, mask=m_n[:, None] & m_q[None, :])
 
@@ -115,7 +128,7 @@ def softmax_backward_kernel(grad_weights, weights, lengths, offsets, n, queries,
 def pool_kernel(
     out, weights, features, lengths, offsets,
     n, batch, rows, slots, queries, d, stride_oh, stride_op, stride_fb, stride_fn,
-    WIDE: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr, BLACKWELL: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of queries, tiles of columns, then parts of ``rows`` rows of the batch, which are added up in their order.
 
@@ -137,7 +150,7 @@ def pool_kernel(
             p = p_f + o_t.to(tl.int64)[:, None] * stride_fn + o_d[None, :]
             b_f = tl.load(p, mask=(o_t < given)[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
             if WIDE:
-                b_f = b_f.to(tl.float32)
+                b_f = as_factor(b_f, tl.float32, BLACKWELL)
             o, m = block_of_weights(first, start, o_n, o_q, given, queries)
             b_w = tl.load(weights + o, mask=m, other=0.0)  # [BN, BQ]
             b_out = tl.dot(tl.trans(b_f), b_w.to(b_f.dtype), b_out, input_precision="ieee")
