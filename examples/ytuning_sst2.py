@@ -4,8 +4,11 @@
     python examples/ytuning_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
 Beside it a logistic regression on the means of the same features and, with --against finetuning dept, those two trained until they are
-as accurate on dev. The cache in --out is used again by later runs. The defaults of the
-label blocks are ours, found by a small search with a MiniLM of 6 layers; the paper has others for larger models.
+as accurate on dev. The cache in --out is used again by later runs.
+
+The defaults of the label blocks are ours; the paper has others for larger models. They come from a small search on dev with a MiniLM of 6
+layers: 1 or 2 blocks, lr 2e-4 to 1e-3, dropout 0.1 or 0.3, weight decay 0 or 0.1, both losses, 5 or 10 epochs, the best of these with
+three seeds. None was better than the defaults by more than seeds differ.
 """
 
 import argparse
