@@ -18,7 +18,7 @@ from .revision import Checkout, running
 from .suite import Operator
 from .tables import table
 
-SECONDS, QUICK_SECONDS = 3.0, 0.4  # for the turns of one thing; short ways are repeated more often, as their times scatter most
+SECONDS, QUICK_SECONDS = 3.0, 1.0  # for the turns of one thing; short ways are repeated more often, as their times scatter most
 DRAWN_EVERY = 0.2  # seconds
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
