@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from .. import __version__
+from ..ops import tuned
 
 PACKAGES = ("torch", "transformers", "peft", "triton")
 COPY_BYTES = 1 << 28  # past every cache
@@ -253,6 +254,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus(),
+        "tuned": len(tuned.entries(torch.device("cuda"))) if torch.cuda.is_available() else 0,  # launch options that are not the shipped ones
     }
 
 
