@@ -230,6 +230,15 @@ def test_float64_takes_the_reference(device):
         assert torch.equal(a, b) and a.dtype == torch.float64
 
 
+@pytest.mark.parametrize(("tokens", "amx", "expected"), [(16, True, "sdpa"), (15, True, "cpp"), (16, False, "cpp")])
+def test_bfloat16_takes_the_library_on_amx_tiles(tokens, amx, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(implementations, "unavailable", lambda *_: None)
+    query, key = torch.empty(8, 2, tokens, 8, dtype=torch.bfloat16), torch.empty(2, 2, 5, 8, dtype=torch.bfloat16)
+    assert choose(query, key) == expected
+    assert choose(query.float(), key.float()) == "cpp"
+
+
 @pytest.mark.parametrize("frozen", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0)], ids=str)
 def test_frozen_inputs_get_no_gradient(frozen, impl, device):
     tensors, where = make(CASES["ragged-lengths"], device=device)

@@ -18,6 +18,7 @@ MAX_HEAD_DIM = 256
 # `peft-kernels bench shared_cross_attention` showed faster: products in these dtypes, while the scores of one head of one input stay in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
+AMX_ROWS = 64  # query rows of an input from which the library's bfloat16 products on AMX tiles are faster than vectors
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -91,6 +92,7 @@ def choose(query: Tensor, key: Tensor) -> str:
     | where and what                                 | implementation                             |
     | ---------------------------------------------- | ------------------------------------------ |
     | float64                                        | reference                                  |
+    | CPU with AMX, bfloat16, AMX_ROWS or more       | sdpa                                       |
     | CPU, float32 or bfloat16, native library built | cpp                                        |
     | CPU                                            | matmul or sdpa, as the constants above say |
     | CUDA or ROCm, triton installed                 | triton                                     |
@@ -100,14 +102,20 @@ def choose(query: Tensor, key: Tensor) -> str:
         return "reference"
     device = query.device.type
     if device == "cpu":
+        if query.dtype == torch.bfloat16 and _rows(query, key) >= AMX_ROWS and torch.cpu._is_amx_tile_supported():
+            return "sdpa"
         return "cpp" if implementations.unavailable("cpp", device, query.dtype) is None else _choose_library(query, key)
     return "triton" if implementations.unavailable("triton", device, query.dtype) is None else "reference"
 
 
 def _choose_library(query, key):
-    rows = query.shape[0] * query.shape[2] // max(key.shape[0], 1)  # a mean where streams are ragged
-    cached = rows * key.shape[2] * query.element_size() <= MATMUL_MAX_SCORE_BYTES
+    cached = _rows(query, key) * key.shape[2] * query.element_size() <= MATMUL_MAX_SCORE_BYTES
     return "matmul" if query.dtype in MATMUL_DTYPES and cached else "sdpa"
+
+
+def _rows(query, key):
+    """Query rows of an input: a mean where streams are ragged."""
+    return query.shape[0] * query.shape[2] // max(key.shape[0], 1)
 
 
 def _check(query, key, value, key_lengths, encoder_index):
