@@ -56,7 +56,7 @@ def report(*args, code=0):
 
 def test_pages_show_what_the_result_files_give():
     machines = load([ROOT / "benchmarks/results"])
-    for path in (ROOT / "README.md", *(ROOT / f"docs/{method}.md" for method in ("pid", "dept", "pasta", "ytuning"))):
+    for path in (ROOT / "README.md", *(ROOT / f"docs/{method}.md" for method in ("pid", "dept", "pasta", "dect", "ytuning"))):
         found = path.read_text()
         assert found == updated(found, machines), f"{path.name}: run `make figures`"
 

@@ -74,7 +74,7 @@ KNOWN = (
         "add_layer_norm_inject",
         "Addition, layer norm and injection",
         "PASTA in a post-norm layer: residual, norm and the vectors of the next layer in one pass, for B rows of S tokens of width d with k vectors.",
-        published="add, layer_norm, dense add",
+        published="separate operations",
     ),
     Section(
         "add_inject_layer_norm",
@@ -113,7 +113,7 @@ KNOWN = (
         "BERT with a classification head, B rows of S tokens. Stock has no vectors, and its training step trains the head alone.",
         other_work=("stock", "operators alone"),
     ),
-    Section("dect", "DecT: extraction and fitting"),
+    Section("dect", "DecT: extraction and fitting", other_work=("the products alone",)),
     Section("ytuning_step", "Y-Tuning: training step"),
     Section("profile pid", "PiD: profile", "Stock: the encoder's output repeated for every stream."),
     Section("profile dept", "DePT: profile", "Stock: the authors' order of work."),

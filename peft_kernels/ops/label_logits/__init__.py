@@ -151,14 +151,14 @@ def _autograd(ctx, grad_words):
     grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
         rows = torch.ops.peft_kernels.label_logits_backward.default(grad_words, weight, label_ids, ctx.impl).to(weight.dtype)  # [B, H]
-        grad_hidden = rows if positions is None else rows.new_zeros(ctx.shape).index_put((_texts(positions), positions.long()), rows)
+        grad_hidden = rows if positions is None else rows.new_zeros(ctx.shape).index_put_((_texts(positions), positions.long()), rows)
     if need_weight:
         taken = hidden if positions is None else hidden[_texts(positions), positions.long()]
         of_words = grad_words.flatten(1).mT @ taken.to(grad_words.dtype)  # [C * w, H]
-        grad_weight = of_words.new_zeros(weight.shape).index_put((ids,), of_words, accumulate=True).to(weight.dtype)
+        grad_weight = of_words.new_zeros(weight.shape).index_put_((ids,), of_words, accumulate=True).to(weight.dtype)
     if need_bias:
         of_words = grad_words.flatten(1).sum(0)
-        grad_bias = of_words.new_zeros(weight.shape[0]).index_put((ids,), of_words, accumulate=True).to(ctx.bias_dtype)
+        grad_bias = of_words.new_zeros(weight.shape[0]).index_put_((ids,), of_words, accumulate=True).to(ctx.bias_dtype)
     return grad_hidden, grad_weight, None, grad_bias, None, None
 
 
