@@ -99,8 +99,9 @@ class Results:
 
 
 def measured(rows: Iterable[Row], device: str, ceilings: Mapping[str, Ceilings] = {}) -> Results:
-    """Rows of this process with the fingerprint of this machine."""
-    return Results(device, device_name(device), environment(), tuple(rows), dict(ceilings), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    """Rows of this process with the fingerprint of this machine, and the command without the place that it wrote to."""
+    command = re.sub(r" --out[ =]\S+", "", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    return Results(device, device_name(device), environment(), tuple(rows), dict(ceilings), command)
 
 
 def read(path: Path) -> Results:
