@@ -10,6 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from transformers.modeling_outputs import BaseModelOutput
 
 from .. import pid
+from ..hf.names import cache_of
 from ..pid.families import family_of
 from .workloads import VOCAB_SIZE, Workload
 
@@ -122,7 +123,7 @@ def ask(method: Method, model: nn.Module, workload: Workload, new_tokens: int, *
 
 def cross_bytes(output) -> int:
     """Bytes of the keys and values that cross-attention really held."""
-    return sum(x.nbytes for layer in output.past_key_values.cross_attention_cache.layers for x in (layer.keys, layer.values))
+    return sum(x.nbytes for layer in cache_of(output).cross_attention_cache.layers for x in (layer.keys, layer.values))
 
 
 def differing(a: Answers, b: Answers) -> int:

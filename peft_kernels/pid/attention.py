@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -32,6 +32,28 @@ def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
     if not _shares(module, query, key, attention_mask):
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     return _folded(stock, module, query, key, value, attention_mask, dropout, scaling, kwargs)
+
+
+def configs_of(model: nn.Module) -> list:
+    """Every configuration that attention modules of a model read their implementation from, each once."""
+    configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
+    return list({id(config): config for config in configs}.values())
+
+
+def adopt(configs: list) -> None:
+    """Let configurations that name a stock function name ours. ``set_attn_implementation`` names a stock one at any time, Whisper does so itself."""
+    if not is_adopted(configs):
+        rename(configs, NAMES)
+
+
+def is_adopted(configs: list) -> bool:
+    return all(config._attn_implementation in NAMES.values() for config in configs)
+
+
+def rename(configs: list, names: dict[str, str]) -> None:
+    current = [config._attn_implementation for config in configs]  # all read first: a parent's setter reaches its parts
+    for config, name in zip(configs, current):
+        config._attn_implementation = names.get(name, name)
 
 
 AttentionInterface.register(NAMES["sdpa"], sdpa)

@@ -55,6 +55,7 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         left_padded: bool = False,
         returned: bool = True,
         eos_token_ids: Tensor | None = None,
+        encoder_index: Tensor | None = None,
     ):
         super().__init__(self_attention, cross_attention)
         self.num_streams = num_streams
@@ -62,6 +63,7 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         self.returned = returned
         self.rows: Tensor | None = None
         self._eos_token_ids = eos_token_ids
+        self._encoder_index = encoder_index  # (N,) where every stream has keys and values of its own
         self._prompt_length: int | None = None
         self._mask: Tensor | None = None
 
@@ -92,11 +94,10 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
 
     def encoder_index(self, mask: Tensor | None) -> Tensor:
         """(N,) the input of every stream, from the packed lengths and indices."""
+        if self._encoder_index is not None:
+            return self._encoder_index
         keys = self.cross_attention_cache.layers[0].keys
-        index = streams.unpack(mask, keys.shape[0])[1]
-        if index is None:
-            index = torch.arange(keys.shape[0], device=keys.device).repeat_interleave(self.num_streams // keys.shape[0])
-        return index
+        return streams.index_of(mask, keys.shape[0], self.num_streams).to(keys.device)
 
     def mask_of_rows(self, mask: Tensor | None) -> Tensor:
         """The packed lengths and indices of the rows that are left, from those of all streams."""

@@ -70,10 +70,14 @@ def positions_of(mask: Tensor, tokens: int) -> Tensor:
 
 
 def look_up_positions(table: nn.Module, positions: Tensor) -> Tensor:
-    """Rows of a decoder's ``embed_positions`` for (N, t) positions that start at 0."""
+    """(N, t, d) rows of a decoder's ``embed_positions`` for (N, t) positions that start at 0.
+
+    The module looks them up itself: where weights are offloaded, they are on the device inside of its forward alone.
+    """
     if hasattr(table, "weights"):  # M2M100: a buffer whose first row is the padding's
         return table.weights[positions + table.padding_idx + 1]
-    return nn.functional.embedding(positions + getattr(table, "offset", 0), table.weight)
+    flat = positions.flatten()
+    return table(flat, position_ids=flat).view(*positions.shape, -1)
 
 
 def max_positions(model: nn.Module) -> int | None:

@@ -6,12 +6,14 @@ import torch
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from . import packing, streams
+from ..class_swap import Swapped
+from ..hf.names import CACHE, cache_of, has_row_adapters
+from . import attention, packing, streams
 from .cache import GrowingLayer, SharedEncoderDecoderCache, filled
 from .families import family_of
 
 
-class PiDGenerationMixin:
+class PiDGenerationMixin(Swapped):
     """Put in front of a model's class by ``pid.enable``. Names and signatures are those of ``GenerationMixin``."""
 
     def generate(self, *args, **kwargs):
@@ -34,10 +36,16 @@ class PiDGenerationMixin:
         encoder_outputs, mask = model_kwargs.pop("encoder_outputs"), model_kwargs.pop("attention_mask", None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, False, input_ids, **model_kwargs)
         encoder_index = model_kwargs.pop("encoder_index", None)
-        states = encoder_outputs[0]
-        if encoder_index is not None or input_ids.shape[0] != states.shape[0]:
-            states, mask = streams.prepare(states, mask, input_ids.shape[0], encoder_index)
-            model_kwargs["shared_streams"] = input_ids.shape[0]
+        states, rows = encoder_outputs[0], input_ids.shape[0]
+        if not family_of(self).takes_encoder_mask:
+            mask = None  # Whisper's is one of input frames, which its decoder does not see
+        attention.adopt(self.pid_hooks.configs)
+        if encoder_index is not None or rows != states.shape[0]:
+            states, mask = streams.prepare(states, mask, rows, encoder_index)
+            model_kwargs["shared_streams"] = rows
+            if has_row_adapters(self) or not attention.is_adopted(self.pid_hooks.configs):
+                model_kwargs["index_of_own_keys"] = index = streams.index_of(mask, states.shape[0], rows)
+                states, mask = streams.repeated(states, mask, index)
             if states is not encoder_outputs[0]:
                 encoder_outputs = copy.copy(encoder_outputs) if isinstance(encoder_outputs, BaseModelOutput) else BaseModelOutput()
                 encoder_outputs["last_hidden_state"] = states
@@ -46,12 +54,13 @@ class PiDGenerationMixin:
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
         """Fill the cross-attention cache with one row per input."""
         shared = model_kwargs.pop("shared_streams", None)  # how many
+        own_keys = model_kwargs.pop("index_of_own_keys", None)  # where streams cannot share: the input of each
         left_padded = model_kwargs.pop("left_padded_prompts", False)
         expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if shared:
             batch_size = shared // expand_size
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         if not (shared or left_padded) or (cache is None and not left_padded):
             return
         if type(cache) is not EncoderDecoderCache or any(cache.is_updated.values()):
@@ -68,32 +77,38 @@ class PiDGenerationMixin:
         eos = None
         asked_for = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(getattr(generation_config, name) for name in asked_for)
-        if shared and greedy_or_sampling and family_of(self).takes_encoder_mask and not isinstance(cache.self_attention_cache, StaticCache):
+        droppable = shared and own_keys is None and family_of(self).takes_encoder_mask and not isinstance(cache.self_attention_cache, StaticCache)
+        if droppable and greedy_or_sampling:
             eos = generation_config._eos_token_tensor
-        model_kwargs["past_key_values"] = filled(
-            self, states, cache.self_attention_cache, num_streams=shared or states.shape[0], left_padded=left_padded, eos_token_ids=eos
+        model_kwargs[CACHE] = filled(
+            self,
+            states,
+            cache.self_attention_cache,
+            num_streams=shared or states.shape[0],
+            left_padded=left_padded,
+            eos_token_ids=eos,
+            encoder_index=own_keys,
         )
 
     def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, model_kwargs=None, **kwargs):
         """Processors that compare with the encoder's input look it up by stream, divided by the number of beams."""
-        cache = (model_kwargs or {}).get("past_key_values")
+        cache = cache_of(model_kwargs or {})
         if isinstance(cache, SharedEncoderDecoderCache) and encoder_input_ids is not None:
             encoder_input_ids = encoder_input_ids[cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]]
         return super()._get_logits_processor(generation_config, *args, encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs, **kwargs)
 
     def _prefill(self, *args, **kwargs):
         """The first pass over the prompts: logits for the last position only."""
-        head = self.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:], *inputs[1:])) if head is not None else None
+        last_only = self.pid_hooks.last_only
+        last_only.set(True)
         try:
             return super()._prefill(*args, **kwargs)
         finally:
-            if hook is not None:
-                hook.remove()
+            last_only.set(None)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         if not isinstance(cache, SharedEncoderDecoderCache):
             return inputs
         cache.drop_finished(input_ids)
@@ -103,7 +118,7 @@ class PiDGenerationMixin:
         return inputs
 
     def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
-        cache = outputs.get("past_key_values")
+        cache = outputs.get(CACHE)
         if isinstance(cache, SharedEncoderDecoderCache) and cache.rows is not None:
             outputs.logits = cache.for_all_streams(outputs.logits)
         return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)

@@ -69,6 +69,23 @@ def prepare(states: Tensor, mask: Tensor | None, streams: int, encoder_index: Te
     return states, pack(lengths, encoder_index)
 
 
+def index_of(mask: Tensor | None, inputs: int, streams: int) -> Tensor:
+    """(N,) the input of every stream; ``mask`` is what ``prepare`` returned."""
+    index = unpack(mask, inputs)[1]
+    if index is not None:
+        return index
+    return torch.arange(inputs, device=None if mask is None else mask.device).repeat_interleave(streams // inputs)
+
+
+def repeated(states: Tensor, mask: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What ``prepare`` returned as stock models take it: (N, n, d) states and an (N, n) mask, a row for each stream."""
+    lengths = unpack(mask, states.shape[0])[0]
+    index = index.to(states.device)
+    if lengths is not None:
+        mask = (torch.arange(states.shape[1], device=states.device) < lengths[index][:, None]).long()
+    return states[index], mask
+
+
 def _checked(index: Tensor, inputs: int, streams: int) -> Tensor:
     if index.shape != (streams,) or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"encoder_index must be ({streams},) integers, one per row of the decoder, got {tuple(index.shape)} {index.dtype}")

@@ -1,15 +1,23 @@
 """Decoding on packed weights: the same tokens, and no trace afterwards."""
 
+from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
+
 import pytest
 import torch
 from models import TEXT_FAMILIES, build, inputs
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_kernels import pid
+from peft_kernels.ops import native_library
 from peft_kernels.pid import packing
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN"),
+    pytest.mark.skipif(native_library.problem() is not None, reason=str(native_library.problem())),
+]
 BEAMS = {"num_beams": 3, "max_new_tokens": 10, "no_repeat_ngram_size": 2}
 
 
@@ -71,17 +79,12 @@ def test_restored_after_an_exception(swapped):
     assert linear.forward.__func__ is nn.Linear.forward
 
 
-@pytest.mark.parametrize("kind", ["in-place", "optimizer", "load_state_dict", "assign", "data", "inference-mode"])
+@pytest.mark.parametrize("kind", ["in-place", "load_state_dict", "assign", "data", "inside data", "inference-mode"])
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_changed_weights_are_noticed(family, kind, swapped):
     model, other, x = swapped(build(family)), build(family, seed=5), inputs()
     before = model.generate(**x, **BEAMS)
-    if kind == "optimizer":
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        torch.optim.SGD(model.parameters(), lr=0.5).step()
-        other.load_state_dict(model.state_dict())
-    elif kind in ("load_state_dict", "assign"):
+    if kind in ("load_state_dict", "assign"):
         model.load_state_dict(other.state_dict(), assign=kind == "assign")
     elif kind == "inference-mode":
         with torch.inference_mode():
@@ -92,11 +95,82 @@ def test_changed_weights_are_noticed(family, kind, swapped):
             for p, q in zip(model.parameters(), other.parameters()):
                 if kind == "data":
                     p.data = q.data.clone()
+                elif kind == "inside data":
+                    p.data.copy_(q)
                 else:
                     p.copy_(q)
     after = model.generate(**x, **BEAMS)
     assert not torch.equal(after, before)
     assert torch.equal(after, other.generate(**x, **BEAMS))
+
+
+OPTIMIZERS = {"foreach": {"foreach": True}, "for-loop": {"foreach": False}, "fused": {"fused": True}}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD", "Muon"])
+def test_steps_of_optimizers_are_noticed(name, kind, swapped):
+    optimizer = getattr(torch.optim, name, None)
+    if optimizer is None or not OPTIMIZERS[kind].keys() <= signature(optimizer).parameters.keys():
+        pytest.skip(f"torch has no {kind} {name}")
+    model, x = swapped(build("bart")), inputs()
+    model.generate(**x, **BEAMS)
+    parameters = [p for p in model.parameters() if p.ndim == 2]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer(parameters, lr=0.1, **OPTIMIZERS[kind]).step()
+    assert_packed_weights_are_the_layers(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.data.neg_(),
+        lambda w: w.data.copy_(w.data.flip(0)),
+        lambda w: w.data.copy_(w.data.flip(1)),
+        lambda w: w.data[-1, -1].mul_(1 + 2**-23),
+        lambda w: w.data.view(torch.int32)[0, 0].bitwise_xor_(1),
+        lambda w: w.data.numpy().__setitem__((0, slice(None)), 0),
+        lambda w: w.data.div_(0.05).round_().mul_(0.05),
+    ],
+    ids=["signs", "rows", "columns", "last bit of the last", "one bit", "through numpy", "quantised in place"],
+)
+def test_small_changes_behind_autograd_are_noticed(change, swapped):
+    model, x = swapped(build("bart")), inputs()
+    model.generate(**x, **BEAMS)
+    for layer in packing._linears(model):
+        change(layer.weight)
+    assert_packed_weights_are_the_layers(model)
+
+
+def test_merged_adapters_are_noticed(swapped):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "out_proj"], init_lora_weights=False)
+    model = get_peft_model(swapped(build("bart")), config).eval()
+    for change in (lambda: None, model.merge_adapter, model.unmerge_adapter):
+        change()
+        model.generate(**inputs(), **BEAMS)
+        assert_packed_weights_are_the_layers(model.get_base_model())
+
+
+def assert_packed_weights_are_the_layers(model):
+    """The packed product of every layer is that of its weight as it is now."""
+    with packing.packed_linears(model), torch.no_grad():
+        packed = packing._packed.get()
+        assert set(packed) == set(packing._linears(model))
+        for layer in packed:
+            again = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().clone(), packing.ROWS_HINT)
+            assert torch.equal(packed[layer].to_dense(), again.to_dense())
+
+
+def test_threads_with_and_without_packed_weights(swapped):
+    """A forward in another thread, while this one generates, runs on plain weights and has gradients."""
+    model = swapped(build("t5"))
+    with packing.packed_linears(model), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(packing._packed.get).result() is None
+        with packing.packed_linears(model):
+            assert packing._packed.get()
+        assert patched(model) and packing._packed.get()
+    assert not patched(model) and packing._packed.get() is None and not packing._users
 
 
 def test_gradients_go_through_plain_weights(swapped):
@@ -117,11 +191,11 @@ def test_gradients_go_through_plain_weights(swapped):
 
 def test_packed_copies_go_with_disable_and_with_the_model():
     model = pid.enable(build("t5"))
-    known = len(packing._packed)
+    known = len(packing._copies)
     model.generate(**inputs(), **BEAMS)
-    assert len(packing._packed) > known
+    assert len(packing._copies) > known
     pid.disable(model)
-    assert len(packing._packed) == known
+    assert len(packing._copies) == known
 
 
 def test_bypassed_linears_keep_their_own_forward(swapped):

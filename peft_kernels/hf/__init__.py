@@ -1,0 +1,1 @@
+"""What the methods share about transformers and PEFT."""

@@ -1,0 +1,138 @@
+"""Forward hooks that let a decoder take more rows than its encoder."""
+
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from ..call_state import CallState
+from ..hf.names import CACHE, cache_of
+from . import attention, streams
+from .cache import SharedEncoderDecoderCache, filled
+from .families import family_of, look_up_positions, positions_of
+
+
+class DecoderHooks:
+    """Bound methods, so that a deep copy of the model gets hooks of its own."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.family, self.configs = model, family_of(model), attention.configs_of(model)
+        self.encoder_index = CallState()  # from the model's hook to the decoder's
+        self.positions = CallState()  # from the decoder's hook to that of its embed_positions
+        self.last_only = CallState()  # True in the prefill of ``generate``, which reads the logits of the last position alone
+        decoder = model.get_decoder()
+        self.handles = [
+            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            model.register_forward_hook(self.after_model, always_call=True),
+            decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+            decoder.base_model.register_forward_hook(self.after_decoder, always_call=True),
+        ]
+        if self.family.positions == "table":
+            self.handles.append(decoder.embed_positions.register_forward_hook(self.after_positions))
+        biased = [m for m in model.modules() if getattr(m, "has_relative_attention_bias", False)]
+        self.handles += [m.register_forward_hook(self.after_biased_attention) for m in biased]
+
+    def after_biased_attention(self, attention, args, output):
+        """T5 hands its position bias from the first layer to the others, transposed, and sdpa would copy it anew in each."""
+        if len(output) < 3:  # UMT5 has one per layer and keeps it
+            return None
+        out, bias, *rest = output
+        return out, bias if bias is None else bias.contiguous(), *rest
+
+    def before_model(self, model, args, kwargs):
+        """Some models would hand the index to their encoder too, LongT5 to nobody."""
+        attention.adopt(self.configs)
+        self.encoder_index.set(kwargs.pop("encoder_index", None))
+        return args, kwargs
+
+    def after_model(self, model, args, output):
+        self.encoder_index.set(None)
+
+    def before_decoder(self, decoder, args, kwargs):
+        attention.adopt(self.configs)
+        index = self.encoder_index.get()
+        cache, states = cache_of(kwargs), kwargs.get("encoder_hidden_states")
+        if isinstance(cache, SharedEncoderDecoderCache):
+            return args, self.placed(args, kwargs) if cache.left_padded else kwargs
+        encoder_index = kwargs.pop("encoder_index", index)
+        tokens = _decoder_tokens(args, kwargs)
+        if states is None or tokens is None or (tokens.shape[0] == states.shape[0] and encoder_index is None):
+            return args, kwargs
+        rows, mask = tokens.shape[0], kwargs.get("encoder_attention_mask")
+        if not self.family.takes_encoder_mask:
+            mask = None
+        if not streams.is_packed(mask):
+            states, mask = streams.prepare(states, mask, rows, encoder_index)
+        unmasked = mask is None or self.family.takes_encoder_mask
+        if unmasked and attention.is_adopted(self.configs) and not _keys_per_row(cache, states.shape[0]):
+            return args, kwargs | self.shared(decoder, states, mask, rows, cache, kwargs.get("use_cache"))
+        return args, kwargs | self.repeated(states, mask, rows, cache)
+
+    def shared(self, decoder, states, mask, rows: int, cache, use_cache: bool | None) -> dict:
+        """What the decoder is given where its rows share keys and values."""
+        given = {"encoder_hidden_states": states}
+        if self.family.takes_encoder_mask:
+            given["encoder_attention_mask"] = mask
+        if self.family.views_decoder_batch and cache is None:
+            if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+                raise ValueError(
+                    f"pid: model_type {self.model.config.model_type!r} shares keys and values through its cache,"
+                    " which gradient checkpointing turns off"
+                )
+            returned = decoder.config.use_cache if use_cache is None else use_cache
+            given[CACHE] = filled(self.model, states, DynamicCache(), num_streams=rows, returned=returned)
+            given["use_cache"] = True
+        return given
+
+    def repeated(self, states, mask, rows: int, cache) -> dict:
+        """The same where they cannot: a cache has keys of its own, as prefix tuning's, or the attention function is not ours."""
+        index, inputs = streams.index_of(mask, states.shape[0], rows), states.shape[0]
+        states, mask = streams.repeated(states, mask, index)
+        if cache is not None and _rows(cache) == inputs != rows:
+            cache.batch_select_indices(index)
+        given = {"encoder_hidden_states": states}
+        if self.family.takes_encoder_mask:
+            given["encoder_attention_mask"] = mask
+        return given
+
+    def after_decoder(self, decoder, args, output):
+        self.positions.set(None)
+        if not hasattr(output, "last_hidden_state"):
+            return None
+        changed = {}
+        cache = output.get(CACHE)
+        if isinstance(cache, SharedEncoderDecoderCache) and not cache.returned:  # nobody asked for it
+            changed[CACHE] = None
+        if self.last_only.get():
+            changed["last_hidden_state"] = output.last_hidden_state[:, -1:]
+        return type(output)(**{k: v for k, v in {**output, **changed}.items() if v is not None}) if changed else None
+
+    def placed(self, args, kwargs):
+        """``kwargs`` with positions that do not count padding on the left."""
+        tokens, mask = _decoder_tokens(args, kwargs), kwargs.get("attention_mask")
+        if self.family.positions == "argument":
+            return {**kwargs, "position_ids": positions_of(mask, tokens.shape[1])}
+        if self.family.positions == "table":
+            self.positions.set(positions_of(mask, tokens.shape[1]))
+        return kwargs
+
+    def after_positions(self, table, args, output):
+        positions = self.positions.get()
+        self.positions.set(None)  # before the table is asked again
+        return None if positions is None else look_up_positions(table, positions)
+
+
+def _decoder_tokens(args, kwargs):
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    return tokens if tokens is not None else kwargs.get("inputs_embeds")
+
+
+def _keys_per_row(cache, inputs: int) -> bool:
+    """Whether a cache that is not ours holds keys of cross-attention that are no input's: those of each row, or of a prefix to them."""
+    if not isinstance(cache, EncoderDecoderCache) or not cache.cross_attention_cache.get_seq_length():
+        return False
+    return _rows(cache.cross_attention_cache) != inputs or not all(cache.is_updated.values())
+
+
+def _rows(cache) -> int | None:
+    """The rows of a cache; None while it is empty."""
+    layer = getattr(cache, "self_attention_cache", cache).layers[0] if len(cache) else None
+    return layer.keys.shape[0] if layer is not None and layer.is_initialized else None
