@@ -107,6 +107,8 @@ class PiDGenerationMixin(Swapped):
             last_only.set(None)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        if not isinstance(self, PiDGenerationMixin):  # PEFT's prompt tuning keeps this method of a model that is disabled since
+            return type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = cache_of(inputs)
         if not isinstance(cache, SharedEncoderDecoderCache):

@@ -61,10 +61,12 @@ class DecoderHooks:
             mask = None
         if not streams.is_packed(mask):
             states, mask = streams.prepare(states, mask, rows, encoder_index)
+        if _is_prefix(cache) and _rows(cache) == states.shape[0] != rows:  # PEFT makes one for each input
+            cache.self_attention_cache.batch_select_indices(streams.index_of(mask, states.shape[0], rows))
         unmasked = mask is None or self.family.takes_encoder_mask
         if unmasked and attention.is_adopted(self.configs) and not _keys_per_row(cache, states.shape[0]):
             return args, kwargs | self.shared(decoder, states, mask, rows, cache, kwargs.get("use_cache"))
-        return args, kwargs | self.repeated(states, mask, rows, cache)
+        return args, kwargs | self.repeated(states, mask, rows)
 
     def shared(self, decoder, states, mask, rows: int, cache, use_cache: bool | None) -> dict:
         """What the decoder is given where its rows share keys and values."""
@@ -80,14 +82,13 @@ class DecoderHooks:
             returned = decoder.config.use_cache if use_cache is None else use_cache
             given[CACHE] = filled(self.model, states, DynamicCache(), num_streams=rows, returned=returned)
             given["use_cache"] = True
+        elif _is_prefix(cache) and rows != states.shape[0]:  # beams would reorder all of a stock cache
+            given[CACHE] = filled(self.model, states, cache.self_attention_cache, num_streams=rows)
         return given
 
-    def repeated(self, states, mask, rows: int, cache) -> dict:
+    def repeated(self, states, mask, rows: int) -> dict:
         """The same where they cannot: a cache has keys of its own, as prefix tuning's, or the attention function is not ours."""
-        index, inputs = streams.index_of(mask, states.shape[0], rows), states.shape[0]
-        states, mask = streams.repeated(states, mask, index)
-        if cache is not None and _rows(cache) == inputs != rows:
-            cache.batch_select_indices(index)
+        states, mask = streams.repeated(states, mask, streams.index_of(mask, states.shape[0], rows))
         given = {"encoder_hidden_states": states}
         if self.family.takes_encoder_mask:
             given["encoder_attention_mask"] = mask
@@ -130,6 +131,11 @@ def _keys_per_row(cache, inputs: int) -> bool:
     if not isinstance(cache, EncoderDecoderCache) or not cache.cross_attention_cache.get_seq_length():
         return False
     return _rows(cache.cross_attention_cache) != inputs or not all(cache.is_updated.values())
+
+
+def _is_prefix(cache) -> bool:
+    """Whether a cache that is not ours is that of PEFT's prefix tuning before the first step: no keys of cross-attention yet."""
+    return isinstance(cache, EncoderDecoderCache) and cache.get_seq_length() > 0 and not cache.cross_attention_cache.get_seq_length()
 
 
 def _rows(cache) -> int | None:

@@ -151,6 +151,12 @@ def _checked(model, what):
     base = _base(model)
     if not FAMILIES[base.config.model_type].takes_encoder_mask:
         raise ValueError(f"pid.{what}: model_type {base.config.model_type!r} takes no text prompts; use model.generate")
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            f"pid.{what}: {adapter.peft_type.value} puts keys of its own in front of the decoder's, where the masks of prompts do not count them;"
+            " use model.generate with decoder_input_ids"
+        )
     return base
 
 
