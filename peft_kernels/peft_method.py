@@ -2,13 +2,15 @@
 
 from contextlib import contextmanager
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
+from .call_state import CallState
+from .peft_heads import BASE, add_heads, follow_rows, refuse_when_run_again
 
 
 def peft_type(name: str) -> PeftType:
@@ -54,6 +56,15 @@ def is_causal(module: nn.Module) -> bool:
     )
 
 
+class AdapterParameters(nn.ParameterDict):
+    """Those of each adapter, by its name. They are read by a call, around which accelerate and FSDP bring in what they keep elsewhere."""
+
+    __call__ = nn.Module.__call__  # a ParameterDict refuses
+
+    def forward(self, name: str) -> nn.Parameter:
+        return self[name]
+
+
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """The parameters of all adapters; wraps nothing, and lives beside the module that it is made for."""
 
@@ -65,17 +76,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self._module = (module,)  # in a tuple, so that it is no submodule
         self.configs: dict[str, PeftConfig] = {}
-        self.adapter_names: list[str] | None = None  # of the rows of the batch at hand
+        self.row_adapters = CallState()  # the names of the adapters of the rows of the batch at hand
 
     def get_base_layer(self) -> nn.Module:
         return self._module[0].get_input_embeddings()
 
     def _get_base_layer_device_and_dtype(self, base_layer):
         """PEFT moves an adapter to the device and dtype of what it wraps; ours keeps its dtype."""
-        return base_layer.weight.device, None
+        return self.device_for_adapters(), None
+
+    def device_for_adapters(self) -> torch.device:
+        """That of the embedding; the CPU where it is kept elsewhere between its calls."""
+        device = self.get_base_layer().weight.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def is_active(self) -> bool:
-        names = self.active_adapters if self.adapter_names is None else [n for n in self.adapter_names if n != BASE]
+        rows = self.row_adapters.get()
+        names = self.active_adapters if rows is None else [n for n in rows if n != BASE]
         return bool(names) and not self.disable_adapters
 
     def chosen(self, batch: int) -> tuple[list[str], list[int] | None]:
@@ -84,23 +101,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: several active adapters, an unknown name, or adapters in one batch that differ in what they have to share.
         """
-        method = self.method
-        if self.adapter_names is None:
+        method, rows = self.method, self.row_adapters.get()
+        if rows is None:
             if len(self.active_adapters) != 1:
                 raise ValueError(
                     f"{method}: one adapter can be active at a time, got {self.active_adapters}; adapter_names= mixes adapters in a batch"
                 )
             return list(self.active_adapters), None
-        if len(self.adapter_names) != batch:
-            raise ValueError(f"{method}: adapter_names must have one name for each of the {batch} rows, got {len(self.adapter_names)}")
-        names = list(dict.fromkeys(n for n in self.adapter_names if n != BASE))
+        if len(rows) != batch:
+            raise ValueError(f"{method}: adapter_names must have one name for each of the {batch} rows, got {len(rows)}")
+        names = list(dict.fromkeys(n for n in rows if n != BASE))
         if unknown := [n for n in names if n not in self.configs]:
             raise ValueError(f"{method}: adapter_names must be among {[*self.configs, BASE]}, got {unknown}")
         shared = {n: tuple(getattr(self.configs[n], field) for field in self.shared_in_batch) for n in names}
         if any(values != shared[names[0]] for values in shared.values()):
             fields = " and ".join((", ".join(self.shared_in_batch[:-1]), self.shared_in_batch[-1]))
             raise ValueError(f"{method}: the adapters of one batch must share {fields}, got {shared}")
-        return names, [-1 if n == BASE else names.index(n) for n in self.adapter_names]
+        return names, [-1 if n == BASE else names.index(n) for n in rows]
 
 
 class AddedLayerTuner(BaseTuner):
@@ -116,15 +133,23 @@ class AddedLayerTuner(BaseTuner):
         """Take the layer off, and whatever makes the model read it."""
         raise NotImplementedError
 
+    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
+        add_heads(self.peft_config[adapter_name], model)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        follow_rows(model, self.adapter_layer().row_adapters)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
         """PEFT's way to hand over ``adapter_names``: one for each row of the batch."""
-        layer = self.adapter_layer()
-        before, layer.adapter_names = layer.adapter_names, adapter_names
+        if adapter_names is not None and self.training:
+            refuse_when_run_again(self.model)
+        rows = self.adapter_layer().row_adapters
+        before = rows.get()
+        rows.set(adapter_names)
         try:
             yield
         finally:
-            layer.adapter_names = before
+            rows.set(before)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config

@@ -1,6 +1,5 @@
 """The tuner: how PEFT puts adapters on a model and takes them off again."""
 
-from peft import TaskType
 from transformers import AutoTokenizer
 
 from ..class_swap import put_on, take_off
@@ -61,9 +60,6 @@ def _complete(config: PASTAConfig, model) -> None:
     """What depends on the model or on a tokenizer, written down: the saved configuration needs no tokenizer."""
     if config.special_token_ids is None:
         config.special_token_ids = _special_ids(config, model)
-    heads = [name for name, _ in model.named_children()]
-    if config.task_type == TaskType.QUESTION_ANS and "qa_outputs" not in heads and "classifier" in heads:  # PEFT knows the former alone
-        config.modules_to_save = [*(config.modules_to_save or []), "classifier"]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if max(config.special_token_ids) >= vocabulary:
         raise ValueError(f"PASTAConfig: special_token_ids must lie in [0, {vocabulary}), got {config.special_token_ids}")
