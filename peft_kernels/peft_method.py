@@ -142,12 +142,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
 
 class _Configs(dict):
-    """PEFT looks up the last adapter's configuration in every forward, also after it was deleted."""
+    """PEFT looks up the adapter that was active in every forward, also after it was deleted."""
+
+    def __init__(self, configs):
+        super().__init__(configs)
+        self.deleted = set()
+
+    def __delitem__(self, name):
+        super().__delitem__(name)
+        self.deleted.add(name)
 
     def __missing__(self, name):
-        if self:
-            raise KeyError(name)
-        return PeftConfig()
+        if name in self.deleted:
+            return PeftConfig()
+        raise KeyError(name)
 
 
 class AddedLayerTuner(BaseTuner):
@@ -174,6 +182,8 @@ class AddedLayerTuner(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
         add_heads(self.peft_config[adapter_name], unwrapped(model))
+        if not self.active_adapters:  # all were deleted; PEFT cannot leave a head without one
+            self.active_adapter = adapter_name
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         follow_rows(model, self.adapter_layer().row_adapters)
 
