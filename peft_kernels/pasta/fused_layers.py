@@ -3,32 +3,37 @@
 import torch
 from torch import Tensor, nn
 
+from ..call_state import CallState
 from ..class_swap import Swapped
 from ..ops import add_inject_layer_norm, add_layer_norm_inject
 from .injection import Injection
 
 
 class Fusion:
-    """What a fused module knows of where it stands. ``following``: the layer that takes its result, where it ends its own."""
+    """What a fused module knows of where it stands.
 
-    def __init__(self, layer: nn.Module, following: nn.Module | None):
-        self.layer, self.following = layer, following
-        self.normed: tuple[Tensor, Tensor] | None = None  # pre-norm: the sum that the layer before has made, and its norm
+    Args:
+        following: the layer that takes its result, where it ends its own.
+        normed: of all layers together. Pre-norm: the sum that the layer before has made, and its norm.
+    """
+
+    def __init__(self, layer: nn.Module, following: nn.Module | None, normed: CallState):
+        self.layer, self.following, self.normed = layer, following, normed
 
     def applies(self, x: Tensor, *norms: nn.Module) -> bool:
         """Not under autocast, where a norm has another dtype than what it reads; nor where a layer runs again in the backward pass."""
         checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
-        return not checkpointed and not torch.is_autocast_enabled(x.device.type) and all(type(norm) is nn.LayerNorm for norm in norms)
+        return not checkpointed and not torch.is_autocast_enabled(x.device.type) and all(_is_plain(norm, x.device) for norm in norms)
 
     def pending(self) -> Injection | None:
         """The injection into the following layer."""
         state = getattr(self.following, "pasta_state", None)
-        return None if state is None else state.injection
+        return None if state is None else state.call.get() or None
 
-    def ahead(self) -> dict:
+    def ahead(self, device: torch.device) -> dict:
         """The following layer's vectors, for the operator, unless what ends this layer is recorded."""
         injection = self.pending()
-        return {} if injection is None or injection.recorded else injection.ahead(self.following.pasta_indices[0])
+        return {} if injection is None or injection.recorded else injection.ahead(self.following.pasta_indices[0], device)
 
 
 class FusedOutput(Swapped):
@@ -41,7 +46,7 @@ class FusedOutput(Swapped):
         if not fusion.applies(input_tensor, self.LayerNorm):
             return super().forward(hidden_states, input_tensor)
         hidden_states = self.dropout(self.dense(hidden_states))
-        return add_layer_norm_inject(hidden_states, input_tensor, **_norm(self.LayerNorm), **fusion.ahead())
+        return add_layer_norm_inject(hidden_states, input_tensor, **_norm(self.LayerNorm), **fusion.ahead(input_tensor.device))
 
 
 class FusedAttention(Swapped):
@@ -67,7 +72,7 @@ class FusedBlock(Swapped):
             return super().forward(hidden_states, attention_mask, **kwargs)
         attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         attended = add_layer_norm_inject(attended, hidden_states, **_norm(self.sa_layer_norm))
-        return add_layer_norm_inject(self.ffn(attended), attended, **_norm(self.output_layer_norm), **fusion.ahead())
+        return add_layer_norm_inject(self.ffn(attended), attended, **_norm(self.output_layer_norm), **fusion.ahead(hidden_states.device))
 
 
 class FusedPreNorm(Swapped):
@@ -77,7 +82,8 @@ class FusedPreNorm(Swapped):
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
         fusion = self.pasta_fusion
-        (ready, normed), fusion.normed = fusion.normed or (None, None), None
+        ready, normed = fusion.normed.get() or (None, None)
+        fusion.normed.set(None)
         if not fusion.applies(hidden_states, self.mlp_norm):
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
         if ready is not hidden_states:
@@ -88,9 +94,14 @@ class FusedPreNorm(Swapped):
         recorded = injection is not None and injection.recorded
         if following is None or recorded or not following.pasta_fusion.applies(update, following.attn_norm):
             return hidden_states + update
-        normed, hidden_states = add_inject_layer_norm(update, hidden_states, **_norm(following.attn_norm), **fusion.ahead())
-        following.pasta_fusion.normed = hidden_states, normed
+        normed, hidden_states = add_inject_layer_norm(update, hidden_states, **_norm(following.attn_norm), **fusion.ahead(hidden_states.device))
+        fusion.normed.set((hidden_states, normed))
         return hidden_states
+
+
+def _is_plain(norm, device):
+    """Whether its weight can be read here: not where it is wrapped, sharded, offloaded or on another device."""
+    return type(norm) is nn.LayerNorm and type(norm.weight) in (nn.Parameter, Tensor) and norm.weight.device == device
 
 
 def _norm(norm: nn.LayerNorm) -> dict:

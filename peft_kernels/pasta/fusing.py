@@ -2,7 +2,9 @@
 
 from torch import nn
 
+from ..call_state import CallState
 from ..class_swap import put_on, take_off
+from ..peft_method import unwrapped
 from . import family
 from .fused_layers import FusedAttention, FusedBlock, FusedOutput, FusedPreNorm, Fusion
 
@@ -59,10 +61,10 @@ def fuse(model: nn.Module) -> None:
         raise ValueError(f"fuse: chunk_size_feed_forward must be 0, got {module.config.chunk_size_feed_forward}")
     if is_fused(model):
         raise ValueError(f"fuse: {type(module).__name__} is fused already")
-    layers = family.passes_of(module)
+    layers, normed = family.passes_of(module), CallState()
     for layer, following in zip(layers, [*layers[1:], None]):
         for part, (mixin, is_last) in _FUSIBLE[kind](layer).items():
-            part.pasta_fusion = Fusion(layer, following if is_last else None)
+            part.pasta_fusion = Fusion(layer, following if is_last else None, normed)
             put_on(part, mixin)
 
 
@@ -86,4 +88,4 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def _encoder(model):
-    return family.adapted_module(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return family.adapted_module(unwrapped(model))

@@ -27,21 +27,27 @@ class Hooks:
         ]
 
     def before(self, module, args, kwargs):
-        self.state.running, self.state.injection = True, None
+        self.state.call.set(self.prepared(dict(zip(self.argument_names, args)) | kwargs) or False)
+
+    def after(self, module, args, output):
+        injection = self.state.call.get()
+        self.state.call.set(None)
+        return injection.restored(output) if injection else output
+
+    def prepared(self, kwargs: dict) -> Injection | None:
+        """What a forward with the arguments ``kwargs`` adds."""
         if not self.layer.is_active():
-            return
-        kwargs = dict(zip(self.argument_names, args)) | kwargs
+            return None
         ids = kwargs.get("input_ids")
         if ids is not None:
             mask = kwargs.get("attention_mask")
             mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # others say who sees whom, not what is padding
-            self.state.injection = self.injection(ids, mask, self.records(kwargs))
-        elif kwargs.get("inputs_embeds") is not None:
+            if mask is not None and kwargs.get("past_key_values") is not None:
+                mask = mask[:, -ids.shape[1] :]  # prefix tuning has columns of its own in front
+            return self.injection(ids, mask, self.records(kwargs))
+        if kwargs.get("inputs_embeds") is not None:
             raise ValueError("PASTA: special tokens are found in input_ids, got inputs_embeds alone")
-
-    def after(self, module, args, output):
-        injection, self.state.running, self.state.injection = self.state.injection, False, None
-        return output if injection is None else injection.restored(output)
+        return None
 
     def injection(self, ids: Tensor, mask: Tensor | None, recorded: bool) -> Injection:
         selection = self.layer.select(ids.shape[0])
@@ -63,11 +69,11 @@ class Hooks:
             raise ValueError(f"PASTA: attention_mask must be {tuple(ids.shape)} as input_ids is, got {tuple(mask.shape)}")
         config = selection.config
         if selection.has_base_rows:  # these may have any number of special tokens
-            adapted = (selection.adapter_ids >= 0)[:, None].expand(ids.shape)
+            adapted = (selection.adapter_ids >= 0).to(ids.device)[:, None].expand(ids.shape)
             mask = adapted if mask is None else adapted & (mask != 0)
         most = ids.shape[1] if config.overflow == "last" else config.num_special_tokens
         try:
-            return special_token_slots(ids, selection.special_ids, max_slots=most, attention_mask=mask)
+            return special_token_slots(ids, selection.special_ids.to(ids.device), max_slots=most, attention_mask=mask)
         except ValueError as error:
             raise ValueError(
                 f"PASTA: {error}. The adapter has num_special_tokens={config.num_special_tokens} vectors for tokens {config.special_token_ids};"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..call_state import CallState
 from ..class_swap import Swapped
 from ..ops import special_token_add, special_token_add_
 from ..peft_method import AdapterLayer
@@ -26,20 +27,20 @@ class Injection:
     done: int = -1  # the pass whose vectors the fused end of the layer before it has added
     first: tuple[Tensor, Tensor] | None = None  # what the first layer got and what it was made of, if recorded
 
-    def arguments(self, index: int) -> dict:
-        """For the operators."""
+    def arguments(self, index: int, device: torch.device) -> dict:
+        """For the operators; ``device``: that of the layer, of which there are several where a model is spread or replicated over them."""
         return {
-            "vectors": self.vectors[index],
-            "slots": self.slots,
+            "vectors": self.vectors[index].to(device),
+            "slots": self.slots.to(device),
             "dropout_p": self.dropout,
-            "seed": None if self.seeds is None else self.seeds[index],
-            "adapter_ids": self.adapter_ids,
+            "seed": None if self.seeds is None else self.seeds[index].to(device),
+            "adapter_ids": None if self.adapter_ids is None else self.adapter_ids.to(device),
         }
 
-    def ahead(self, index: int) -> dict:
+    def ahead(self, index: int, device: torch.device) -> dict:
         """The same for who adds them before the pass begins, which then leaves its input as it is."""
         self.done = index
-        return self.arguments(index)
+        return self.arguments(index, device)
 
     def added(self, hidden: Tensor, indices: tuple[int, ...]) -> Tensor:
         """``hidden`` (B, S, d), the input of a layer that takes the passes ``indices``, with its vectors."""
@@ -52,8 +53,8 @@ class Injection:
         if hidden.ndim != 3 or hidden.shape[0] != self.shape[0] or hidden.shape[1] < self.shape[1] or hidden.shape[2] != width:
             raise ValueError(f"PASTA: layers must take hidden states {(*self.shape, width)}, got {tuple(hidden.shape)}")
         if self.in_place and not _is_shared(hidden):
-            return special_token_add_(hidden, **self.arguments(index))
-        result = special_token_add(hidden, **self.arguments(index))
+            return special_token_add_(hidden, **self.arguments(index, hidden.device))
+        result = special_token_add(hidden, **self.arguments(index, hidden.device))
         if self.recorded and index == 0:
             self.first = result, hidden
         return result
@@ -76,20 +77,21 @@ def _is_shared(hidden: Tensor) -> bool:
 
 
 class State:
-    """Where the layers of a model find the injection of the forward at hand."""
+    """Where the layers of a model find the injection of the forward at hand, each thread its own."""
 
     def __init__(self, adapters: AdapterLayer):
         self.adapters = adapters
-        self.running = False
-        self.injection: Injection | None = None  # while running, unless there is nothing to add
+        self.call = CallState()  # within a forward its Injection, or False where there is nothing to add
 
-    def check(self) -> None:
+    def injection(self) -> Injection | None:
         """Raises where a layer without an injection should have one."""
-        if not self.running and self.adapters.is_active():
+        injection = self.call.get()
+        if injection is None and self.adapters.is_active():
             raise RuntimeError(
                 "PASTA: a layer runs outside of its encoder's forward, where nobody knows what to add; checkpointing other than"
                 " gradient_checkpointing_enable() does that in the backward pass"
             )
+        return injection or None
 
 
 class InjectingLayer(Swapped):
@@ -103,11 +105,9 @@ class InjectingLayer(Swapped):
     pasta_indices: tuple[int, ...]
 
     def __call__(self, hidden_states, *args, **kwargs):
-        state = self.pasta_state
-        if state.injection is None:
-            state.check()
-        else:
-            hidden_states = state.injection.added(hidden_states, self.pasta_indices)
+        injection = self.pasta_state.injection()
+        if injection is not None:
+            hidden_states = injection.added(hidden_states, self.pasta_indices)
         return super().__call__(hidden_states, *args, **kwargs)
 
 

@@ -6,7 +6,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ..peft_method import AdapterLayer
+from ..peft_method import AdapterLayer, AdapterParameters
 from .config import PASTAConfig
 
 _STD = 0.02
@@ -34,18 +34,18 @@ class PASTALayer(AdapterLayer):
     def __init__(self, module: nn.Module, passes: int):
         super().__init__(module)
         self.passes = passes
-        self.pasta_vectors = nn.ParameterDict()  # [L, P, d]
+        self.pasta_vectors = AdapterParameters()  # [L, P, d]
         self.special_ids = BufferDict(persistent=False)
 
     def add(self, name: str, config: PASTAConfig, *, empty: bool) -> None:
         """A new adapter, in float32 at least. ``empty``: on meta, to be loaded."""
-        weight, width = self.get_base_layer().weight, self._module[0].config.hidden_size
-        kwargs = {"device": "meta" if empty else weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        device, width = self.device_for_adapters(), self._module[0].config.hidden_size
+        kwargs = {"device": "meta" if empty else device, "dtype": torch.promote_types(self.get_base_layer().weight.dtype, torch.float32)}
         vectors = torch.zeros(self.passes, config.num_special_tokens, width, **kwargs)
         if config.init == "normal":
             vectors.normal_(std=_STD)
         self.configs[name] = config
-        self.special_ids[name] = torch.tensor(config.special_token_ids, device=weight.device)
+        self.special_ids[name] = torch.tensor(config.special_token_ids, device=device)
         self.pasta_vectors[name] = nn.Parameter(vectors)
 
     def select(self, batch: int) -> Selection:
@@ -53,6 +53,6 @@ class PASTALayer(AdapterLayer):
         names, rows = self.chosen(batch)
         config, special_ids = self.configs[names[0]], self.special_ids[names[0]]
         if rows is None:
-            return Selection(config, special_ids, self.pasta_vectors[names[0]].unbind(0))
-        vectors = torch.stack([self.pasta_vectors[n] for n in names], 1).unbind(0)
+            return Selection(config, special_ids, self.pasta_vectors(names[0]).unbind(0))
+        vectors = torch.stack([self.pasta_vectors(n) for n in names], 1).unbind(0)
         return Selection(config, special_ids, vectors, torch.tensor(rows, device=special_ids.device), -1 in rows)

@@ -1,0 +1,107 @@
+"""The modules that are trained and saved beside an adapter, above all the head of the task: which they are, and whose a row of a batch uses."""
+
+import torch
+from peft import PeftConfig, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .call_state import CallState
+from .class_swap import Swapped, put_on
+
+BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
+_TASKS_WITH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+def add_heads(config: PeftConfig, model: nn.Module) -> None:
+    """Write the head of the task into ``modules_to_save``. PEFT's own rule knows some names of heads alone."""
+    if config.task_type in _TASKS_WITH_HEADS:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *_heads(model)]))
+
+
+def _heads(model):
+    """The children of ``model`` that its base does not hold, and a pooler that the checkpoint did not have.
+
+    Of several, those that a checkpoint has filled keep its values: ModernBERT's was trained with the base.
+    """
+    base, embedding = model.base_model, model.get_input_embeddings()
+    heads = {name: child for name, child in model.named_children() if child is not base and _has_parameters(child)}
+    if base is model:  # no child is the whole base: T5 for question answering
+        heads = {name: child for name, child in heads.items() if not _is_body(child, embedding)}
+    fresh = [name for name, head in heads.items() if not _is_loaded(head)]
+    pooler = getattr(base, "pooler", None)
+    if isinstance(pooler, nn.Module) and _has_parameters(pooler) and _is_loaded(embedding) and not _is_loaded(pooler):
+        fresh.append(next(name for name, module in model.named_modules() if module is pooler))
+    return fresh or list(heads)
+
+
+def _has_parameters(module):
+    return not isinstance(module, BaseTunerLayer) and any(True for _ in module.parameters())
+
+
+def _is_body(module, embedding):
+    table = getattr(embedding, "weight", embedding)
+    return any(isinstance(m, nn.ModuleList) or getattr(m, "weight", None) is table for m in module.modules())
+
+
+def _is_loaded(module):
+    """Whether ``from_pretrained`` found all parameters; transformers marks what it found."""
+    module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    return all(getattr(p, "_is_hf_initialized", False) for p in module.parameters())
+
+
+class RowWise(Swapped):
+    """On PEFT's wrappers of such modules: the rows of a mixed batch go through the modules of their own adapters.
+
+    PEFT's way to do so knows linear layers and embeddings alone, and keeps the names in hooks on the module, which threads share.
+    """
+
+    row_adapters: CallState
+
+    def forward(self, *args, **kwargs):
+        names = self.row_adapters.get()
+        if names is None or self.disable_adapters:
+            return super().forward(*args, **kwargs)
+        used = list(dict.fromkeys(names))
+        # each takes all rows: which of the arguments have rows is not known here
+        outputs = [self._of(name)(*args, **kwargs) for name in used]
+        if len(used) == 1:
+            return outputs[0]
+        outputs = torch.stack([self._with_rows(output, len(names)) for output in outputs])
+        rows = torch.tensor([used.index(name) for name in names], device=outputs.device)
+        rows = rows.repeat_interleave(outputs.shape[1] // len(names))  # beams of a row follow each other
+        return outputs[rows, torch.arange(len(rows), device=rows.device)]
+
+    def _with_rows(self, output, batch):
+        if isinstance(output, Tensor) and output.ndim and output.shape[0] == 1:  # one for all, as of positions
+            return output.expand(batch, *output.shape[1:])
+        if isinstance(output, Tensor) and output.ndim and output.shape[0] % batch == 0:
+            return output
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return {batch} rows to be mixed, got {got}"
+        )
+
+    def _of(self, name):
+        """The module of one adapter, or the base's."""
+        return self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: SIM401  a ModuleDict has no get
+
+
+def follow_rows(model: nn.Module, row_adapters: CallState) -> None:
+    """Let all wrapped modules of ``model`` heed ``row_adapters``."""
+    for wrapper in [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]:
+        wrapper.row_adapters = row_adapters
+        if not isinstance(wrapper, RowWise):
+            put_on(wrapper, RowWise)
+
+
+def refuse_when_run_again(model: nn.Module) -> None:
+    """A wrapped module of a checkpointed layer runs again in the backward pass, when nobody knows any more whose the rows are.
+
+    Raises:
+        ValueError: there is one.
+    """
+    checkpointed = {n: m for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training}
+    if found := [n for n, m in checkpointed.items() if any(isinstance(part, ModulesToSaveWrapper) for part in m.modules())]:
+        raise ValueError(f"adapter_names: {found[0]} is checkpointed and holds one of modules_to_save, which cannot be trained in a mixed batch")
