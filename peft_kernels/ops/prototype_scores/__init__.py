@@ -12,7 +12,7 @@ __all__ = ["prototype_cross_entropy", "prototype_objective", "prototype_scores"]
 
 # Each has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected, prototypes) -> gradients of projected
 # and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight, labels) -> loss (), its gradients of projected and
-# radius. Everything is in one dtype, contiguous.
+# radius. Everything is in one dtype, contiguous but for labels.
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -175,7 +175,7 @@ def _backward(grad, projected, prototypes, impl):
 def _cross_entropy(projected, prototypes, radius, scores, weight, labels, impl):
     _check_values("prototype_cross_entropy", labels, prototypes.shape[0])
     implementation = implementations.resolve("prototype_cross_entropy", impl, projected.device.type, projected.dtype)
-    return implementation.cross_entropy(*_dense(projected, prototypes, radius, scores), weight, labels.contiguous())
+    return implementation.cross_entropy(*_dense(projected, prototypes, radius, scores), weight, labels)
 
 
 @torch.library.register_fake("peft_kernels::prototype_scores", lib=_lib)
