@@ -60,13 +60,13 @@ def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], ph
     Raises:
         ValueError: an operator, shape or dtype that does not exist.
     """
-    operators = [operator(name) for name in names or NAMES]
+    operators = [operator(name) for name in dict.fromkeys(names or NAMES)]
     if shapes and len(operators) != 1:
         raise ValueError(f"--shapes needs exactly one operator, whose letters it uses; got {len(operators)} operators")
     found = []
     for one in operators:
         sizes = [parsed(text, one) for text in shapes] or list(one.quick_shapes if quick else one.shapes)
-        here = things(one, sizes, one.dtypes if one.is_integer else dtypes or one.default_dtypes, PHASES[phase])
+        here = things(one, sizes, one.dtypes if one.is_integer else list(dict.fromkeys(dtypes)) or one.default_dtypes, PHASES[phase])
         if not here:
             lacks = f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}: nothing to measure"
             if names:
