@@ -180,26 +180,32 @@ def _check_devices(name, what, like, **tensors):
 
 
 def check_injection_values(name, length, vectors, slots, adapter_ids):
-    """What a kernel would read beyond its tensors for; on a GPU only when asked to."""
+    """What a kernel would read beyond its tensors for, or write twice; on a GPU only when asked to."""
     if slots.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1":
         return
+    # In Python where they are few: every call of a tensor function would cost more.
+    rows = slots.tolist() if 0 < slots.numel() <= FEW_SLOTS else None
     for which, x, end in (("slots", slots, length), ("adapter_ids", adapter_ids, vectors.shape[0])):
         if x is not None and x.numel():
-            least, most = (int(v) for v in x.aminmax())
+            if which == "slots" and rows is not None:
+                least, most = min(map(min, rows)), max(map(max, rows))
+            else:
+                least, most = (int(v) for v in x.aminmax())
             if least < -1 or most >= end:
                 raise ValueError(f"{name}: {which} must lie in [-1, {end}), got values from {least} to {most}")
-    if slots.shape[1] > 1 and (row := _row_with_repeats(slots)) is not None:
-        raise ValueError(f"{name}: slots must have every position of a row once, got {slots[row].tolist()} in row {row}")
+    if rows is None:
+        repeats = _repeats(slots)
+    else:
+        repeats = next((row for row in rows if len(set(row)) < len(row) and len(set(row)) != len(row) - row.count(-1) + 1), None)
+    if repeats is not None:
+        raise ValueError(f"{name}: slots must have every position of a row once, got {repeats}")
 
 
-def _row_with_repeats(slots: Tensor) -> int | None:
-    """In Python where they are few: every call of a tensor function would cost more."""
-    if slots.numel() <= FEW_SLOTS:
-        found = (i for i, row in enumerate(slots.tolist()) if len(set(row)) != len(row) - max(row.count(-1) - 1, 0))
-        return next(found, None)
+def _repeats(slots: Tensor) -> list[int] | None:
+    """A row that has a position twice."""
     ordered = slots.sort(1).values
-    repeats = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
-    return int(repeats.int().argmax()) if bool(repeats.any()) else None
+    wrong = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    return slots[int(wrong.int().argmax())].tolist() if bool(wrong.any()) else None
 
 
 @torch.library.impl(_lib, "special_token_slots", "CompositeExplicitAutograd")
