@@ -1,5 +1,7 @@
 """The commands of ``peft-kernels``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +10,9 @@ import typer
 from rich.console import Console
 
 from ..ops.tuned import KERNELS
+from .files import folder_or_hub_id, text_of, writable_file, writable_folder
+
+LARGEST = 1 << 20  # of a number on the command line: beyond it stand mistypes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -68,11 +73,13 @@ def demo(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.", min=1)] = 10,
-    input_tokens: Annotated[int, typer.Option(help="Longer inputs are cut after so many tokens.", min=1)] = 512,
-    limit: Annotated[int, typer.Option(help="With --data: how many dialogues; 0: all.", min=0)] = 16,
-    batch_size: Annotated[int, typer.Option(help="With --data: dialogues per batch.", min=1)] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed runs of the two decoder methods; the slow prompt-in-encoder runs once.", min=1)] = 3,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.", min=1, max=LARGEST)] = 10,
+    input_tokens: Annotated[int, typer.Option(help="Longer inputs are cut after so many tokens.", min=1, max=LARGEST)] = 512,
+    limit: Annotated[int | None, typer.Option(help="With --data: how many dialogues; 0: all. Without it: 16.", min=0, max=LARGEST)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --data: dialogues per batch. Without it: 8.", min=1, max=LARGEST)] = None,
+    repeats: Annotated[
+        int, typer.Option(help="Timed runs of the two decoder methods; the slow prompt-in-encoder runs once.", min=1, max=LARGEST)
+    ] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the plot and the JSON.", file_okay=False)] = Path("results/demo"),
 ):
     """Ask many things of one text in three ways, check that the tokens agree, and compare time and memory.
@@ -82,15 +89,26 @@ def demo(
     """
     import torch
 
-    from .demo import run
-    from .workloads import chosen
+    from .workloads import chosen, dialogues
 
-    console = Console()
     _check(device)
     if data is not None and (input is not None or prompts is not None):
         raise typer.BadParameter("dialogues bring their own inputs and prompts: leave --input and --prompts out", param_hint="--data")
-    workload = chosen(model, tokenizer, input, prompts, data, input_tokens, limit, batch_size)
-    agree = run(workload, model, getattr(torch, dtype.value), device.value, new_tokens, repeats, out, console)
+    for option, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and data is None:
+            raise typer.BadParameter("is of --data, which is not given", param_hint=option)
+    with _refusing():
+        for option, name in (("--model", model), ("--tokenizer", tokenizer)):
+            if name is not None:
+                folder_or_hub_id(name, option)
+        texts = chosen(input, prompts) if data is None else dialogues(data, 16 if limit is None else limit, batch_size or 8)
+        writable_folder(out)
+
+        from .demo import prepare, run
+
+        where = {"dtype": getattr(torch, dtype.value), "device": device.value}
+        workload, loaded = prepare(texts, model, tokenizer, input_tokens, new_tokens, **where)
+    agree = run(workload, loaded, model, new_tokens=new_tokens, repeats=repeats, out=out, console=Console(), **where)
     raise typer.Exit(0 if agree else 1)
 
 
@@ -103,7 +121,7 @@ def bench(
         list[str] | None, typer.Option(help='Sizes in place of the default shapes, "B=16,L=256,...", of exactly one OP. May be repeated.')
     ] = None,
     phase: Annotated[Phase, typer.Option(help="backward: forward and backward together.")] = Phase.both,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each way, or more where they are short.", min=2)] = 20,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each way, or more where they are short.", min=2, max=LARGEST)] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and fewer repetitions of what is short.")] = False,
     against: Annotated[str | None, typer.Option(help="A git revision of this package, whose operators are timed beside.", metavar="REF")] = None,
     out: Annotated[
@@ -112,16 +130,25 @@ def bench(
 ):
     """Every operator against every baseline: checked against float64, timed turn by turn, held against the floor of this machine."""
     from .operators_command import asked, run
+    from .results import default_folder
     from .revision import found
 
     _check(device)
     console = Console()
-    try:
+    with _refusing():
         things = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
+        out = writable_folder(out or default_folder(device.value))
         checkout = None if against is None else found(against)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     raise typer.Exit(0 if run(things, device.value, repeats, quick, out, console, checkout) else 1)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What an option names does not fit: one sentence, and exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _check(device: Device):
@@ -156,6 +183,9 @@ def tune(
 
     from .tune import run
 
+    with _refusing():
+        if out is not None:
+            writable_file(out)
     run([one.value for one in operators or ()], [getattr(torch, one.value) for one in dtype], out, quick, Console())
 
 
@@ -182,7 +212,7 @@ def profile(
     new_tokens: Annotated[list[str] | None, typer.Option(metavar="INTS", help="pid: tokens generated, or learned, per prompt; likewise.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
-    repeats: Annotated[int | None, typer.Option(help="Timed runs of each way; 5, with --quick 2.", min=1)] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs of each way; 5, with --quick 2.", min=1, max=LARGEST)] = None,
     train: Annotated[bool, typer.Option("--train", help="A training step in place of inference.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes where no option names one, two runs: does it work at all.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON, plots and traces; else results/DEVICE.", file_okay=False)] = None,
@@ -193,11 +223,19 @@ def profile(
     """
     import torch
 
-    from .profile import run
+    from .profile.sweep import parsed
+    from .results import default_folder
 
-    sizes = {"batch": batch, "streams": streams, "length": length, "new_tokens": new_tokens}
-    chosen = {"dtype": getattr(torch, dtype.value), "device": device.value, "repeats": repeats, "train": train, "quick": quick, "out": out}
-    agree = run(model, None if method is None else method.value, sizes, **chosen, console=Console())
+    _check(device)
+    sizes = parsed({"batch": batch, "streams": streams, "length": length, "new_tokens": new_tokens})
+    with _refusing():
+        folder_or_hub_id(model, "MODEL")
+        out = writable_folder(out or default_folder(device.value))
+
+    from .profile.run import run
+
+    how = {"dtype": getattr(torch, dtype.value), "device": device.value, "repeats": repeats, "train": train, "quick": quick, "out": out}
+    agree = run(model, None if method is None else method.value, sizes, **how, console=Console())
     raise typer.Exit(0 if agree else 1)
 
 
@@ -216,11 +254,17 @@ def report(
     """Result files as one self-contained HTML page, or as the figures of the README and of docs/."""
     from .report import load, page, updated
 
-    try:
+    page_path = (out or Path("report.html")) if out is not None or not figures else None
+    with _refusing():
         machines = load(folders or [Path("benchmarks/results")])
+        texts = {}
         for path in figures or []:
-            path.write_text(updated(path.read_text(encoding="utf-8"), machines), encoding="utf-8")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if out is not None or not figures:
-        (out or Path("report.html")).write_text(page(machines), encoding="utf-8")
+            try:
+                texts[writable_file(path, "--figures")] = updated(text_of(path, "--figures"), machines)
+            except ValueError as error:
+                raise error if str(error).startswith("--figures") else ValueError(f"--figures: {path}: {error}") from error
+        if page_path is not None:
+            texts[writable_file(page_path)] = page(machines)
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")

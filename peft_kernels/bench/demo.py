@@ -8,60 +8,119 @@ import matplotlib
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 from .. import pid
+from ..dept.family import most_columns
+from ..pid.families import max_positions
 from . import methods
-from .measure import Timing, cpu_model, gpus, interleaved, peak_memory, write_json
-from .workloads import Workload
+from .interruption import Keeping
+from .measure import Interrupted, Timing, cpu_model, gpus, interleaved, peak_memory
+from .operators import first_line
+from .results import write_json
+from .workloads import Texts, Workload, tokenizer
 
 matplotlib.use("Agg")
 PIE, REPEATED, OURS = "PiE + generate", "repeated + generate", "ours"
 
 
-def run(workload: Workload, name: str | None, dtype: torch.dtype, device: str, new_tokens: int, repeats: int, out: Path, console: Console) -> bool:
-    """Run and show the demonstration; False where our tokens differ from those of the repeated formulation."""
+def prepare(
+    texts: Texts, name: str | None, tokenizer_name: str | None, input_tokens: int, new_tokens: int, dtype: torch.dtype, device: str
+) -> tuple[Workload, nn.Module]:
+    """
+    Raises:
+        ValueError: a model or a tokenizer that cannot be loaded, no model that ``pid`` takes, or texts that do not fit it.
+    """
+    if name is not None:
+        with _naming("--model"):
+            methods.check_kind(name)
+    with _naming("--tokenizer" if tokenizer_name else "--model"):
+        encoder = tokenizer(tokenizer_name or name)
+    workload = texts.encoded(encoder, input_tokens)
+    with _naming("--model"):
+        model = methods.t5_base(dtype, device) if name is None else methods.load(name, dtype, device)
+    check_fits(model, workload, new_tokens)
+    return workload, model
+
+
+@contextmanager
+def _naming(option: str):
+    """transformers has errors of its own for every kind of file that is missing or broken."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{option}: {first_line(error)}") from error
+
+
+def check_fits(model: nn.Module, workload: Workload, new_tokens: int):
+    """
+    Raises:
+        ValueError: more tokens than the model has positions for, or ids that it has no embedding of.
+    """
+    longest, asked = max(map(len, workload.inputs)), max(map(len, workload.prompts))
+    rows = model.get_input_embeddings().num_embeddings
+    if (largest := max(map(max, workload.inputs + workload.prompts))) >= rows:
+        raise ValueError(f"--tokenizer: it has an id of {largest}, and the model's table ends at {rows}")
+    limit = most_columns(model)
+    if limit is not None and longest + asked > limit:
+        raise ValueError(f"--input-tokens: the encoder has {limit} positions, got {longest} tokens and a prompt of {asked}")
+    limit = max_positions(model)
+    if limit is not None and 1 + asked + new_tokens > limit:
+        raise ValueError(f"--new-tokens: the decoder has {limit} positions, got a prompt of {asked} tokens, its start and {new_tokens} new ones")
+
+
+def run(
+    workload: Workload,
+    model: nn.Module,
+    name: str | None,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    new_tokens: int,
+    repeats: int,
+    out: Path,
+    console: Console,
+) -> bool:
     console.print("[bold]Many prompts, one input, three ways[/bold]")
-    console.print(f"workload: {workload.title}; {new_tokens} new tokens each, greedy, {str(dtype).removeprefix('torch.')}")
+    console.print(f"workload: {escape(workload.title)}; {new_tokens} new tokens each, greedy, {str(dtype).removeprefix('torch.')}")
     console.print(f"on: {gpus()[0] if device == 'cuda' else f'{cpu_model()}, {torch.get_num_threads()} threads'}")
     if name is None:
         console.print("[yellow]model: T5-base architecture with RANDOM weights: times and memory are real, the answers are nonsense.[/yellow]")
-        model = methods.t5_base(dtype, device)
     else:
-        console.print(f"model: {name}")
-        model = methods.load(name, dtype, device)
+        console.print(f"model: {escape(name)}")
+    enabled = methods.twin(model)
 
     def asking(method, asked_model, asked=workload):
         return lambda: methods.ask(method, asked_model, asked, new_tokens, full_length=name is None)
-
-    enabled = methods.twin(model)
 
     def first_time():
         """With all that enabling brings, the packed weights too."""
         pid.enable(enabled)
         return asking(methods.shared, enabled)()
 
-    with progress_bar(console, 3 + 2 * repeats) as step:
+    first, timings = {}, {}
+    with Keeping(first) as kept, progress_bar(console, 3 + 2 * repeats) as step:
         asking(methods.repeated, model, replace(workload, inputs=[workload.inputs[0][:16]], prompts=workload.prompts[:1]))()
-        first = {}
         for label, function in ((PIE, asking(methods.prompt_in_encoder, model)), (REPEATED, asking(methods.repeated, model)), (OURS, first_time)):
             step(f"{label}: run 1, memory")
             first[label] = peak_memory(function, device)
-        timings = interleaved(
-            {REPEATED: asking(methods.repeated, model), OURS: asking(methods.shared, enabled)}, repeats, warmup=0, device=device, notify=step
-        )
-    timings = {PIE: Timing((first[PIE][2],)), **timings}
+        functions = {REPEATED: asking(methods.repeated, model), OURS: asking(methods.shared, enabled)}
+        try:
+            timings = interleaved(functions, repeats, warmup=0, device=device, notify=step)
+        except Interrupted as stop:
+            timings = stop.timings
+            raise
+    # our first run is no time to compare: it enables
+    timings = {**{label: Timing((first[label][2],)) for label in (PIE, REPEATED) if label in first}, **timings}
     rows = [_row(label, timings, *first[label][:2]) for label in timings]
-    wrong = methods.differing(first[REPEATED][0], first[OURS][0])
-    streams = len(first[OURS][0].tokens)
-    console.print(_table(rows))
-    exact = _verdict(console, wrong, streams, dtype)
-
-    out.mkdir(parents=True, exist_ok=True)
-    _plot(rows, workload.title, out / "demo.png")
-    write_json(
+    streams = len(workload.inputs) * len(workload.prompts)
+    wrong = methods.differing(first[REPEATED][0], first[OURS][0]) if OURS in first else None
+    path = write_json(
         out / "demo.json",
+        kept.partial,
         workload=workload.title,
         model=name or "T5-base architecture, random weights",
         dtype=str(dtype).removeprefix("torch."),
@@ -75,7 +134,12 @@ def run(workload: Workload, name: str | None, dtype: torch.dtype, device: str, n
         tokens={"streams": streams, "different": wrong},
         results=rows,
     )
-    console.print(f"written: {out / 'demo.png'}, {out / 'demo.json'}")
+    if not kept.partial:
+        _plot(rows, workload.title, out / "demo.png")
+    console.print(_table(rows))
+    exact = wrong is None or _verdict(console, wrong, streams, dtype)
+    console.print(f"written: {path}" if kept.partial else f"written: {out / 'demo.png'}, {path}")
+    kept.end(console)
     return exact
 
 
@@ -98,7 +162,7 @@ def _row(label: str, timings: dict[str, Timing], answers: methods.Answers, peak:
         "method": label,
         **timing.to_json(),
         "speedup_over_pie": timings[PIE].median / timing.median,
-        "speedup_over_repeated": timings[REPEATED].median / timing.median,
+        "speedup_over_repeated": timings[REPEATED].median / timing.median if REPEATED in timings else None,
         "peak_memory_bytes": peak,
         "cross_kv_bytes": answers.cross_bytes,
     }
@@ -119,7 +183,7 @@ def _table(rows: list[dict]) -> Table:
             "-" if row["spread"] is None else f"{row['spread']:.0%}",
             str(row["runs"]),
             f"{row['speedup_over_pie']:.1f}",
-            f"{row['speedup_over_repeated']:.1f}",
+            "-" if row["speedup_over_repeated"] is None else f"{row['speedup_over_repeated']:.1f}",
             "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:,.0f}",
             f"{row['cross_kv_bytes'] / 1e6:,.1f}",
         )

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import json
 import os
 import platform
 import random
@@ -59,6 +58,13 @@ class SelfTimed(Protocol):
         ...
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C between timed runs; ``timings`` are those of the turns until then, none unless every function had one."""
+
+    def __init__(self, timings: Mapping[str, Timing]):
+        self.timings = timings if all(timing.seconds for timing in timings.values()) else {}
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     repeats: int | Mapping[str, int],
@@ -76,6 +82,9 @@ def interleaved(
 
     A ``SelfTimed`` function runs in another process, which comes to its turn with other caches than this one. With such among them every
     timed run directly follows an untimed one of the same function.
+
+    Raises:
+        Interrupted: for KeyboardInterrupt in a timed run.
     """
     wanted = repeats if isinstance(repeats, Mapping) else dict.fromkeys(functions, repeats)
     clock = clock_of(device)
@@ -93,11 +102,18 @@ def interleaved(
             function()
     samples = {name: [] for name in functions}
     order = random.Random(0)
-    for turn in range(max(wanted.values())):
-        for name in order.sample(list(functions), len(functions)):
-            if turn < wanted[name]:
-                notify(name)
-                samples[name].append(timed(functions[name]))
+    try:
+        for turn in range(max(wanted.values())):
+            for name in order.sample(list(functions), len(functions)):
+                if turn < wanted[name]:
+                    notify(name)
+                    samples[name].append(timed(functions[name]))
+    except KeyboardInterrupt:
+        raise Interrupted(_timings(samples)) from None
+    return _timings(samples)
+
+
+def _timings(samples: Mapping[str, list[float]]) -> dict[str, Timing]:
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 
@@ -256,8 +272,3 @@ def environment() -> dict:
         "gpus": gpus(),
         "tuned": len(tuned.entries(torch.device("cuda"))) if torch.cuda.is_available() else 0,  # launch options that are not the shipped ones
     }
-
-
-def write_json(path: Path, **content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from .. import pid
 from ..hf.names import cache_of
-from ..pid.families import family_of
+from ..pid.families import FAMILIES, family_of
 from .workloads import VOCAB_SIZE, Workload
 
 
@@ -48,6 +49,20 @@ def sharpened(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
             own.o.weight.mul_(2)
             cross.q.weight.mul_(8)
     return model
+
+
+def check_kind(name: str) -> None:
+    """From the configuration alone.
+
+    Raises:
+        OSError, ValueError: nothing of that name that transformers can read, or no encoder-decoder model of text that ``pid`` takes.
+    """
+    config = AutoConfig.from_pretrained(name)
+    kind = config.model_type
+    if not config.is_encoder_decoder or kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"expected an encoder-decoder model of text, got {name}, which is {kind}")
+    if kind not in FAMILIES:
+        raise ValueError(f"{name} is {kind}, which pid does not support; supported are {', '.join(FAMILIES)}")
 
 
 def load(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

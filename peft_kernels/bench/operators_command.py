@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .cases import NAMES, operator
+from .interruption import Keeping
 from .measure import ceilings
 from .operators import Thing, compare, failed, rate_dtype, things
-from .results import Row, device_name, folder_name, measured
+from .results import Row, device_name, measured
 from .revision import Checkout, running
 from .suite import Operator
 from .tables import table
@@ -23,31 +24,30 @@ DRAWN_EVERY = 0.2  # seconds
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
 
-def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Path | None, console: Console, against: Checkout | None = None) -> bool:
+def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Path, console: Console, against: Checkout | None = None) -> bool:
     """Measure, show and write; False where our operator was wrong or failed."""
     console.print(f"on: {device_name(device)}, {torch.get_num_threads()} threads")
     limits = {dtype: ceilings(getattr(torch, dtype), device) for dtype in dict.fromkeys(rate_dtype(thing.dtype) for thing in wanted)}
     for dtype, limit in limits.items():
         console.print(f"{dtype}: {limit}")
-    path = (out or Path("results") / folder_name(device_name(device))) / "operators.json"
     rows: list[Row] = []
-    try:
-        with nullcontext() if against is None else starting(against, device, console) as revision, _progress(console, len(wanted)) as step:
-            for i, thing in enumerate(wanted):
-                found = compare(
-                    thing,
-                    device,
-                    limits[rate_dtype(thing.dtype)],
-                    repeats=repeats,
-                    revision=revision,
-                    seconds=QUICK_SECONDS if quick else SECONDS,
-                    notify=lambda what, share, i=i, thing=thing: step(f"{thing}: {what}", i + share),
-                )
-                console.print(table(found))
-                rows += found
-    finally:  # what was measured before an interruption is kept
-        measured(rows, device, limits).write(path)
-        console.print(f"written: {path} and {path.with_suffix('.csv').name}")
+    revisions = nullcontext() if against is None else starting(against, device, console)
+    with Keeping(rows) as kept, revisions as revision, _progress(console, len(wanted)) as step:
+        for i, thing in enumerate(wanted):
+            found = compare(
+                thing,
+                device,
+                limits[rate_dtype(thing.dtype)],
+                repeats=repeats,
+                revision=revision,
+                seconds=QUICK_SECONDS if quick else SECONDS,
+                notify=lambda what, share, i=i, thing=thing: step(f"{thing}: {what}", i + share),
+            )
+            rows += found
+            console.print(table(found))
+    path = measured(rows, device, limits, kept.partial).write(out / "operators.json")
+    console.print(f"written: {path} and {path.with_suffix('.csv').name}")
+    kept.end(console)
     failures = [row for row in rows if failed(row)]
     for row in failures:
         console.print(f"[bold red]{row.way} failed[/bold red], {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}: {escape(row.missing)}")
@@ -60,13 +60,13 @@ def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], ph
     Raises:
         ValueError: an operator, shape or dtype that does not exist.
     """
-    operators = [operator(name) for name in names or NAMES]
+    operators = [operator(name) for name in dict.fromkeys(names or NAMES)]
     if shapes and len(operators) != 1:
         raise ValueError(f"--shapes needs exactly one operator, whose letters it uses; got {len(operators)} operators")
     found = []
     for one in operators:
         sizes = [parsed(text, one) for text in shapes] or list(one.quick_shapes if quick else one.shapes)
-        here = things(one, sizes, one.dtypes if one.is_integer else dtypes or one.default_dtypes, PHASES[phase])
+        here = things(one, sizes, one.dtypes if one.is_integer else list(dict.fromkeys(dtypes)) or one.default_dtypes, PHASES[phase])
         if not here:
             lacks = f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}: nothing to measure"
             if names:

@@ -16,6 +16,7 @@ from .measure import Ceilings, Timing, cpu_model, environment
 
 OURS = "ours"
 SCHEMA = 1
+ENVIRONMENT = {"cores", "cpu", "cpu_capability", "date", "gpus", "system", "threads", "versions"}  # what a report tells of a machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class Results:
     rows: tuple[Row, ...]
     ceilings: dict[str, Ceilings] = field(default_factory=dict)  # dtype -> what the machine reached in the same run
     command: str = ""
+    partial: bool = False  # the run was interrupted: what it had measured until then
 
     def by_thing(self) -> dict[tuple, list[Row]]:
         """Rows that were timed together, in the file's order."""
@@ -85,9 +87,18 @@ class Results:
             found.setdefault(row.thing, []).append(row)
         return found
 
-    def write(self, path: Path):
-        """JSON at ``path`` and the same rows as CSV beside it."""
-        content = {key: value for key, value in asdict(self).items() if key != "rows"}
+    def write(self, path: Path) -> Path:
+        """JSON at ``path`` and the same rows as CSV beside it. Partial results stand beside whole ones, not in their place.
+
+        Returns:
+            Where the JSON is.
+        """
+        if self.partial:
+            path = partial_path(path)
+        else:
+            for name in (partial_path(path), partial_path(path).with_suffix(".csv")):
+                name.unlink(missing_ok=True)
+        content = {key: value for key, value in asdict(self).items() if key != "rows" and (key != "partial" or value)}
         head = json.dumps({"schema": SCHEMA, **content}, indent=1)
         rows = ",\n".join(f"  {json.dumps(_without_defaults(row))}" for row in self.rows)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +107,28 @@ class Results:
             writer = csv.DictWriter(file, [one.name for one in fields(Row)])
             writer.writeheader()
             writer.writerows({**asdict(row), "shape": " ".join(f"{k}={v}" for k, v in row.shape.items())} for row in self.rows)
+        return path
 
 
-def measured(rows: Iterable[Row], device: str, ceilings: Mapping[str, Ceilings] = {}) -> Results:
+def partial_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def write_json(path: Path, partial: bool, **content) -> Path:
+    """Of a run that has no rows. Returns where it is, which is beside ``path`` where the run was interrupted."""
+    if partial:
+        path, content = partial_path(path), {"partial": True, **content}
+    else:
+        partial_path(path).unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    return path
+
+
+def measured(rows: Iterable[Row], device: str, ceilings: Mapping[str, Ceilings] = {}, partial: bool = False) -> Results:
     """Rows of this process with the fingerprint of this machine, and the command without the place that it wrote to."""
     command = re.sub(r" --out[ =]\S+", "", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    return Results(device, device_name(device), environment(), tuple(rows), dict(ceilings), command)
+    return Results(device, device_name(device), environment(), tuple(rows), dict(ceilings), command, partial)
 
 
 def read(path: Path) -> Results:
@@ -109,14 +136,31 @@ def read(path: Path) -> Results:
     Raises:
         ValueError: a file that is not of this schema.
     """
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else None
         raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {found!r}")
     del content["schema"]
-    content["rows"] = tuple(Row(**row) for row in content["rows"])
-    content["ceilings"] = {dtype: Ceilings(**one) for dtype, one in content["ceilings"].items()}
-    return Results(**content)
+    try:
+        content["rows"] = tuple(Row(**row) for row in content["rows"])
+        content["ceilings"] = {dtype: Ceilings(**one) for dtype, one in content["ceilings"].items()}
+        missing = ENVIRONMENT - set(content["environment"])
+        found = Results(**content)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {type(error).__name__}: {error}") from error
+    if missing:
+        raise ValueError(f"{path}: expected results of schema {SCHEMA}, whose environment has {', '.join(sorted(missing))}")
+    return found
+
+
+def default_folder(device: str) -> Path:
+    """Of the results of this machine."""
+    return Path("results") / folder_name(device_name(device))
 
 
 def device_name(device: str) -> str:

@@ -38,6 +38,8 @@ def found(ref: str, root: Path = ROOT) -> Checkout:
     Raises:
         ValueError: no such revision, or the package does not run from a checkout of its own.
     """
+    if shutil.which("git") is None:
+        raise ValueError("--against needs git, which is not installed")
     top = _git(root, "rev-parse", "--show-toplevel")
     if top.returncode or Path(top.stdout.strip()).resolve() != root.resolve():
         raise ValueError(f"--against needs the package to run from its own git checkout, and {root} is none")

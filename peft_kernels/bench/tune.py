@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..ops import triton_runtime, tuned
+from .interruption import Keeping
 from .measure import Timing, captured, interleaved
 from .tune_problems import Problem, problems
 
@@ -56,23 +57,24 @@ def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | Non
 
 
 def tune(operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, path: Path, timer: Timer, rounds: int, console: Console):
-    """One operator after the other; the file is written after each, so that an interruption loses one at most."""
+    """One operator after the other; the file is written after each, and after an interruption with what was found until then."""
     for operator in operators:
         given = [problem for dtype in dtypes for problem in problems(operator, dtype, device)]
         if not given:
             console.print(f"{operator} has no kernels in {', '.join(map(str, dtypes))}")
             continue
         outcomes = []
-        with Progress(console=console, transient=True) as progress:
+        with Keeping(outcomes) as kept, Progress(console=console, transient=True) as progress:
             bar = progress.add_task(operator, total=len(given))
             for problem in given:
                 progress.update(bar, description=f"{operator}, {problem.site.kernel}")
                 outcomes.append(search(problem, device, timer, rounds))
                 progress.advance(bar)
+        save(path, device, outcomes, console)
         console.print(table(operator, outcomes))
         for mistake in mistakes(outcomes):
             console.print(f"[red]{escape(mistake)}[/red]", soft_wrap=True)
-        save(path, device, outcomes, console)
+        kept.end(console)
     console.print(f"{path}: peft-kernels info says what launches take.", soft_wrap=True)
 
 

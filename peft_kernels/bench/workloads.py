@@ -1,12 +1,13 @@
 """What is asked of what: inputs and prompts as token ids."""
 
-import json
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
+from .files import json_of, text_of
 
 VOCAB_SIZE = 32128  # of the T5 family
 BUILT_IN_PROMPT_TOKENS = 8
@@ -49,29 +50,47 @@ class WordIds:
         return 3 + i % (self.vocab_size - 3)
 
 
-def chosen(
-    model: str | None,
-    tokenizer: str | None,
-    input: Path | None,
-    prompts: Path | None,
-    data: Path | None,
-    input_tokens: int,
-    limit: int,
-    batch_size: int,
-) -> Workload:
-    """The workload that the options of ``peft-kernels demo`` name."""
-    encoder = _tokenizer(tokenizer or model)
-    if data is not None:
-        return dialogues(data, encoder, input_tokens, limit, batch_size)
-    text = input.read_text() if input else built_in_text()
-    lines = [line.strip() for line in (prompts.read_text() if prompts else _built_in("questions.txt")).splitlines() if line.strip()]
-    ids = _cut(encoder.encode(text), input_tokens)
-    asked = [encoder.encode(line, add_special_tokens=False) for line in lines]
-    if not ids or not asked:
-        raise SystemExit(f"peft-kernels demo: {'--input' if not ids else '--prompts'} is an empty file")
-    lengths = sorted(map(len, asked))
-    span = str(lengths[0]) if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]}"
-    return Workload(f"{input.name if input else 'built-in text'}: {len(ids)} tokens, {len(asked)} prompts of {span} tokens", [ids], asked)
+@dataclass(frozen=True)
+class Texts:
+    """A workload before it has token ids."""
+
+    of: str
+    inputs: list[str]
+    prompts: list[str]
+    batch_size: int = 1
+    about: str = ""
+
+    def encoded(self, encoder, input_tokens: int) -> Workload:
+        """
+        Raises:
+            ValueError: an input or a prompt that the tokenizer makes nothing of.
+        """
+        inputs = [_cut(encoder.encode(text), input_tokens) for text in self.inputs]
+        prompts = [encoder.encode(text, add_special_tokens=False) for text in self.prompts]
+        for what, texts, ids in (("input", self.inputs, inputs), ("prompt", self.prompts, prompts)):
+            if [] in ids:
+                raise ValueError(f"the tokenizer makes no token of the {what} {texts[ids.index([])][:60]!r}")
+        title = f"{self.of}: {_span(inputs)} tokens, {len(prompts)} prompts of {_span(prompts)} tokens{self.about}"
+        return Workload(title, inputs, prompts, self.batch_size)
+
+
+def _span(rows: list[list[int]]) -> str:
+    lengths = sorted(map(len, rows))
+    return str(lengths[0]) if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]}"
+
+
+def chosen(input: Path | None, prompts: Path | None) -> Texts:
+    """One input and many prompts: those of the files, or the package's own.
+
+    Raises:
+        ValueError: a file that is no text, or an empty one.
+    """
+    text = text_of(input, "--input") if input else built_in_text()
+    lines = [line.strip() for line in (text_of(prompts, "--prompts") if prompts else _built_in("questions.txt")).splitlines() if line.strip()]
+    for option, path, content in (("--input", input, text.strip()), ("--prompts", prompts, lines)):
+        if not content:
+            raise ValueError(f"{option}: {path} is an empty file")
+    return Texts(input.name if input else "built-in text", [text], lines)
 
 
 def built_in(input_tokens: int = 512, prompts: int = 30) -> Workload:
@@ -81,25 +100,47 @@ def built_in(input_tokens: int = 512, prompts: int = 30) -> Workload:
     return Workload("built-in text", [_cut(words.encode(built_in_text()), input_tokens)], asked)
 
 
-def dialogues(path: Path, encoder, input_tokens: int, limit: int, batch_size: int) -> Workload:
-    """WOZ 2.0: every dialogue up to its last turn, one prompt per slot of the ontology beside the file."""
-    found = json.loads(path.read_text())
+def dialogues(path: Path, limit: int, batch_size: int) -> Texts:
+    """WOZ 2.0: every dialogue up to its last turn, one prompt per slot of the ontology beside the file.
+
+    Raises:
+        ValueError: a file that is not of this form, or has nothing in it.
+    """
+    found = json_of(path, "--data")
+    beside = path.parent / "ontology_en.json"
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"--data: {path} must be a list of dialogues, got {_kind(found)}")
     taken = found[:limit] if limit else found
-    ontology = json.loads((path.parent / "ontology_en.json").read_text())
+    inputs = [_text(dialogue, f"--data: dialogue {i} of {path}") for i, dialogue in enumerate(taken)]
+    if not beside.is_file():
+        raise ValueError(f"--data: expected the slots in {beside}, and there is no such file")
+    ontology = json_of(beside, "--data")
+    if not isinstance(ontology, dict) or not all(isinstance(ontology.get(key), list | dict) for key in ("informable", "requestable")):
+        raise ValueError(f"--data: {beside} must be an object whose 'informable' and 'requestable' name slots, got {_kind(ontology)}")
     informable = [slot for slot in ontology["informable"] if slot != "request"]
     asked = [f"what {slot} does the user want?" for slot in informable]
     asked += [f"does the user ask for the {slot}?" for slot in ontology["requestable"]]
-    inputs = [_cut(encoder.encode(_text(dialogue["dialogue"])), input_tokens) for dialogue in taken]
-    title = (
-        f"{len(taken)} of the {len(found)} dialogues of {path.name}, last turn, {min(map(len, inputs))} to {max(map(len, inputs))} tokens;"
-        f" {len(asked)} prompts: {', '.join(informable)} and {len(ontology['requestable'])} requestable slots; batches of {batch_size}"
-    )
-    return Workload(title, inputs, [encoder.encode(line, add_special_tokens=False) for line in asked], batch_size)
+    if not asked:
+        raise ValueError(f"--data: {beside} names no slot to ask for")
+    about = f": {', '.join(map(str, informable))} and {len(ontology['requestable'])} requestable slots; batches of {batch_size}"
+    return Texts(f"{len(taken)} of the {len(found)} dialogues of {path.name}, last turn", inputs, asked, batch_size, about)
 
 
-def _text(turns: list[dict]) -> str:
-    said = [(who, turn[key]) for turn in turns for who, key in (("system", "system_transcript"), ("user", "transcript"))]
-    return " ".join(f"{who}: {words}" for who, words in said if words)
+def _text(dialogue, where: str) -> str:
+    turns = dialogue.get("dialogue") if isinstance(dialogue, dict) else None
+    try:
+        said = [(who, turn[key]) for turn in turns for who, key in (("system", "system_transcript"), ("user", "transcript"))]
+        text = " ".join(f"{who}: {words.strip()}" for who, words in said if words)
+    except (AttributeError, KeyError, TypeError):
+        text = ""
+    if not text:
+        raise ValueError(f"{where} must have 'dialogue', turns with 'system_transcript' and 'transcript', and something said in them")
+    return text
+
+
+def _kind(found) -> str:
+    named = {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(found), "a number")
+    return named if found else f"{named} without anything in it"
 
 
 def _cut(ids: list[int], length: int) -> list[int]:
@@ -107,7 +148,11 @@ def _cut(ids: list[int], length: int) -> list[int]:
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
-def _tokenizer(name: str | None):
+def tokenizer(name: str | None):
+    """
+    Raises:
+        OSError, ValueError: transformers' own, where it finds none.
+    """
     if name is None:
         return WordIds()
     from transformers import AutoTokenizer

@@ -1,10 +1,13 @@
 """The implementations of an operator: modules of its package with one contract, imported when first asked for."""
 
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _imported = cache(import_module)
 
@@ -26,6 +29,8 @@ class Implementations:
     def check(self, operator: str, impl: str) -> None:
         if impl != "auto" and impl not in self.names:
             raise ValueError(f"{operator}: impl must be 'auto' or one of {list(self.names)}, got {impl!r}")
+        if forward_ad._current_level >= 0:  # torch drops the tangents of operators that have no formula for them
+            raise NotImplementedError(f"{operator}: forward-mode differentiation is not implemented")
 
     def runnable(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
         if reason := self.unavailable(impl, device, dtype):
@@ -50,3 +55,27 @@ class Implementations:
 
     def resolve(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
         return self.module(self.choose(device, dtype)) if impl == "auto" else self.runnable(operator, impl, device, dtype)
+
+
+def no_second_derivative(lib: torch.library.Library, operator: str) -> None:
+    """Of the operator that gives gradients: differentiated again it raises. Without this torch would leave a term out and say nothing."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"{operator.removesuffix('_backward')}: second derivatives are not implemented")
+
+    torch.library.register_autograd(f"peft_kernels::{operator}", refuse, lib=lib)
+
+
+def check_numbers(operator: str, **numbers: float | Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: a tensor in place of a number that wants a gradient, and would not get one.
+    """
+    for name, x in numbers.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(f"{operator}: {name} must be a number, to which no gradient goes, got a tensor that requires one")
+
+
+def without_autocast(device: str):
+    """For products of the library: an operator says itself what dtype it computes in."""
+    return torch.autocast(device, enabled=False) if device != "meta" and torch.is_autocast_enabled(device) else nullcontext()

@@ -4,10 +4,16 @@ import os
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What a kernel reads without being told its strides: every launcher hands those over or takes this."""
+    return [x if x is None else x.contiguous() for x in tensors]
 
 
 def unavailable(device: str, dtype: torch.dtype) -> str | None:

@@ -3,7 +3,3 @@
 A module per method says what the two do (``pid``, ``dept``, ``pasta``, ``dect``, ``ytuning``), each as ``Case``s at a point of a sweep;
 ``run`` measures them, ``operators`` looks into one run, ``show`` and ``plot`` tell what came out.
 """
-
-from .run import METHODS, run
-
-__all__ = ["METHODS", "run"]

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ...dept.family import most_columns
 from ..methods import sharpened
+from ..operators import first_line
 from ..workloads import VOCAB_SIZE
 
 _T5 = {"vocab_size": VOCAB_SIZE, "decoder_start_token_id": 0}
@@ -86,7 +87,10 @@ class Source:
             if isinstance(model, T5ForConditionalGeneration):
                 sharpened(model)
         else:
-            model = auto.from_pretrained(self.name, **options)
+            try:
+                model = auto.from_pretrained(self.name, **options)
+            except Exception as error:  # each format of weights has its own
+                raise ValueError(f"{self.name} cannot be loaded: {first_line(error)}") from error
         return model.to(self.device, self.dtype).eval()
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ import typer
 from rich.console import Console
 
 from ..demo import progress_bar
-from ..measure import Timing, interleaved, peak_memory
-from ..results import OURS, Row, compared, device_name, folder_name, measured
+from ..interruption import Keeping
+from ..measure import Interrupted, Timing, interleaved, peak_memory
+from ..operators import first_line
+from ..results import OURS, Row, compared, measured
 from . import plot, show
 from .case import STOCK, Agreement, Case, Subject
 from .dect import DecT
@@ -27,17 +30,26 @@ from .ytuning import YTuning
 METHODS: dict[str, type[Subject]] = {"pid": PiD, "dept": DePT, "pasta": PASTA, "dect": DecT, "ytuning": YTuning}
 
 
+@dataclass
+class Found:
+    """Rows and agreement of every case, and the operators' times in the first."""
+
+    rows: list[Row] = field(default_factory=list)
+    agreements: list[tuple[Case, Agreement]] = field(default_factory=list)
+    operators: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
 def run(
     name: str,
     method: str | None,
-    given: Mapping[str, Sequence[str] | None],
+    given: Mapping[str, tuple[int, ...]],
     *,
     dtype: torch.dtype,
     device: str,
     repeats: int | None,
     train: bool,
     quick: bool,
-    out: Path | None,
+    out: Path,
     console: Console,
 ) -> bool:
     """Profile ``name``; False where ways disagree in float32.
@@ -45,8 +57,6 @@ def run(
     Raises:
         typer.BadParameter: an option that does not apply, or a model that cannot be read or that the method does not take.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -66,18 +76,24 @@ def run(
         subject = kind(source, train, {axis: max(values) for axis, values in sizes.items()})
         cases = list({case.thing: case for point in points(sizes) for case in subject.cases(point)}.values())
     show.ways(console, subject.ways)
-    out = out or Path("results") / folder_name(device_name(device))
     stem = f"profile_{method}{'_train' if train else ''}"
     traces = {way: out / f"{stem}_{way}.trace.json.gz" for way in (STOCK, OURS)}
-    with progress_bar(console, len(cases[0].ways) + len(traces) + sum(len(case.ways) * (1 + repeats) for case in cases)) as step:
-        rows, agreements, operators = _measured(cases, repeats, source, method, traces, step)
+    found = Found()
+    with (
+        Keeping(found.rows) as kept,
+        progress_bar(console, len(cases[0].ways) + len(traces) + sum(len(case.ways) * (1 + repeats) for case in cases)) as step,
+    ):
+        _measure(found, cases, repeats, source, method, traces, step)
 
-    show.results(console, rows, sizes)
-    agree = show.agreements(console, agreements, dtype)
-    show.operators(console, operators)
-    measured(rows, device).write(out / f"{stem}.json")
-    plots = [plot.sweep(rows, axis, out / f"{stem}_{axis}.png") for axis, values in sizes.items() if len(values) > 1]
-    show.written(console, [out / f"{stem}.json", out / f"{stem}.csv", *plots, *traces.values()])
+    path = measured(found.rows, device, partial=kept.partial).write(out / f"{stem}.json")
+    axes = [axis for axis, values in sizes.items() if len(values) > 1 and not kept.partial]
+    plots = [plot.sweep(found.rows, axis, out / f"{stem}_{axis}.png") for axis in axes]
+    show.results(console, found.rows, sizes)
+    agree = show.agreements(console, found.agreements, dtype)
+    if len(found.operators) == len(traces):
+        show.operators(console, found.operators)
+    show.written(console, [path, path.with_suffix(".csv"), *plots, *(traces[way] for way in found.operators)])
+    kept.end(console)
     return agree
 
 
@@ -86,7 +102,7 @@ def _refusing(argument: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint=argument) from error
+        raise typer.BadParameter(first_line(error), param_hint=argument) from error
 
 
 def _method_for(source: Source) -> str:
@@ -96,11 +112,9 @@ def _method_for(source: Source) -> str:
     raise typer.BadParameter(f"needed for {source}: one of {', '.join(fitting)}", param_hint="--method")
 
 
-def _measured(
-    cases: Sequence[Case], repeats: int, source: Source, method: str, traces: Mapping[str, Path], step: Callable[[str], None]
-) -> tuple[list[Row], list[tuple[Case, Agreement]], dict[str, dict[str, float]]]:
-    """Rows and agreement of every case, and the operators' times in the first."""
-    rows, agreements, operators = [], [], {}
+def _measure(
+    found: Found, cases: Sequence[Case], repeats: int, source: Source, method: str, traces: Mapping[str, Path], step: Callable[[str], None]
+) -> None:
     for way, make in cases[0].ways.items():
         step(f"warming up: {way}")
         make()()
@@ -110,13 +124,19 @@ def _measured(
             step(f"{case.phase}: {way}, memory")
             runs[way] = make()
             outputs[way], peaks[way], _ = peak_memory(runs[way], source.device)
-        agreements.append((case, case.check(outputs)))
-        timings = interleaved(runs, repeats, warmup=0, device=source.device, notify=lambda way, case=case: step(f"{case.phase}: {way}"))
-        rows += _rows(case, timings, peaks, source, method)
+        agreement = case.check(outputs)
+        try:
+            timings = interleaved(runs, repeats, warmup=0, device=source.device, notify=lambda way, case=case: step(f"{case.phase}: {way}"))
+        except Interrupted as stop:
+            if stop.timings:
+                found.rows += _rows(case, stop.timings, peaks, source, method)
+                found.agreements.append((case, agreement))
+            raise
+        found.rows += _rows(case, timings, peaks, source, method)
+        found.agreements.append((case, agreement))
         for way, trace in traces.items() if case is cases[0] else ():
             step(f"torch.profiler: {way}")
-            operators[way] = self_times(runs[way], source.device, trace)
-    return rows, agreements, operators
+            found.operators[way] = self_times(runs[way], source.device, trace)
 
 
 def _rows(case: Case, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str) -> Iterator[Row]:

@@ -74,7 +74,7 @@ def _cells(row: Row, stock: Row) -> list[str]:
         seconds(row.median_s),
         "-" if row.spread is None else f"{row.spread:.0%}",
         f"{row.items / row.median_s:,.1f}",
-        f"{stock.ratio / row.ratio:.2f}",
+        "-" if stock.ratio is None or row.ratio is None else f"{stock.ratio / row.ratio:.2f}",
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
     ]
 
@@ -88,7 +88,7 @@ def agreements(console: Console, found: Iterable[tuple[Case, Agreement]], dtype:
             why = "DISAGREE" if dtype == torch.float32 else "differ, as 16 bits may; --dtype float32 compares exactly"
             console.print(f"[{style}]{point(case)}: stock and ours {why}: {agreement.text}[/{style}]", highlight=False)
     wrong = [agreement for _, agreement in found if not agreement.agrees]
-    if not wrong:
+    if found and not wrong:
         case, agreement = found[0]
         more = f"; so in all {len(found)} cases" if len(found) > 1 else ""
         console.print(f"[green]stock and ours agree: {agreement.text}{more}[/green]", highlight=False)

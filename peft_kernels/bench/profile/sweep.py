@@ -4,20 +4,30 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
+LARGEST = 1 << 20
 AXES = {"batch": "--batch", "streams": "--streams", "length": "--length", "new_tokens": "--new-tokens"}
 
 
-def sizes_of(given: Mapping[str, Sequence[str] | None], defaults: Mapping[str, int], method: str) -> dict[str, tuple[int, ...]]:
+def parsed(given: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[int, ...]]:
+    """The axes that the command line names.
+
+    Raises:
+        typer.BadParameter: a value that is no positive integer.
+    """
+    return {axis: _values(axis, texts) for axis, texts in given.items() if texts}
+
+
+def sizes_of(given: Mapping[str, tuple[int, ...]], defaults: Mapping[str, int], method: str) -> dict[str, tuple[int, ...]]:
     """Of every axis of a method its values: those of the command line, or the default.
 
     Raises:
-        typer.BadParameter: an axis that the method does not have, or a value that is no positive integer.
+        typer.BadParameter: an axis that the method does not have.
     """
-    for axis, texts in given.items():
-        if texts and axis not in defaults:
+    for axis in given:
+        if axis not in defaults:
             known = ", ".join(AXES[one] for one in defaults)
             raise typer.BadParameter(f"does not apply to {method}, which has {known}", param_hint=AXES[axis])
-    return {axis: _values(axis, given[axis]) if given.get(axis) else (default,) for axis, default in defaults.items()}
+    return {axis: given.get(axis, (default,)) for axis, default in defaults.items()}
 
 
 def points(sizes: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
@@ -28,6 +38,7 @@ def points(sizes: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
 
 def _values(axis: str, texts: Sequence[str]) -> tuple[int, ...]:
     words = [word.strip() for text in texts for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise typer.BadParameter(f"expected positive integers with commas between them, got {','.join(words)!r}", param_hint=AXES[axis])
+    if not all(word.isdecimal() and len(word) <= len(str(LARGEST)) and 0 < int(word) <= LARGEST for word in words):
+        what = f"expected positive integers with commas between them, at most {LARGEST:,}"
+        raise typer.BadParameter(f"{what}, got {','.join(words)!r}", param_hint=AXES[axis])
     return tuple(dict.fromkeys(int(word) for word in words))

@@ -85,7 +85,7 @@ def load(folders: Iterable[Path]) -> list[Machine]:
     """
     by_machine: dict[tuple[str, str], list[tuple[Path, Results]]] = {}
     for folder in folders:
-        paths = sorted(folder.rglob("*.json"))
+        paths = sorted(path for path in folder.rglob("*.json") if path.is_file())
         if not paths:
             raise ValueError(f"{folder}: expected result files (*.json), found none")
         for path in paths:

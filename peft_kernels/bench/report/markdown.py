@@ -47,7 +47,8 @@ def _heading(machine: Machine) -> str:
     dates = sorted({date(environment) for environment in environments})
     cores = dict.fromkeys(counted(environment["cores"], "core") for environment in environments)
     what = [*cores, *dict.fromkeys(environment["cpu_capability"] for environment in environments)]
-    return ", ".join([f"**{machine.name}**", *what, " to ".join(dict.fromkeys((dates[0], dates[-1])))]) + ":"
+    partial = ["of an interrupted run in part"] if any(results.partial for _, results in machine.files) else []
+    return ", ".join([f"**{machine.name}**", *what, " to ".join(dict.fromkeys((dates[0], dates[-1]))), *partial]) + ":"
 
 
 def _table(one: Section, cases: list[Case]) -> list[str]:

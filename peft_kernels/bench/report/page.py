@@ -122,6 +122,7 @@ def _block(machine: Machine, cases: list[Case]) -> dict:
     return {
         "machine": machine,
         "dates": " and ".join(sorted({words.date(case.results.environment) for case in cases})),
+        "partial": any(case.results.partial for case in cases),
         "speed": bars.speed(cases),
         "floors": bars.floors([] if on_roof else cases),
         "roofs": _roofs(machine, on_roof),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations
+from ..implementations import Implementations, check_numbers, no_second_derivative
 from ..special_tokens import check_injection, check_injection_values
 
 __all__ = ["add_inject_layer_norm", "add_layer_norm_inject"]
@@ -97,6 +97,7 @@ def add_inject_layer_norm(
 
 def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropout_p, seed, adapter_ids, impl):
     implementations.check(name, impl)
+    check_numbers(name, eps=eps)
     _check(name, x, residual, weight, bias)
     if (vectors is None) != (slots is None):
         raise ValueError(f"{name}: vectors and slots come together, got {'slots' if vectors is None else 'vectors'} alone")
@@ -218,3 +219,4 @@ def _autograd(ctx, grad, grad_sum, *_):
 
 
 torch.library.register_autograd("peft_kernels::add_layer_norm_inject", _autograd, setup_context=_setup_context, lib=_lib)
+no_second_derivative(_lib, "add_layer_norm_inject_backward")

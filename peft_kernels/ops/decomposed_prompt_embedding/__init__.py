@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations
+from ..implementations import Implementations, check_numbers, no_second_derivative, without_autocast
 
 __all__ = ["decomposed_prompt_embedding"]
 
@@ -77,6 +77,7 @@ def decomposed_prompt_embedding(
         TypeError: dtypes that do not fit.
     """
     implementations.check(_NAME, impl)
+    check_numbers(_NAME, scale=scale, embed_scale=embed_scale)
     _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids)
     wide = torch.promote_types(weight.dtype, torch.float32)
     prompt, a, b, delta = (_stacked(x, wide) for x in (prompt, a, b, delta))
@@ -150,7 +151,8 @@ def _forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets
     if weight.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
         _check_values(input_ids, weight, prompt, offsets, adapter_ids)
     implementation = implementations.resolve(_NAME, impl, weight.device.type, weight.dtype)
-    return implementation.forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids)
+    with without_autocast(weight.device.type):
+        return implementation.forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids)
 
 
 @torch.library.impl(_lib, f"{_NAME}_backward", "CompositeExplicitAutograd")
@@ -165,10 +167,11 @@ def _backward(grad, adapters, virtual, positions, a, b, scale, offsets, insert_a
         grad_delta = None
     else:
         grad_prompt, grad_delta = implementation.backward(grad, *sizes, *where, need_prompt, need_delta or a is not None or b is not None)
-        if b is not None:
-            grad_a = scale * (grad_delta @ b.mT)
-        if a is not None:
-            grad_b = scale * (a.mT @ grad_delta)
+        with without_autocast(grad.device.type):
+            if b is not None:
+                grad_a = scale * (grad_delta @ b.mT)
+            if a is not None:
+                grad_b = scale * (a.mT @ grad_delta)
     grads = grad_prompt, grad_a, grad_b, grad_delta if need_delta else None
     return tuple(_wide(grad, 0) if x is None else x for x in grads)
 
@@ -217,3 +220,4 @@ def _embedding_gradient(ctx, grad, input_ids):
 
 
 torch.library.register_autograd(f"peft_kernels::{_NAME}", _autograd, setup_context=_setup_context, lib=_lib)
+no_second_derivative(_lib, "decomposed_prompt_embedding_backward")

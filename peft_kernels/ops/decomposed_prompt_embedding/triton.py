@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import unavailable
+from ..triton_runtime import contiguous, unavailable
 
 try:
     from . import triton_kernels
@@ -57,7 +57,7 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
     if not out.numel():
         return out
     weight = _dense(weight)
-    prompt, a, b, delta = (x if x is None else x.contiguous() for x in (prompt, a, b, delta))
+    prompt, a, b, delta = contiguous(prompt, a, b, delta)
     positions, rank = a.shape[1:] if delta is None else (delta.shape[1], 0)
     vendor, processors = device_of(weight.device)
     shipped = forward_options(CONFIGS[vendor, weight.element_size()].forward, insert_after_first, with_product=delta is None)

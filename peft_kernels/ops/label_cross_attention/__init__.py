@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..implementations import Implementations
+from ..implementations import Implementations, no_second_derivative
 from . import absorbed
 
 __all__ = ["label_cross_attention"]
@@ -226,3 +226,4 @@ def _autograd(ctx, grad, *_):
 
 
 torch.library.register_autograd("peft_kernels::label_cross_attention", _autograd, setup_context=_setup_context, lib=_lib)
+no_second_derivative(_lib, "label_cross_attention_backward")

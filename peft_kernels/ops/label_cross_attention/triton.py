@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import tuned
 from ..shared_cross_attention.triton import device_of
 from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, guard, partition
-from ..triton_runtime import unavailable
+from ..triton_runtime import contiguous, unavailable
 
 try:
     from . import triton_kernels
@@ -60,8 +60,8 @@ SOFTMAX = {"BN": 128, "BQ": 8, "num_warps": 4, **COMPILER_OPTIONS}
 
 def pool(queries, features, lengths, offsets, scale, keep) -> tuple[Tensor, Tensor | None]:
     heads, _, slots, width = queries.shape
-    features, offsets, batch = _rows(features, offsets)
-    lengths = None if lengths is None else lengths.contiguous()
+    features, batch = dense(features), len(features) if offsets is None else len(offsets) - 1
+    lengths, offsets = contiguous(lengths, offsets)
     pooled = queries.new_empty(heads, batch, slots, width)
     weights = queries.new_empty(*features.shape[:-1], heads * slots, dtype=torch.float32)
     if pooled.numel():
@@ -78,8 +78,8 @@ def pool(queries, features, lengths, offsets, scale, keep) -> tuple[Tensor, Tens
 
 def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, shared) -> Tensor:
     heads, _, slots, width = grad_pooled.shape
-    features, offsets, batch = _rows(features, offsets)
-    lengths = None if lengths is None else lengths.contiguous()
+    features, batch = dense(features), len(features) if offsets is None else len(offsets) - 1
+    lengths, offsets = contiguous(lengths, offsets)
     if shared:
         options = _tuned("pool", pool_options, features.device, grad_pooled.dtype, heads * slots)
         programs = cdiv(width, options["BD"]) * cdiv(heads * slots, options["BQ"])
@@ -158,11 +158,6 @@ def on_blackwell(device: torch.device) -> bool:
 
 def _options(config):
     return {**COMPILER_OPTIONS, "num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
-def _rows(features, offsets):
-    """Features with dense rows, offsets, and the rows of the batch."""
-    return dense(features), offsets if offsets is None else offsets.contiguous(), len(features) if offsets is None else len(offsets) - 1
 
 
 def _strides(features):

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations
+from ..implementations import Implementations, no_second_derivative, without_autocast
 
 __all__ = ["label_logits"]
 
@@ -118,13 +118,15 @@ def _forward(hidden, weight, label_ids, bias, positions, impl):
     if hidden.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
         _check_values(hidden, weight, label_ids, positions)
     implementation = implementations.resolve("label_logits", impl, hidden.device.type, hidden.dtype)
-    return implementation.forward(hidden, weight, label_ids, bias, positions)
+    with without_autocast(hidden.device.type):
+        return implementation.forward(hidden, weight, label_ids, bias, positions)
 
 
 @torch.library.impl(_lib, "label_logits_backward", "CompositeExplicitAutograd")
 def _backward(grad_words, weight, label_ids, impl):
     implementation = implementations.resolve("label_logits", impl, weight.device.type, weight.dtype)
-    return implementation.backward(grad_words, weight, label_ids)
+    with without_autocast(weight.device.type):
+        return implementation.backward(grad_words, weight, label_ids)
 
 
 @torch.library.register_fake("peft_kernels::label_logits", lib=_lib)
@@ -167,3 +169,4 @@ def _texts(positions):
 
 
 torch.library.register_autograd("peft_kernels::label_logits", _autograd, setup_context=_setup_context, lib=_lib)
+no_second_derivative(_lib, "label_logits_backward")

@@ -7,7 +7,7 @@ import torch
 
 from .. import tuned
 from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, strides
-from ..triton_runtime import unavailable
+from ..triton_runtime import contiguous, unavailable
 
 try:
     from . import triton_kernels
@@ -36,12 +36,13 @@ BACKWARD = Config(4, 512, 4)
 def forward(hidden, weight, label_ids, bias, positions):
     (batch, width), words = (hidden.shape[0], hidden.shape[-1]), label_ids.numel()
     out = hidden.new_empty(batch, *label_ids.shape, dtype=torch.float32)
+    (label_ids,) = contiguous(label_ids)
     if out.numel():
         config = forward_config(words)
         options = tuned.options("label_logits", "forward", weight.device, launch_options(config), weight.element_size(), config.words)
         with guard(hidden.device):
             triton_kernels.forward_kernel[cdiv(words, options["BW"]) * batch,](
-                out, hidden, weight, label_ids.contiguous(), bias, positions,
+                out, hidden, weight, label_ids, bias, positions,
                 words, width, hidden.stride(0), hidden.stride(-2), hidden.stride(-1), *weight.stride(), *strides(bias, 1), *strides(positions, 1),
                 **options,
             )  # fmt: skip
@@ -51,11 +52,12 @@ def forward(hidden, weight, label_ids, bias, positions):
 def backward(grad_words, weight, label_ids):
     batch, width = grad_words.shape[0], weight.shape[1]
     grad_rows = grad_words.new_empty(batch, width)
+    grad_words, label_ids = contiguous(grad_words, label_ids)
     if grad_rows.numel():
         options = tuned.options("label_logits", "backward", weight.device, launch_options(BACKWARD), weight.element_size())
         with guard(weight.device):
             triton_kernels.backward_kernel[cdiv(width, options["BD"]) * batch,](
-                grad_rows, grad_words.contiguous(), weight, label_ids.contiguous(), label_ids.numel(), width, *weight.stride(), **options
+                grad_rows, grad_words, weight, label_ids, label_ids.numel(), width, *weight.stride(), **options
             )
     return grad_rows
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations
+from ..implementations import Implementations, check_numbers, no_second_derivative, without_autocast
 
 __all__ = ["prototype_cross_entropy", "prototype_objective", "prototype_scores"]
 
 # Each has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected, prototypes) -> gradients of projected
 # and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight, labels) -> loss (), its gradients of projected and
-# radius. Everything is in one dtype, contiguous.
+# radius. Everything is in one dtype, contiguous but for labels.
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -58,7 +58,9 @@ def prototype_scores(
     """
     name = "prototype_scores"
     _check(name, features, projection, prototypes, radius, scores, impl)
-    projected = features @ projection.mT
+    check_numbers(name, weight=weight)
+    with without_autocast(features.device.type):
+        projected = features @ projection.mT
     return torch.ops.peft_kernels.prototype_scores.default(projected, prototypes, radius, scores, weight, impl)
 
 
@@ -82,7 +84,9 @@ def prototype_cross_entropy(
     if prototypes.requires_grad:
         raise ValueError(f"{name}: prototypes must not require a gradient; prototype_scores gives one")
     _check_labels(name, "features", features, labels, features.shape[:1])
-    projected = features @ projection.mT
+    check_numbers(name, weight=weight)
+    with without_autocast(features.device.type):
+        projected = features @ projection.mT
     return torch.ops.peft_kernels.prototype_cross_entropy.default(projected, prototypes, radius, scores, weight, labels, impl)[0]
 
 
@@ -162,7 +166,8 @@ def _dense(*tensors):
 @torch.library.impl(_lib, "prototype_scores", "CompositeExplicitAutograd")
 def _forward(projected, prototypes, radius, scores, weight, impl):
     implementation = implementations.resolve("prototype_scores", impl, projected.device.type, projected.dtype)
-    return implementation.forward(*_dense(projected, prototypes, radius, scores), weight)
+    with without_autocast(projected.device.type):
+        return implementation.forward(*_dense(projected, prototypes, radius, scores), weight)
 
 
 @torch.library.impl(_lib, "prototype_scores_backward", "CompositeExplicitAutograd")
@@ -175,7 +180,8 @@ def _backward(grad, projected, prototypes, impl):
 def _cross_entropy(projected, prototypes, radius, scores, weight, labels, impl):
     _check_values("prototype_cross_entropy", labels, prototypes.shape[0])
     implementation = implementations.resolve("prototype_cross_entropy", impl, projected.device.type, projected.dtype)
-    return implementation.cross_entropy(*_dense(projected, prototypes, radius, scores), weight, labels.contiguous())
+    with without_autocast(projected.device.type):
+        return implementation.cross_entropy(*_dense(projected, prototypes, radius, scores), weight, labels)
 
 
 @torch.library.register_fake("peft_kernels::prototype_scores", lib=_lib)
@@ -210,10 +216,15 @@ def _autograd(ctx, grad):
 
 def _setup_context_of_loss(ctx, inputs, output):
     _, grad_projected, grad_radius = output
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_projected, grad_radius)
 
 
-def _autograd_of_loss(ctx, grad, *_):
+def _autograd_of_loss(ctx, grad, *of_gradients):
+    if any(x is not None for x in of_gradients):
+        raise NotImplementedError("prototype_cross_entropy: second derivatives are not implemented")
+    if grad is None:
+        return (None,) * 7
     grad_projected, grad_radius = ctx.saved_tensors
     need_projected, _, need_radius, *_ = ctx.needs_input_grad
     grads = grad * grad_projected if need_projected else None, None, grad * grad_radius if need_radius else None
@@ -222,3 +233,4 @@ def _autograd_of_loss(ctx, grad, *_):
 
 torch.library.register_autograd("peft_kernels::prototype_scores", _autograd, setup_context=_setup_context, lib=_lib)
 torch.library.register_autograd("peft_kernels::prototype_cross_entropy", _autograd_of_loss, setup_context=_setup_context_of_loss, lib=_lib)
+no_second_derivative(_lib, "prototype_scores_backward")

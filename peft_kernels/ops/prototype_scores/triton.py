@@ -61,6 +61,7 @@ def backward(grad, projected, prototypes):
 
 def cross_entropy(projected, prototypes, radius, scores, weight, labels):
     (texts, width), classes = projected.shape, prototypes.shape[0]
+    (labels,) = triton_runtime.contiguous(labels)
     options = _tuned("cross_entropy", projected)
     blocks = cdiv(texts, options["BR"])
     losses, partial = projected.new_empty(texts), projected.new_empty(classes, blocks)

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations
+from ..implementations import Implementations, check_numbers, no_second_derivative
 from .layout import token_major
 
 __all__ = ["shared_cross_attention"]
@@ -73,13 +73,14 @@ def shared_cross_attention(
         TypeError: dtypes that do not fit.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, key_lengths, encoder_index)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     implementations.check("shared_cross_attention", impl)
+    check_numbers("shared_cross_attention", scale=scale)
     need_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     need_lse = return_lse or need_grad
     out, lse = torch.ops.peft_kernels.shared_cross_attention.default(query, key, value, key_lengths, encoder_index, scale, need_lse, impl)
@@ -227,3 +228,4 @@ def _autograd(ctx, grad_out, grad_lse):
 
 
 torch.library.register_autograd("peft_kernels::shared_cross_attention", _autograd, setup_context=_setup_context, lib=_lib)
+no_second_derivative(_lib, "shared_cross_attention_backward")

@@ -1,7 +1,8 @@
 """GPU kernels: the rows of all streams of an input are folded into tiles, so its keys and values are read once for many streams.
 
 Rows are addressed by one stride, as (streams, tokens, heads, D) in memory has it; a query or gradient that is laid out otherwise, and
-a key or value whose D is not contiguous, is copied first. Nothing waits for the device, and no launch depends on a value there.
+a key or value whose D is not contiguous, is copied first, as are lengths and indices of other strides than 1. Nothing waits for the
+device, and no launch depends on a value there.
 """
 
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import unavailable
+from ..triton_runtime import contiguous, unavailable
 from .layout import as_token_major, token_major
 
 try:
@@ -94,6 +95,7 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
     if scale < 0:  # the kernel takes the greatest score before it scales
         query, scale = -query, -scale
     query, key, value = _rows(query), _keys(key), _keys(value)
+    key_lengths, encoder_index = contiguous(key_lengths, encoder_index)
     rows = streams * tokens
     family, processors = device_of(query.device)
     configs = configs_of(family, query.element_size(), head_dim)
@@ -130,6 +132,7 @@ def backward(
         token_major(*x.shape, like=x) if needed else None for x, needed in ((query, need_query), (key, need_key), (value, need_value))
     )
     query, grad_out, out, key, value, lse = _rows(query), _rows(grad_out), _rows(out), _keys(key), _keys(value), as_token_major(lse)
+    key_lengths, encoder_index = contiguous(key_lengths, encoder_index)
     rows = query.shape[0] * tokens
     family, _ = device_of(query.device)
     configs = configs_of(family, query.element_size(), head_dim)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations
+from ..implementations import Implementations, check_numbers, no_second_derivative
 from ..vector_dropout import draw_seed
 
 __all__ = ["special_token_add", "special_token_add_", "special_token_slots"]
@@ -14,6 +14,8 @@ __all__ = ["special_token_add", "special_token_add_", "special_token_slots"]
 # Each has slots(input_ids, special_ids, attention_mask, max_slots) -> slots, counts; add_(hidden, vectors, slots, dropout_p, seed,
 # adapter_ids); and backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids) -> gradient of the vectors.
 implementations = Implementations(__name__)
+
+FEW_SLOTS = 256
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define("special_token_slots(Tensor input_ids, Tensor special_ids, Tensor? attention_mask, SymInt max_slots, str impl) -> Tensor")
@@ -54,7 +56,10 @@ def special_token_slots(
     if input_ids.ndim != 2:
         raise ValueError(f"{name}: input_ids must be (B, S), got {tuple(input_ids.shape)}")
     if not isinstance(special_ids, Tensor):
-        special_ids = torch.tensor(list(special_ids), dtype=torch.long, device=input_ids.device)
+        special_ids = list(special_ids)
+        if wrong := [x for x in special_ids if isinstance(x, float) or x is None]:
+            raise TypeError(f"{name}: special_ids must be integers, got {wrong[0]!r}")
+        special_ids = torch.tensor(special_ids, dtype=torch.long, device=input_ids.device)
     if special_ids.ndim != 1:
         raise ValueError(f"{name}: special_ids must be (n,), got {tuple(special_ids.shape)}")
     for what, x in (("input_ids", input_ids), ("special_ids", special_ids)):
@@ -155,6 +160,11 @@ def check_injection(name, what, hidden, vectors, slots, dropout_p, seed, adapter
             raise TypeError(f"{name}: {which} must be int32 or int64, got {x.dtype}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{name}: dropout_p must lie in [0, 1), got {dropout_p}")
+    check_numbers(name, dropout_p=dropout_p)
+    if seed is not None and not hasattr(seed, "__index__"):  # tensors have it
+        raise TypeError(f"{name}: seed must be an integer or a tensor, got a {type(seed).__name__}")
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{name}: seed must lie in [-2**63, 2**63), got {seed}")
     if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"{name}: seed must be a number or one int64, got {tuple(seed.shape)} of {seed.dtype}")
     given_seed = seed if isinstance(seed, Tensor) else None
@@ -170,14 +180,32 @@ def _check_devices(name, what, like, **tensors):
 
 
 def check_injection_values(name, length, vectors, slots, adapter_ids):
-    """What a kernel would read beyond its tensors for; on a GPU only when asked to."""
+    """What a kernel would read beyond its tensors for, or write twice; on a GPU only when asked to."""
     if slots.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1":
         return
+    # In Python where they are few: every call of a tensor function would cost more.
+    rows = slots.tolist() if 0 < slots.numel() <= FEW_SLOTS else None
     for which, x, end in (("slots", slots, length), ("adapter_ids", adapter_ids, vectors.shape[0])):
         if x is not None and x.numel():
-            least, most = (int(v) for v in x.aminmax())
+            if which == "slots" and rows is not None:
+                least, most = min(map(min, rows)), max(map(max, rows))
+            else:
+                least, most = (int(v) for v in x.aminmax())
             if least < -1 or most >= end:
                 raise ValueError(f"{name}: {which} must lie in [-1, {end}), got values from {least} to {most}")
+    if rows is None:
+        repeats = _repeats(slots)
+    else:
+        repeats = next((row for row in rows if len(set(row)) < len(row) and len(set(row)) != len(row) - row.count(-1) + 1), None)
+    if repeats is not None:
+        raise ValueError(f"{name}: slots must have every position of a row once, got {repeats}")
+
+
+def _repeats(slots: Tensor) -> list[int] | None:
+    """A row that has a position twice."""
+    ordered = slots.sort(1).values
+    wrong = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    return slots[int(wrong.int().argmax())].tolist() if bool(wrong.any()) else None
 
 
 @torch.library.impl(_lib, "special_token_slots", "CompositeExplicitAutograd")
@@ -194,14 +222,39 @@ def _slots(input_ids, special_ids, attention_mask, max_slots, impl):
 
 @torch.library.impl(_lib, "special_token_add_", "CompositeExplicitAutograd")
 def _add_(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
+    """With what torch's own operators in place see to: memory that is shared, inference tensors, and the version that autograd looks at."""
+    if hidden.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("special_token_add_: hidden is an inference tensor, which changes in torch.inference_mode() alone: clone it")
+    if _overlaps(hidden):
+        raise ValueError(
+            f"special_token_add_: elements of hidden must not share memory, got strides {hidden.stride()} of {tuple(hidden.shape)}: clone it"
+        )
+    if vectors.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr():
+        vectors = vectors.clone()
+    _add_to(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl)
+    if not hidden.is_inference():
+        torch.autograd.graph.increment_version(hidden)
+
+
+def _add_to(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
     check_injection_values("special_token_add", hidden.shape[1], vectors, slots, adapter_ids)
     implementations.resolve("special_token_add", impl, hidden.device.type, hidden.dtype).add_(hidden, vectors, slots, dropout_p, seed, adapter_ids)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether a stride is no longer than what lies between its steps: 0, or windows."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
 
 
 @torch.library.impl(_lib, "special_token_add", "CompositeExplicitAutograd")
 def _add(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
     out = hidden.clone(memory_format=torch.contiguous_format)
-    _add_(out, vectors, slots, dropout_p, seed, adapter_ids, impl)
+    _add_to(out, vectors, slots, dropout_p, seed, adapter_ids, impl)
     return out
 
 
@@ -246,6 +299,7 @@ def _autograd(ctx, grad):
 
 
 torch.library.register_autograd("peft_kernels::special_token_add", _autograd, setup_context=_setup_context, lib=_lib)
+no_second_derivative(_lib, "special_token_add_backward")
 
 
 class _AddInPlace(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import unavailable
+from ..triton_runtime import contiguous, unavailable
 from ..vector_dropout import threshold
 
 try:
@@ -57,10 +57,11 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
     (batch, slots_each), (_, vectors_each, width) = slots.shape, vectors.shape
     if not batch * slots_each * width:
         return
+    (vectors,) = contiguous(vectors)
     options = tuned.options("special_tokens", "add", hidden.device, add_options(hidden.element_size()), hidden.element_size())
     with guard(hidden.device):
         triton_kernels.add_kernel[cdiv(width, options["BD"]) * batch * slots_each,](
-            hidden, vectors.contiguous(), slots, adapter_ids, seed,
+            hidden, vectors, slots, adapter_ids, seed,
             slots_each, vectors_each, width, *dropout(dropout_p), *hidden.stride(), *slots.stride(), *strides(adapter_ids, 1),
             **options,
         )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Ctrl-C, and errors, after something was measured: it is written first."""
+
+from collections.abc import Sized
+
+import typer
+from rich.console import Console
+
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+class Keeping:
+    """Puts off the end of a run that has ``found`` something.
+
+    with Keeping(rows) as kept:
+        rows.append(...)
+    write(rows, partial=kept.partial)
+    kept.end(console)
+    """
+
+    def __init__(self, found: Sized):
+        self.found, self.stop = found, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, stop, trace) -> bool:
+        self.stop = stop
+        return stop is not None and len(self.found) > 0
+
+    @property
+    def partial(self) -> bool:
+        return self.stop is not None
+
+    def end(self, console: Console) -> None:
+        """
+        Raises:
+            typer.Exit: the run was interrupted; and whatever else stopped it.
+        """
+        if isinstance(self.stop, KeyboardInterrupt):
+            console.print("[yellow]interrupted: what was written is partial[/yellow]")
+            raise typer.Exit(INTERRUPTED)
+        if self.stop is not None:
+            raise self.stop

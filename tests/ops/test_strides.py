@@ -1,0 +1,137 @@
+"""Vectors and small matrices of any strides, every operator in every implementation: the results of contiguous ones, bit for bit."""
+
+import pytest
+import torch
+from operator_cases import CASES, PAIRS, implementations_of
+from torch import Tensor
+
+from peft_kernels import ops
+
+
+def column(x):
+    """One of three columns, the others 0: what a kernel that ignores the stride takes for values."""
+    wide = x.new_zeros(*x.shape, 3)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+def every_second(x):
+    return x.repeat_interleave(2, 0)[::2]
+
+
+def expanded(x):
+    """The first row for all; 0 lies behind it."""
+    return torch.cat([x[:1], torch.zeros_like(x)])[:1].expand(x.shape)
+
+
+LAYOUTS = [column, every_second, expanded]
+
+
+@pytest.fixture
+def runs(request, device):
+    name, impl = request.param
+    package = CASES[name]().package
+    if reason := implementations_of(package).unavailable(impl, device.type, torch.float32):
+        pytest.skip(reason)
+    return name, impl
+
+
+def gradients(results, inputs, of=torch.ones_like):
+    results = [x for x in results if x.requires_grad]
+    return torch.autograd.grad(results, inputs, [of(x) for x in results], allow_unused=True) if results and inputs else ()
+
+
+def run(name, impl, tensors, options, of=torch.ones_like):
+    """Results and gradients. Leaves keep the strides of what they stand for."""
+    tensors = {key: x.detach().requires_grad_(key not in ("features", "scores")) if x.is_floating_point() else x for key, x in tensors.items()}
+    if name == "prototype_cross_entropy":
+        tensors["prototypes"] = tensors["prototypes"].detach()
+    given = dict(tensors)
+    if name == "special_token_add_":
+        given["hidden"] = tensors["hidden"] * 1
+    results = getattr(ops, name.split()[0])(**given, **options, impl=impl)
+    results = results if isinstance(results, tuple) else (results,)
+    return *results, *gradients(results, [x for x in tensors.values() if x.requires_grad], of)
+
+
+def equal(result, expected):
+    """None: no gradient. NaN, which nothing here gives, equals nothing."""
+    return torch.equal(result, expected) if isinstance(expected, Tensor) else result is expected
+
+
+def laid_out(case, layout, dtype, device):
+    """The arguments in this layout."""
+    result = {}
+    for key, x in case.tensors.items():
+        x = x.to(device) if x.is_floating_point() or key in ("seed", "labels") else x.to(device, dtype)
+        result[key] = layout(x) if key in case.laid_out and not (layout is expanded and key in case.varying) else x
+    return result
+
+
+def dense(tensors):
+    return {key: x.contiguous() for key, x in tensors.items()}
+
+
+def by_name(pair):
+    return "-".join(pair)
+
+
+@pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
+def test_operator_honours_strides(runs, device):
+    case = CASES[runs[0]]()
+    plain = run(*runs, laid_out(case, torch.Tensor.contiguous, torch.int64, device), case.options)
+    constant = run(*runs, dense(laid_out(case, expanded, torch.int64, device)), case.options)
+    for layout in LAYOUTS:
+        for dtype in (torch.int32, torch.int64):
+            results = run(*runs, laid_out(case, layout, dtype, device), case.options)
+            assert all(map(equal, results, constant if layout is expanded else plain)), (layout.__name__, dtype)
+
+
+@pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
+def test_gradients_of_a_sum_are_those_of_ones(runs, device):
+    """What ``sum().backward()`` hands on has strides of 0. Products by the library may round another layout differently."""
+    case = CASES[runs[0]]()
+    plain = laid_out(case, torch.Tensor.contiguous, torch.int64, device)
+    expected = run(*runs, plain, case.options)
+    results = run(*runs, plain, case.options, of=lambda x: x.new_ones(()).expand(x.shape))
+    torch.testing.assert_close(results, expected, equal_nan=False)
+
+
+class Recorder:
+    """An implementation whose calls are kept."""
+
+    def __init__(self, implementation):
+        self.implementation, self.calls = implementation, []
+
+    def __getattr__(self, name):
+        found = getattr(self.implementation, name)
+        if not callable(found) or name == "unavailable":
+            return found
+
+        def called(*arguments):
+            copies = [x.detach().clone(memory_format=torch.preserve_format) if isinstance(x, Tensor) else x for x in arguments]
+            self.calls.append((found, copies))
+            return found(*arguments)
+
+        return called
+
+
+@pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
+def test_implementation_honours_strides_of_integers(runs, device, monkeypatch):
+    """Below the operator: each takes index vectors as they are."""
+    name, impl = runs
+    case = CASES[name]()
+    package = implementations_of(case.package)
+    recorder = Recorder(package.module(impl))
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "module", lambda _: recorder)
+        run(name, impl, laid_out(case, torch.Tensor.contiguous, torch.int32, device), case.options)
+    assert recorder.calls
+    for function, arguments in recorder.calls:
+        results = []
+        for layout in (torch.Tensor.contiguous, column):
+            given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+            given = [layout(x) if isinstance(x, Tensor) and x.ndim and not x.is_floating_point() else x for x in given]
+            result = function(*given)
+            results.append(result if isinstance(result, tuple) else (given[0] if result is None else result,))
+        assert all(map(equal, *results)), function.__name__
