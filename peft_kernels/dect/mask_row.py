@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from ..ops import label_logits
 from ..peft_method import is_encoder_decoder
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
-    """One forward: the row of each text that is wanted, (B,), and the hidden states that stood there, (B, H)."""
+    """One forward: the row of each text that is wanted, (B,), of how many; and the hidden states that stood there, (B, H)."""
 
     positions: Tensor
+    length: int
     rows: list[Tensor] = field(default_factory=list)
 
 
@@ -85,8 +87,8 @@ class MaskRow:
         return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance * logits.abs().max())
 
     def _run(self, inputs, positions) -> tuple[Tensor, Tensor | None]:
-        call = _Call(positions)
-        handle = self.base.register_forward_hook(self._keep)  # forwards in other threads pass through it unchanged
+        call = _Call(positions, inputs["input_ids" if self.decoder_ids is None else "decoder_input_ids"].shape[1])
+        handle = self.base.register_forward_hook(partial(self._keep, call))  # forwards of other threads pass through it unchanged
         self.call.set(call)
         try:
             output = self.runs(**inputs)
@@ -105,16 +107,20 @@ class MaskRow:
         with _LabelColumns(self.model.get_output_embeddings(), columns):
             return self._run(inputs, positions)
 
-    def _keep(self, module, arguments, output):
+    def _keep(self, call, module, arguments, output):
         """Of the last hidden state (B, S, H) of ``base`` only the rows at the positions go on, as (B, 1, H)."""
-        call = self.call.get()
-        if call is None:
+        if self.call.get() is not call:
             return None
         hidden = output[0]
         if hidden.ndim != 3:
             raise ValueError(f"DecT: the last hidden state of {type(module).__name__} must be (B, S, H), got {tuple(hidden.shape)}")
+        if hidden.shape[1] != call.length:
+            raise ValueError(
+                f"DecT: the last hidden state of {type(module).__name__} must have {call.length} rows, one for each token, got {hidden.shape[1]}:"
+                " an adapter that adds tokens moves the mask"
+            )
         call.rows.append(hidden[torch.arange(len(hidden), device=hidden.device), call.positions.to(hidden.device)])
-        row = call.rows[0][:, None]
+        row = call.rows[-1][:, None]
         if isinstance(output, tuple):
             return row, *output[1:]
         output[next(iter(output))] = row
@@ -131,5 +137,6 @@ class _LabelColumns(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.functional.linear and len(args) > 1 and args[1] is self.layer.weight:
             hidden, weight, *bias = args  # [B, 1, E]
-            return label_logits(hidden[:, 0].to(weight.dtype), weight, self.columns[:, None], bias=bias[0] if bias else None)[:, None]
+            columns = self.columns[:, None].to(weight.device)
+            return label_logits(hidden[:, 0].to(weight.dtype), weight, columns, bias=bias[0] if bias else None)[:, None]
         return function(*args, **(kwargs or {}))

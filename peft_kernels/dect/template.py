@@ -1,8 +1,10 @@
 """Texts in a template with one mask, and the pieces of label words at that mask."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+
+from ..frozen import ordered, strings
 
 TEXT, MASK = "{text}", "{mask}"
 T5_MASK = "<extra_id_0>"
@@ -33,6 +35,8 @@ class Template:
     """
 
     def __init__(self, template: str, tokenizer, max_length: int, *, causal: bool = False):
+        if not isinstance(template, str):
+            raise TypeError(f"DecT: template must be a string, got {type(template).__name__}")
         for placeholder in (TEXT, MASK):
             if template.count(placeholder) != 1:
                 raise ValueError(f"DecT: template must contain {placeholder} once, got {template!r}")
@@ -98,7 +102,18 @@ class Template:
         Raises:
             ValueError: a class without words, a word without pieces or unknown to the tokenizer, or two classes of the same pieces.
         """
-        classes = [[words] if isinstance(words, str) else list(words) for words in label_words]
+        if isinstance(label_words, Mapping):
+            raise TypeError(
+                "DecT: label_words must be a sequence with the words of each class in order, got a mapping: give list(label_words.values()),"
+                " and list(label_words) as classes of DecoderTuning"
+            )
+        if not ordered(label_words):
+            kind = "one string" if isinstance(label_words, str) else type(label_words).__name__
+            raise TypeError(f"DecT: label_words must be a sequence with the words of each class in order, got {kind}")
+        classes = [
+            [words] if isinstance(words, str) else strings("DecT", f"label_words[{i}]", sorted(words) if isinstance(words, Set) else words)
+            for i, words in enumerate(label_words)
+        ]
         if not classes:
             raise ValueError("DecT: label_words must have at least one class, got none")
         pieces = []
