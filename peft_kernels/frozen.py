@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .peft_method import check_pretrained
 
+UNLIMITED = 10**6  # a tokenizer without a limit names a huge number
+
 
 def frozen_model(method: str, model: nn.Module) -> nn.Module:
     """The transformers model that runs, with the adapters that are active in it: without what PEFT or ``torch.compile`` puts around.
@@ -64,6 +66,23 @@ def _is_pair(x) -> bool:
     return ordered(x) and len(x) == 2 and all(isinstance(y, str) for y in x)
 
 
+def max_length_of(model, tokenizer, default: int | None) -> int | None:
+    """Tokens of a text that both the tokenizer and the table of positions allow; ``default`` where neither has a limit."""
+    limits = [n for n in (tokenizer.model_max_length,) if n < UNLIMITED]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and positions > 0:
+        embeddings = getattr(model.base_model, "embeddings", None)
+        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its kin count from padding_idx + 1
+        limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
+    return min(limits, default=default)
+
+
+def padded_behind(attention_mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The mask and others of (B, S), tokens first, in their order, and padding behind: so positions are counted from the first token."""
+    order = (attention_mask != 0).int().sort(dim=1, descending=True, stable=True).indices
+    return tuple(x if x is None else x.gather(1, order) for x in (attention_mask, *tensors))
+
+
 def whole(method: str, argument: str, value, least: int) -> int:
     """An integer of at least ``least``, whoever's integer it is."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -73,7 +92,7 @@ def whole(method: str, argument: str, value, least: int) -> int:
     return value.__index__()
 
 
-def class_indices(method: str, labels, classes: int | None = None) -> list[int]:
+def class_indices(method: str, labels) -> list[int]:
     """Labels of texts as integers.
 
     Raises:

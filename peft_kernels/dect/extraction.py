@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..fingerprint import fingerprint
-from ..frozen import evaluating, frozen_model, strings, whole
+from ..frozen import evaluating, frozen_model, max_length_of, strings, whole
 from ..peft_method import is_causal, is_encoder_decoder
 from .cache import FeatureFile
 from .mask_row import MaskRow
-from .template import T5_MASK, Encoded, Template, max_length_of
+from .template import T5_MASK, Encoded, Template
 
 SAVE_SECONDS = 30.0  # of work at most that a killed run loses; saving takes at most a twentieth of the time
 
@@ -90,7 +90,7 @@ def extract(
 def template_for(model, tokenizer, template: str, max_length: int | None) -> Template:
     if is_encoder_decoder(model) and T5_MASK not in tokenizer.get_vocab():
         raise ValueError(f"DecT: encoder-decoder models are read as T5 is, but {type(tokenizer).__name__} has no {T5_MASK}")
-    most = max_length_of(model, tokenizer) if max_length is None else whole("DecT", "max_length", max_length, 1)
+    most = max_length_of(model, tokenizer, 512) if max_length is None else whole("DecT", "max_length", max_length, 1)
     return Template(template, tokenizer, most, causal=is_causal(model))
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..frozen import check_labels, frozen_model, strings
+from ..frozen import check_labels, frozen_model, padded_behind, strings
 from ..peft_method import is_causal
 from .classifier import DecoderTuning
 from .extraction import decoder_ids_for, template_for
@@ -174,9 +174,7 @@ class DecTForSequenceClassification(PreTrainedModel):
         if attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             attention_mask = torch.ones_like(input_ids)
-        # padding goes behind the tokens, as in the texts that the classifier was trained on: positions are counted from the first token
-        order = (attention_mask != 0).int().sort(dim=1, descending=True, stable=True).indices
-        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        attention_mask, input_ids = padded_behind(attention_mask, input_ids)  # as in the texts that the classifier was trained on
         row = self._row
         if row is None or row.model is not self.backbone:
             row = self._row = MaskRow(self.backbone, self.config.label_ids, self.config.decoder_ids)

@@ -8,7 +8,6 @@ from ..frozen import ordered, strings
 
 TEXT, MASK = "{text}", "{mask}"
 T5_MASK = "<extra_id_0>"
-UNLIMITED = 10**6  # a tokenizer without a limit names a huge number
 
 
 @dataclass(frozen=True)
@@ -149,14 +148,3 @@ def mask_token(tokenizer) -> str:
     if T5_MASK in tokenizer.get_vocab():
         return T5_MASK
     raise ValueError(f"DecT: {type(tokenizer).__name__} has neither a mask token nor {T5_MASK}, so there is no position to read")
-
-
-def max_length_of(model, tokenizer) -> int:
-    """What both the tokenizer and the table of positions allow; 512 where neither has a limit."""
-    limits = [n for n in (tokenizer.model_max_length,) if n < UNLIMITED]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and positions > 0:
-        embeddings = getattr(model.base_model, "embeddings", None)
-        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its kin count from padding_idx + 1
-        limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
-    return min(limits, default=512)
