@@ -15,7 +15,7 @@ def trained(name, words=WORDS, **options):
     extraction = extract(model, t, TEXTS, template, words)
     classifier = DecoderTuning(dim=8, empty_scores=extraction.empty_scores, classes=["bad", "good"], **options)
     classifier.fit(extraction.features, [classifier.classes[i] for i in LABELS], extraction.scores)
-    q = classifier.decision_function(extraction.features, extraction.scores)
+    q = classifier.logits(extraction.features, extraction.scores)
     return DecTForSequenceClassification.from_classifier(classifier, model, t, template, words), t, q
 
 
