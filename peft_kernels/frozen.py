@@ -47,14 +47,12 @@ def strings(method: str, argument: str, values, *, pairs: bool = False) -> list:
     dimensions = (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)  # a table of pandas has two, and gives the names of its columns
     if not ordered(values) or getattr(values, "ndim", 1) not in dimensions:
         raise TypeError(f"{expected}, got {'one string' if isinstance(values, str) else type(values).__name__}")
-    found = [str(x) if isinstance(x, str) else x for x in values]
-    if pairs and found and not isinstance(found[0], str):
-        found = [tuple(map(str, x)) if _is_pair(x) else x for x in found]
-    kind = type(found[0]) if found and pairs else str
+    found = list(values)
+    of_pairs = pairs and found and not isinstance(found[0], str)
     for i, x in enumerate(found):
-        if not isinstance(x, str | tuple if pairs else str) or type(x) is not kind:
+        if not (_is_pair(x) if of_pairs else isinstance(x, str)):
             raise TypeError(f"{expected}, got {type(x).__name__} at {i}")
-    return found
+    return [(str(x[0]), str(x[1])) if of_pairs else str(x) for x in found]
 
 
 def ordered(values) -> bool:
@@ -63,7 +61,7 @@ def ordered(values) -> bool:
 
 
 def _is_pair(x) -> bool:
-    return ordered(x) and len(x) == 2 and all(isinstance(y, str) for y in x)
+    return ordered(x) and hasattr(x, "__getitem__") and len(x) == 2 and all(isinstance(y, str) for y in x)
 
 
 def max_length_of(model, tokenizer, default: int | None) -> int | None:

@@ -17,7 +17,8 @@ from .cache import FeatureFile
 from .mask_row import MaskRow
 from .template import T5_MASK, Encoded, Template
 
-SAVE_SECONDS = 30.0  # of work at most that a killed run loses; saving takes at most a twentieth of the time
+SAVE_SECONDS = 30.0  # between two saves, or SAVE_SHARE times as long as a save takes
+SAVE_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _run(model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int,
                 progress.update(len(batch) if done > 1 else 0)
                 if file and (start := time.monotonic()) >= due:
                     save()
-                    due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - start))
+                    due = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - start))
         except BaseException:
             if file and done > saved:
                 with suppress(Exception):  # what stopped the run is what is told
