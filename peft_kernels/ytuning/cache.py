@@ -176,9 +176,9 @@ def _encode(tokenizer, texts, max_length):
 
 def _shards(lengths) -> list[list[int]]:
     """Texts by length, in shards of about SHARD_TOKENS."""
-    shards, tokens = [], SHARD_TOKENS
+    shards, tokens = [], 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if tokens + lengths[i] > SHARD_TOKENS:
+        if not shards or tokens + lengths[i] > SHARD_TOKENS:
             shards.append([])
             tokens = 0
         shards[-1].append(i)
