@@ -109,12 +109,13 @@ def class_indices(method: str, labels) -> list[int]:
 
 
 def check_labels(method: str, labels: Tensor, rows: int, classes: int) -> Tensor:
-    """(rows,) int64 on the CPU or a GPU; values are looked at on the CPU alone, because elsewhere that would wait for the device."""
+    """(rows,) int64. Values are looked at on the CPU alone, because elsewhere that would wait for the device, and not in a graph."""
     if labels.shape != (rows,):
         raise ValueError(f"{method}: labels must be ({rows},), one class index for each row, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{method}: labels must be integers, the indices of classes, got {labels.dtype}; regression is not supported")
-    if labels.device.type == "cpu" and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+    looked_at = labels.device.type == "cpu" and len(labels) and not torch.compiler.is_compiling()
+    if looked_at and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise ValueError(f"{method}: labels must lie in [0, {classes}), got values from {int(labels.min())} to {int(labels.max())}")
     return labels.long()
 

@@ -162,7 +162,11 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         return float(np.average(right, weights=None if sample_weight is None else array_of(sample_weight)))
 
     def save(self, path: str | Path) -> None:
-        """The fitted classifier as one safetensors file."""
+        """The fitted classifier as one safetensors file.
+
+        Raises:
+            ValueError: not fitted, or a path that cannot be written. TypeError: a parameter or class that is no number or string.
+        """
         if not hasattr(self, "head_"):
             raise NotFittedError("DecoderTuning: fit must come before save")
         tensors = {name: x.cpu().contiguous() for name, x in vars(self.head_).items()}
@@ -178,6 +182,7 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
             metadata = {"format": FORMAT, "parameters": json.dumps(parameters, default=_number), "fitted": json.dumps(fitted)}
         except TypeError as error:
             raise TypeError(f"DecoderTuning: parameters and classes must be numbers or strings to be saved: {error}") from error
+        durable.check_writable("DecoderTuning: path", Path(path))
         durable.replace(Path(path), lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from numbers import Real
 
 import numpy as np
@@ -90,7 +91,7 @@ def labels_of(labels, rows: int) -> np.ndarray:
     """
     if labels is None:
         raise ValueError("DecoderTuning: fit requires y to be passed, but the target y is None: labels must be one for each row of features")
-    labels = array_of(labels)
+    labels = array_of(list(labels) if isinstance(labels, Iterator) else labels)
     if labels.shape == (rows, 1):
         warnings.warn("A column-vector y was passed when a 1d array was expected", DataConversionWarning, stacklevel=3)
         labels = labels[:, 0]

@@ -40,7 +40,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, slots, features, lengths):
         weights = self.query.weight, self.key.weight, self.value.weight
-        return self.output(label_cross_attention(slots, features, *weights, lengths=lengths, num_heads=self.heads))
+        with torch.autocast(features.device.type, enabled=False):  # the operator sums in float32 and takes features as they are stored
+            states = label_cross_attention(slots.to(weights[0].dtype), features, *weights, lengths=lengths, num_heads=self.heads)
+        return self.output(states)
 
 
 class LabelBlock(nn.Module):

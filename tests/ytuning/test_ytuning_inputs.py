@@ -228,3 +228,14 @@ def test_a_layer_that_is_none(given):
     model, tokenizer, texts, folder = given
     with pytest.raises(ValueError, match=r"layer must lie in \[-3, 2\], got 3"):
         cache_features(model, tokenizer, texts, folder, layer=3)
+
+
+def test_autocast():
+    x, lengths, labels = torch.randn(4, 7, 32), torch.tensor([7, 2, 1, 5]), torch.tensor([0, 1, 2, 0])
+    model = tiny.model(num_blocks=2)
+    expected = model(features=x, lengths=lengths).logits
+    for features in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(features=features, lengths=lengths, labels=labels)
+        output.loss.backward()
+        assert (output.logits.float() - expected).norm() < 0.05 * expected.norm()  # bfloat16 has eight bits
