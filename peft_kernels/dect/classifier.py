@@ -1,22 +1,34 @@
 """DecT as a classifier in the manner of scikit-learn, which it does not need."""
 
-import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import durable
+from .estimator import (
+    BaseEstimator,
+    ClassifierMixin,
+    NotFittedError,
+    array_of,
+    labels_of,
+    matrix_of,
+    number,
+    row_weights,
+    same_features,
+    vector_of,
+)
 from .head import CALIBRATIONS, Head, calibrated, train
 
 FORMAT = "peft_kernels.dect classifier 1"
 
 
-class DecoderTuning:
+class DecoderTuning(ClassifierMixin, BaseEstimator):
     """A classifier on the features and scores that ``dect.extract`` has taken from a frozen model.
 
     Decoder tuning (DecT), arXiv 2212.08408: ``q_k = -||normalise(W h) - p_k|| + r_k + score_weight * s_k`` with trained W and r and
@@ -30,9 +42,13 @@ class DecoderTuning:
         calibration: of the model's scores: ``"official"``, ``"logprob"`` or ``"none"``; see ``dect.head.calibrated``.
         empty_scores: (C,) scores of the empty text, from ``dect.extract``; what the first two calibrations need.
         classes: names of the classes in the order of the scores' columns; None: 0, 1, … with scores, else the sorted labels.
+        class_weight: weights of the texts' losses by class, as a mapping from class to weight; ``"balanced"``: N over C times the texts
+            of the class; None: 1.
         seed: of W and the prototypes.
 
-    ``sklearn.base.clone`` and ``cross_val_score`` take it; the latter passes no scores on.
+    Where scikit-learn is installed this is one of its estimators: ``check_estimator`` passes, and pipelines, searches, calibration
+    and one-against-rest take it. They pass on no scores unless metadata routing is on (``set_fit_request(scores=True)``, and alike
+    for ``predict``, ``score`` and the rest).
     """
 
     def __init__(
@@ -45,54 +61,68 @@ class DecoderTuning:
         calibration: str = "official",
         empty_scores: Tensor | Sequence[float] | None = None,
         classes: Sequence | None = None,
+        class_weight: Mapping | str | None = None,
         seed: int = 0,
     ):
         self.dim, self.lr, self.epochs, self.score_weight, self.seed = dim, lr, epochs, score_weight, seed
-        self.calibration, self.empty_scores, self.classes = calibration, empty_scores, classes
+        self.calibration, self.empty_scores, self.classes, self.class_weight = calibration, empty_scores, classes, class_weight
 
-    def fit(self, features, labels, scores=None) -> "DecoderTuning":
-        """Train on ``features`` (N, H), ``labels`` (N,) of any kind and, if there are any, the model's ``scores`` (N, C).
+    def fit(self, features, y, scores=None, sample_weight=None) -> "DecoderTuning":
+        """Train on ``features`` (N, H), labels ``y`` (N,) of any kind and, if there are any, the model's ``scores`` (N, C).
 
-        Tensors (trained on their device), arrays or lists. Sets ``classes_``, ``head_``, ``losses_`` (of every epoch), ``score_weight_``
-        and ``n_features_in_``.
+        Tensors (trained on their device), arrays, tables or lists. ``sample_weight`` (N,), at least 0: a text of weight 2 counts as two,
+        one of weight 0 as none. Sets ``classes_``, ``head_``, ``losses_`` (of every epoch), ``score_weight_``, ``n_features_in_`` and,
+        of a table, ``feature_names_in_``.
 
         Raises:
-            ValueError: shapes that do not fit, features or scores that are not finite, a label outside the classes, a class without
-                texts, an unknown calibration, or scores to be calibrated without ``empty_scores``.
+            ValueError: shapes that do not fit, features or scores that are not finite, a label outside the classes or with a fraction,
+                a class without texts, an unknown calibration, or scores to be calibrated without ``empty_scores``.
+            TypeError: sparse features.
         """
         if self.calibration not in CALIBRATIONS:
             raise ValueError(f"DecoderTuning: calibration must be one of {list(CALIBRATIONS)}, got {self.calibration!r}")
-        for name, least in (("dim", 1), ("epochs", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"DecoderTuning: {name} must be at least {least}, got {getattr(self, name)}")
-        features = _matrix("features", features)
+        number("dim", self.dim, 1, whole=True)
+        number("epochs", self.epochs, 0, whole=True)
+        number("lr", self.lr, 0)
+        table, features = features, matrix_of("features", features)
         if not len(features):
-            raise ValueError("DecoderTuning: features must have at least one row, got none")
-        labels = _array(labels)
-        if labels.shape != (len(features),):
-            raise ValueError(f"DecoderTuning: labels must be ({len(features)},), one for each row of features, got {labels.shape}")
-        scores = scores if scores is None else _matrix("scores", scores).to(features.device)
+            raise ValueError(f"DecoderTuning: features must have at least one row, got none: 0 sample(s) (shape={tuple(features.shape)})")
+        labels = labels_of(y, len(features))
+        scores = None if scores is None else matrix_of("scores", scores).to(features.device)
+        if scores is not None and len(scores) != len(features):
+            raise ValueError(f"DecoderTuning: scores must be ({len(features)}, {scores.shape[1]}), got {tuple(scores.shape)}")
+        same_features(self, table, features, reset=True)
+        weights = None if sample_weight is None else row_weights(sample_weight, len(features))
+        if weights is not None and not weights.all():
+            kept = np.flatnonzero(weights)
+            labels, weights, kept = labels[kept], weights[kept], torch.from_numpy(kept).to(features.device)
+            features, scores = features[kept], None if scores is None else scores[kept]
         self.classes_ = self._classes(labels, scores)
         indices = self._indices(labels)
         counts = np.bincount(indices, minlength=len(self.classes_))
         if not counts.all():
             raise ValueError(f"DecoderTuning: every class must have a text, got none for {self.classes_[counts == 0].tolist()}")
-        self.n_features_in_, self.takes_scores_ = features.shape[1], scores is not None
-        self.score_weight_ = len(self.classes_) / len(features) if self.score_weight is None else float(self.score_weight)
+        self.takes_scores_ = scores is not None
+        texts = len(features) if weights is None else float(weights.sum())
+        self.score_weight_ = len(self.classes_) / texts if self.score_weight is None else float(self.score_weight)
+        if self.class_weight is not None:
+            of_class = self._class_weights(np.bincount(indices, weights, len(self.classes_)))
+            weights = of_class[indices] if weights is None else weights * of_class[indices]
         self.head_, self.losses_ = train(
             features,
             torch.from_numpy(indices).to(features.device),
             self._calibrated(scores, len(features)),
             len(self.classes_),
-            dim=self.dim,
-            lr=self.lr,
-            epochs=self.epochs,
+            dim=int(self.dim),
+            lr=float(self.lr),
+            epochs=int(self.epochs),
             score_weight=self.score_weight_,
-            seed=self.seed,
+            seed=int(self.seed),
+            weights=None if weights is None else torch.from_numpy(weights / weights.sum()).to(features),
         )
         return self
 
-    def decision_function(self, features, scores=None) -> Tensor:
+    def logits(self, features, scores=None) -> Tensor:
         """q, (N, C) float32, on the device that the classifier was trained on.
 
         Raises:
@@ -100,74 +130,96 @@ class DecoderTuning:
                 trained without, or the reverse.
         """
         if not hasattr(self, "head_"):
-            raise ValueError("DecoderTuning: fit must come first")
+            raise NotFittedError("DecoderTuning: fit must come first")
         device = self.head_.radius.device
-        features = _matrix("features", features).to(device)
-        if features.shape[1] != self.n_features_in_:
-            raise ValueError(f"DecoderTuning: features must be (N, {self.n_features_in_}) as in fit, got {tuple(features.shape)}")
+        table, features = features, matrix_of("features", features).to(device)
+        same_features(self, table, features, reset=False)
+        if not len(features):
+            raise ValueError(f"DecoderTuning: features must have at least one row, got none: 0 sample(s) (shape={tuple(features.shape)})")
         if (scores is not None) != self.takes_scores_:
             raise ValueError(f"DecoderTuning: fit was called {'with' if self.takes_scores_ else 'without'} scores, and so must be this")
-        scores = scores if scores is None else _matrix("scores", scores).to(device)
+        scores = scores if scores is None else matrix_of("scores", scores).to(device)
         return self.head_(features, self._calibrated(scores, len(features)), self.score_weight_)
+
+    def decision_function(self, features, scores=None) -> np.ndarray:
+        """q, (N, C) float32; of two classes the second's less the first's, (N,). Raises as ``logits`` does."""
+        q = self.logits(features, scores).cpu().numpy()
+        return q[:, 1] - q[:, 0] if q.shape[1] == 2 else q
 
     def predict(self, features, scores=None) -> np.ndarray:
         """(N,) of ``classes_``."""
-        best = self.decision_function(features, scores).argmax(1)
-        return self.classes_[best.cpu().numpy()]
+        best = self.logits(features, scores).argmax(1).cpu().numpy()
+        return self.classes_[best]
 
     def predict_proba(self, features, scores=None) -> np.ndarray:
-        """(N, C)"""
-        return self.decision_function(features, scores).softmax(1).cpu().numpy()
+        """(N, C) float32"""
+        return self.logits(features, scores).softmax(1).cpu().numpy()
 
-    def score(self, features, labels, scores=None) -> float:
+    def score(self, features, y, scores=None, sample_weight=None) -> float:
         """Accuracy."""
-        return float((self.predict(features, scores) == _array(labels)).mean())
+        predicted = self.predict(features, scores)
+        right = predicted == labels_of(y, len(predicted))
+        return float(np.average(right, weights=None if sample_weight is None else array_of(sample_weight)))
 
     def save(self, path: str | Path) -> None:
-        """The fitted classifier as one safetensors file."""
+        """The fitted classifier as one safetensors file.
+
+        Raises:
+            ValueError: not fitted, or a path that cannot be written. TypeError: a parameter or class that is no number or string.
+        """
         if not hasattr(self, "head_"):
-            raise ValueError("DecoderTuning: fit must come before save")
+            raise NotFittedError("DecoderTuning: fit must come before save")
         tensors = {name: x.cpu().contiguous() for name, x in vars(self.head_).items()}
         if self.empty_scores is not None:
-            tensors["empty_scores"] = _vector(self.empty_scores).cpu().contiguous()
-        parameters = {k: v for k, v in self.get_params().items() if k != "empty_scores"}
+            tensors["empty_scores"] = vector_of(self.empty_scores).cpu().contiguous()
+        parameters = {k: v for k, v in self.get_params().items() if k not in ("empty_scores", "class_weight")}
         parameters["classes"] = None if self.classes is None else self.classes_.tolist()
+        weights = self.class_weight
+        # a mapping as pairs: the keys of json are strings
+        parameters["class_weight"] = [*weights.items()] if isinstance(weights, Mapping) else weights
         fitted = {"classes": self.classes_.tolist(), "takes_scores": self.takes_scores_, "score_weight": self.score_weight_}
-        save_file(tensors, path, metadata={"format": FORMAT, "parameters": json.dumps(parameters), "fitted": json.dumps(fitted)})
+        try:
+            metadata = {"format": FORMAT, "parameters": json.dumps(parameters, default=_number), "fitted": json.dumps(fitted)}
+        except TypeError as error:
+            raise TypeError(f"DecoderTuning: parameters and classes must be numbers or strings to be saved: {error}") from error
+        durable.check_writable("DecoderTuning: path", Path(path))
+        durable.replace(Path(path), lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "DecoderTuning":
         """What ``save`` wrote, on the CPU."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"DecoderTuning: {path} was not written by save")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"DecoderTuning: {path} was not written by save: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"DecoderTuning: {path} was not written by save")
         tensors = load_file(path)
-        self = cls(**json.loads(metadata["parameters"]), empty_scores=tensors.pop("empty_scores", None))
+        parameters = json.loads(metadata["parameters"])
+        if isinstance(parameters.get("class_weight"), list):
+            parameters["class_weight"] = dict(parameters["class_weight"])
+        self = cls(**parameters, empty_scores=tensors.pop("empty_scores", None))
         fitted = json.loads(metadata["fitted"])
         self.head_ = Head(**tensors)
         self.classes_, self.n_features_in_ = np.asarray(fitted["classes"]), self.head_.projection.shape[1]
         self.takes_scores_, self.score_weight_ = fitted["takes_scores"], fitted["score_weight"]
         return self
 
-    def get_params(self, deep: bool = True) -> dict:
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-
-    def set_params(self, **parameters) -> "DecoderTuning":
-        for name, value in parameters.items():
-            if name not in inspect.signature(type(self)).parameters:
-                raise ValueError(f"DecoderTuning: no parameter is called {name!r}")
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        return f"DecoderTuning({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
-
-    def __sklearn_tags__(self):
-        """How scikit-learn asks what this is."""
-        from sklearn.utils import ClassifierTags, Tags, TargetTags
-
-        return Tags("classifier", TargetTags(required=True), None, ClassifierTags(), None)
+    def _class_weights(self, counts: np.ndarray) -> np.ndarray:
+        """(C,) of texts by class, (C,)."""
+        if isinstance(self.class_weight, str):
+            if self.class_weight != "balanced":
+                raise ValueError(f"DecoderTuning: class_weight must be None, 'balanced' or a mapping from class to weight, got {self.class_weight!r}")
+            return counts.sum() / (len(counts) * counts)
+        if not isinstance(self.class_weight, Mapping):
+            raise ValueError(f"DecoderTuning: class_weight must be None, 'balanced' or a mapping from class to weight, got {self.class_weight!r}")
+        if unknown := [k for k in self.class_weight if k not in self.classes_.tolist()]:
+            raise ValueError(f"DecoderTuning: class_weight must be of the classes {self.classes_.tolist()}, got {unknown}")
+        weights = np.array([self.class_weight.get(k, 1) for k in self.classes_.tolist()], dtype=np.float64)
+        if not np.isfinite(weights).all() or (weights <= 0).any():
+            raise ValueError(f"DecoderTuning: class_weight must have positive finite weights, got {weights.tolist()}")
+        return weights
 
     def _classes(self, labels: np.ndarray, scores: Tensor | None) -> np.ndarray:
         columns = None if scores is None else scores.shape[1]
@@ -194,25 +246,14 @@ class DecoderTuning:
             return scores
         if self.empty_scores is None:
             raise ValueError(f"DecoderTuning: calibration={self.calibration!r} needs empty_scores, the scores of the empty text, from extract")
-        empty = _vector(self.empty_scores).to(scores.device)
+        empty = vector_of(self.empty_scores).to(scores.device)
         if empty.shape != (classes,) or not empty.isfinite().all():
             raise ValueError(f"DecoderTuning: empty_scores must be {classes} finite numbers, got {empty.tolist()}")
         return calibrated(scores, empty, self.calibration)
 
 
-def _array(x) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-
-
-def _vector(x) -> Tensor:
-    return torch.as_tensor(x, dtype=torch.float32).detach()
-
-
-def _matrix(name: str, x) -> Tensor:
-    x = _vector(x)
-    if x.ndim != 2:
-        raise ValueError(f"DecoderTuning: {name} must be a matrix, got {tuple(x.shape)}")
-    if not x.isfinite().all():
-        row = int((~x.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"DecoderTuning: {name} must be finite, got NaN or infinity in row {row}")
-    return x
+def _number(x):
+    """Numbers of numpy, as a search over its arrays sets them."""
+    if isinstance(x, np.generic | np.ndarray | Tensor):
+        return x.tolist()
+    raise TypeError(f"{type(x).__name__} {x!r} is neither")

@@ -1,7 +1,8 @@
 """One query of a frozen model per text: the hidden state at the mask and the logits of the label words."""
 
+import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
-from . import cache as caching
+from ..fingerprint import fingerprint
+from ..frozen import evaluating, frozen_model, max_length_of, strings, whole
+from ..peft_method import is_causal, is_encoder_decoder
+from .cache import FeatureFile
 from .mask_row import MaskRow
-from .template import T5_MASK, Encoded, Template, max_length_of
+from .template import T5_MASK, Encoded, Template
+
+SAVE_SECONDS = 30.0  # between two saves, or SAVE_SHARE times as long as a save takes
+SAVE_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -42,45 +48,51 @@ def extract(
     Args:
         model: of transformers, in any mode: masked language models, causal ones (the template ends with the mask), the T5 family
             (``<extra_id_0>`` is the mask, its decoder reads that after its start), and encoders without a head if ``label_words`` is None.
+            With adapters of PEFT the features are those of the active one.
         tokenizer: of the model.
-        texts: strings.
+        texts: strings, in any iterable that has an order.
         template: such as ``"{text} It was {mask}."``. A too long text is cut at its end, the template never. Whether a space precedes
             ``{mask}`` decides how label words are read: in tokenizers of the BPE kind "great" and " great" are different tokens.
-        label_words: for every class one word or several; of a word of several pieces the first counts. None: no scores.
+        label_words: for every class, in order, one word or several; of a word of several pieces the first counts. None: no scores.
         batch_size: texts of one forward pass; they are sorted by length and padded to the longest of the batch.
         max_length: tokens of a text in its template; None: what model and tokenizer allow.
-        cache: a safetensors file, read if it was made from the same model, weights, texts, template and words, else written.
+        cache: a safetensors file. It is read if it was made from the same model, weights, active adapters, autocast, token ids and words;
+            else it is written. It is saved every half minute, and a run that was stopped goes on from there; nothing in it is taken
+            without its checksum.
 
     Raises:
-        ValueError: a template without text or mask or too long, an empty class, a word without pieces, or a model that gives no scores.
-        TypeError: ``model`` is not one of transformers, or a text is not a string.
+        ValueError: a template without text or mask or too long, an empty class, a word without pieces, a model that gives no scores, or
+            a ``cache`` that cannot be written or is a file of something else.
+        TypeError: ``model`` is not one of transformers, or a text or word is not a string.
+
+    Threads may extract from one model at once; while they do, it is in eval mode for all.
     """
-    check_pretrained("DecT", model)
-    if isinstance(texts, str) or not all(isinstance(x, str) for x in texts):
-        raise TypeError(f"DecT: texts must be a sequence of strings, got {sorted({type(x).__name__ for x in texts} | {type(texts).__name__})}")
-    if batch_size < 1:
-        raise ValueError(f"DecT: batch_size must be at least 1, got {batch_size}")
+    model = frozen_model("DecT", model)
+    texts = strings("DecT", "texts", texts)
+    batch_size = whole("DecT", "batch_size", batch_size, 1)
     filled = template_for(model, tokenizer, template, max_length)
     label_ids = None if label_words is None else filled.label_ids(label_words)
-    decoder_ids = decoder_ids_for(model, filled)
-    row = MaskRow(model, label_ids, decoder_ids)
+    row = MaskRow(model, label_ids, decoder_ids_for(model, filled))
     encoded = filled.encode([*texts, ""])
-    key = None
+    # the empty text first, then what does not fit into memory
+    order = [len(texts), *sorted(range(len(texts)), key=lambda i: -len(encoded[i].input_ids))]
+    file = None
     if cache is not None:
-        rows = [(e.input_ids, e.position) for e in encoded]
-        key = caching.key_of(model, template=template, label_words=label_words, label_ids=label_ids, decoder_ids=decoder_ids, rows=rows)
-        if (found := caching.read(Path(cache), key)) is not None:
-            return Extraction(found["features"], found.get("scores"), found.get("empty_scores"))
-    extraction = _run(model, row, encoded, batch_size, padding_id(tokenizer))
-    if cache is not None:
-        caching.write(Path(cache), key, {k: v for k, v in vars(extraction).items() if v is not None})
-    return extraction
+        inputs = {"label_ids": label_ids, "decoder_ids": row.decoder_ids, "rows": [(e.input_ids, e.position) for e in encoded]}
+        file = FeatureFile(cache, fingerprint(row.runs, row.base, inputs))
+    found = _run(model, row, [encoded[i] for i in order], batch_size, padding_id(tokenizer), file)
+    places = torch.tensor(order).argsort()
+    features, scores = (None if x is None else x[places] for x in (found["features"], found.get("scores")))
+    if scores is None:
+        return Extraction(features[:-1].clone(), None, None)
+    return Extraction(features[:-1].clone(), scores[:-1].clone(), scores[-1].clone())
 
 
 def template_for(model, tokenizer, template: str, max_length: int | None) -> Template:
     if is_encoder_decoder(model) and T5_MASK not in tokenizer.get_vocab():
         raise ValueError(f"DecT: encoder-decoder models are read as T5 is, but {type(tokenizer).__name__} has no {T5_MASK}")
-    return Template(template, tokenizer, max_length or max_length_of(model, tokenizer), causal=is_causal(model))
+    most = max_length_of(model, tokenizer, 512) if max_length is None else whole("DecT", "max_length", max_length, 1)
+    return Template(template, tokenizer, most, causal=is_causal(model))
 
 
 def decoder_ids_for(model, template: Template) -> list[int] | None:
@@ -100,32 +112,41 @@ def padded(rows: Sequence[Encoded], pad: int, device=None) -> tuple[Tensor, Tens
     return ids, mask, torch.tensor([row.position for row in rows], device=device)
 
 
-def _run(model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int) -> Extraction:
-    """The last of ``encoded`` is the empty text."""
-    *texts, empty = range(len(encoded))
-    texts.sort(key=lambda i: -len(encoded[i].input_ids))  # what does not fit into memory fails at once
-    batches = [[empty], *(texts[i : i + batch_size] for i in range(0, len(texts), batch_size))]
-    features, scores = [], []
-    with _evaluating(model), logging.tqdm(total=len(texts), desc="features", unit=" texts") as progress:
-        for batch in batches:
-            x, s = row(*padded([encoded[i] for i in batch], pad, model.device))
-            features.append(x.cpu())
-            scores.append(None if s is None else s.cpu())
-            progress.update(0 if batch == [empty] else len(batch))
-    order = torch.tensor([i for batch in batches for i in batch]).argsort()
-    x = torch.cat(features)[order]
-    if row.columns is None:
-        return Extraction(x[:-1].clone(), None, None)
-    s = torch.cat(scores)[order]
-    return Extraction(x[:-1].clone(), s[:-1].clone(), s[-1].clone())
+def _run(model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int, file: FeatureFile | None) -> dict[str, Tensor]:
+    """Features (N, H) and perhaps scores (N, C) of ``encoded``, whose first is the empty text; what ``file`` holds is not made again."""
+    found = file.read() if file else None
+    rows = [] if found is None else [found]
+    done = saved = sum(len(x["features"]) for x in rows)
+    if file and done < len(encoded):
+        file.check_writable()
 
+    device = None if model.device.type == "meta" else model.device  # accelerate's hooks fetch offloaded weights and move the inputs
 
-@contextmanager
-def _evaluating(model):
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    def together():
+        return {name: torch.cat([x[name] for x in rows]) for name in rows[0]}
+
+    def save():
+        nonlocal saved
+        file.write(together())
+        saved = done
+
+    with evaluating(model), logging.tqdm(total=len(encoded) - 1, initial=max(0, done - 1), desc="features", unit=" texts") as progress:
+        due = time.monotonic() + SAVE_SECONDS
+        try:
+            while done < len(encoded):
+                batch = encoded[done : done + batch_size] if done else encoded[:1]
+                x, s = row(*padded(batch, pad, device))
+                rows.append({"features": x.cpu()} if s is None else {"features": x.cpu(), "scores": s.cpu()})
+                done += len(batch)
+                progress.update(len(batch) if done > 1 else 0)
+                if file and (start := time.monotonic()) >= due:
+                    save()
+                    due = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - start))
+        except BaseException:
+            if file and done > saved:
+                with suppress(Exception):  # what stopped the run is what is told
+                    save()
+            raise
+    if file and done > saved:
+        save()
+    return together()

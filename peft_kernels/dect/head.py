@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..ops import prototype_objective, prototype_scores
 from ..ops.prototype_scores.adam import Adam
@@ -36,12 +37,23 @@ def calibrated(scores: Tensor, empty_scores: Tensor | None, calibration: str) ->
 
 
 def train(
-    features: Tensor, labels: Tensor, scores: Tensor | None, classes: int, *, dim: int, lr: float, epochs: int, score_weight: float, seed: int
+    features: Tensor,
+    labels: Tensor,
+    scores: Tensor | None,
+    classes: int,
+    *,
+    dim: int,
+    lr: float,
+    epochs: int,
+    score_weight: float,
+    seed: int,
+    weights: Tensor | None = None,
 ) -> tuple[Head, Tensor]:
     """Adam on all of ``features`` (N, H) and ``labels`` (N,) in every epoch: the head and the loss before each step, (epochs,).
 
     The gradient needs two matrix products and one pass over what was projected, so no autograd. The projection is kept transposed,
-    as (H, D): with few texts the first product is then twice as fast.
+    as (H, D): with few texts the first product is then twice as fast. With ``weights`` (N,), whose sum is 1, the loss is a weighted mean,
+    and autograd finds its gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     width, device = features.shape[1], features.device
@@ -52,19 +64,35 @@ def train(
     projection = uniform(width**-0.5, dim, width).T.contiguous()  # [H, D], as nn.Linear starts
     prototypes = uniform((6 / (classes + dim)) ** 0.5, classes, dim)  # Xavier
     projected = features @ projection  # [N, D]
-    radius = torch.stack([_spread(projected[labels == k]) for k in range(classes)])
+    radius = torch.stack([_spread(projected[labels == k], None if weights is None else weights[labels == k]) for k in range(classes)])
     grad_projection, losses = torch.empty_like(projection), []
     optimizer = Adam([projection, radius], lr)
     objective = prototype_objective(prototypes, scores, labels, weight=score_weight)
     for _ in range(epochs):
-        torch.mm(features, projection, out=projected)
-        loss, grad, grad_radius = objective(projected, radius)
-        torch.mm(features.T, grad, out=grad_projection)
+        if weights is None:
+            torch.mm(features, projection, out=projected)
+            loss, grad, grad_radius = objective(projected, radius)
+            torch.mm(features.T, grad, out=grad_projection)
+        else:
+            loss, grad_projection, grad_radius = _weighted(features, projection, prototypes, radius, scores, score_weight, labels, weights)
         optimizer.step([grad_projection, grad_radius])
         losses.append(loss)
     return Head(projection.T.contiguous(), prototypes, radius), torch.stack(losses) if losses else radius.new_empty(0)
 
 
-def _spread(projected: Tensor) -> Tensor:
+def _weighted(features, projection, prototypes, radius, scores, score_weight, labels, weights) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted loss and its gradients of projection (H, D) and radius (C,)."""
+    with torch.enable_grad():
+        leaves = projection.detach().requires_grad_(), radius.detach().requires_grad_()
+        q = prototype_scores(features, leaves[0].T, prototypes, leaves[1], scores, weight=score_weight)
+        loss = (cross_entropy(q, labels, reduction="none") * weights).sum()
+        grad_projection, grad_radius = torch.autograd.grad(loss, leaves)
+    return loss.detach(), grad_projection.contiguous(), grad_radius
+
+
+def _spread(projected: Tensor, weights: Tensor | None) -> Tensor:
     """The mean distance of a class's texts (n, D) to their mean: 0 of one text."""
-    return (projected - projected.mean(0)).norm(dim=1).mean()
+    if weights is None:
+        return (projected - projected.mean(0)).norm(dim=1).mean()
+    share = weights / weights.sum()  # [n]
+    return share @ (projected - share @ projected).norm(dim=1)

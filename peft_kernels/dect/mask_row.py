@@ -1,14 +1,25 @@
 """The hidden state and the logits at one position of every text, from a model's own forward pass."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ..call_state import CallState
 from ..ops import label_logits
 from ..peft_method import is_encoder_decoder
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward: the row of each text that is wanted, (B,), of how many; and the hidden states that stood there, (B, H)."""
+
+    positions: Tensor
+    length: int
+    rows: list[Tensor] = field(default_factory=list)
 
 
 class MaskRow:
@@ -32,6 +43,7 @@ class MaskRow:
         self.runs = model if label_ids is not None or is_encoder_decoder(model) else self.base
         self.options = {"use_cache": False} if "use_cache" in inspect.signature(self.runs.forward).parameters else {}
         self.takes_columns: bool | None = None  # not yet tried
+        self.call = CallState()
         self.columns = self.places = None
         if label_ids is None:
             return
@@ -50,71 +62,81 @@ class MaskRow:
             positions = torch.full_like(positions, len(self.decoder_ids) - 1)
         if self.columns is None:
             return self._run(inputs, positions)[0].float(), None
-        self.columns, self.places = self.columns.to(input_ids.device), self.places.to(input_ids.device)
+        columns, places = self.columns.to(input_ids.device), self.places.to(input_ids.device)
         if self.takes_columns is None:
-            self._try_columns({k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}, positions[:1])
-        row, logits = self._run_for_columns(inputs, positions) if self.takes_columns else self._run(inputs, positions)
-        words = logits if self.takes_columns else logits[:, self.columns]
-        of_classes = words.float()[:, self.places.clamp_min(0)].masked_fill(self.places < 0, -torch.inf)  # [B, C, w]
+            first = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            self.takes_columns = self._try_columns(first, positions[:1], columns)
+        if self.takes_columns:
+            row, words = self._run_for_columns(inputs, positions, columns)
+        else:
+            row, logits = self._run(inputs, positions)
+            words = logits[:, columns]
+        of_classes = words.float()[:, places.clamp_min(0)].masked_fill(places < 0, -torch.inf)  # [B, C, w]
         return row.float(), of_classes.amax(2)
 
-    def _try_columns(self, inputs, positions):
+    def _try_columns(self, inputs, positions, columns) -> bool:
         logits = self._run(inputs, positions)[1]
+        if logits is None:
+            raise ValueError(f"DecT: the output of {type(self.model).__name__} has no logits, so it gives no scores; label_words=None does without")
         layer = self.model.get_output_embeddings()
-        self.takes_columns = type(layer) is nn.Linear and layer.out_features == logits.shape[-1]
-        if self.takes_columns:
-            columns, expected = self._run_for_columns(inputs, positions)[1].float(), logits[:, self.columns].float()
-            tolerance = torch.finfo(logits.dtype).eps ** 0.5
-            fits = columns.shape == expected.shape
-            self.takes_columns = fits and bool((columns - expected).abs().max() <= tolerance * logits.abs().max())
+        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter  # no quantised weight, no adapter
+        if not plain or layer.out_features != logits.shape[-1]:
+            return False
+        got, expected = self._run_for_columns(inputs, positions, columns)[1].float(), logits[:, columns].float()
+        tolerance = torch.finfo(logits.dtype).eps ** 0.5
+        return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance * logits.abs().max())
 
     def _run(self, inputs, positions) -> tuple[Tensor, Tensor | None]:
-        with _kept_rows(self.base, positions) as kept:
+        call = _Call(positions, inputs["input_ids" if self.decoder_ids is None else "decoder_input_ids"].shape[1])
+        handle = self.base.register_forward_hook(partial(self._keep, call))  # forwards of other threads pass through it unchanged
+        self.call.set(call)
+        try:
             output = self.runs(**inputs)
+        finally:
+            self.call.set(None)
+            handle.remove()
+        if len(call.rows) != 1:
+            raise ValueError(
+                f"DecT: {type(self.base).__name__} must run once in a forward of {type(self.runs).__name__}, and ran {len(call.rows)} times"
+                " where hooks see it: a compiled model must be handed over as it was before torch.compile"
+            )
         logits = getattr(output, "logits", None)
-        return kept[0], None if logits is None else logits[:, 0]
+        return call.rows[0], None if logits is None else logits[:, 0]
 
-    def _run_for_columns(self, inputs, positions):
-        with _label_columns(self.model.get_output_embeddings(), self.columns):
+    def _run_for_columns(self, inputs, positions, columns):
+        with _LabelColumns(self.model.get_output_embeddings(), columns):
             return self._run(inputs, positions)
 
-
-@contextmanager
-def _kept_rows(base: nn.Module, positions: Tensor) -> Iterator[list[Tensor]]:
-    """Of ``base``'s last hidden state (B, S, H) only the rows at ``positions`` go on, as (B, 1, H); they are listed as (B, H)."""
-    kept = []
-
-    def keep(module, arguments, output):
+    def _keep(self, call, module, arguments, output):
+        """Of the last hidden state (B, S, H) of ``base`` only the rows at the positions go on, as (B, 1, H)."""
+        if self.call.get() is not call:
+            return None
         hidden = output[0]
         if hidden.ndim != 3:
-            raise ValueError(f"DecT: the last hidden state of {type(base).__name__} must be (B, S, H), got {tuple(hidden.shape)}")
-        kept.append(hidden[torch.arange(len(hidden), device=hidden.device), positions])
-        row = kept[0][:, None]
+            raise ValueError(f"DecT: the last hidden state of {type(module).__name__} must be (B, S, H), got {tuple(hidden.shape)}")
+        if hidden.shape[1] != call.length:
+            raise ValueError(
+                f"DecT: the last hidden state of {type(module).__name__} must have {call.length} rows, one for each token, got {hidden.shape[1]}:"
+                " an adapter that adds tokens moves the mask"
+            )
+        call.rows.append(hidden[torch.arange(len(hidden), device=hidden.device), call.positions.to(hidden.device)])
+        row = call.rows[-1][:, None]
         if isinstance(output, tuple):
             return row, *output[1:]
         output[next(iter(output))] = row
         return output
 
-    handle = base.register_forward_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
 
+class _LabelColumns(TorchFunctionMode):
+    """In this thread ``layer`` computes the outputs of ``columns`` alone, in at least float32. The layer itself stays as it is."""
 
-@contextmanager
-def _label_columns(layer: nn.Linear, columns: Tensor) -> Iterator[None]:
-    """``layer`` computes the outputs of ``columns`` alone, in at least float32."""
-    before = layer.__dict__.get("forward")
+    def __init__(self, layer: nn.Linear, columns: Tensor):
+        super().__init__()
+        self.layer, self.columns = layer, columns
 
-    def forward(hidden):  # [B, 1, E]
-        return label_logits(hidden[:, 0], layer.weight, columns[:, None], bias=layer.bias)[:, None]
-
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del layer.forward
-        else:
-            layer.forward = before
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear and len(args) > 1 and args[1] is self.layer.weight:
+            hidden, weight, *bias = args  # [B, 1, E]
+            columns = self.columns[:, None].to(weight.device)
+            return label_logits(hidden[:, 0].to(weight.dtype), weight, columns, bias=bias[0] if bias else None)[:, None]
+        return function(*args, **(kwargs or {}))

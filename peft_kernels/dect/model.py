@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..frozen import check_labels, frozen_model, padded_behind, strings
 from ..peft_method import is_causal
 from .classifier import DecoderTuning
 from .extraction import decoder_ids_for, template_for
@@ -81,17 +83,31 @@ class DecTForSequenceClassification(PreTrainedModel):
         """Of a fitted classifier and what its features were extracted with. The backbone's weights are shared, not copied.
 
         Raises:
-            ValueError: the classifier is not fitted, or was trained with scores and ``label_words`` is None, or the reverse.
+            ValueError: the classifier is not fitted, or was trained with scores and ``label_words`` is None, or the reverse; or the backbone
+                is one that could not be loaded again: with adapters, or of a class that transformers does not have.
         """
         if not hasattr(classifier, "head_") or classifier.takes_scores_ != (label_words is not None):
             raise ValueError("DecT: classifier must be fitted, with scores where label_words are given and without where they are not")
+        if frozen_model("DecT", backbone) is not backbone or any(isinstance(m, BaseTunerLayer) for m in backbone.modules()):
+            raise ValueError(
+                "DecT: backbone must be a model of transformers without adapters, which its configuration does not have: merge or unload them"
+            )
+        if getattr(transformers, type(backbone).__name__, None) is not type(backbone):
+            raise ValueError(
+                f"DecT: backbone must be of a class of transformers, got {type(backbone).__name__}, which from_pretrained would not find"
+            )
         filled = template_for(backbone, tokenizer, template, None)
+        label_ids = None if label_words is None else filled.label_ids(label_words)
+        if label_ids is not None and len(label_ids) != len(classifier.classes_):
+            raise ValueError(f"DecT: label_words must be of the classifier's {len(classifier.classes_)} classes, got {len(label_ids)}")
+        if backbone.config.hidden_size != classifier.n_features_in_:
+            raise ValueError(f"DecT: backbone must be {classifier.n_features_in_} wide as features in fit, got {backbone.config.hidden_size}")
         names = [str(x) for x in classifier.classes_.tolist()]
         config = DecTConfig(
             backbone.config.to_dict(),
             type(backbone).__name__,
             template,
-            None if label_words is None else filled.label_ids(label_words),
+            label_ids,
             filled.mask_id,
             filled.mask_follows_text,
             decoder_ids_for(backbone, filled),
@@ -113,26 +129,67 @@ class DecTForSequenceClassification(PreTrainedModel):
 
     def prepare(self, texts: Sequence[str], tokenizer) -> list[str]:
         """The texts in the template, their ends cut where they are too long: what a tokenizer or a pipeline takes."""
+        texts = strings("DecT", "texts", texts)
         filled = template_for(self.backbone, tokenizer, self.config.template, None)
         return [filled.fill(text) for text in filled.cut(texts)]
 
+    def train(self, mode: bool = True) -> "DecTForSequenceClassification":
+        """The backbone stays in eval mode: it is frozen, and a dropout in it would make the logits others than those of the classifier."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """
+        Args:
+            input_ids: (B, S), with a mask in every row.
+            attention_mask: (B, S), 1 where there is no padding, on whichever side that is; None: no padding.
+            token_type_ids: not read: they are those of one text.
+            labels: (B,) in [0, num_labels): for a loss, without a gradient.
+
+        Returns:
+            logits (B, C), q of ``DecoderTuning``, without a gradient.
+
+        Raises:
+            ValueError: a row without a mask, or labels that are no indices of classes; labels in training, of which there is none.
+        """
+        if labels is not None and self.training and torch.is_grad_enabled():
+            raise ValueError("DecT: DecTForSequenceClassification is trained already, by DecoderTuning.fit; use it in eval mode")
+        logits = self._logits(input_ids, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits, check_labels("DecT", labels, *logits.shape))
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
     @torch.no_grad()
-    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs) -> SequenceClassifierOutput:
-        """(B, S) ids with a mask in every row, padded on the right: logits (B, C), without a gradient. Token types are those of one text."""
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if self._row is None:
-            self._row = MaskRow(self.backbone, self.config.label_ids, self.config.decoder_ids)
-        features, scores = self._row(input_ids, attention_mask, self._positions(input_ids, attention_mask))
-        if scores is not None:
-            scores = calibrated(scores, self.empty_scores.float(), self.config.calibration)
-        head = Head(self.projection.float(), self.prototypes.float(), self.radius.float())
-        logits = head(features, scores, self.config.score_weight)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+    def _logits(self, input_ids, attention_mask):
+        if attention_mask is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            attention_mask = torch.ones_like(input_ids)
+        attention_mask, input_ids = padded_behind(attention_mask, input_ids)  # as in the texts that the classifier was trained on
+        row = self._row
+        if row is None or row.model is not self.backbone:
+            row = self._row = MaskRow(self.backbone, self.config.label_ids, self.config.decoder_ids)
+        features, scores = row(input_ids, attention_mask, self._positions(input_ids, attention_mask))
+        with torch.autocast(features.device.type, enabled=False):
+            if scores is not None:
+                scores = calibrated(scores, self.empty_scores.float(), self.config.calibration)
+            head = Head(self.projection.float(), self.prototypes.float(), self.radius.float())
+            return head(features, scores, self.config.score_weight)
 
     def _positions(self, input_ids, attention_mask):
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         seen = attention_mask != 0
+        if not seen.any(1).all():
+            raise ValueError(f"DecT: row {int((~seen.any(1)).nonzero()[0])} is all padding")
         if self.config.mask_id is not None:
             seen &= input_ids == self.config.mask_id
             if not seen.any(1).all():

@@ -1,12 +1,13 @@
 """Texts in a template with one mask, and the pieces of label words at that mask."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+
+from ..frozen import ordered, strings
 
 TEXT, MASK = "{text}", "{mask}"
 T5_MASK = "<extra_id_0>"
-UNLIMITED = 10**6  # a tokenizer without a limit names a huge number
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Template:
     """
 
     def __init__(self, template: str, tokenizer, max_length: int, *, causal: bool = False):
+        if not isinstance(template, str):
+            raise TypeError(f"DecT: template must be a string, got {type(template).__name__}")
         for placeholder in (TEXT, MASK):
             if template.count(placeholder) != 1:
                 raise ValueError(f"DecT: template must contain {placeholder} once, got {template!r}")
@@ -98,7 +101,18 @@ class Template:
         Raises:
             ValueError: a class without words, a word without pieces or unknown to the tokenizer, or two classes of the same pieces.
         """
-        classes = [[words] if isinstance(words, str) else list(words) for words in label_words]
+        if isinstance(label_words, Mapping):
+            raise TypeError(
+                "DecT: label_words must be a sequence with the words of each class in order, got a mapping: give list(label_words.values()),"
+                " and list(label_words) as classes of DecoderTuning"
+            )
+        if not ordered(label_words):
+            kind = "one string" if isinstance(label_words, str) else type(label_words).__name__
+            raise TypeError(f"DecT: label_words must be a sequence with the words of each class in order, got {kind}")
+        classes = [
+            [words] if isinstance(words, str) else strings("DecT", f"label_words[{i}]", sorted(words) if isinstance(words, Set) else words)
+            for i, words in enumerate(label_words)
+        ]
         if not classes:
             raise ValueError("DecT: label_words must have at least one class, got none")
         pieces = []
@@ -134,14 +148,3 @@ def mask_token(tokenizer) -> str:
     if T5_MASK in tokenizer.get_vocab():
         return T5_MASK
     raise ValueError(f"DecT: {type(tokenizer).__name__} has neither a mask token nor {T5_MASK}, so there is no position to read")
-
-
-def max_length_of(model, tokenizer) -> int:
-    """What both the tokenizer and the table of positions allow; 512 where neither has a limit."""
-    limits = [n for n in (tokenizer.model_max_length,) if n < UNLIMITED]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and positions > 0:
-        embeddings = getattr(model.base_model, "embeddings", None)
-        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its kin count from padding_idx + 1
-        limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
-    return min(limits, default=512)

@@ -1,10 +1,17 @@
 """The frozen model that makes features, and what its attention mask says about them."""
 
+import threading
+
 import torch
 from torch import Tensor
 from transformers import AutoModel
 
-__all__ = ["FrozenBackbone", "features_of", "right_padded"]
+from ..frozen import frozen_model
+from ..peft_method import is_encoder_decoder
+
+__all__ = ["FrozenBackbone", "encoder_of", "features_of", "right_padded"]
+
+_loading = threading.Lock()
 
 
 class FrozenBackbone:
@@ -17,16 +24,29 @@ class FrozenBackbone:
         self.name, self.model = name, None
 
     def set(self, model: torch.nn.Module) -> None:
-        self.model = model.requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
+        self.model = encoder_of("YTuningForSequenceClassification", model)
 
     def __call__(self, layer: int, **inputs) -> Tensor:
         if self.model is None:
             if self.name is None:
                 raise ValueError("YTuningForSequenceClassification: input_ids need a backbone: name one in the config, or give features")
-            with torch.device("cpu"):
-                self.set(AutoModel.from_pretrained(self.name))
-        self.model.to(inputs["input_ids"].device)
+            with _loading, torch.device("cpu"):
+                if self.model is None:
+                    self.set(AutoModel.from_pretrained(self.name))
+        if self.model.device not in (inputs["input_ids"].device, torch.device("meta")):
+            self.model.to(inputs["input_ids"].device)
         return features_of(self.model, layer, **inputs)
+
+
+def encoder_of(method: str, model: torch.nn.Module) -> torch.nn.Module:
+    """What makes features: a model without its head, of an encoder-decoder the encoder.
+
+    Raises:
+        TypeError: no model of transformers. ValueError: adapters that work from around the model.
+    """
+    model = frozen_model(method, model)
+    return model.get_encoder() if is_encoder_decoder(model) else model.base_model
 
 
 @torch.no_grad()

@@ -2,21 +2,30 @@
 
 import hashlib
 import json
-import os
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
 
-from .backbone import features_of
+from .. import durable
+from ..fingerprint import fingerprint
+from ..frozen import evaluating, max_length_of, strings, whole
+from .backbone import encoder_of, features_of
 
-__all__ = ["INDEX", "cache_features", "checksum", "read_index"]
+__all__ = ["FORMAT", "INDEX", "cache_features", "checksum", "checksum_of_text", "read_index"]
 
 INDEX = "index.json"
-FORMAT = 1
+SHARD = re.compile(r"features-\d{5,}\.safetensors")
+FORMAT = 2
 SHARD_TOKENS = 1 << 16
+logger = logging.get_logger(__name__)
 
 
 def cache_features(
@@ -34,57 +43,90 @@ def cache_features(
     """Write the hidden states of every text to ``folder``, for ``CachedFeatures`` to read; returns the folder.
 
     Texts are sorted by length, in batches with little padding, and divided into shards; the index says where each text went. A shard is
-    written beside its place and then moved there, and only then entered in the index with its SHA-256: an interrupted run continues
-    after the last whole shard when called again. Shards that are there are checked; damaged or missing ones are computed again.
+    written beside its place, flushed to disk, moved there, and only then entered in the index with its SHA-256: an interrupted run
+    continues after the last whole shard when called again. Shards that are there are checked; damaged or missing ones are computed again.
+    A second process that is given the same folder waits for the first.
 
     Args:
-        model: the backbone; it runs as it is, in eval mode, on its device.
+        model: the backbone; of a model with a head that without it, of an encoder-decoder its encoder, with the adapter of PEFT that is
+            active. It runs as it is, in eval mode, on its device.
         tokenizer: the model's.
-        texts: strings, or pairs of strings.
+        texts: strings, or pairs of strings, in any iterable that has an order.
         dtype: what is stored: ``torch.bfloat16`` or ``torch.float32``.
         layer: which hidden states, counted as in ``hidden_states``; -1: the last.
-        max_length: tokens of a text; longer ones are cut. None: the tokenizer's own limit.
+        max_length: tokens of a text; longer ones are cut. None: what model and tokenizer allow.
         overwrite: replace a cache that was made of another model, tokenizer or texts. False: refuse it.
 
-    The key of a cache is a SHA-256 over the weights and config of the model, the token ids of all texts, ``dtype`` and ``layer``.
+    The key of a cache is a digest of the weights, config, active adapters and autocast of the model, the token ids of all texts,
+    ``dtype`` and ``layer``.
 
     Raises:
-        ValueError: ``dtype`` or ``batch_size`` out of range; or a cache in ``folder`` that was made of something else.
+        ValueError: ``dtype``, ``layer`` or ``batch_size`` out of range; a cache in ``folder`` that was made of something else; or a
+            ``folder`` that cannot be written or holds another index.
+        TypeError: ``model`` is not one of transformers, or ``texts`` are no strings or pairs.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"cache_features: dtype must be torch.bfloat16 or torch.float32, got {dtype}")
-    if batch_size < 1:
-        raise ValueError(f"cache_features: batch_size must be at least 1, got {batch_size}")
+    batch_size = whole("cache_features", "batch_size", batch_size, 1)
     folder = Path(folder)
-    encoded = _encode(tokenizer, texts, max_length)
+    model = encoder_of("cache_features", model)
+    layers = getattr(model.config, "num_hidden_layers", None)
+    if layers is not None and not -layers - 1 <= layer <= layers:
+        raise ValueError(f"cache_features: layer must lie in [{-layers - 1}, {layers}], got {layer}")
+    texts = strings("cache_features", "texts", texts, pairs=True)
+    most = max_length_of(model, tokenizer, None) if max_length is None else whole("cache_features", "max_length", max_length, 1)
+    encoded = _encode(tokenizer, texts, most)
+    key = fingerprint(model, model, [str(dtype), layer, encoded])
+    head = {"format": FORMAT, "key": key, "texts": len(encoded), "dtype": str(dtype).removeprefix("torch.")}
+    durable.check_writable("cache_features: folder", folder / INDEX)
+    with _alone(folder):
+        _fill(model, tokenizer, encoded, folder, head, batch_size, dtype, layer, overwrite)
+    return folder
+
+
+def _alone(folder: Path) -> FileLock:
+    """One process or thread at a time; the lock of a killed one is free."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning(f"cache_features: another process writes {folder}; this one waits for it")
+        lock.acquire()
+    return lock
+
+
+def _fill(model, tokenizer, encoded, folder, head, batch_size, dtype, layer, overwrite):
     lengths = [len(row["input_ids"]) for row in encoded]
     plan = _shards(lengths)
-    head = {"format": FORMAT, "key": _key(model, encoded, dtype, layer), "texts": len(encoded), "dtype": str(dtype).removeprefix("torch.")}
     done = _continue(folder, head, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(plan):
         name = f"features-{number:05d}.safetensors"
         if done.get(name) is not None and done[name] == checksum(folder / name):
             continue
         done.pop(name, None)
         _write_index(folder, head, len(plan), done)
-        tensors = {"features": _features(model, tokenizer, [encoded[i] for i in rows], batch_size, layer).to(dtype)}
-        tensors |= {"rows": torch.tensor(rows), "offsets": torch.tensor([0, *(lengths[i] for i in rows)]).cumsum(0)}
-        save_file(tensors, folder / f"{name}.part")
-        done[name] = checksum(folder / f"{name}.part")
-        os.replace(folder / f"{name}.part", folder / name)
+        features = _features(model, tokenizer, [encoded[i] for i in rows], batch_size, layer).to(dtype)
+        offsets = torch.tensor([0, *(lengths[i] for i in rows)]).cumsum(0)
+        sums = torch.tensor([checksum_of_text(features[begin:end]) for begin, end in offsets.unfold(0, 2, 1).tolist()], dtype=torch.int64)
+        tensors = {"features": features, "rows": torch.tensor(rows), "offsets": offsets, "checksums": sums}
+        durable.replace(folder / name, lambda part, tensors=tensors: save_file(tensors, part))
+        done[name] = checksum(folder / name)
         _write_index(folder, head, len(plan), done)
     _write_index(folder, head, len(plan), done)
-    return folder
 
 
 def read_index(folder: Path) -> dict | None:
-    """None where there is none that can be read."""
+    """Of this format or an earlier one; None where there is none that can be read."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return index if index["format"] == FORMAT and isinstance(index["done"], dict) else None
+        return index if isinstance(index["format"], int) and isinstance(index["done"], dict) and isinstance(index["key"], str) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def checksum_of_text(features: Tensor) -> int:
+    """CRC-32 of (n, d): cheap enough for every read."""
+    return zlib.crc32(features.contiguous().view(torch.uint8).numpy())
 
 
 def checksum(path: Path) -> str | None:
@@ -100,23 +142,25 @@ def checksum(path: Path) -> str | None:
 
 def _write_index(folder, head, shards, done):
     content = json.dumps({**head, "shards": shards, "done": dict(sorted(done.items()))}, indent=1)
-    (folder / f"{INDEX}.part").write_text(content + "\n", encoding="utf-8")
-    os.replace(folder / f"{INDEX}.part", folder / INDEX)
+    durable.replace(folder / INDEX, lambda part: part.write_text(content + "\n", encoding="utf-8"))
 
 
 def _continue(folder, head, overwrite) -> dict:
     """The shards of a former run with the same key."""
     index = read_index(folder)
+    shards = [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
     if index is None:
+        if (folder / INDEX).exists() and not shards:
+            raise ValueError(f"cache_features: folder must be a new one or one of cache_features, got {folder}, whose {INDEX} is something else")
         return {}
-    if index["key"] == head["key"]:
+    if index["key"] == head["key"] and index["format"] == FORMAT:
         return index["done"]
     if not overwrite:
         raise ValueError(
             f"cache_features: {folder} holds features of another model, tokenizer or texts, or of another dtype, layer or max_length;"
             " give overwrite=True to replace them, or another folder"
         )
-    for path in folder.glob("features-*.safetensors"):
+    for path in shards:
         path.unlink()
     return {}
 
@@ -124,18 +168,17 @@ def _continue(folder, head, overwrite) -> dict:
 def _encode(tokenizer, texts, max_length):
     if not texts:
         return []
-    pairs = not isinstance(texts[0], str)
-    arguments = tuple(map(list, zip(*texts))) if pairs else (list(texts),)
-    encoded = tokenizer(*arguments, truncation=True, max_length=max_length)
+    arguments = (texts,) if isinstance(texts[0], str) else tuple(map(list, zip(*texts)))
+    encoded = tokenizer(*arguments, truncation=max_length is not None, max_length=max_length, padding=False)
     names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     return [dict(zip(names, row)) for row in zip(*(encoded[name] for name in names))]
 
 
 def _shards(lengths) -> list[list[int]]:
     """Texts by length, in shards of about SHARD_TOKENS."""
-    shards, tokens = [], SHARD_TOKENS
+    shards, tokens = [], 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if tokens + lengths[i] > SHARD_TOKENS:
+        if not shards or tokens + lengths[i] > SHARD_TOKENS:
             shards.append([])
             tokens = 0
         shards[-1].append(i)
@@ -143,27 +186,21 @@ def _shards(lengths) -> list[list[int]]:
     return shards
 
 
-def _key(model, encoded, dtype, layer) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, str(dtype), layer, model.config.to_diff_dict(), encoded], sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _features(model, tokenizer, rows, batch_size, layer):
     """(tokens of all rows, d), on the CPU."""
-    was_training = model.training
-    model.eval()
-    try:
+    rows = [row for row in rows if row["input_ids"]]  # a text of no tokens has no features
+    if not rows:
+        return torch.zeros(0, model.config.hidden_size)
+    with evaluating(model):
         return torch.cat([_batch(model, tokenizer, rows[i : i + batch_size], layer) for i in range(0, len(rows), batch_size)])
-    finally:
-        model.train(was_training)
 
 
 def _batch(model, tokenizer, rows, layer):
-    device = model.device
+    device = None if model.device.type == "meta" else model.device  # accelerate's hooks fetch offloaded weights and move the inputs
     mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True).to(device)
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0}
     inputs = {name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill[name]).to(device) for name in rows[0]}
-    return features_of(model, layer, attention_mask=mask, **inputs)[mask.bool()].cpu()
+    features = features_of(model, layer, attention_mask=mask, **inputs)
+    if features.shape[:2] != mask.shape:
+        raise ValueError(f"cache_features: model must give a feature for each of {mask.shape[1]} tokens, got {features.shape[1]}")
+    return features[mask.bool().to(features.device)].cpu()

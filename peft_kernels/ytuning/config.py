@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 LOSSES = ("triplet", "cross_entropy")
+PROBLEMS = (None, "single_label_classification")
 
 
 class YTuningConfig(PreTrainedConfig):
@@ -51,5 +52,7 @@ class YTuningConfig(PreTrainedConfig):
             raise ValueError(f"YTuningConfig: hidden_dropout_prob must lie in [0, 1), got {self.hidden_dropout_prob!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"YTuningConfig: loss must be one of {LOSSES}, got {self.loss!r}")
+        if self.problem_type not in PROBLEMS:
+            raise ValueError(f"YTuningConfig: problem_type must be one of {PROBLEMS}, got {self.problem_type!r}: a text has one label")
         if self.margin <= 0:
             raise ValueError(f"YTuningConfig: margin must be positive, got {self.margin!r}")

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .cache import checksum, read_index
+from ..frozen import class_indices
+from .cache import FORMAT, checksum, checksum_of_text, read_index
 
 __all__ = ["CachedFeatures", "FeatureCollator"]
 
@@ -16,15 +17,17 @@ __all__ = ["CachedFeatures", "FeatureCollator"]
 class CachedFeatures(Dataset):
     """What ``cache_features`` wrote, in the order of its texts: ``{"features": (n, d), "labels": ...}``.
 
-    Shards are mapped into memory: what is read is what is used, and worker processes share it.
+    Shards are mapped into memory: what is read is what is used, and worker processes share it. The features of every text that is read
+    are compared with their checksum.
 
     Args:
         folder: of ``cache_features``.
-        labels: one for every text; None: items have features alone.
-        verify: compare every shard with its checksum, which reads all of them.
+        labels: the class index of every text, in any iterable; None: items have features alone.
+        verify: compare every shard with its checksum now, which reads all of them.
 
     Raises:
-        ValueError: no cache, one that is not complete or damaged, or a wrong number of labels.
+        ValueError: no cache, one that is not complete or damaged, a wrong number of labels, or labels that are no whole numbers. An item
+            whose features are damaged raises it too.
     """
 
     def __init__(self, folder: str | Path, labels: Sequence[int] | None = None, *, verify: bool = False):
@@ -32,8 +35,11 @@ class CachedFeatures(Dataset):
         index = read_index(self.folder)
         if index is None:
             raise ValueError(f"CachedFeatures: {folder} has no index of features: run cache_features")
+        if index["format"] != FORMAT:
+            raise ValueError(f"CachedFeatures: {folder} was written by an earlier version: run cache_features with overwrite=True")
         if len(index["done"]) < index["shards"]:
             raise ValueError(f"CachedFeatures: {folder} has {len(index['done'])} of {index['shards']} shards: run cache_features again to continue")
+        labels = None if labels is None else class_indices("CachedFeatures", labels)
         if labels is not None and len(labels) != index["texts"]:
             raise ValueError(f"CachedFeatures: labels must be as many as texts, {index['texts']}, got {len(labels)}")
         self.labels = labels
@@ -43,20 +49,22 @@ class CachedFeatures(Dataset):
             if not found or (verify and found != index["done"][name]):
                 raise ValueError(f"CachedFeatures: {self.folder / name} is damaged or missing: run cache_features again, which repairs it")
         self._shards = None
-        self._place = torch.zeros(index["texts"], 3, dtype=torch.long)  # shard, begin, end
+        self._place = torch.zeros(index["texts"], 4, dtype=torch.long)  # shard, begin, end, checksum
         for number in range(len(self.names)):
-            _, rows, offsets = self._tensors(number)
-            self._place[rows] = torch.stack((torch.full_like(rows, number), offsets[:-1], offsets[1:]), 1)
+            _, rows, offsets, sums = self._tensors(number)
+            self._place[rows] = torch.stack((torch.full_like(rows, number), offsets[:-1], offsets[1:], sums), 1)
 
     def __len__(self) -> int:
         return len(self._place)
 
     def __getitem__(self, i: int) -> dict:
-        shard, begin, end = self._place[i].tolist()
+        shard, begin, end, checksum = self._place[i].tolist()
         if self._shards is None:
             self._shards = [self._tensors(number)[0] for number in range(len(self.names))]
         item = {"features": self._shards[shard][begin:end]}
-        return item if self.labels is None else {**item, "labels": int(self.labels[i])}
+        if checksum_of_text(item["features"]) != checksum:
+            raise ValueError(f"CachedFeatures: {self.folder / self.names[shard]} is damaged: run cache_features again, which repairs it")
+        return item if self.labels is None else {**item, "labels": self.labels[i]}
 
     def __getstate__(self):
         return {**self.__dict__, "_shards": None}  # a worker maps the files itself
@@ -69,7 +77,7 @@ class CachedFeatures(Dataset):
     def _tensors(self, number):
         try:
             with safe_open(self.folder / self.names[number], framework="pt") as shard:
-                return tuple(shard.get_tensor(name) for name in ("features", "rows", "offsets"))
+                return tuple(shard.get_tensor(name) for name in ("features", "rows", "offsets", "checksums"))
         except Exception as error:  # safetensors has a type of its own
             raise ValueError(f"CachedFeatures: {self.folder / self.names[number]} is damaged: run cache_features again, which repairs it") from error
 

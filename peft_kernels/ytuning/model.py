@@ -7,9 +7,10 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ..frozen import check_labels, padded_behind
 from ..ops import label_cross_attention
 from .backbone import FrozenBackbone, right_padded
-from .config import YTuningConfig
+from .config import PROBLEMS, YTuningConfig
 
 __all__ = ["YTuningForSequenceClassification", "triplet_loss"]
 
@@ -39,7 +40,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, slots, features, lengths):
         weights = self.query.weight, self.key.weight, self.value.weight
-        return self.output(label_cross_attention(slots, features, *weights, lengths=lengths, num_heads=self.heads))
+        with torch.autocast(features.device.type, enabled=False):  # the operator sums in float32 and takes features as they are stored
+            states = label_cross_attention(slots.to(weights[0].dtype), features, *weights, lengths=lengths, num_heads=self.heads)
+        return self.output(states)
 
 
 class LabelBlock(nn.Module):
@@ -101,21 +104,24 @@ class YTuningForSequenceClassification(PreTrainedModel):
         Args:
             features: (B, n, d), of any floating-point dtype; or ``input_ids``.
             lengths: (B,), of features that are padded on the right; or ``attention_mask``.
-            attention_mask: (B, n), 1 where there is no padding.
+            attention_mask: (B, n), 1 where there is no padding, on whichever side that is.
             input_ids: (B, n), and perhaps ``token_type_ids``, for the backbone.
-            labels: (B,) in [0, num_labels).
+            labels: (B,) in [0, num_labels), integers.
 
         Returns:
             ``loss`` with ``labels``, and ``logits``, (B, num_labels): the inner products of the last states of task and label.
 
         Raises:
-            ValueError: none or both of ``features`` and ``input_ids``, or both of ``lengths`` and ``attention_mask``; a wrong width.
+            ValueError: none or both of ``features`` and ``input_ids``, or both of ``lengths`` and ``attention_mask``; a wrong width;
+                labels that are no indices of classes, or a loss for regression, of several labels or of one class.
         """
         if (features is None) == (input_ids is None):
             raise ValueError(f"YTuningForSequenceClassification: give features or input_ids, got {'none' if features is None else 'both'}")
         if lengths is not None and attention_mask is not None:
             raise ValueError("YTuningForSequenceClassification: give lengths or attention_mask, got both")
         if features is None:
+            if attention_mask is not None:  # as ``cache_features`` pads
+                attention_mask, input_ids, token_type_ids = padded_behind(attention_mask, input_ids, token_type_ids)
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
             features = self.frozen_backbone(self.config.backbone_layer, **inputs)
         if features.shape[-1] != self.config.hidden_size:
@@ -133,6 +139,13 @@ class YTuningForSequenceClassification(PreTrainedModel):
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def _loss(self, logits, labels):
+        name = "YTuningForSequenceClassification"
+        if self.config.num_labels < 2 or self.config.problem_type not in PROBLEMS:
+            raise ValueError(
+                f"{name}: a loss needs num_labels of at least 2 and problem_type 'single_label_classification',"
+                f" got {self.config.num_labels} and {self.config.problem_type!r}"
+            )
+        labels = check_labels(name, labels, *logits.shape)
         if self.config.loss == "triplet":
             return triplet_loss(logits, labels, self.config.margin)
         return cross_entropy(logits, labels)

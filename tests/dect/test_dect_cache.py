@@ -1,8 +1,18 @@
 """A cache is read where everything is as it was, and nowhere else."""
 
+import os
+import signal
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
 import pytest
 import torch
 from dect_models import TEMPLATE, TEXTS, WORDS, make, tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from peft_kernels.dect import extract
 
@@ -77,3 +87,136 @@ def test_without_scores(cached, tmp_path):
     calls = []
     model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
     assert extract(model, t, TEXTS, TEMPLATE, None, cache=tmp_path / "features").scores is None and not calls
+
+
+@pytest.mark.parametrize("content", [b"my thesis", b"{}", b"x" * 5000])
+def test_a_file_of_something_else_stays(cached, tmp_path, content):
+    model, t, *_ = cached
+    path = tmp_path / "mine"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cache must be a new file or one that extract has written, got .*mine"):
+        runs(model, t, TEXTS, TEMPLATE, WORDS, cache=path)
+    save_file({"weight": torch.zeros(3)}, other := tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for taken in (other, tmp_path):
+        with pytest.raises(ValueError, match="cache must be a new file or one that extract has written"):
+            extract(model, t, TEXTS, TEMPLATE, WORDS, cache=taken)
+    assert path.read_bytes() == content and "weight" in load_file(other)
+    (tmp_path / "empty").touch()
+    assert runs(model, t, TEXTS, TEMPLATE, WORDS, cache=tmp_path / "empty")[0]
+
+
+def test_any_flipped_bit_is_noticed(cached):
+    model, t, path, first = cached
+    good = path.read_bytes()
+    for at in range(60, len(good), 97):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        again = extract(model, t, TEXTS, TEMPLATE, WORDS, cache=path)
+        assert torch.equal(again.features, first.features) and torch.equal(again.scores, first.scores), at
+    path.write_bytes(good[:-40])
+    assert runs(model, t, TEXTS, TEMPLATE, WORDS, cache=path)[0]
+    assert not runs(model, t, TEXTS, TEMPLATE, WORDS, cache=path)[0]
+
+
+def test_a_path_that_cannot_be_written_is_noticed_first(cached, tmp_path):
+    model, t, *_ = cached
+    (tmp_path / "file").touch()
+    calls = []
+    model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="cache must be a path that can be written"):
+        extract(model, t, TEXTS, TEMPLATE, WORDS, cache=tmp_path / "file" / "below")
+    assert not calls
+
+
+def stopped_after(model, batches, error):
+    """Raises before the forward after ``batches`` others. The empty text is one, and so is trying the columns."""
+    calls = []
+
+    def count(*_):
+        calls.append(1)
+        if len(calls) > batches:
+            error()
+
+    return model.base_model.register_forward_pre_hook(count), calls
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    model, t, _ = make("bert")
+    path = tmp_path / "features"
+    handle, whole = stopped_after(model, 99, interrupt)
+    expected = extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1)
+    handle.remove()
+    handle, _ = stopped_after(model, len(whole) - 2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1, cache=path)
+    handle.remove()
+    handle, rest = stopped_after(model, 99, interrupt)
+    got = extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=2, cache=path)
+    handle.remove()
+    assert len(rest) <= 3, "two rows in one batch, after the columns are tried"
+    torch.testing.assert_close(got.features, expected.features)
+    torch.testing.assert_close(got.scores, expected.scores)
+    assert not runs(model, t, TEXTS, TEMPLATE, WORDS, cache=path)[0]
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    path = tmp_path / "features"
+    model, t, _ = make("bert")
+    t.save_pretrained(tmp_path / "tokenizer")  # training one takes other ids in other processes
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dect_models import TEMPLATE, TEXTS, WORDS, make
+from test_dect_cache import stopped_after
+from transformers import PreTrainedTokenizerFast
+from peft_kernels.dect import extract, extraction
+extraction.SAVE_SECONDS = extraction.SAVE_SHARE = 0
+model, _, _ = make("bert")
+t = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
+stopped_after(model, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1, cache={str(path)!r})
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=os.getcwd())
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    expected = extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1)
+    handle, rest = stopped_after(model, 99, interrupt)
+    got = extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1, cache=path)
+    handle.remove()
+    assert 0 < len(rest) < 6
+    torch.testing.assert_close(got.features, expected.features)
+    torch.testing.assert_close(got.scores, expected.scores)
+
+
+def test_adapters_have_features_of_their_own(tmp_path):
+    model, t, _ = make("bert")
+    path = tmp_path / "features"
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    adapted = get_peft_model(model, config, adapter_name="one")
+    adapted.add_adapter("two", config)
+
+    def asked():
+        asked, got = runs(adapted.base_model.model, t, TEXTS, TEMPLATE, WORDS, cache=path)
+        return asked, got.features
+
+    seen = [asked()]
+    adapted.set_adapter("two")
+    seen.append(asked())
+    with adapted.disable_adapter():
+        seen.append(asked())
+    adapted.merge_adapter()
+    seen.append(asked())
+    assert all(x for x, _ in seen)
+    assert min((a - b).abs().max() for (_, a), (_, b) in combinations(seen[:3], 2)) > 1e-3
+    torch.testing.assert_close(seen[3][1], seen[1][1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_random_pooler_is_no_reason_to_run_again(tmp_path):
+    make("bert")[0].save_pretrained(tmp_path / "model")
+    t = tokenizer("word")
+    models = [AutoModel.from_pretrained(tmp_path / "model") for _ in range(2)]
+    asked = [runs(m, t, TEXTS, TEMPLATE, None, cache=tmp_path / "features")[0] for m in models]
+    assert asked == [True, False]

@@ -77,7 +77,7 @@ def test_learns_and_predicts():
     test_features, test_labels, test_scores = data(seed=1, shots=50, spread=0.5)
     classifier = DecoderTuning(calibration="none").fit(features, labels, scores)
     assert classifier.score(test_features, test_labels, test_scores) > 0.95
-    q = classifier.decision_function(test_features, test_scores)
+    q = classifier.logits(test_features, test_scores)
     proba = classifier.predict_proba(test_features, test_scores)
     predicted = classifier.predict(test_features, test_scores)
     assert isinstance(predicted, np.ndarray) and isinstance(proba, np.ndarray) and proba.shape == (150, 3)
@@ -127,7 +127,7 @@ def test_calibration(calibration):
     classifier = DecoderTuning(calibration=calibration, empty_scores=empty.tolist()).fit(features, labels, scores)
     raw = DecoderTuning(calibration="none").fit(features, labels, expected)
     assert torch.equal(classifier.head_.projection, raw.head_.projection)
-    assert torch.equal(classifier.decision_function(features, scores), raw.decision_function(features, expected))
+    assert torch.equal(classifier.logits(features, scores), raw.logits(features, expected))
 
 
 @pytest.mark.parametrize("with_scores", [True, False])
@@ -138,7 +138,7 @@ def test_saved_and_loaded(tmp_path, with_scores):
     classifier = DecoderTuning(dim=8, empty_scores=torch.tensor([1.0, 2.0, 3.0]), classes=classes).fit(features, names, scores)
     classifier.save(tmp_path / "classifier.safetensors")
     loaded = DecoderTuning.load(tmp_path / "classifier.safetensors")
-    assert torch.equal(loaded.decision_function(features, scores), classifier.decision_function(features, scores))
+    assert torch.equal(loaded.logits(features, scores), classifier.logits(features, scores))
     assert (loaded.predict(features, scores) == classifier.predict(features, scores)).all()
     assert repr(loaded) == repr(classifier) and loaded.classes_.tolist() == classifier.classes_.tolist()
     assert torch.equal(loaded.fit(features, names, scores).head_.projection, classifier.head_.projection)
@@ -155,7 +155,7 @@ def test_loads_nothing_else(tmp_path):
 def test_parameters():
     classifier = DecoderTuning(dim=5).set_params(lr=0.1, epochs=3)
     assert classifier.get_params() | {"dim": 5, "lr": 0.1, "epochs": 3} == classifier.get_params()
-    with pytest.raises(ValueError, match="no parameter is called 'width'"):
+    with pytest.raises(ValueError, match="Invalid parameter 'width'"):
         classifier.set_params(width=3)
 
 
@@ -178,12 +178,12 @@ def test_scikit_learn():
     ("changed", "options", "message"),
     [
         ({"features": torch.zeros(24)}, {}, r"features must be a matrix, got \(24,\)"),
-        ({"features": torch.zeros(0, 24), "labels": []}, {}, "features must have at least one row"),
+        ({"features": torch.zeros(0, 24), "y": []}, {}, "features must have at least one row"),
         ({"features": torch.full((24, 24), torch.nan)}, {}, "features must be finite, got NaN or infinity in row 0"),
-        ({"labels": [0, 1, 2]}, {}, r"labels must be \(24,\), one for each row of features, got \(3,\)"),
-        ({"labels": [0, 1, 3] * 8}, {}, r"labels must be among the classes \[0, 1, 2\], got 3"),
-        ({"labels": ["a", "b", "c"] * 8}, {"classes": ["a", "b", "d"]}, r"labels must be among the classes \['a', 'b', 'd'\], got c"),
-        ({"labels": [0, 1, 0] * 8}, {}, r"every class must have a text, got none for \[2\]"),
+        ({"y": [0, 1, 2]}, {}, r"labels must be \(24,\), one for each row of features, got \(3,\)"),
+        ({"y": [0, 1, 3] * 8}, {}, r"labels must be among the classes \[0, 1, 2\], got 3"),
+        ({"y": ["a", "b", "c"] * 8}, {"classes": ["a", "b", "d"]}, r"labels must be among the classes \['a', 'b', 'd'\], got c"),
+        ({"y": [0, 1, 0] * 8}, {}, r"every class must have a text, got none for \[2\]"),
         ({"scores": torch.zeros(24)}, {}, r"scores must be a matrix, got \(24,\)"),
         ({"scores": torch.zeros(23, 3)}, {}, r"scores must be \(24, 3\), got \(23, 3\)"),
         ({"scores": torch.full((24, 3), torch.inf)}, {}, "scores must be finite"),
@@ -197,7 +197,7 @@ def test_scikit_learn():
     ],
 )
 def test_errors(changed, options, message):
-    arguments = dict(zip(("features", "labels", "scores"), data())) | changed
+    arguments = dict(zip(("features", "y", "scores"), data())) | changed
     with pytest.raises(ValueError, match=message):
         DecoderTuning(**{"calibration": "none"} | options).fit(**arguments)
 

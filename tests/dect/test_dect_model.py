@@ -1,9 +1,19 @@
 """DecT as an ordinary model: saved, found by the Auto classes, run by a pipeline."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from dect_models import TEXTS, WORDS, make
-from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from peft_kernels.dect import DecoderTuning, DecTForSequenceClassification, extract
 
@@ -15,7 +25,7 @@ def trained(name, words=WORDS, **options):
     extraction = extract(model, t, TEXTS, template, words)
     classifier = DecoderTuning(dim=8, empty_scores=extraction.empty_scores, classes=["bad", "good"], **options)
     classifier.fit(extraction.features, [classifier.classes[i] for i in LABELS], extraction.scores)
-    q = classifier.decision_function(extraction.features, extraction.scores)
+    q = classifier.logits(extraction.features, extraction.scores)
     return DecTForSequenceClassification.from_classifier(classifier, model, t, template, words), t, q
 
 
@@ -52,6 +62,23 @@ def test_a_padded_batch_and_a_loss():
     output = model(batch["input_ids"], batch["attention_mask"], labels=torch.tensor(LABELS))
     torch.testing.assert_close(output.logits, q, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, torch.tensor(LABELS)))
+
+
+def test_trainer_evaluates_and_copies_agree(tmp_path):
+    model, t, q = trained("bert")
+    rows = [{**t(text), "labels": label} for text, label in zip(model.prepare(TEXTS, t), LABELS)]
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, per_device_eval_batch_size=4)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=DataCollatorWithPadding(t))
+    torch.testing.assert_close(torch.tensor(trainer.predict(rows).predictions), q, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="DecTForSequenceClassification is trained already"):
+        trainer.train()
+    torch.save(model, tmp_path / "whole")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "whole", weights_only=False)):
+        torch.testing.assert_close(logits_of(twin, t), q, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (logits_of(model, t) - q).norm() < 0.1 * q.norm()  # bfloat16 has eight bits
+    ids = t(model.prepare(TEXTS[:1], t), return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, q[:1], rtol=1e-4, atol=1e-4)
 
 
 def test_errors():

@@ -4,7 +4,8 @@ import pytest
 from dect_models import TEMPLATE, make, tokenizer
 
 from peft_kernels.dect import extract
-from peft_kernels.dect.template import Template, max_length_of
+from peft_kernels.dect.template import Template
+from peft_kernels.frozen import max_length_of
 
 
 def tokens(t, ids):
@@ -128,12 +129,12 @@ def test_errors_of_extract():
 
 def test_max_length():
     t = tokenizer("bpe")
-    assert max_length_of(make("roberta")[0], t) == 40
+    assert max_length_of(make("roberta")[0], t, 512) == 40
     wide = t.model_max_length
     try:
         t.model_max_length = 10**30
-        assert max_length_of(make("roberta")[0], t) == 64 - (t.pad_token_id + 1)
-        assert max_length_of(make("bert")[0], t) == 64
-        assert max_length_of(make("t5")[0], t) == 512
+        assert max_length_of(make("roberta")[0], t, 512) == 64 - (t.pad_token_id + 1)
+        assert max_length_of(make("bert")[0], t, 512) == 64
+        assert max_length_of(make("t5")[0], t, 512) == 512
     finally:
         t.model_max_length = wide

@@ -30,24 +30,29 @@ def _contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-class Counted(torch.nn.Module):
+class Counted:
     """A model that counts its batches, and perhaps fails before one of them."""
 
     def __init__(self, model, fails_at=None):
-        super().__init__()
         self.model, self.fails_at, self.batches = model, fails_at, 0
 
-    config = property(lambda self: self.model.config)
-    device = property(lambda self: self.model.device)
+    def __enter__(self):
+        self.handle = self.model.register_forward_pre_hook(self._count)
+        return self
 
-    def state_dict(self, *args, **kwargs):
-        return self.model.state_dict(*args, **kwargs)
+    def __exit__(self, *_):
+        self.handle.remove()
 
-    def forward(self, **inputs):
+    def _count(self, *_):
         if self.batches == self.fails_at:
             raise KeyboardInterrupt
         self.batches += 1
-        return self.model(**inputs)
+
+
+def _counted(model, *arguments, fails_at=None, **options):
+    with Counted(model, fails_at) as counted:
+        cache_features(model, *arguments, **options)
+    return counted.batches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -82,22 +87,18 @@ def test_no_text(given):
 @pytest.mark.parametrize("fails_at", [0, 1, 4, 7])
 def test_an_interrupted_run_continues(given, fails_at):
     model, tokenizer, texts, folder = given
-    whole = Counted(model)
-    cache_features(whole, tokenizer, texts, folder.with_name("whole"), batch_size=3)
+    whole = _counted(model, tokenizer, texts, folder.with_name("whole"), batch_size=3)
     with pytest.raises(KeyboardInterrupt):
-        cache_features(Counted(model, fails_at), tokenizer, texts, folder, batch_size=3)
+        _counted(model, tokenizer, texts, folder, batch_size=3, fails_at=fails_at)
     before = _contents(folder)
     if before:
         with pytest.raises(ValueError, match="run cache_features again to continue"):
             CachedFeatures(folder)
-    rest = Counted(model)
-    cache_features(rest, tokenizer, texts, folder, batch_size=3)
-    assert whole.batches - fails_at <= rest.batches < whole.batches - fails_at + 6, "at most a shard is lost"
+    rest = _counted(model, tokenizer, texts, folder, batch_size=3)
+    assert whole - fails_at <= rest < whole - fails_at + 6, "at most a shard is lost"
     assert _contents(folder) == _contents(folder.with_name("whole"))
     assert all(_contents(folder)[name] == content for name, content in before.items())
-    again = Counted(model)
-    cache_features(again, tokenizer, texts, folder, batch_size=3)
-    assert again.batches == 0
+    assert _counted(model, tokenizer, texts, folder, batch_size=3) == 0
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "not entered"])
@@ -118,9 +119,7 @@ def test_a_damaged_shard_is_found_and_rebuilt(given, damage):
         (folder / cache.INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="run cache_features again"):
         CachedFeatures(folder, verify=True)
-    counted = Counted(model)
-    cache_features(counted, tokenizer, texts, folder)
-    assert counted.batches == 1 and _contents(folder) == good
+    assert _counted(model, tokenizer, texts, folder) == 1 and _contents(folder) == good
     CachedFeatures(folder, verify=True)
 
 

@@ -1,0 +1,135 @@
+"""A digest of all that features of a frozen model depend on, and of nothing else."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from functools import partial
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+# children of a base model that read its last hidden state and that nothing of it reads; where a checkpoint lacks them they are random
+UNREAD = ("pooler", "contact_head")
+# what a configuration says of files, of heads that are not asked, and of the form of the output
+NO_PART_OF_A_FORWARD = {
+    "_name_or_path", "architectures", "base_model_name_or_path", "dtype", "id2label", "inference_mode", "label2id", "num_labels", "output_attentions",
+    "output_hidden_states", "peft_version", "problem_type", "return_dict", "revision", "task_specific_params", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
+WORKERS = 4
+
+
+def fingerprint(runs: nn.Module, base: nn.Module, inputs) -> str:
+    """The key of the features that ``base`` gives when ``runs``, itself or a model around it, reads ``inputs``.
+
+    Every element of every weight and buffer, the configuration, the adapters that take part and whether they are merged, autocast, and
+    ``inputs``, which json can write. Left out: versions and paths, adapters that are off, and a pooler, which no feature depends on.
+
+    Raises:
+        ValueError: a weight without values (on ``meta``, where nothing says where it is offloaded to).
+    """
+    unread = {id(child) for name in UNREAD if (child := getattr(base, name, None)) is not None}
+    device = next((x.device.type for x in runs.parameters() if not x.is_meta), "cpu")
+    facts = [type(runs).__name__, _plain(runs.config.to_dict()), _autocast(device), inputs]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    with ThreadPoolExecutor(WORKERS) as pool:  # hashlib lets other threads run
+        for part in pool.map(_digest_of, _parts(runs, "", unread, set())):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """Of names, shapes, dtypes and every element."""
+    return hashlib.sha256(b"".join(_digest_of((name, x)) for name, x in sorted(tensors.items()))).hexdigest()
+
+
+def _digest_of(part: tuple[str, Tensor | str | Callable[[], Tensor]]) -> bytes:
+    name, x = part
+    x = x() if callable(x) and not isinstance(x, Tensor) else x
+    # the fastest of hashlib's where the processor has instructions for it; nobody forges weights here
+    if isinstance(x, str):
+        return hashlib.sha1(f"{name} {x}".encode(), usedforsecurity=False).digest()
+    if hasattr(x, "__tensor_flatten__"):  # quantised weights, shards
+        inner, context = x.__tensor_flatten__()
+        return b"".join(_digest_of((f"{name}.{which}", getattr(x, which))) for which in inner)
+    digest = hashlib.sha1(f"{name} {x.dtype} {tuple(x.shape)}".encode(), usedforsecurity=False)
+    digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _parts(module: nn.Module, prefix: str, skipped: set[int], seen: set[int]) -> Iterator[tuple[str, str | Callable[[], Tensor]]]:
+    """Names with tensors, each tensor once; and names of adapted modules with the state of their adapters."""
+    if id(module) in skipped:
+        return
+    off = set()
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        state, off = _adapters_of(module)
+        yield prefix, json.dumps(state, sort_keys=True)
+    for name, x in (*module._parameters.items(), *module._buffers.items()):
+        if x is not None and id(x) not in seen:
+            seen.add(id(x))
+            yield f"{prefix}{name}", partial(_values, module, f"{prefix}{name}", name, x)  # an offloaded weight is read when it is hashed
+    for name, child in module._modules.items():
+        if child is None or id(child) in seen:
+            continue
+        if off and isinstance(child, nn.ModuleDict | nn.ParameterDict):
+            for key, x in child.items():
+                if key in off:
+                    skipped = skipped | {id(x)}
+                    seen.add(id(x))  # a ParameterDict holds tensors
+        seen.add(id(child))
+        yield from _parts(child, f"{prefix}{name}.", skipped, seen)
+
+
+def _adapters_of(layer) -> tuple[dict, set[str]]:
+    """What the adapters of a layer do besides their weights; and those that do nothing."""
+    merged = list(getattr(layer, "merged_adapters", []))
+    disabled = bool(layer.disable_adapters)
+    live = [*merged, *(name for name in ([] if disabled else layer.active_adapters) if name not in merged)]
+    every = {key for child in layer._modules.values() if isinstance(child, nn.ModuleDict | nn.ParameterDict) for key in dict(child)}
+    if not live:
+        return {}, every
+    settings = {
+        f"{field}.{name}": _plain(values[name])
+        for field, values in vars(layer).items()
+        if isinstance(values, dict) and not field.startswith("_")
+        for name in live
+        if name in values
+    }
+    return {"live": live, "merged": merged, "disabled": disabled, "settings": settings}, every - set(live)
+
+
+def _values(module: nn.Module, path: str, name: str, x: Tensor) -> Tensor:
+    """Of a weight that accelerate has offloaded, the values that its hook keeps."""
+    if not x.is_meta:
+        return x
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None and name in weights:
+            return weights[name]
+    raise ValueError(f"cache: the weight {path} lies on meta and has no values, so nothing says which model the features are of")
+
+
+def _autocast(device: str) -> str | None:
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
+def _plain(x):
+    """``x`` as json writes it, the same in every process."""
+    if isinstance(x, PeftConfig):
+        x = x.to_dict()
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items() if k not in NO_PART_OF_A_FORWARD}
+    if isinstance(x, set | frozenset):
+        return sorted(map(str, x))
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    if isinstance(x, Enum):
+        return _plain(x.value)
+    return x if isinstance(x, str | int | float | bool | None) else str(x) if isinstance(x, torch.dtype) else type(x).__name__

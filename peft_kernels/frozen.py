@@ -1,0 +1,146 @@
+"""What the methods on frozen features ask of a user's model, texts and labels."""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft import PeftMixedModel, PeftModel
+from torch import Tensor, nn
+
+from .peft_method import check_pretrained
+
+UNLIMITED = 10**6  # a tokenizer without a limit names a huge number
+
+
+def frozen_model(method: str, model: nn.Module) -> nn.Module:
+    """The transformers model that runs, with the adapters that are active in it: without what PEFT or ``torch.compile`` puts around.
+
+    Raises:
+        TypeError: no model of transformers. ValueError: adapters that add tokens, or that work from around the model.
+    """
+    while True:
+        if isinstance(model, PeftModel | PeftMixedModel):
+            for name, config in model.peft_config.items():
+                if config.is_prompt_learning or config.peft_type == "XLORA":
+                    raise ValueError(
+                        f"{method}: model must be one whose adapters lie in its layers, but adapter {name!r} is {config.peft_type.value}, which"
+                        " works from around the model; model.get_base_model() is the model without it"
+                    )
+            model = model.base_model.model
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            break
+    check_pretrained(method, model)
+    return model
+
+
+def strings(method: str, argument: str, values, *, pairs: bool = False) -> list:
+    """A list of strings, or with ``pairs`` one of pairs of strings as tuples, of any iterable that has an order.
+
+    Raises:
+        TypeError: one string, a mapping, a set, a table; or an element that is no string.
+    """
+    expected = f"{method}: {argument} must be a sequence of strings{' or of pairs of strings' if pairs else ''}"
+    dimensions = (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)  # a table of pandas has two, and gives the names of its columns
+    if not ordered(values) or getattr(values, "ndim", 1) not in dimensions:
+        raise TypeError(f"{expected}, got {'one string' if isinstance(values, str) else type(values).__name__}")
+    found = list(values)
+    of_pairs = pairs and found and not isinstance(found[0], str)
+    for i, x in enumerate(found):
+        if not (_is_pair(x) if of_pairs else isinstance(x, str)):
+            raise TypeError(f"{expected}, got {type(x).__name__} at {i}")
+    return [(str(x[0]), str(x[1])) if of_pairs else str(x) for x in found]
+
+
+def ordered(values) -> bool:
+    """Whether elements come out one after the other and in an order that means something."""
+    return isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
+
+
+def _is_pair(x) -> bool:
+    return ordered(x) and hasattr(x, "__getitem__") and len(x) == 2 and all(isinstance(y, str) for y in x)
+
+
+def max_length_of(model, tokenizer, default: int | None) -> int | None:
+    """Tokens of a text that both the tokenizer and the table of positions allow; ``default`` where neither has a limit."""
+    limits = [n for n in (tokenizer.model_max_length,) if n < UNLIMITED]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and positions > 0:
+        embeddings = getattr(model.base_model, "embeddings", None)
+        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its kin count from padding_idx + 1
+        limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
+    return min(limits, default=default)
+
+
+def padded_behind(attention_mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The mask and others of (B, S), tokens first, in their order, and padding behind: so positions are counted from the first token."""
+    order = (attention_mask != 0).int().sort(dim=1, descending=True, stable=True).indices
+    return tuple(x if x is None else x.gather(1, order) for x in (attention_mask, *tensors))
+
+
+def whole(method: str, argument: str, value, least: int) -> int:
+    """An integer of at least ``least``, whoever's integer it is."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{method}: {argument} must be an integer of at least {least}, got {value!r}")
+    if value.__index__() < least:
+        raise ValueError(f"{method}: {argument} must be at least {least}, got {value!r}")
+    return value.__index__()
+
+
+def class_indices(method: str, labels) -> list[int]:
+    """Labels of texts as integers.
+
+    Raises:
+        ValueError: not one whole number a text, as floats with a fraction, names, or rows of one-hot vectors.
+    """
+    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels if hasattr(labels, "__array__") else list(labels))
+    expected = f"{method}: labels must be one class index for each text"
+    if values.ndim != 1:
+        raise ValueError(f"{expected}, got an array of shape {values.shape}")
+    if values.size and values.dtype.kind not in "iuf":
+        raise ValueError(f"{expected}, got {values.dtype.name} such as {values.tolist()[0]!r}")
+    if values.size and not (np.isfinite(values).all() and (values == values.round()).all()):
+        wrong = next(x for x in values.tolist() if x != x or x in (np.inf, -np.inf) or x != round(x))
+        raise ValueError(f"{expected}, got {wrong}: a regression has no classes")
+    return [int(x) for x in values.tolist()]
+
+
+def check_labels(method: str, labels: Tensor, rows: int, classes: int) -> Tensor:
+    """(rows,) int64. Values are looked at on the CPU alone, because elsewhere that would wait for the device, and not in a graph."""
+    if labels.shape != (rows,):
+        raise ValueError(f"{method}: labels must be ({rows},), one class index for each row, got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{method}: labels must be integers, the indices of classes, got {labels.dtype}; regression is not supported")
+    looked_at = labels.device.type == "cpu" and len(labels) and not torch.compiler.is_compiling()
+    if looked_at and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise ValueError(f"{method}: labels must lie in [0, {classes}), got values from {int(labels.min())} to {int(labels.max())}")
+    return labels.long()
+
+
+_evaluated: dict[int, tuple[int, list[nn.Module]]] = {}  # by model: how many calls keep it in eval mode, and what was in training before
+_lock = threading.Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode; the mode of every module comes back when the last of all threads has left."""
+    key = id(model)
+    with _lock:
+        calls, training = _evaluated.get(key, (0, None))
+        if training is None:
+            training = [m for m in model.modules() if m.training]
+            model.eval()
+        _evaluated[key] = calls + 1, training
+    try:
+        yield
+    finally:
+        with _lock:
+            calls, training = _evaluated.pop(key)
+            if calls > 1:
+                _evaluated[key] = calls - 1, training
+            else:
+                for module in training:
+                    module.training = True

@@ -1,0 +1,88 @@
+"""One model used by many threads, as a server does: every answer is that of a single thread, and the model stays as it was."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from dect_models import TEXTS, WORDS, make
+from test_dect_model import trained
+
+from peft_kernels.dect import extract
+
+
+def in_threads(count, work):
+    """Runs ``work(number)`` in each, at once; returns what went wrong."""
+    wrong, start = [], threading.Barrier(count)
+
+    def run(number):
+        start.wait()
+        try:
+            work(number)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
+
+
+def untouched(model):
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_a_classifier_serves_threads(name):
+    model, t, _ = trained(name)
+    rows = [t(text, return_tensors="pt")["input_ids"] for text in model.prepare(TEXTS, t)]
+    expected = [model(ids).logits for ids in rows]
+    stock = {"input_ids": rows[0]} | ({"decoder_input_ids": rows[0]} if name == "t5" else {})
+    logits = model.backbone(**stock).logits
+    calls = 125 if name == "bert" else 20
+
+    def serve(number):
+        for step in range(calls):
+            i = (number + step) % len(rows)
+            if number == 0:  # somebody uses the backbone itself
+                torch.testing.assert_close(model.backbone(**stock).logits, logits)
+            torch.testing.assert_close(model(rows[i]).logits, expected[i])
+
+    serve(1)
+    gc.collect()
+    objects = len(gc.get_objects())
+    assert not in_threads(8, serve)
+    gc.collect()
+    assert len(gc.get_objects()) < objects + calls, "a call leaves objects behind"
+    assert untouched(model.backbone)
+
+
+def test_extraction_in_threads():
+    model, t, template = make("bert")
+    model.train()
+    texts = [TEXTS[number:] + TEXTS[:number] for number in range(6)]
+    expected = [extract(model, t, of, template, WORDS) for of in texts]
+
+    def work(number):
+        for _ in range(3):
+            got = extract(model, t, texts[number], template, WORDS, batch_size=2)
+            torch.testing.assert_close(got.features, expected[number].features)
+            torch.testing.assert_close(got.scores, expected[number].scores)
+
+    assert not in_threads(6, work)
+    assert untouched(model) and all(m.training for m in model.modules())
+
+
+def test_an_error_leaves_the_backbone_as_it_was():
+    model, t, _ = trained("bert")
+    ids = t(model.prepare(TEXTS[:1], t), return_tensors="pt")["input_ids"]
+    expected = model(ids).logits
+    stock = model.backbone(input_ids=ids).logits
+    handle = model.backbone.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids)
+    handle.remove()
+    assert untouched(model.backbone)
+    assert torch.equal(model.backbone(input_ids=ids).logits, stock) and torch.equal(model(ids).logits, expected)
