@@ -8,9 +8,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
 
-# these multiply inputs_embeds by their scale as well: the update would be scaled with the embedding, not added to it
-_SCALE_ANY_INPUT = ("fsmt", "recurrent_gemma")
-_SCALED = "DePT: {} multiplies inputs_embeds by its embedding scale, so nothing can be added after the scale"
 _POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
 
@@ -30,16 +27,18 @@ def reader_of(module: nn.Module) -> nn.Module:
 
 
 def embedding_of(module: nn.Module) -> nn.Embedding:
-    return reader_of(module).get_input_embeddings()
+    for part in (reader_of(module), module):  # FSMT's encoder does not say
+        try:
+            return part.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+    raise ValueError(f"DePT: {type(module).__name__} must have an input embedding, but its get_input_embeddings names none")
 
 
-def embedding_scale(module: nn.Module) -> float:
-    """The factor between the table's rows and what the first layer reads: on the embedding module, or applied outside of it."""
-    embedding, reader = embedding_of(module), reader_of(module)
+def embedding_scale(embedding: nn.Embedding) -> float:
+    """The factor between the table's rows and what the embedding module returns."""
     scale = getattr(embedding, "embed_scale", None)
-    if scale is None:
-        scale = getattr(reader, "embed_scale", 1.0)
-    elif isinstance(scale, torch.Tensor):
+    if isinstance(scale, torch.Tensor):
         # Gemma rounds it to the table's dtype; its own float spares a wait for the device
         scale = torch.tensor(embedding.scalar_embed_scale).to(embedding.weight.dtype).item()
     return 1.0 if scale is None else float(scale)
@@ -84,16 +83,9 @@ def _check(model):
     module = model if model.can_generate() else model.base_model
     if "inputs_embeds" not in inspect.signature(module.forward).parameters:
         raise ValueError(f"DePT: the prompt enters through inputs_embeds, which {type(module).__name__} does not take")
-    if model.config.model_type in _SCALE_ANY_INPUT:
-        raise ValueError(_SCALED.format(what))
     embedding = embedding_of(module)
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"DePT: the input embedding of {what} must be an nn.Embedding, got {type(embedding).__name__}")
-    scaled_decoder = not is_encoder_decoder(module) and any(
-        isinstance(getattr(m, "embed_scale", None), float) and m.embed_scale != 1.0 and not isinstance(m, nn.Embedding) for m in module.modules()
-    )
-    if scaled_decoder:
-        raise ValueError(_SCALED.format(what))
     if embedding.weight.device.type != "meta":
         ids = torch.arange(min(4, embedding.num_embeddings), device=embedding.weight.device)
         with torch.no_grad():

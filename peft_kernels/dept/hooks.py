@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import family
+from ..call_state import CallState
+from . import family, probe
 from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
@@ -43,12 +44,36 @@ class Hooks:
         self.first_position = family.first_position(module)
         self.most_columns = family.most_columns(module)
         self.argument_names = list(inspect.signature(module.forward).parameters)
-        self.handles = [
+        self.embeddings = CallState()  # (B, m + L, d), in place of what the model makes of the ids that it needs
+        self.handles = []
+        self.read()
+        self.handles += [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after),
         ]
 
+    def read(self):
+        """Find out how the model reads its tokens, once there are weights to do it with."""
+        table = family.embedding_of(self.module)
+        if table.weight.device.type != "meta" or hasattr(table, "_hf_hook"):
+            self.layer.reading = probe.read(self.module, table)
+            if self.layer.reading.by_ids:
+                self.handles.append(self.layer.reading.table.register_forward_hook(self.replaced))
+
+    def replaced(self, table, args, output):
+        """A model that pads its ids to a window has further columns."""
+        embeddings = self.embeddings.get()
+        if embeddings is None:
+            return None
+        self.embeddings.set(None)
+        return torch.cat([embeddings, output[:, embeddings.shape[1] :].to(embeddings.dtype)], 1)
+
     def before(self, module, args, kwargs):
+        if probe.probing.get():
+            return None
+        if self.layer.reading is None:
+            self.read()
+        self.embeddings.set(None)
         self.inserted = None
         if self.generation is not None or not self.layer.is_active() or kwargs.get("encoder_outputs") is not None:
             return None
@@ -59,6 +84,9 @@ class Hooks:
         if past:
             return (), kwargs | self.continued(kwargs, past)
         inputs, insertion, *_ = self.widened(kwargs)
+        if self.layer.reading is not None and self.layer.reading.by_ids and kwargs.get("input_ids") is not None:
+            self.embeddings.set(inputs.pop("inputs_embeds"))
+            inputs["input_ids"] = insertion.widen(kwargs["input_ids"], self.layer.reading.filler)
         labels = kwargs.get("labels")
         if self.module.can_generate() and not self.encoder_decoder and labels is not None:
             inputs["labels"] = insertion.widen(labels, -100)
