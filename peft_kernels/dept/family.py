@@ -1,6 +1,7 @@
 """What DePT has to know of a model: where tokens become embeddings, how positions are counted, where the prompt goes."""
 
 import inspect
+import re
 
 import torch
 from torch import nn
@@ -8,6 +9,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
 
+_PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)$")
+_MODALITY = re.compile(r"pixel_values|input_features|input_values|image_|video_|audio_|mm_encoder_outputs")
 _POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
 
@@ -57,6 +60,21 @@ def first_position(module: nn.Module) -> int:
 
 def takes_position_ids(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def placeholder_ids(module: nn.Module) -> list[int]:
+    """The tokens in whose place a model puts features of images, videos or sound; without ids it knows them by their embedding."""
+    return [v for k, v in module.config.to_dict().items() if _PLACEHOLDER.match(k) and isinstance(v, int)]
+
+
+def is_multimodal(kwargs: dict) -> bool:
+    """Whether a call has more than text."""
+    return any(value is not None and _MODALITY.match(name) for name, value in kwargs.items())
+
+
+def keeps_rope_deltas(module: nn.Module) -> bool:
+    """Whether a model works out positions of images from its ids, and where those are missing takes the shift of the call before."""
+    return hasattr(module.base_model, "rope_deltas")
 
 
 def has_position_table(module: nn.Module) -> bool:

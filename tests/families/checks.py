@@ -269,4 +269,4 @@ def pasta(base):
     assert_equal(run(model, x), expected, shown, "formula")
 
 
-CHECKS = {"dept, B = 0": dept_that_changes_nothing, "dept, formula": dept_by_formula, "pasta": pasta}
+CHECKS = {"dept_empty": dept_that_changes_nothing, "dept_formula": dept_by_formula, "pasta": pasta}
