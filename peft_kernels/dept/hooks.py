@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import family
+from ..call_state import CallState
+from . import family, probe
 from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
-_FILL = {"token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
+_FILL = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
 
 
 @dataclass
@@ -43,12 +44,37 @@ class Hooks:
         self.first_position = family.first_position(module)
         self.most_columns = family.most_columns(module)
         self.argument_names = list(inspect.signature(module.forward).parameters)
-        self.handles = [
+        self.placeholders, self.keeps_rope_deltas = family.placeholder_ids(module), family.keeps_rope_deltas(module)
+        self.embeddings = CallState()  # (B, m + L, d), in place of what the model makes of the ids that it needs
+        self.handles = []
+        self.read()
+        self.handles += [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after),
         ]
 
+    def read(self):
+        """Find out how the model reads its tokens, once there are weights to do it with."""
+        table = family.embedding_of(self.module)
+        if table.weight.device.type != "meta" or hasattr(table, "_hf_hook"):
+            self.layer.reading = probe.read(self.module, table)
+            if self.layer.reading.by_ids:
+                self.handles.append(self.layer.reading.table.register_forward_hook(self.replaced))
+
+    def replaced(self, table, args, output):
+        """A model that pads its ids to a window has further columns."""
+        embeddings = self.embeddings.get()
+        if embeddings is None:
+            return None
+        self.embeddings.set(None)
+        return torch.cat([embeddings, output[:, embeddings.shape[1] :].to(embeddings.dtype)], 1)
+
     def before(self, module, args, kwargs):
+        if probe.probing.get():
+            return None
+        if self.layer.reading is None:
+            self.read()
+        self.embeddings.set(None)
         self.inserted = None
         if self.generation is not None or not self.layer.is_active() or kwargs.get("encoder_outputs") is not None:
             return None
@@ -57,8 +83,13 @@ class Hooks:
             return None  # the model says what is wrong with that
         past = 0 if self.encoder_decoder or kwargs.get("past_key_values") is None else int(kwargs["past_key_values"].get_seq_length())
         if past:
-            return (), kwargs | self.continued(kwargs, past)
+            inputs = self.continued(kwargs, past)
+            return (), kwargs | self.plain_positions(kwargs, past, inputs["inputs_embeds"]) | inputs
         inputs, insertion, *_ = self.widened(kwargs)
+        inputs = self.plain_positions(kwargs, 0, inputs["inputs_embeds"]) | inputs
+        if self.layer.reading is not None and self.layer.reading.by_ids and kwargs.get("input_ids") is not None:
+            self.embeddings.set(inputs.pop("inputs_embeds"))
+            inputs["input_ids"] = insertion.widen(kwargs["input_ids"], self.layer.reading.filler)
         labels = kwargs.get("labels")
         if self.module.can_generate() and not self.encoder_decoder and labels is not None:
             inputs["labels"] = insertion.widen(labels, -100)
@@ -95,15 +126,35 @@ class Hooks:
         embeddings = self.layer.embed(selection, ids, embeds, offsets if self.causal else None)
         inputs = {
             "input_ids": None,
-            "inputs_embeds": insertion.arrange(embeddings),
+            "inputs_embeds": self.with_placeholders(kwargs, insertion, insertion.arrange(embeddings)),
             "attention_mask": mask if mask is None else insertion.widen_mask(mask),
         }
+        if self.placeholders and self.keeps_rope_deltas and family.is_multimodal(kwargs):
+            raise ValueError(
+                f"DePT: {type(self.module).__name__} takes positions of images and videos from input_ids, which a prompt does not have: it can be"
+                " given text alone"
+            )
         inputs |= {name: insertion.widen(kwargs[name], fill) for name, fill in _FILL.items() if kwargs.get(name) is not None}
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = insertion.widen_positions(kwargs["position_ids"], self.first_position)
         elif self.counts_what_is_masked(selection, offsets):
             inputs["position_ids"] = positions_of(inputs["attention_mask"], self.first_position)
         return inputs, insertion, selection, offsets
+
+    def with_placeholders(self, kwargs: dict, insertion: Insertion, embeddings: Tensor) -> Tensor:
+        """``embeddings`` (B, m + L, d) without an update where features of an image take their place: until then, models look for their row."""
+        if not self.placeholders or kwargs.get("input_ids") is None or not family.is_multimodal(kwargs):
+            return embeddings
+        ids = insertion.widen(kwargs["input_ids"], -1)
+        held = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
+        return torch.where(held[..., None], self.layer.reading.table(ids.clamp_min(0)).to(embeddings.dtype), embeddings)
+
+    def plain_positions(self, kwargs: dict, past: int, embeddings: Tensor) -> dict:
+        """Those of text, for models that would take a shift from the call before."""
+        if not self.keeps_rope_deltas or kwargs.get("position_ids") is not None:
+            return {}
+        batch, columns, _ = embeddings.shape
+        return {"position_ids": torch.arange(past, past + columns, device=embeddings.device).expand(batch, -1)}
 
     def continued(self, kwargs: dict, past: int) -> dict:
         """The inputs of a causal model that has seen ``past`` columns, prompt included."""

@@ -9,6 +9,7 @@ from ..ops import decomposed_prompt_embedding
 from ..peft_method import AdapterLayer
 from . import family
 from .config import DePTConfig
+from .probe import Reading
 
 
 @dataclass
@@ -36,6 +37,7 @@ class DePTLayer(AdapterLayer):
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
+        self.reading: Reading | None = None  # None while the model's weights are on meta
         self.dept_prompt, self.dept_a, self.dept_b = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
 
     def add(self, name: str, config: DePTConfig, *, empty: bool) -> None:
@@ -51,7 +53,7 @@ class DePTLayer(AdapterLayer):
             if int(ids.max()) >= weight.shape[0] or int(ids.min()) < 0:
                 raise ValueError(f"DePTConfig: init_token_ids must lie in [0, {weight.shape[0]}), got {config.init_token_ids}")
             ids = ids.repeat(-(-m // len(ids)))[:m]
-            prompt = weight.detach()[ids].to(kwargs["dtype"]) * family.embedding_scale(module)
+            prompt = weight.detach()[ids].to(kwargs["dtype"]) * self._scale()
         else:
             prompt = torch.randn(m, d, **kwargs)
         self.configs[name] = config
@@ -70,8 +72,10 @@ class DePTLayer(AdapterLayer):
         return Selection(config, *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
 
     def embed(self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """(B, m + L, d): prompt and updated tokens. ``inputs_embeds`` (B, L, d) are what the first layer would read: already scaled."""
-        weight, scale = self._table()
+        """(B, m + L, d): prompt and updated tokens, as the model takes them. ``inputs_embeds`` (B, L, d) are what it would take without a prompt."""
+        weight = self.get_base_layer().weight
+        divisor = self._later_scale(input_ids)
+        scale = self._scale() / divisor
         if input_ids is None:
             batch, length, _ = inputs_embeds.shape
             input_ids = torch.arange(batch * length, device=inputs_embeds.device).view(batch, length)
@@ -80,10 +84,10 @@ class DePTLayer(AdapterLayer):
         return decomposed_prompt_embedding(
             input_ids,
             weight,
-            selection.prompt,
+            selection.prompt if divisor == 1 else selection.prompt / divisor,
             selection.a,
             selection.b,
-            scale=config.scale,
+            scale=config.scale / divisor,
             embed_scale=scale,
             offsets=offsets,
             insert_after_first=config.insert_after_first,
@@ -92,7 +96,9 @@ class DePTLayer(AdapterLayer):
 
     def embed_next(self, delta: Tensor, adapter_ids: Tensor | None, input_ids: Tensor, column: int, offsets: Tensor | None) -> Tensor:
         """(B, q, d): tokens that follow others, the first of them in ``column`` of the input without its prompt. ``delta`` (K, s, d)."""
-        weight, scale = self._table()
+        weight = self.get_base_layer().weight
+        divisor = self._later_scale(None)
+        scale = self._scale() / divisor
         batch, new = input_ids.shape
         index = torch.arange(column, column + new, device=weight.device).expand(batch, -1)  # [B, q]
         if offsets is not None:
@@ -101,8 +107,15 @@ class DePTLayer(AdapterLayer):
         adapter = torch.zeros(batch, dtype=torch.long, device=weight.device) if adapter_ids is None else adapter_ids
         updated &= (adapter >= 0)[:, None]
         low_rank = delta[adapter.clamp_min(0)[:, None], index.clamp(0, delta.shape[1] - 1)].masked_fill(~updated[..., None], 0)
-        return (scale * weight[input_ids].to(low_rank.dtype) + low_rank).to(weight.dtype)
+        return (scale * weight[input_ids].to(low_rank.dtype) + low_rank / divisor).to(weight.dtype)
 
-    def _table(self):
-        module = self._module[0]
-        return family.embedding_of(module).weight, family.embedding_scale(module)
+    def _scale(self) -> float:
+        """The factor between the table's rows and what the first layer reads."""
+        scale = family.embedding_scale(self.get_base_layer())
+        return scale if self.reading is None else scale * self.reading.token_scale
+
+    def _later_scale(self, input_ids: Tensor | None) -> float:
+        """What the model multiplies by, after the embeddings that it is given or, beside ids that it needs, makes itself."""
+        if self.reading is None:
+            return 1.0
+        return self.reading.token_scale if self.reading.by_ids and input_ids is not None else self.reading.input_scale

@@ -34,9 +34,9 @@ class DePTModel(AddedLayerTuner):
 
     def _attach(self, model):
         module = family.adapted_module(model)
-        model.requires_grad_(False)  # before there is a tuner layer: PEFT keeps what it finds beside one
         layer = DePTLayer(module)
         hooks = Hooks(module, layer)
+        model.requires_grad_(False)  # before there is a tuner layer: PEFT keeps what it finds beside one
         model.dept, model.dept_hooks = layer, hooks
         if model.can_generate():
             put_on(model, DePTGenerationMixin)
