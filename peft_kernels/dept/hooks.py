@@ -2,32 +2,19 @@
 
 import inspect
 import sys
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..call_state import CallState
-from . import family, probe
+from . import family, probe, sequences
 from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
+GENERATION = "dept_generation"  # the argument by which forwards within generate know that the prompt is in
 _FILL = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
-
-
-@dataclass
-class Generation:
-    """What the steps of one ``generate`` have to know of its input."""
-
-    delta: Tensor  # [K, s, d]
-    adapter_ids: Tensor | None  # [B]
-    offsets: Tensor | None  # [B]
-    unseen: int  # columns of the input that input_ids do not count, where it came as inputs_embeds
-
-    def expanded(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
-        """Adapters and offsets of ``rows`` beams or returned sequences: those of one input follow each other."""
-        return tuple(x if x is None else x.repeat_interleave(rows // x.shape[0]) for x in (self.adapter_ids, self.offsets))
+_WIDENED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "logits_to_keep", *_FILL}
+_OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_attn_")
 
 
 class Hooks:
@@ -35,8 +22,7 @@ class Hooks:
 
     def __init__(self, module: nn.Module, layer: DePTLayer):
         self.module, self.layer = module, layer
-        self.generation: Generation | None = None
-        self.inserted: Insertion | None = None  # from the hook before a forward to the one after it
+        self.inserted = CallState()  # the insertion, from the hook before a forward to the one after it
         self.encoder_decoder = family.is_encoder_decoder(module)
         self.causal = family.is_causal(module)
         self.takes_position_ids = family.takes_position_ids(module)
@@ -50,7 +36,7 @@ class Hooks:
         self.read()
         self.handles += [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
-            module.register_forward_hook(self.after),
+            module.register_forward_hook(self.after, always_call=True),
         ]
 
     def read(self):
@@ -75,10 +61,14 @@ class Hooks:
         if self.layer.reading is None:
             self.read()
         self.embeddings.set(None)
-        self.inserted = None
-        if self.generation is not None or not self.layer.is_active() or kwargs.get("encoder_outputs") is not None:
+        self.inserted.set(None)
+        if GENERATION in kwargs:
+            return args, {k: v for k, v in kwargs.items() if k != GENERATION}
+        if not self.layer.is_active():
             return None
         kwargs = dict(zip(self.argument_names, args)) | kwargs
+        if kwargs.get("encoder_outputs") is not None:
+            return (), kwargs | self.encoded(kwargs)
         if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
             return None  # the model says what is wrong with that
         past = 0 if self.encoder_decoder or kwargs.get("past_key_values") is None else int(kwargs["past_key_values"].get_seq_length())
@@ -90,17 +80,17 @@ class Hooks:
         if self.layer.reading is not None and self.layer.reading.by_ids and kwargs.get("input_ids") is not None:
             self.embeddings.set(inputs.pop("inputs_embeds"))
             inputs["input_ids"] = insertion.widen(kwargs["input_ids"], self.layer.reading.filler)
-        labels = kwargs.get("labels")
-        if self.module.can_generate() and not self.encoder_decoder and labels is not None:
-            inputs["labels"] = insertion.widen(labels, -100)
         if self.encoder_decoder:
             inputs |= self.decoder_inputs(kwargs)
         else:
-            self.inserted = insertion
+            inputs |= self.outputs_asked_for(kwargs, insertion)
+            self.inserted.set(insertion)
         return (), kwargs | inputs
 
     def after(self, module, args, output):
-        insertion, self.inserted = self.inserted, None
+        insertion = self.inserted.get()
+        self.inserted.set(None)
+        self.embeddings.set(None)
         if insertion is None:
             return None
         if hasattr(output, "items"):
@@ -118,9 +108,11 @@ class Hooks:
         selection = self.layer.select(batch)
         self.check_length(selection.config, length)
         mask = kwargs.get("attention_mask")
+        self.check_arguments(kwargs, (batch, length))
         if mask is None and selection.has_base_rows:
             mask = (ids if ids is not None else embeds[..., 0]).new_ones(batch, length, dtype=torch.long)
         offsets = self.offsets(selection, mask, length)
+        sequences.check(kwargs, mask)
         insertion = self.insertion(selection, length, offsets)
         ids, embeds = (x if x is None else insertion.rotate(x) for x in (ids, embeds))
         embeddings = self.layer.embed(selection, ids, embeds, offsets if self.causal else None)
@@ -156,6 +148,28 @@ class Hooks:
         batch, columns, _ = embeddings.shape
         return {"position_ids": torch.arange(past, past + columns, device=embeddings.device).expand(batch, -1)}
 
+    def outputs_asked_for(self, kwargs: dict, insertion: Insertion) -> dict:
+        """Arguments of a model that has its head within: labels of tokens, and the tokens whose logits are wanted."""
+        inputs, labels, keep = {}, kwargs.get("labels"), kwargs.get("logits_to_keep")
+        if labels is not None and self.module.can_generate():
+            if self.causal and kwargs.get("num_items_in_batch") is not None:  # Trainer does not count the first token
+                labels = torch.cat([torch.full_like(labels[:, :1], -100), labels[:, 1:]], 1)
+            inputs["labels"] = insertion.widen(labels, -100)
+        if kwargs.get("shift_labels") is not None:
+            inputs["shift_labels"] = insertion.widen(kwargs["shift_labels"], -100)
+        if keep is not None:
+            inputs["logits_to_keep"] = insertion.kept(keep)
+        return inputs
+
+    def encoded(self, kwargs: dict) -> dict:
+        """The mask of what an adapted encoder has returned, where the user gives that of the tokens."""
+        states, mask = kwargs["encoder_outputs"][0], kwargs.get("attention_mask")
+        if mask is None or mask.ndim != 2 or mask.shape[1] == states.shape[1]:
+            return {}
+        selection = self.layer.select(states.shape[0])
+        length = states.shape[1] - selection.config.num_virtual_tokens
+        return {"attention_mask": self.insertion(selection, length, self.offsets(selection, mask, length)).widen_mask(mask)}
+
     def continued(self, kwargs: dict, past: int) -> dict:
         """The inputs of a causal model that has seen ``past`` columns, prompt included."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -179,35 +193,6 @@ class Hooks:
         elif self.counts_what_is_masked(selection, offsets):
             inputs["position_ids"] = positions_of(mask, self.first_position)[:, -ids.shape[1] :]
         return inputs
-
-    @contextmanager
-    def generating(self, kwargs: dict):
-        """The arguments of ``generate`` with the prompts in them; until the end, no forward adds any."""
-        if not self.encoder_decoder and kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
-            raise ValueError("DePT: generate must start from an empty cache, got past_key_values that have seen an input")
-        inputs, _, selection, offsets = self.widened(kwargs)
-        length = (kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]).shape[1]
-        if self.encoder_decoder:
-            del inputs["input_ids"]
-            kwargs = {k: v for k, v in kwargs.items() if k != "input_ids"}
-        elif kwargs.get("input_ids") is not None:
-            inputs["input_ids"] = kwargs["input_ids"]  # beside inputs_embeds: for what looks at tokens, and to be returned
-        else:
-            del inputs["input_ids"]
-        unseen = length if kwargs.get("input_ids") is None else 0
-        if self.causal and self.takes_position_ids and self.first_position and inputs.get("position_ids") is None:
-            inputs["position_ids"] = positions_of(inputs["attention_mask"], self.first_position)  # transformers would start at 0
-        self.generation = Generation(selection.delta(), selection.adapter_ids, offsets, unseen)
-        try:
-            yield kwargs | inputs
-        finally:
-            self.generation = None
-
-    def next_embeddings(self, ids: Tensor, total: int) -> Tensor:
-        """(rows, q, d): the last q of ``total`` tokens, within ``generating``."""
-        generation = self.generation
-        adapter_ids, offsets = generation.expanded(ids.shape[0])
-        return self.layer.embed_next(generation.delta, adapter_ids, ids, generation.unseen + total - ids.shape[1], offsets)
 
     def insertion(self, selection: Selection, length: int, offsets: Tensor | None) -> Insertion:
         """Nothing masked may stand between what belongs together, because some models count columns.
@@ -262,6 +247,16 @@ class Hooks:
                 f"DePT: {config.num_virtual_tokens} prompt rows and {length} tokens make {columns} columns, but the model has positions for"
                 f" {self.most_columns}"
             )
+
+    def check_arguments(self, kwargs, shape):
+        """Whatever else has a value for each token would be taken for the prompt's columns."""
+        for name, value in kwargs.items():
+            known = name in _WIDENED or name.startswith(_OF_OTHER_TOKENS)
+            if not known and isinstance(value, Tensor) and tuple(value.shape[:2]) == shape and shape[1] > 1:
+                raise ValueError(
+                    f"DePT: {type(self.module).__name__} must be given no {name}, which has a value for each token: the prompt's rows have none,"
+                    f" got {tuple(value.shape)}"
+                )
 
     def decoder_inputs(self, kwargs: dict) -> dict:
         """Models that decode the shifted input where nothing else is given would look for it in input_ids."""
