@@ -1,6 +1,7 @@
 """Fused kernels for parameter-efficient adaptation, and the layer that swaps them into Hugging Face models."""
 
 from . import ops
+from .peft_import import register_when_imported
 from .version import __version__
 
 __all__ = ["DePTConfig", "PASTAConfig", "__version__", "ops"]
@@ -17,3 +18,6 @@ def __getattr__(name: str):
 
         return PASTAConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_when_imported()

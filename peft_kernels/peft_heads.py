@@ -67,16 +67,20 @@ class RowWise(Swapped):
         outputs = [self._of(name)(*args, **kwargs) for name in used]
         if len(used) == 1:
             return outputs[0]
-        for output in outputs:
-            if not isinstance(output, Tensor) or not output.ndim or output.shape[0] % len(names):
-                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
-                    f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return a tensor with {len(names)} rows to be"
-                    f" mixed, got {got}"
-                )
-        rows = torch.tensor([used.index(name) for name in names], device=outputs[0].device)
-        rows = rows.repeat_interleave(outputs[0].shape[0] // len(names))  # beams of a row follow each other
-        return torch.stack(outputs)[rows, torch.arange(len(rows), device=rows.device)]
+        outputs = torch.stack([self._with_rows(output, len(names)) for output in outputs])
+        rows = torch.tensor([used.index(name) for name in names], device=outputs.device)
+        rows = rows.repeat_interleave(outputs.shape[1] // len(names))  # beams of a row follow each other
+        return outputs[rows, torch.arange(len(rows), device=rows.device)]
+
+    def _with_rows(self, output, batch):
+        if isinstance(output, Tensor) and output.ndim and output.shape[0] == 1:  # one for all, as of positions
+            return output.expand(batch, *output.shape[1:])
+        if isinstance(output, Tensor) and output.ndim and output.shape[0] % batch == 0:
+            return output
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return {batch} rows to be mixed, got {got}"
+        )
 
     def _of(self, name):
         """The module of one adapter, or the base's."""

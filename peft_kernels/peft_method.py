@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import nn
@@ -40,6 +40,21 @@ def check_pretrained(method: str, model: nn.Module) -> None:
         raise TypeError(f"{method}: model must be a transformers PreTrainedModel, got {what}")
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"{method}: model must read input_ids, but the main input of {what} is {model.main_input_name!r}")
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ValueError(f"{method}: model must embed its tokens by a table, but {what} has none") from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers below other methods of PEFT."""
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def freeze(model: nn.Module) -> None:
+    """Before there is a tuner layer: PEFT keeps what it finds beside one. Another method's stays as trainable as it is."""
+    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        model.requires_grad_(False)
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:
@@ -90,6 +105,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         device = self.get_base_layer().weight.device
         return torch.device("cpu") if device.type == "meta" else device
 
+    def merge(self, *args, **kwargs) -> None:
+        """Nothing: another method's ``merge_adapter`` calls it of every layer, and ours stays active beside what is merged."""
+
+    def unmerge(self) -> None:
+        """Nothing, as ``merge``."""
+
     def is_active(self) -> bool:
         rows = self.row_adapters.get()
         names = self.active_adapters if rows is None else [n for n in rows if n != BASE]
@@ -120,11 +141,37 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return names, [-1 if n == BASE else names.index(n) for n in rows]
 
 
+class _Configs(dict):
+    """PEFT looks up the adapter that was active in every forward, also after it was deleted."""
+
+    def __init__(self, configs):
+        super().__init__(configs)
+        self.deleted = set()
+
+    def __delitem__(self, name):
+        super().__delitem__(name)
+        self.deleted.add(name)
+
+    def __missing__(self, name):
+        if name in self.deleted:
+            return PeftConfig()
+        raise KeyError(name)
+
+
 class AddedLayerTuner(BaseTuner):
     """No module is replaced: an ``AdapterLayer`` is added to the model, and whatever makes the model read it."""
 
     target_module_mapping = {}
     why_unmergeable: str
+
+    def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        others = dict(model.peft_config) if isinstance(model, PeftModel) else None
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if others is None:
+            self.peft_config = model.peft_config = _Configs(self.peft_config)
+        else:  # PEFT would write ours among those of the method below
+            self.peft_config = _Configs({adapter_name: self.peft_config[adapter_name]})
+            model.peft_config = others
 
     def adapter_layer(self) -> AdapterLayer:
         raise NotImplementedError
@@ -134,7 +181,9 @@ class AddedLayerTuner(BaseTuner):
         raise NotImplementedError
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
-        add_heads(self.peft_config[adapter_name], model)
+        add_heads(self.peft_config[adapter_name], unwrapped(model))
+        if not self.active_adapters:  # all were deleted; PEFT cannot leave a head without one
+            self.active_adapter = adapter_name
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         follow_rows(model, self.adapter_layer().row_adapters)
 
@@ -164,8 +213,24 @@ class AddedLayerTuner(BaseTuner):
     def _check_merge_allowed(self):
         raise NotImplementedError(f"{self.why_unmergeable} Use unload() to take the adapter off.")
 
+    def unmerge_adapter(self):
+        raise NotImplementedError(f"{self.adapter_layer().method} has nothing merged to undo. Use disable_adapter() to switch the adapter off.")
+
+    def add_weighted_adapter(self, *args, **kwargs):
+        raise NotImplementedError(
+            f"{self.adapter_layer().method} cannot combine adapters into one. Use adapter_names= to give each row of"
+            " a batch its own, or set_adapter()."
+        )
+
     def _unload_and_optionally_merge(self, merge=True, *args, **kwargs):
         if merge:
             self._check_merge_allowed()
         self.detach()
+        if isinstance(self.model, PeftModel):  # PEFT would take the method below off as well
+            self.model.set_adapter(self.model.active_adapter)
+            return self.model
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+
+# last, because they import the names above: whichever is imported first, both are registered
+from . import dept, pasta  # noqa: E402, F401

@@ -1,7 +1,4 @@
-"""Special token adaptation (PASTA, arXiv 2210.04382) as a method of PEFT.
-
-Importing this package registers the method: do so before ``PeftModel.from_pretrained`` reads one of its adapters.
-"""
+"""Special token adaptation (PASTA, arXiv 2210.04382) as a method of PEFT."""
 
 from ..peft_method import register
 from .config import PASTA, PASTAConfig

@@ -27,6 +27,8 @@ def adapted_module(model: nn.Module) -> nn.Module:
         raise ValueError(f"PASTA: model must be an encoder, but {what} is a decoder, whose tokens see only what is before them")
     if module.config.model_type in _TRANSPOSED:
         raise ValueError(f"PASTA: the layers of {what} must take hidden states (B, S, d), but take (B, d, S)")
+    if getattr(module.config, "quant_mode", False):
+        raise ValueError(f"PASTA: the layers of {what} with quant_mode=True compute with integers, to which no vector can be added")
     return module
 
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from ..call_state import CallState
 from ..class_swap import put_on, take_off
+from ..peft_method import unwrapped
 from . import family
 from .fused_layers import FusedAttention, FusedBlock, FusedOutput, FusedPreNorm, Fusion
 
@@ -87,4 +88,4 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def _encoder(model):
-    return family.adapted_module(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return family.adapted_module(unwrapped(model))

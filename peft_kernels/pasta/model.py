@@ -3,7 +3,7 @@
 from transformers import AutoTokenizer
 
 from ..class_swap import put_on, take_off
-from ..peft_method import AddedLayerTuner
+from ..peft_method import AddedLayerTuner, freeze, unwrapped
 from . import family
 from .config import PASTAConfig
 from .hooks import Hooks
@@ -26,20 +26,20 @@ class PASTAModel(AddedLayerTuner):
     )
 
     def adapter_layer(self) -> PASTALayer:
-        return self.model.pasta
+        return unwrapped(self.model).pasta
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
-        config = self.peft_config[adapter_name]
-        module = family.adapted_module(model)
-        _complete(config, model)
-        if not isinstance(getattr(model, "pasta", None), PASTALayer):
-            self._attach(model, module)
-        model.pasta.add(adapter_name, config, empty=low_cpu_mem_usage)
+        config, adapted = self.peft_config[adapter_name], unwrapped(model)
+        module = family.adapted_module(adapted)
+        _complete(config, adapted)
+        if not isinstance(getattr(adapted, "pasta", None), PASTALayer):
+            self._attach(adapted, module)
+        adapted.pasta.add(adapter_name, config, empty=low_cpu_mem_usage)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _attach(self, model, module):
         passes = family.passes_of(module)
-        model.requires_grad_(False)  # before there is a tuner layer: PEFT keeps what it finds beside one
+        freeze(model)
         model.pasta = PASTALayer(module, len(passes))
         model.pasta_hooks = Hooks(module, model.pasta)
         for layer, indices in indices_of(passes).items():
@@ -47,7 +47,7 @@ class PASTAModel(AddedLayerTuner):
             put_on(layer, InjectingLayer)
 
     def detach(self):
-        model = self.model
+        model = unwrapped(self.model)
         for layer in indices_of(family.passes_of(model.base_model)):
             take_off(layer, InjectingLayer)
             del layer.pasta_state, layer.pasta_indices

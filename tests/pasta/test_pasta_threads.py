@@ -3,7 +3,6 @@
 import copy
 import gc
 import threading
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pasta_models as models
@@ -120,8 +119,12 @@ def test_data_parallel(family, fused):
     torch.testing.assert_close(models.vectors(model).grad, gradient, atol=2e-4, rtol=2e-4)
 
 
+def _tensors():
+    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
 def test_memory_does_not_grow():
-    """Neither by calls nor by threads that have come and gone, half of them with an error."""
+    """Neither by calls nor by threads that have come and gone, also with an error."""
     model, requests = _two_adapters("bert"), _requests()
     pasta.fuse(model)
 
@@ -135,13 +138,9 @@ def test_memory_does_not_grow():
                 thread.join()
         gc.collect()
 
-    rounds(2)
-    tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
-    tracemalloc.start()
-    rounds(1)
-    before, _ = tracemalloc.get_traced_memory()
-    rounds(5)
-    after, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= tensors
-    assert after - before < 50_000  # bytes, of 20 threads and 140 calls
+    rounds(3)
+    before = len(gc.get_objects()), _tensors()
+    rounds(10)
+    after = len(gc.get_objects()), _tensors()
+    # objects that other libraries keep once in a while are fewer than the calls, tensors none
+    assert after[0] - before[0] < 100 and after[1] == before[1]
