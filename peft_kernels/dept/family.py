@@ -86,7 +86,7 @@ def most_columns(module: nn.Module) -> int | None:
     """The rows of the position table, or None where positions are computed."""
     if not any(isinstance(table, nn.Embedding) for table in _position_tables(module)):
         return None
-    config = reader_of(module).config
+    config = getattr(reader_of(module), "config", module.config)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if limit is None else limit - first_position(module)
 

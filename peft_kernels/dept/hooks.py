@@ -129,7 +129,7 @@ class Hooks:
         inputs |= {name: insertion.widen(kwargs[name], fill) for name, fill in _FILL.items() if kwargs.get(name) is not None}
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = insertion.widen_positions(kwargs["position_ids"], self.first_position)
-        elif self.counts_what_is_masked(selection, offsets):
+        elif mask is not None and self.counts_what_is_masked(selection, offsets):
             inputs["position_ids"] = positions_of(inputs["attention_mask"], self.first_position)
         return inputs, insertion, selection, offsets
 
@@ -190,7 +190,7 @@ class Hooks:
         }
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = insertion.shift(kwargs["position_ids"])
-        elif self.counts_what_is_masked(selection, offsets):
+        elif mask is not None and self.counts_what_is_masked(selection, offsets):
             inputs["position_ids"] = positions_of(mask, self.first_position)[:, -ids.shape[1] :]
         return inputs
 
@@ -217,8 +217,8 @@ class Hooks:
         return Insertion(config.num_virtual_tokens, length, after_first, used, rotation=None if self.causal else offsets, lead=lead)
 
     def counts_what_is_masked(self, selection: Selection, offsets: Tensor | None) -> bool:
-        """Whether the model needs positions because masked columns stand in front of what it should see."""
-        return self.causal and self.takes_position_ids and (selection.has_base_rows or offsets is not None)
+        """Whether the model needs positions because masked columns stand in front of what it should see; RoBERTa passes over padding itself."""
+        return self.causal and self.takes_position_ids and (selection.has_base_rows or offsets is not None or self.first_position > 0)
 
     def offsets(self, selection: Selection, mask: Tensor | None, length: int) -> Tensor | None:
         if mask is None:
@@ -267,6 +267,6 @@ class Hooks:
         if given or shift is None or kwargs.get("input_ids") is None:
             return {}
         config = self.module.config
-        known = {"pad_token_id": config.pad_token_id, "decoder_start_token_id": config.decoder_start_token_id}
+        known = {name: getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id")}
         known = {name: value for name, value in known.items() if name in inspect.signature(shift).parameters}
         return {"decoder_input_ids": shift(kwargs["input_ids"], **known)}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..call_state import CallState
 from ..peft_method import is_causal, is_encoder_decoder
+from .family import keeps_rope_deltas
 
 _ORDINARY = 4  # tokens of a probe that have no role
 
@@ -89,8 +90,8 @@ def _tokens(module, table):
     ordinary = [i for i in range(table.num_embeddings) if i not in roles.values()][:_ORDINARY] or [0]
     special = [getattr(config, "mask_token_id", None)]
     if not is_causal(module) and not is_encoder_decoder(module):
-        special.append(getattr(config, "pad_token_id", None))
-    special = [i for i in special if isinstance(i, int) and 0 <= i < table.num_embeddings]
+        special += [getattr(config, "pad_token_id", None), *(getattr(m, "padding_idx", None) for m in module.modules())]
+    special = [i for i in dict.fromkeys(special) if isinstance(i, int) and 0 <= i < table.num_embeddings]
     device = table.weight.device if table.weight.device.type != "meta" else None
     return torch.tensor([ordinary + special], device=device), ordinary[-1]
 
@@ -144,7 +145,10 @@ def _arguments(module, input_ids=None, inputs_embeds=None):
     names = inspect.signature(module.forward).parameters
     given = {"input_ids": input_ids} if input_ids is not None else {"inputs_embeds": inputs_embeds.clone()}  # CTRL scales it in place
     ones = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-    return given | {k: v for k, v in {"attention_mask": ones, "decoder_input_ids": ones, "use_cache": False}.items() if k in names}
+    others = {"attention_mask": ones, "decoder_input_ids": ones, "use_cache": False}
+    if keeps_rope_deltas(module):
+        others["position_ids"] = ones.cumsum(1) - 1
+    return given | {k: v for k, v in others.items() if k in names}
 
 
 def _response(module, table, calls, step, input_ids=None, inputs_embeds=None) -> float:

@@ -49,12 +49,14 @@ _SIZES = [
 
 _SWITCHES = {"embedding_multiplier": 3.0, "scale_embedding": True, "mup_enabled": True}  # what is added must come after the scale
 _IMAGE_VOCABULARY = {"<image>": 110, "<|extra_200|>": 111, "<|image start|>": 112}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # by configuration class: what no rule knows
 OVERRIDES = {
     "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": _IMAGE_VOCABULARY},
     "CohereCompassTextConfig": {"layer_types": ["sliding_attention", "full_attention"]},
     "DbrxConfig": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1},
     "Emu3Config": {"vocabulary_map": _IMAGE_VOCABULARY},
     "EsmConfig": {"mask_token_id": MASK},
@@ -75,7 +77,9 @@ OVERRIDES = {
     "LayoutLMv3Config": {"coordinate_size": 4, "shape_size": 8},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LiltConfig": {"hidden_size": 48},
+    "LongcatFlashConfig": {"qk_head_dim": 16},
     "NemotronConfig": {"num_key_value_heads": 2},
+    **{name: {"rope_parameters": _SECTIONS} for name in ("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5_VLTextConfig")},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {
         "attn_layers": ["local", "lsh"],
@@ -87,7 +91,12 @@ OVERRIDES = {
         "hash_seed": 3,
     },
     "XmodConfig": {"default_language": "en_XX"},
-    "ZambaConfig": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "ZambaConfig": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
 }
 
 
@@ -124,13 +133,17 @@ def tiny_settings(config) -> dict:
             settings[name] = _SWITCHES[name]
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in _SIZES if re.search(pattern, name)), None)
-            if size is not None and value > size:
+            if size is not None and (value > size or size == VOCAB):
                 settings[name] = size
             elif name.endswith(("_token_id", "_token_index")) and value >= VOCAB:
                 settings[name] = 100 + value % 20
         elif value is None and name in ("vocab_size", "head_dim"):
             settings[name] = VOCAB if name == "vocab_size" else 8
     settings |= {name: i for name, i in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)) if name in defaults}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_start_token_id" not in defaults:
+        settings["decoder_start_token_id"] = PAD
+    if "kv_lora_rank" in defaults:  # latent attention has as many keys as queries
+        settings["num_key_value_heads"] = 4
     for name in ("layer_types", "layers_block_type"):
         if isinstance(types := defaults.get(name), list):
             settings[name] = (list(dict.fromkeys(types)) * 2)[: max(2, len(set(types)))]
@@ -152,12 +165,17 @@ def _defaults(config) -> dict:
     return defaults
 
 
-def build(kind: type, config: type) -> torch.nn.Module:
-    torch.manual_seed(0)
+def build(kind: type, config: type) -> nn.Module:
     settings = tiny_settings(config()) | OVERRIDES.get(config.__name__, {})
+    if kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(config, "is_decoder"):
+        settings["is_decoder"] = True
+    torch.manual_seed(0)
     model = kind(config(**settings)).eval()
-    with torch.no_grad():  # as large as trained ones, padding included, so that nothing hides behind zeros
+    with torch.no_grad():  # as large as trained ones, padding included, and no gate shut, so that nothing hides behind zeros
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(std=0.2)
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(std=0.2)
     return model
