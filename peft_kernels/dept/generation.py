@@ -12,6 +12,7 @@ from .insertion import positions_of
 
 # with these, transformers takes input_ids for all that a causal model has seen; None or False: off
 _COUNT_INPUT_IDS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp", "token_healing")
+_EMBEDS_BY_ITSELF = ("florence2",)  # generate puts embeddings beside those that it is given
 _READ_INPUT_IDS = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # of the input; their values that do nothing
 
 
@@ -43,6 +44,9 @@ class DePTGenerationMixin(Swapped):
         given = [name for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if GENERATION not in kwargs and hooks.layer.is_active() and inputs is None:
             settings = _Settings(kwargs, generation_config, self.generation_config)
+            takes_embeddings = hooks.encoder_decoder or "inputs_embeds" in inspect.signature(super().prepare_inputs_for_generation).parameters
+            if given and (not takes_embeddings or self.config.model_type in _EMBEDS_BY_ITSELF):
+                raise ValueError(f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs")
             if kwargs.get("encoder_outputs") is not None:
                 kwargs |= hooks.encoded(kwargs)
             elif hooks.encoder_decoder and len(given) == 1:
@@ -61,8 +65,6 @@ class DePTGenerationMixin(Swapped):
     @torch.no_grad()
     def _dept_causal_inputs(self, kwargs, settings):
         hooks, ids, embeds = self.dept_hooks, kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if "inputs_embeds" not in inspect.signature(super().prepare_inputs_for_generation).parameters:
-            raise ValueError(f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs")
         counting = [name for name in _COUNT_INPUT_IDS if settings.get(name) not in (None, False)]
         counting += ["cache_implementation='paged'"] if settings.get("cache_implementation") == "paged" else []
         self._dept_refuse(counting, "not count the prompt's columns")

@@ -12,9 +12,15 @@ from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
 GENERATION = "dept_generation"  # the argument by which forwards within generate know that the prompt is in
+_HAS_PROMPT = "_has_dept_prompt"  # an attribute of the caches of adapted forwards: others, such as prefix tuning's, cannot be continued
 _FILL = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
 _WIDENED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "logits_to_keep", *_FILL}
 _OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_attn_")
+
+
+def _mark(cache):
+    if hasattr(cache, "get_seq_length"):
+        setattr(cache, _HAS_PROMPT, True)
 
 
 class Hooks:
@@ -63,6 +69,7 @@ class Hooks:
         self.embeddings.set(None)
         self.inserted.set(None)
         if GENERATION in kwargs:
+            _mark(kwargs.get("past_key_values"))
             return args, {k: v for k, v in kwargs.items() if k != GENERATION}
         if not self.layer.is_active():
             return None
@@ -91,8 +98,10 @@ class Hooks:
         insertion = self.inserted.get()
         self.inserted.set(None)
         self.embeddings.set(None)
-        if insertion is None:
+        if insertion is None or output is None:
             return None
+        for value in output.values() if hasattr(output, "values") else output:
+            _mark(value)
         if hasattr(output, "items"):
             return type(output)(**{k: insertion.narrow(v) for k, v in output.items()})
         return insertion.narrow(output)
@@ -178,6 +187,8 @@ class Hooks:
         selection = self.layer.select(ids.shape[0])
         column = past - selection.config.num_virtual_tokens
         length = column + ids.shape[1]
+        if not hasattr(kwargs["past_key_values"], _HAS_PROMPT):
+            raise ValueError(f"DePT: past_key_values must come from this model with its adapter, because they lack the prompt's {past - column} columns")
         if mask is None and selection.has_base_rows:
             mask = ids.new_ones(ids.shape[0], length)
         offsets = self.offsets(selection, mask, length)
