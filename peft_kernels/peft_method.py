@@ -165,6 +165,12 @@ class AddedLayerTuner(BaseTuner):
     why_unmergeable: str
 
     def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        for layer in unwrapped(model).modules():
+            if isinstance(layer, AdapterLayer) and not isinstance(layer, self.tuner_layer_cls):
+                raise ValueError(
+                    f"{self.tuner_layer_cls.method}: model has a {layer.method} adapter, and DePT replaces the input_ids in which PASTA finds special"
+                    " tokens; unload() it before you add the other"
+                )
         others = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if others is None:
@@ -186,6 +192,8 @@ class AddedLayerTuner(BaseTuner):
             self.active_adapter = adapter_name
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         follow_rows(model, self.adapter_layer().row_adapters)
+        if isinstance(model, PeftModel) and adapter_name in self.active_adapters:  # PEFT leaves a head that the method below has wrapped as it is
+            self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):

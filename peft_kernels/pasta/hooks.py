@@ -42,6 +42,8 @@ class Hooks:
         if ids is not None:
             mask = kwargs.get("attention_mask")
             mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # others say who sees whom, not what is padding
+            if mask is not None and kwargs.get("past_key_values") is not None:
+                mask = mask[:, -ids.shape[1] :]  # prefix tuning has columns of its own in front
             return self.injection(ids, mask, self.records(kwargs))
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("PASTA: special tokens are found in input_ids, got inputs_embeds alone")
