@@ -8,6 +8,7 @@ from ..class_swap import Swapped
 
 # with these, transformers (in 5.17 at least) takes input_ids for all that a causal model has seen
 _COUNT_INPUT_IDS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+_EMBEDS_BY_ITSELF = ("florence2",)  # generate puts embeddings beside those that it is given
 
 
 class DePTGenerationMixin(Swapped):
@@ -24,7 +25,8 @@ class DePTGenerationMixin(Swapped):
         given = any(kwargs.get(name) is not None for name in ("input_ids", "inputs_embeds"))
         if not given or not hooks.layer.is_active() or kwargs.get("encoder_outputs") is not None:
             return super().generate(generation_config=generation_config, **kwargs)
-        if "inputs_embeds" not in inspect.signature(super().prepare_inputs_for_generation).parameters and not hooks.encoder_decoder:
+        takes_embeddings = hooks.encoder_decoder or "inputs_embeds" in inspect.signature(super().prepare_inputs_for_generation).parameters
+        if not takes_embeddings or self.config.model_type in _EMBEDS_BY_ITSELF:
             raise ValueError(f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs")
         settings = generation_config or self.generation_config
         refused = [k for k in _COUNT_INPUT_IDS if not hooks.encoder_decoder and kwargs.get(k, getattr(settings, k, None)) is not None]
