@@ -166,15 +166,21 @@ def dept_by_formula(base):
     x |= labels(base, x)
     stock_of(base, x)
     model = adapt(base, DePTConfig(num_virtual_tokens=M, r=R, max_length=S))
-    layer = model.base_model.model.dept
-    generator = torch.Generator().manual_seed(7)
-    p, a, b = (q["default"] for q in (layer.dept_prompt, layer.dept_a, layer.dept_b))
-    for q in (p, a, b):
-        q.copy_(torch.randn(q.shape, generator=generator) * 0.3)
-    config = model.peft_config["default"]
-    with prompted(base, p, config.scale * (a @ b), int(config.insert_after_first), scale_after(base), decoded_by(base, x)):
+    prompt, update = filled(model)
+    first = int(model.peft_config["default"].insert_after_first)
+    with prompted(base, prompt, update, first, scale_after(base), decoded_by(base, x)):
         expected = run(base, x)
     assert_equal(run(model, x), expected, x["attention_mask"].bool() if "attention_mask" in x else None, "formula")
+
+
+@torch.no_grad()
+def filled(model):
+    """Random parameters: the prompt (m, d) and the update (s, d)."""
+    layer, generator = model.base_model.model.dept, torch.Generator().manual_seed(7)
+    prompt, a, b = (q["default"] for q in (layer.dept_prompt, layer.dept_a, layer.dept_b))
+    for q in (prompt, a, b):
+        q.copy_(torch.randn(q.shape, generator=generator) * 0.3)
+    return prompt, model.peft_config["default"].scale * (a @ b)
 
 
 @contextmanager

@@ -165,8 +165,8 @@ def _defaults(config) -> dict:
     return defaults
 
 
-def build(kind: type, config: type) -> nn.Module:
-    settings = tiny_settings(config()) | OVERRIDES.get(config.__name__, {})
+def build(kind: type, config: type, **settings) -> nn.Module:
+    settings = tiny_settings(config()) | OVERRIDES.get(config.__name__, {}) | settings
     if kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(config, "is_decoder"):
         settings["is_decoder"] = True
     torch.manual_seed(0)
