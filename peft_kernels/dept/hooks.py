@@ -117,11 +117,11 @@ class Hooks:
         selection = self.layer.select(batch)
         self.check_length(selection.config, length)
         mask = kwargs.get("attention_mask")
-        self.check_arguments(kwargs, (batch, length))
         if mask is None and selection.has_base_rows:
             mask = (ids if ids is not None else embeds[..., 0]).new_ones(batch, length, dtype=torch.long)
         offsets = self.offsets(selection, mask, length)
         sequences.check(kwargs, mask)
+        self.check_arguments(kwargs, (batch, length))
         insertion = self.insertion(selection, length, offsets)
         ids, embeds = (x if x is None else insertion.rotate(x) for x in (ids, embeds))
         embeddings = self.layer.embed(selection, ids, embeds, offsets if self.causal else None)

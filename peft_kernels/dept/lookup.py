@@ -13,19 +13,22 @@ def table(embedding: nn.Module, input_ids: Tensor) -> tuple[Tensor, float, Tenso
     module is called and its output is the table: hooks bring in a weight that is kept elsewhere (accelerate's offload, FSDP's shards)
     or change the output (NEFTune), wrappers add to it (adapters, trained copies), and quantised weights are no plain tensors.
     """
-    if _is_plain(embedding):
-        return embedding.weight, family.embedding_scale(embedding), input_ids
+    if _looks_up_alone(embedding):
+        weight = embedding.weight
+        if hasattr(weight, "full_tensor"):  # a part of FSDP's shard of a module around it, whose forward has not begun
+            weight = weight.full_tensor()
+        if type(weight) in (Tensor, nn.Parameter):
+            return weight, family.embedding_scale(embedding), input_ids
     rows = embedding(input_ids)
     if rows.requires_grad and rows.is_leaf:  # enable_input_require_grads: nobody reads this gradient
         rows = rows.detach()
     return rows.flatten(0, 1), 1.0, torch.arange(input_ids.numel(), device=rows.device).view(input_ids.shape)
 
 
-def _is_plain(embedding):
+def _looks_up_alone(embedding):
     return (
         isinstance(embedding, nn.Embedding)
         and embedding.max_norm is None
-        and type(embedding.weight) in (Tensor, nn.Parameter)
         and embedding.weight.device.type != "meta"
         and not embedding._forward_hooks
         and not embedding._forward_pre_hooks
