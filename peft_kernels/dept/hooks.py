@@ -44,6 +44,8 @@ class Hooks:
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, always_call=True),
         ]
+        parts = {module.base_model, family.reader_of(module)} - {module}
+        self.handles += [part.register_forward_pre_hook(self.before_part, with_kwargs=True) for part in parts]
 
     def read(self):
         """Find out how the model reads its tokens, once there are weights to do it with."""
@@ -93,6 +95,11 @@ class Hooks:
             inputs |= self.outputs_asked_for(kwargs, insertion)
             self.inserted.set(insertion)
         return (), kwargs | inputs
+
+    def before_part(self, part, args, kwargs):
+        """The model itself hands embeddings to its parts."""
+        if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active() and not probe.probing.get():
+            raise ValueError(f"DePT: {type(part).__name__} alone has no prompt; call {type(self.module).__name__}, which it is a part of")
 
     def after(self, module, args, output):
         insertion = self.inserted.get()

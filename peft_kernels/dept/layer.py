@@ -68,8 +68,8 @@ class DePTLayer(AdapterLayer):
         names, rows = self.chosen(batch)
         config, parameters = self.configs[names[0]], (self.dept_prompt, self.dept_a, self.dept_b)
         if rows is None:
-            return Selection(config, *(p(names[0]) for p in parameters))
-        stacks = [torch.stack([p(n) for n in names]) for p in parameters]
+            return Selection(config, *(lookup.whole(p(names[0])) for p in parameters))
+        stacks = [torch.stack([lookup.whole(p(n)) for n in names]) for p in parameters]
         return Selection(config, *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
 
     def embed(self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None) -> Tensor:

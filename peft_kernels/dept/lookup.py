@@ -14,9 +14,7 @@ def table(embedding: nn.Module, input_ids: Tensor) -> tuple[Tensor, float, Tenso
     or change the output (NEFTune), wrappers add to it (adapters, trained copies), and quantised weights are no plain tensors.
     """
     if _looks_up_alone(embedding):
-        weight = embedding.weight
-        if hasattr(weight, "full_tensor"):  # a part of FSDP's shard of a module around it, whose forward has not begun
-            weight = weight.full_tensor()
+        weight = whole(embedding.weight)
         if type(weight) in (Tensor, nn.Parameter):
             return weight, family.embedding_scale(embedding), input_ids
     rows = embedding(input_ids)
@@ -25,12 +23,17 @@ def table(embedding: nn.Module, input_ids: Tensor) -> tuple[Tensor, float, Tenso
     return rows.flatten(0, 1), 1.0, torch.arange(input_ids.numel(), device=rows.device).view(input_ids.shape)
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """``parameter``, gathered where it lies in a shard of FSDP whose forward has not begun: around what is asked, or around ``generate``."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
 def _looks_up_alone(embedding):
+    of_fsdp = 1 if hasattr(embedding, "unshard") else 0
     return (
         isinstance(embedding, nn.Embedding)
         and embedding.max_norm is None
         and embedding.weight.device.type != "meta"
-        and not embedding._forward_hooks
-        and not embedding._forward_pre_hooks
+        and len(embedding._forward_hooks) == len(embedding._forward_pre_hooks) == of_fsdp
         and "forward" not in vars(embedding)  # accelerate puts its own there
     )
