@@ -195,7 +195,9 @@ class Hooks:
         column = past - selection.config.num_virtual_tokens
         length = column + ids.shape[1]
         if not hasattr(kwargs["past_key_values"], _HAS_PROMPT):
-            raise ValueError(f"DePT: past_key_values must come from this model with its adapter, because they lack the prompt's {past - column} columns")
+            raise ValueError(
+                f"DePT: past_key_values must come from this model with its adapter, because they lack the prompt's {past - column} columns"
+            )
         if mask is None and selection.has_base_rows:
             mask = ids.new_ones(ids.shape[0], length)
         offsets = self.offsets(selection, mask, length)

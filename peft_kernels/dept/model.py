@@ -61,7 +61,11 @@ class DePTModel(AddedLayerTuner):
         prepare = vars(self).get("prepare_inputs_for_generation")
         outer = getattr(prepare, "__self__", None)
         config = outer.active_peft_config if isinstance(outer, PeftModel) else None
-        if config is not None and config.is_prompt_learning and not (is_encoder_decoder(self.adapter_layer()._module[0]) and kwargs.get("inputs_embeds") is not None):
+        if (
+            config is not None
+            and config.is_prompt_learning
+            and not (is_encoder_decoder(self.adapter_layer()._module[0]) and kwargs.get("inputs_embeds") is not None)
+        ):
             raise ValueError(
                 f"DePT: generate below {config.peft_type.value} would leave its prompt out: PEFT hands it to the model that it wraps directly alone"
             )
