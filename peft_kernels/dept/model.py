@@ -57,18 +57,12 @@ class DePTModel(AddedLayerTuner):
         del pretrained.dept, pretrained.dept_hooks
 
     def generate(self, *args, **kwargs):
-        """Refuses where prompt learning of PEFT lies on top, which reaches a model by a method that PEFT puts on what it wraps directly."""
-        prepare = vars(self).get("prepare_inputs_for_generation")
-        outer = getattr(prepare, "__self__", None)
-        config = outer.active_peft_config if isinstance(outer, PeftModel) else None
-        if (
-            config is not None
-            and config.is_prompt_learning
-            and not (is_encoder_decoder(self.adapter_layer()._module[0]) and kwargs.get("inputs_embeds") is not None)
-        ):
-            raise ValueError(
-                f"DePT: generate below {config.peft_type.value} would leave its prompt out: PEFT hands it to the model that it wraps directly alone"
-            )
+        """Refuses where prompt learning of PEFT lies on top: its prompt enters by a method that PEFT puts on what it wraps directly."""
+        outer = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        learned = isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning
+        if learned and not (is_encoder_decoder(unwrapped(self.model)) and kwargs.get("inputs_embeds") is not None):
+            kind = outer.active_peft_config.peft_type.value
+            raise ValueError(f"DePT: generate below {kind} would leave its prompt out: PEFT hands it to the model that it wraps directly alone")
         return self.model.generate(*args, **kwargs)
 
 
