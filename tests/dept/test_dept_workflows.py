@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_kernels import DePTConfig
+from peft_kernels.dept import sequences
 from peft_kernels.dept.layer import DePTLayer
 
 # float32, sums over 32 to 48 numbers in another order through two layers: some tens of roundings of values of about 10
@@ -222,12 +223,15 @@ def test_pickle(name):
 
 def test_compiled_positions():
     """They are looked at in the graph."""
-    model, x = models.adapted("gpt2"), models.inputs(padding="none")
-    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="eager")
-    positions = torch.arange(8).expand(3, -1)
-    torch.testing.assert_close(compiled(**x, position_ids=positions).logits, model(**x).logits, **CLOSE)
+
+    def checked(positions):
+        sequences.check({"position_ids": positions}, None)
+        return positions + 1
+
+    compiled, positions = torch.compile(checked, fullgraph=True, backend="eager"), torch.arange(8).expand(3, -1)
+    assert torch.equal(compiled(positions), positions + 1)
     with pytest.raises(RuntimeError, match="position_ids start again within a row"):
-        compiled(**x, position_ids=positions % 3)
+        compiled(positions % 3)
 
 
 def test_packed_sequences_are_refused():
