@@ -35,8 +35,8 @@ NOT_TEXT_ALONE = {
     "images": "Aimv2|Align|AltCLIP|Blip|CLIP|CLIPSeg|ChineseCLIP|GroupViT|Idefics|Lxmert|MetaClip2|OwlViT|Owlv2|Siglip|Siglip2|Tvp|Vilt|"
     "VisionTextDualEncoder|XCLIP",
     "boxes": "Bros|Udop",
-    "sound, or a token for each of its codebooks": "Clap|Clvp|Dia|KyutaiSpeechToText|MusicgenDecoder|MusicgenMelodyDecoder|Nemotron3_5Transcribe|PeAudio|"
-    "VoxtralRealtime",
+    "sound, or a token for each of its codebooks": "Clap|Clvp|Dia|KyutaiSpeechToText|MusicgenDecoder|MusicgenMelodyDecoder|Nemotron3_5Transcribe|"
+    "PeAudio|VoxtralRealtime",
     "labels as long as text and image together": "Git",
     "three separators": "Longformer",
     "settings that its tiny form lacks": "Blt|HunYuanVL|HunYuanVLText|Qwen2_5OmniThinker|Qwen3OmniMoeThinker|Step3p7|Zamba",
@@ -44,8 +44,8 @@ NOT_TEXT_ALONE = {
 # why a class is not built tiny -> configuration classes
 NOT_BUILT = {
     "timm, detectron2 or scipy is not there": "FastVlm|Gemma3n|Inkling|LayoutLMv2|PeAudioVideo|PeVideo|PerceptionLM",
-    "the sizes of its parts depend on each other": "BridgeTower|Csm|FunAsrNano|Glm5Next|Glm5NextText|GradiumPhononTTS|KyutaiSpeechToText|Molmo2|MuseSpark|"
-    "NemotronH_Omni_Reasoning_V3_|NeoMME|PocketTTS|VibeVoiceAsr",
+    "the sizes of its parts depend on each other": "BridgeTower|Csm|FunAsrNano|Glm5Next|Glm5NextText|GradiumPhononTTS|KyutaiSpeechToText|Molmo2|"
+    "MuseSpark|NemotronH_Omni_Reasoning_V3_|NeoMME|PocketTTS|VibeVoiceAsr",
     "settings without a default": "DeepseekOcr2|DiffusionGemma|Ernie4_5_VLMoe|Granite4Vision|Qwen4Exp|Qwen4ExpText|T5Gemma2Encoder",
     "settings of single layers": "CohereCompass|CohereCompassText|Dots3Note|Gemma4Assistant|Gemma4UnifiedAssistant",
     "a decoder among encoders of one configuration": "Reformer",
