@@ -22,7 +22,7 @@ REFUSED_BY_DEPT = {
     "does more than look up and scale rows": "Inkling2|Inkling2Text|InklingText|MuseGlimmer|MuseGlimmerText|MuseSparkText",
     "reads input_ids for more than their embeddings": "DeepseekV4|FSMT|Gemma3nText|Gemma4|Gemma4Text",
     "cannot generate from inputs_embeds": "Bamba|CTRL|Exaone4_5_|FalconH1|Flaubert|Florence2|Gemma3|Gemma4Unified|HiggsAudioV2|HyperCLOVAXVisionV2|"
-    "Kosmos2_5|NemotronH|OpenAIGPT|RoCBert|XLM|XLNet|Zamba2",
+    "Kosmos2_5|NemotronH|OpenAIGPT|PaliGemma|RoCBert|XLM|XLNet|Zamba2",
 }
 # what PASTA refuses beside decoders and composites of text and other encoders -> configuration classes
 REFUSED_BY_PASTA = {
@@ -30,6 +30,8 @@ REFUSED_BY_PASTA = {
     "its get_input_embeddings names none": "Canine|Flava|Vits|FastSpeech2Conformer|FastSpeech2ConformerWithHifiGan",
     "must take hidden states": "SqueezeBert",
 }
+# decoders by transformers' mappings, whose tokens see what is behind them too -> configuration classes
+BIDIRECTIONAL = {"prefixes": "PaliGemma", "encoders by default": "BertGeneration"}
 # what the stock model wants beside text, or why it cannot run on it -> configuration classes
 NOT_TEXT_ALONE = {
     "images": "Aimv2|Align|AltCLIP|Blip|CLIP|CLIPSeg|ChineseCLIP|GroupViT|Idefics|Lxmert|MetaClip2|OwlViT|Owlv2|Siglip|Siglip2|Tvp|Vilt|"
@@ -94,7 +96,7 @@ def refused_by_dept(base, config, sentence):
 
 def refused_by_pasta(base, config, sentence):
     if "is a decoder, whose tokens see only what is before them" in sentence:
-        return is_causal(base)
+        return is_causal(base) or is_of(config, BIDIRECTIONAL)
     if "has a decoder as well" in sentence:
         return base.config.is_encoder_decoder
     if "num_hidden_layers in its configuration" in sentence:
