@@ -57,7 +57,7 @@ OVERRIDES = {
     "CohereCompassTextConfig": {"layer_types": ["sliding_attention", "full_attention"]},
     "DbrxConfig": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "DeepseekV2Config": {"num_experts_per_tok": 2},
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "Dots1Config": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "Emu3Config": {"vocabulary_map": _IMAGE_VOCABULARY},
     "EsmConfig": {"mask_token_id": MASK},
     "EsmcConfig": {"num_key_value_heads": 4},
@@ -78,7 +78,12 @@ OVERRIDES = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LiltConfig": {"hidden_size": 48},
     "LongcatFlashConfig": {"qk_head_dim": 16},
+    "Mamba2Config": {"num_heads": 8},
     "NemotronConfig": {"num_key_value_heads": 2},
+    **{
+        name: {"rope_parameters": _SECTIONS | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
+        for name in ("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmImageTextConfig", "GlmOcrTextConfig")
+    },
     **{name: {"rope_parameters": _SECTIONS} for name in ("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5_VLTextConfig")},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {
@@ -133,8 +138,8 @@ def tiny_settings(config) -> dict:
             settings[name] = _SWITCHES[name]
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in _SIZES if re.search(pattern, name)), None)
-            if size is not None and (value > size or size == VOCAB):
-                settings[name] = size
+            if size is not None and value > 0:
+                settings[name] = size if size == VOCAB else min(value, size)  # in a part, also what differs from the defaults of its class
             elif name.endswith(("_token_id", "_token_index")) and value >= VOCAB:
                 settings[name] = 100 + value % 20
         elif value is None and name in ("vocab_size", "head_dim"):
@@ -176,6 +181,6 @@ def build(kind: type, config: type, **settings) -> nn.Module:
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(std=0.2)
         for parameter in model.parameters():
-            if parameter.is_floating_point() and not parameter.any():
+            if parameter.is_floating_point() and not parameter.is_meta and not parameter.any():
                 parameter.normal_(std=0.2)
     return model
