@@ -41,7 +41,8 @@ def _has_parameters(module):
 
 
 def _is_body(module, embedding):
-    return any(isinstance(m, nn.ModuleList) or getattr(m, "weight", None) is embedding.weight for m in module.modules())
+    table = getattr(embedding, "weight", embedding)
+    return any(isinstance(m, nn.ModuleList) or getattr(m, "weight", None) is table for m in module.modules())
 
 
 def _is_loaded(module):

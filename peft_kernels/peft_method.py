@@ -235,7 +235,7 @@ class AddedLayerTuner(BaseTuner):
             self._check_merge_allowed()
         self.detach()
         if isinstance(self.model, PeftModel):  # PEFT would take the method below off as well
-            self.model.set_adapter(self.model.active_adapter)
+            self.model.set_adapter(self.model.active_adapter, inference_mode=self.model.active_peft_config.inference_mode)
             return self.model
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 

@@ -180,8 +180,9 @@ class Hooks:
     def encoded(self, kwargs: dict) -> dict:
         """The mask of what an adapted encoder has returned, where the user gives that of the tokens."""
         states, mask = kwargs["encoder_outputs"][0], kwargs.get("attention_mask")
-        if mask is None or mask.ndim != 2 or mask.shape[1] == states.shape[1]:
-            return {}
+        columns = {config.num_virtual_tokens for config in self.layer.configs.values()} - {0}
+        if mask is None or mask.ndim != 2 or states.shape[1] - mask.shape[1] not in columns:
+            return {}  # generate has widened it
         selection = self.layer.select(states.shape[0])
         length = states.shape[1] - selection.config.num_virtual_tokens
         return {"attention_mask": self.insertion(selection, length, self.offsets(selection, mask, length)).widen_mask(mask)}
