@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..class_swap import Swapped
-from .hooks import GENERATION
+from .hooks import GENERATION, cache_of
 from .insertion import positions_of
 
 # with these, transformers takes input_ids for all that a causal model has seen; None or False: off
@@ -69,7 +69,7 @@ class DePTGenerationMixin(Swapped):
         counting += ["cache_implementation='paged'"] if settings.get("cache_implementation") == "paged" else []
         self._dept_refuse(counting, "not count the prompt's columns")
         self._dept_refuse([name for name, off in _READ_INPUT_IDS.items() if settings.get(name) not in (None, off)], "see no input_ids")
-        if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
+        if cache_of(kwargs) is not None and cache_of(kwargs).get_seq_length():
             raise ValueError("DePT: generate must start from an empty cache, got past_key_values that have seen an input")
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = _mask_of(ids if embeds is None else None, embeds, settings)

@@ -18,6 +18,11 @@ _WIDENED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "lab
 _OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_attn_")
 
 
+def cache_of(kwargs: dict):
+    """What continues an input; transformers 5.24 has renamed the argument, and takes both names."""
+    return next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
+
+
 def _mark(cache):
     if hasattr(cache, "get_seq_length"):
         setattr(cache, _HAS_PROMPT, True)
@@ -71,7 +76,7 @@ class Hooks:
         self.embeddings.set(None)
         self.inserted.set(None)
         if GENERATION in kwargs:
-            _mark(kwargs.get("past_key_values"))
+            _mark(cache_of(kwargs))
             return args, {k: v for k, v in kwargs.items() if k != GENERATION}
         if not self.layer.is_active():
             return None
@@ -80,7 +85,8 @@ class Hooks:
             return (), kwargs | self.encoded(kwargs)
         if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
             return None  # the model says what is wrong with that
-        past = 0 if self.encoder_decoder or kwargs.get("past_key_values") is None else int(kwargs["past_key_values"].get_seq_length())
+        cache = None if self.encoder_decoder else cache_of(kwargs)
+        past = 0 if cache is None else int(cache.get_seq_length())
         if past:
             inputs = self.continued(kwargs, past)
             return (), kwargs | self.plain_positions(kwargs, past, inputs["inputs_embeds"]) | inputs
@@ -195,7 +201,7 @@ class Hooks:
         selection = self.layer.select(ids.shape[0])
         column = past - selection.config.num_virtual_tokens
         length = column + ids.shape[1]
-        if not hasattr(kwargs["past_key_values"], _HAS_PROMPT):
+        if not hasattr(cache_of(kwargs), _HAS_PROMPT):
             raise ValueError(
                 f"DePT: past_key_values must come from this model with its adapter, because they lack the prompt's {past - column} columns"
             )
