@@ -4,7 +4,7 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 FIGURES = README.md $(shell grep -l '<!-- figures' docs/*.md)
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: env demo figures test test-oldest lint docs kernels clean
+.PHONY: env demo figures test test-oldest test-families lint docs kernels clean
 
 env: .venv/.ready
 demo: env
@@ -14,7 +14,10 @@ figures: env
 test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready
-	$(call PYTEST,.venv-oldest) tests/pid tests/dept tests/pasta tests/dect tests/ytuning
+	$(call PYTEST,.venv-oldest) tests/pid tests/dept tests/pasta tests/families tests/dect tests/ytuning
+# every text class of transformers, built tiny, under DePT and PASTA
+test-families: env
+	$(call PYTEST,.venv) tests/families/every_class.py
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 docs: env

@@ -1,6 +1,7 @@
 """What DePT has to know of a model: where tokens become embeddings, how positions are counted, where the prompt goes."""
 
 import inspect
+import re
 
 import torch
 from torch import nn
@@ -8,9 +9,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
 
-# these multiply inputs_embeds by their scale as well: the update would be scaled with the embedding, not added to it
-_SCALE_ANY_INPUT = ("fsmt", "recurrent_gemma")
-_SCALED = "DePT: {} multiplies inputs_embeds by its embedding scale, so nothing can be added after the scale"
+_PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)$")
+_MODALITY = re.compile(r"pixel_values|input_features|input_values|image_|video_|audio_|mm_encoder_outputs")
 _POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
 
@@ -30,16 +30,18 @@ def reader_of(module: nn.Module) -> nn.Module:
 
 
 def embedding_of(module: nn.Module) -> nn.Embedding:
-    return reader_of(module).get_input_embeddings()
+    for part in (reader_of(module), module):  # FSMT's encoder does not say
+        try:
+            return part.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+    raise ValueError(f"DePT: {type(module).__name__} must have an input embedding, but its get_input_embeddings names none")
 
 
-def embedding_scale(module: nn.Module) -> float:
-    """The factor between the table's rows and what the first layer reads: on the embedding module, or applied outside of it."""
-    embedding, reader = embedding_of(module), reader_of(module)
+def embedding_scale(embedding: nn.Embedding) -> float:
+    """The factor between the table's rows and what the embedding module returns."""
     scale = getattr(embedding, "embed_scale", None)
-    if scale is None:
-        scale = getattr(reader, "embed_scale", 1.0)
-    elif isinstance(scale, torch.Tensor):
+    if isinstance(scale, torch.Tensor):
         # Gemma rounds it to the table's dtype; its own float spares a wait for the device
         scale = torch.tensor(embedding.scalar_embed_scale).to(embedding.weight.dtype).item()
     return 1.0 if scale is None else float(scale)
@@ -60,6 +62,21 @@ def takes_position_ids(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
+def placeholder_ids(module: nn.Module) -> list[int]:
+    """The tokens in whose place a model puts features of images, videos or sound; without ids it knows them by their embedding."""
+    return [v for k, v in module.config.to_dict().items() if _PLACEHOLDER.match(k) and isinstance(v, int)]
+
+
+def is_multimodal(kwargs: dict) -> bool:
+    """Whether a call has more than text."""
+    return any(value is not None and _MODALITY.match(name) for name, value in kwargs.items())
+
+
+def keeps_rope_deltas(module: nn.Module) -> bool:
+    """Whether a model works out positions of images from its ids, and where those are missing takes the shift of the call before."""
+    return hasattr(module.base_model, "rope_deltas")
+
+
 def has_position_table(module: nn.Module) -> bool:
     """Whether positions are absolute."""
     return bool(_position_tables(module))
@@ -69,7 +86,7 @@ def most_columns(module: nn.Module) -> int | None:
     """The rows of the position table, or None where positions are computed."""
     if not any(isinstance(table, nn.Embedding) for table in _position_tables(module)):
         return None
-    config = reader_of(module).config
+    config = getattr(reader_of(module), "config", module.config)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if limit is None else limit - first_position(module)
 
@@ -84,17 +101,10 @@ def _check(model):
     module = model if model.can_generate() else model.base_model
     if "inputs_embeds" not in inspect.signature(module.forward).parameters:
         raise ValueError(f"DePT: the prompt enters through inputs_embeds, which {type(module).__name__} does not take")
-    if model.config.model_type in _SCALE_ANY_INPUT:
-        raise ValueError(_SCALED.format(what))
     embedding = embedding_of(module)
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"DePT: the input embedding of {what} must be an nn.Embedding, got {type(embedding).__name__}")
-    scaled_decoder = not is_encoder_decoder(module) and any(
-        isinstance(getattr(m, "embed_scale", None), float) and m.embed_scale != 1.0 and not isinstance(m, nn.Embedding) for m in module.modules()
-    )
-    if scaled_decoder:
-        raise ValueError(_SCALED.format(what))
-    if embedding.weight.device.type != "meta":
+    if embedding.weight.device.type != "meta" and type(embedding.weight) in (torch.Tensor, nn.Parameter):  # others are called
         ids = torch.arange(min(4, embedding.num_embeddings), device=embedding.weight.device)
         with torch.no_grad():
             rows, expected = embedding(ids), embedding.weight[ids] * getattr(embedding, "embed_scale", 1.0)

@@ -1,13 +1,33 @@
 """``generate`` of an adapted model."""
 
 import inspect
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..class_swap import Swapped
+from .hooks import GENERATION, cache_of
+from .insertion import positions_of
 
-# with these, transformers (in 5.17 at least) takes input_ids for all that a causal model has seen
-_COUNT_INPUT_IDS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+# with these, transformers takes input_ids for all that a causal model has seen; None or False: off
+_COUNT_INPUT_IDS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp", "token_healing")
+_EMBEDS_BY_ITSELF = ("florence2",)  # generate puts embeddings beside those that it is given
+_READ_INPUT_IDS = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # of the input; their values that do nothing
+
+
+@dataclass
+class Generation:
+    """What the steps of one ``generate`` of a causal model have to know of its input; travels among their arguments."""
+
+    delta: Tensor  # [K, s, d]
+    adapter_ids: Tensor | None  # [B]
+    offsets: Tensor | None  # [B]
+    unseen: int  # columns of the input that input_ids do not count, where it came as inputs_embeds
+
+    def expanded(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """Adapters and offsets of ``rows`` beams or returned sequences: those of one input follow each other."""
+        return tuple(x if x is None else x.repeat_interleave(rows // x.shape[0]) for x in (self.adapter_ids, self.offsets))
 
 
 class DePTGenerationMixin(Swapped):
@@ -17,44 +37,95 @@ class DePTGenerationMixin(Swapped):
     update of its position, so that generating equals reading the whole sequence at once, as in training.
     """
 
-    def generate(self, inputs=None, generation_config=None, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         hooks = self.dept_hooks
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
-        given = any(kwargs.get(name) is not None for name in ("input_ids", "inputs_embeds"))
-        if not given or not hooks.layer.is_active() or kwargs.get("encoder_outputs") is not None:
-            return super().generate(generation_config=generation_config, **kwargs)
-        if "inputs_embeds" not in inspect.signature(super().prepare_inputs_for_generation).parameters and not hooks.encoder_decoder:
-            raise ValueError(f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs")
-        settings = generation_config or self.generation_config
-        refused = [k for k in _COUNT_INPUT_IDS if not hooks.encoder_decoder and kwargs.get(k, getattr(settings, k, None)) is not None]
-        if refused:
-            raise ValueError(f"DePT: generate of {type(self).__name__} cannot take {refused}: transformers would not count the prompt's columns")
-        if not hooks.encoder_decoder and kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = _mask_of(kwargs, settings)
-        with torch.no_grad(), hooks.generating(kwargs) as widened:
-            return super().generate(generation_config=generation_config, **widened)
+        if inputs is not None and kwargs.get("input_ids") is None:
+            kwargs["input_ids"], inputs = inputs, None
+        given = [name for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        if GENERATION not in kwargs and hooks.layer.is_active() and inputs is None:
+            settings = _Settings(kwargs, generation_config, self.generation_config)
+            takes_embeddings = hooks.encoder_decoder or "inputs_embeds" in inspect.signature(super().prepare_inputs_for_generation).parameters
+            if given and (not takes_embeddings or self.config.model_type in _EMBEDS_BY_ITSELF):
+                raise ValueError(f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs")
+            if kwargs.get("encoder_outputs") is not None:
+                kwargs |= hooks.encoded(kwargs)
+            elif hooks.encoder_decoder and len(given) == 1:
+                kwargs = self._dept_encoder_inputs(kwargs, settings)
+            elif given and not hooks.encoder_decoder:
+                kwargs = self._dept_causal_inputs(kwargs, settings)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
+    @torch.no_grad()
+    def _dept_encoder_inputs(self, kwargs, settings):
+        if kwargs.get("input_ids") is not None:
+            self._dept_refuse([name for name, off in _READ_INPUT_IDS.items() if settings.get(name) not in (None, off)], "see no input_ids")
+        inputs, *_ = self.dept_hooks.widened(kwargs)
+        return {k: v for k, v in (kwargs | inputs).items() if k != "input_ids"}
+
+    @torch.no_grad()
+    def _dept_causal_inputs(self, kwargs, settings):
+        hooks, ids, embeds = self.dept_hooks, kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        counting = [name for name in _COUNT_INPUT_IDS if settings.get(name) not in (None, False)]
+        counting += ["cache_implementation='paged'"] if settings.get("cache_implementation") == "paged" else []
+        self._dept_refuse(counting, "not count the prompt's columns")
+        self._dept_refuse([name for name, off in _READ_INPUT_IDS.items() if settings.get(name) not in (None, off)], "see no input_ids")
+        if cache_of(kwargs) is not None and cache_of(kwargs).get_seq_length():
+            raise ValueError("DePT: generate must start from an empty cache, got past_key_values that have seen an input")
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = _mask_of(ids if embeds is None else None, embeds, settings)
+        length = (ids if embeds is None else embeds).shape[1]
+        inputs, _, selection, offsets = hooks.widened(kwargs if embeds is None else kwargs | {"input_ids": None})
+        if hooks.takes_position_ids and hooks.first_position and inputs.get("position_ids") is None:
+            inputs["position_ids"] = positions_of(inputs["attention_mask"], hooks.first_position)  # transformers would start at 0
+        kwargs = kwargs | inputs | settings.new_tokens(length)
+        if ids is None:
+            del kwargs["input_ids"]
+        else:
+            kwargs["input_ids"] = ids  # beside inputs_embeds: for what looks at tokens, and to be returned
+        unseen = length - (0 if ids is None else ids.shape[1])
+        return kwargs | {GENERATION: Generation(selection.delta(), selection.adapter_ids, offsets, unseen)}
+
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, dept_generation=None, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        hooks = self.dept_hooks
-        if hooks.generation is None or hooks.encoder_decoder or model_inputs.get("inputs_embeds") is not None:
+        if dept_generation is None:
             return model_inputs
-        embeddings = hooks.next_embeddings(model_inputs["input_ids"], input_ids.shape[1])
-        return {**model_inputs, "input_ids": None, "inputs_embeds": embeddings}
+        if model_inputs.get("inputs_embeds") is None:
+            adapter_ids, offsets = dept_generation.expanded(input_ids.shape[0])
+            new = model_inputs["input_ids"]
+            column = dept_generation.unseen + input_ids.shape[1] - new.shape[1]
+            embeddings = self.dept_hooks.layer.embed_next(dept_generation.delta, adapter_ids, new, column, offsets)
+            model_inputs = {**model_inputs, "input_ids": None, "inputs_embeds": embeddings}
+        return {**model_inputs, GENERATION: dept_generation}
 
-    def _prepare_generated_length(self, *args, model_input_name, **kwargs):
-        """``max_length`` counts tokens, as for the model without prompts: transformers would subtract the columns of ``inputs_embeds``."""
-        if self.dept_hooks.generation is not None and not self.dept_hooks.generation.unseen:
-            model_input_name = "input_ids"
-        return super()._prepare_generated_length(*args, model_input_name=model_input_name, **kwargs)
+    def init_continuous_batching(self, *args, **kwargs):
+        if self.dept_hooks.layer.is_active():
+            self._dept_refuse(["continuous batching"], "give several sequences in a row one prompt")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _dept_refuse(self, names, why):
+        if names:
+            raise ValueError(f"DePT: generate of {type(self).__name__} cannot take {names}: transformers would {why}")
 
 
-def _mask_of(kwargs, generation_config):
+class _Settings:
+    """Those of one ``generate``, as transformers looks for them."""
+
+    def __init__(self, kwargs, given, default):
+        self._sources = [kwargs, vars(given) if given is not None else {}, vars(default)]
+
+    def get(self, name):
+        return next((source[name] for source in self._sources if source.get(name) is not None), None)
+
+    def new_tokens(self, length: int) -> dict:
+        """``max_length`` and ``min_length`` count ``length`` tokens of input, as for the model without a prompt; transformers would count columns."""
+        totals = {"max_new_tokens": self.get("max_length"), "min_new_tokens": self.get("min_length")}
+        return {name: max(total - length, 0) for name, total in totals.items() if total and self.get(name) is None}
+
+
+def _mask_of(ids, embeds, settings):
     """What transformers takes where no mask is given: the padding token is padding, unless it ends texts as well."""
-    ids = kwargs.get("input_ids")
     if ids is None:
-        return torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.long, device=kwargs["inputs_embeds"].device)
-    pad, eos = (kwargs.get(name, getattr(generation_config, name)) for name in ("pad_token_id", "eos_token_id"))
+        return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
     ends = eos if isinstance(eos, list) else [eos]
     return (ids != pad).long() if pad is not None and pad not in ends else torch.ones_like(ids)

@@ -2,31 +2,30 @@
 
 import inspect
 import sys
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import family
+from ..call_state import CallState
+from . import family, probe, sequences
 from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
-_FILL = {"token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
+GENERATION = "dept_generation"  # the argument by which forwards within generate know that the prompt is in
+_HAS_PROMPT = "_has_dept_prompt"  # an attribute of the caches of adapted forwards: others, such as prefix tuning's, cannot be continued
+_FILL = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
+_WIDENED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "logits_to_keep", *_FILL}
+_OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_attn_")
 
 
-@dataclass
-class Generation:
-    """What the steps of one ``generate`` have to know of its input."""
+def cache_of(kwargs: dict):
+    """What continues an input; transformers 5.24 has renamed the argument, and takes both names."""
+    return next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
 
-    delta: Tensor  # [K, s, d]
-    adapter_ids: Tensor | None  # [B]
-    offsets: Tensor | None  # [B]
-    unseen: int  # columns of the input that input_ids do not count, where it came as inputs_embeds
 
-    def expanded(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
-        """Adapters and offsets of ``rows`` beams or returned sequences: those of one input follow each other."""
-        return tuple(x if x is None else x.repeat_interleave(rows // x.shape[0]) for x in (self.adapter_ids, self.offsets))
+def _mark(cache):
+    if hasattr(cache, "get_seq_length"):
+        setattr(cache, _HAS_PROMPT, True)
 
 
 class Hooks:
@@ -34,8 +33,7 @@ class Hooks:
 
     def __init__(self, module: nn.Module, layer: DePTLayer):
         self.module, self.layer = module, layer
-        self.generation: Generation | None = None
-        self.inserted: Insertion | None = None  # from the hook before a forward to the one after it
+        self.inserted = CallState()  # the insertion, from the hook before a forward to the one after it
         self.encoder_decoder = family.is_encoder_decoder(module)
         self.causal = family.is_causal(module)
         self.takes_position_ids = family.takes_position_ids(module)
@@ -43,35 +41,80 @@ class Hooks:
         self.first_position = family.first_position(module)
         self.most_columns = family.most_columns(module)
         self.argument_names = list(inspect.signature(module.forward).parameters)
-        self.handles = [
+        self.placeholders, self.keeps_rope_deltas = family.placeholder_ids(module), family.keeps_rope_deltas(module)
+        self.embeddings = CallState()  # (B, m + L, d), in place of what the model makes of the ids that it needs
+        self.handles = []
+        self.read()
+        self.handles += [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
-            module.register_forward_hook(self.after),
+            module.register_forward_hook(self.after, always_call=True),
         ]
+        parts = {module.base_model, family.reader_of(module)} - {module}
+        self.handles += [part.register_forward_pre_hook(self.before_part, with_kwargs=True) for part in parts]
+
+    def read(self):
+        """Find out how the model reads its tokens, once there are weights to do it with."""
+        table = family.embedding_of(self.module)
+        if table.weight.device.type != "meta" or hasattr(table, "_hf_hook"):
+            self.layer.reading = probe.read(self.module, table)
+            if self.layer.reading.by_ids:
+                self.handles.append(self.layer.reading.table.register_forward_hook(self.replaced))
+
+    def replaced(self, table, args, output):
+        """A model that pads its ids to a window has further columns."""
+        embeddings = self.embeddings.get()
+        if embeddings is None:
+            return None
+        self.embeddings.set(None)
+        return torch.cat([embeddings, output[:, embeddings.shape[1] :].to(embeddings.dtype)], 1)
 
     def before(self, module, args, kwargs):
-        self.inserted = None
-        if self.generation is not None or not self.layer.is_active() or kwargs.get("encoder_outputs") is not None:
+        if probe.probing.get():
+            return None
+        if self.layer.reading is None:
+            self.read()
+        self.embeddings.set(None)
+        self.inserted.set(None)
+        if GENERATION in kwargs:
+            _mark(cache_of(kwargs))
+            return args, {k: v for k, v in kwargs.items() if k != GENERATION}
+        if not self.layer.is_active():
             return None
         kwargs = dict(zip(self.argument_names, args)) | kwargs
+        if kwargs.get("encoder_outputs") is not None:
+            return (), kwargs | self.encoded(kwargs)
         if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
             return None  # the model says what is wrong with that
-        past = 0 if self.encoder_decoder or kwargs.get("past_key_values") is None else int(kwargs["past_key_values"].get_seq_length())
+        cache = None if self.encoder_decoder else cache_of(kwargs)
+        past = 0 if cache is None else int(cache.get_seq_length())
         if past:
-            return (), kwargs | self.continued(kwargs, past)
+            inputs = self.continued(kwargs, past)
+            return (), kwargs | self.plain_positions(kwargs, past, inputs["inputs_embeds"]) | inputs
         inputs, insertion, *_ = self.widened(kwargs)
-        labels = kwargs.get("labels")
-        if self.module.can_generate() and not self.encoder_decoder and labels is not None:
-            inputs["labels"] = insertion.widen(labels, -100)
+        inputs = self.plain_positions(kwargs, 0, inputs["inputs_embeds"]) | inputs
+        if self.layer.reading is not None and self.layer.reading.by_ids and kwargs.get("input_ids") is not None:
+            self.embeddings.set(inputs.pop("inputs_embeds"))
+            inputs["input_ids"] = insertion.widen(kwargs["input_ids"], self.layer.reading.filler)
         if self.encoder_decoder:
             inputs |= self.decoder_inputs(kwargs)
         else:
-            self.inserted = insertion
+            inputs |= self.outputs_asked_for(kwargs, insertion)
+            self.inserted.set(insertion)
         return (), kwargs | inputs
 
+    def before_part(self, part, args, kwargs):
+        """The model itself hands embeddings to its parts."""
+        if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active() and not probe.probing.get():
+            raise ValueError(f"DePT: {type(part).__name__} alone has no prompt; call {type(self.module).__name__}, which it is a part of")
+
     def after(self, module, args, output):
-        insertion, self.inserted = self.inserted, None
-        if insertion is None:
+        insertion = self.inserted.get()
+        self.inserted.set(None)
+        self.embeddings.set(None)
+        if insertion is None or output is None:
             return None
+        for value in output.values() if hasattr(output, "values") else output:
+            _mark(value)
         if hasattr(output, "items"):
             return type(output)(**{k: insertion.narrow(v) for k, v in output.items()})
         return insertion.narrow(output)
@@ -90,20 +133,65 @@ class Hooks:
         if mask is None and selection.has_base_rows:
             mask = (ids if ids is not None else embeds[..., 0]).new_ones(batch, length, dtype=torch.long)
         offsets = self.offsets(selection, mask, length)
+        sequences.check(kwargs, mask)
+        self.check_arguments(kwargs, (batch, length))
         insertion = self.insertion(selection, length, offsets)
         ids, embeds = (x if x is None else insertion.rotate(x) for x in (ids, embeds))
         embeddings = self.layer.embed(selection, ids, embeds, offsets if self.causal else None)
         inputs = {
             "input_ids": None,
-            "inputs_embeds": insertion.arrange(embeddings),
+            "inputs_embeds": self.with_placeholders(kwargs, insertion, insertion.arrange(embeddings)),
             "attention_mask": mask if mask is None else insertion.widen_mask(mask),
         }
+        if self.placeholders and self.keeps_rope_deltas and family.is_multimodal(kwargs):
+            raise ValueError(
+                f"DePT: {type(self.module).__name__} takes positions of images and videos from input_ids, which a prompt does not have: it can be"
+                " given text alone"
+            )
         inputs |= {name: insertion.widen(kwargs[name], fill) for name, fill in _FILL.items() if kwargs.get(name) is not None}
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = insertion.widen_positions(kwargs["position_ids"], self.first_position)
-        elif self.counts_what_is_masked(selection, offsets):
+        elif mask is not None and self.counts_what_is_masked(selection, offsets):
             inputs["position_ids"] = positions_of(inputs["attention_mask"], self.first_position)
         return inputs, insertion, selection, offsets
+
+    def with_placeholders(self, kwargs: dict, insertion: Insertion, embeddings: Tensor) -> Tensor:
+        """``embeddings`` (B, m + L, d) without an update where features of an image take their place: until then, models look for their row."""
+        if not self.placeholders or kwargs.get("input_ids") is None or not family.is_multimodal(kwargs):
+            return embeddings
+        ids = insertion.widen(kwargs["input_ids"], -1)
+        held = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
+        return torch.where(held[..., None], self.layer.reading.table(ids.clamp_min(0)).to(embeddings.dtype), embeddings)
+
+    def plain_positions(self, kwargs: dict, past: int, embeddings: Tensor) -> dict:
+        """Those of text, for models that would take a shift from the call before."""
+        if not self.keeps_rope_deltas or kwargs.get("position_ids") is not None:
+            return {}
+        batch, columns, _ = embeddings.shape
+        return {"position_ids": torch.arange(past, past + columns, device=embeddings.device).expand(batch, -1)}
+
+    def outputs_asked_for(self, kwargs: dict, insertion: Insertion) -> dict:
+        """Arguments of a model that has its head within: labels of tokens, and the tokens whose logits are wanted."""
+        inputs, labels, keep = {}, kwargs.get("labels"), kwargs.get("logits_to_keep")
+        if labels is not None and self.module.can_generate():
+            if self.causal and kwargs.get("num_items_in_batch") is not None:  # Trainer does not count the first token
+                labels = torch.cat([torch.full_like(labels[:, :1], -100), labels[:, 1:]], 1)
+            inputs["labels"] = insertion.widen(labels, -100)
+        if kwargs.get("shift_labels") is not None:
+            inputs["shift_labels"] = insertion.widen(kwargs["shift_labels"], -100)
+        if keep is not None:
+            inputs["logits_to_keep"] = insertion.kept(keep)
+        return inputs
+
+    def encoded(self, kwargs: dict) -> dict:
+        """The mask of what an adapted encoder has returned, where the user gives that of the tokens."""
+        states, mask = kwargs["encoder_outputs"][0], kwargs.get("attention_mask")
+        columns = {config.num_virtual_tokens for config in self.layer.configs.values()} - {0}
+        if mask is None or mask.ndim != 2 or states.shape[1] - mask.shape[1] not in columns:
+            return {}  # generate has widened it
+        selection = self.layer.select(states.shape[0])
+        length = states.shape[1] - selection.config.num_virtual_tokens
+        return {"attention_mask": self.insertion(selection, length, self.offsets(selection, mask, length)).widen_mask(mask)}
 
     def continued(self, kwargs: dict, past: int) -> dict:
         """The inputs of a causal model that has seen ``past`` columns, prompt included."""
@@ -113,6 +201,10 @@ class Hooks:
         selection = self.layer.select(ids.shape[0])
         column = past - selection.config.num_virtual_tokens
         length = column + ids.shape[1]
+        if not hasattr(cache_of(kwargs), _HAS_PROMPT):
+            raise ValueError(
+                f"DePT: past_key_values must come from this model with its adapter, because they lack the prompt's {past - column} columns"
+            )
         if mask is None and selection.has_base_rows:
             mask = ids.new_ones(ids.shape[0], length)
         offsets = self.offsets(selection, mask, length)
@@ -125,38 +217,9 @@ class Hooks:
         }
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = insertion.shift(kwargs["position_ids"])
-        elif self.counts_what_is_masked(selection, offsets):
+        elif mask is not None and self.counts_what_is_masked(selection, offsets):
             inputs["position_ids"] = positions_of(mask, self.first_position)[:, -ids.shape[1] :]
         return inputs
-
-    @contextmanager
-    def generating(self, kwargs: dict):
-        """The arguments of ``generate`` with the prompts in them; until the end, no forward adds any."""
-        if not self.encoder_decoder and kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
-            raise ValueError("DePT: generate must start from an empty cache, got past_key_values that have seen an input")
-        inputs, _, selection, offsets = self.widened(kwargs)
-        length = (kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]).shape[1]
-        if self.encoder_decoder:
-            del inputs["input_ids"]
-            kwargs = {k: v for k, v in kwargs.items() if k != "input_ids"}
-        elif kwargs.get("input_ids") is not None:
-            inputs["input_ids"] = kwargs["input_ids"]  # beside inputs_embeds: for what looks at tokens, and to be returned
-        else:
-            del inputs["input_ids"]
-        unseen = length if kwargs.get("input_ids") is None else 0
-        if self.causal and self.takes_position_ids and self.first_position and inputs.get("position_ids") is None:
-            inputs["position_ids"] = positions_of(inputs["attention_mask"], self.first_position)  # transformers would start at 0
-        self.generation = Generation(selection.delta(), selection.adapter_ids, offsets, unseen)
-        try:
-            yield kwargs | inputs
-        finally:
-            self.generation = None
-
-    def next_embeddings(self, ids: Tensor, total: int) -> Tensor:
-        """(rows, q, d): the last q of ``total`` tokens, within ``generating``."""
-        generation = self.generation
-        adapter_ids, offsets = generation.expanded(ids.shape[0])
-        return self.layer.embed_next(generation.delta, adapter_ids, ids, generation.unseen + total - ids.shape[1], offsets)
 
     def insertion(self, selection: Selection, length: int, offsets: Tensor | None) -> Insertion:
         """Nothing masked may stand between what belongs together, because some models count columns.
@@ -181,8 +244,8 @@ class Hooks:
         return Insertion(config.num_virtual_tokens, length, after_first, used, rotation=None if self.causal else offsets, lead=lead)
 
     def counts_what_is_masked(self, selection: Selection, offsets: Tensor | None) -> bool:
-        """Whether the model needs positions because masked columns stand in front of what it should see."""
-        return self.causal and self.takes_position_ids and (selection.has_base_rows or offsets is not None)
+        """Whether the model needs positions because masked columns stand in front of what it should see; RoBERTa passes over padding itself."""
+        return self.causal and self.takes_position_ids and (selection.has_base_rows or offsets is not None or self.first_position > 0)
 
     def offsets(self, selection: Selection, mask: Tensor | None, length: int) -> Tensor | None:
         if mask is None:
@@ -212,6 +275,16 @@ class Hooks:
                 f" {self.most_columns}"
             )
 
+    def check_arguments(self, kwargs, shape):
+        """Whatever else has a value for each token would be taken for the prompt's columns."""
+        for name, value in kwargs.items():
+            known = name in _WIDENED or name.startswith(_OF_OTHER_TOKENS)
+            if not known and isinstance(value, Tensor) and tuple(value.shape[:2]) == shape and shape[1] > 1:
+                raise ValueError(
+                    f"DePT: {type(self.module).__name__} must be given no {name}, which has a value for each token: the prompt's rows have none,"
+                    f" got {tuple(value.shape)}"
+                )
+
     def decoder_inputs(self, kwargs: dict) -> dict:
         """Models that decode the shifted input where nothing else is given would look for it in input_ids."""
         shift = getattr(sys.modules[type(self.module).__module__], "shift_tokens_right", None)
@@ -221,6 +294,6 @@ class Hooks:
         if given or shift is None or kwargs.get("input_ids") is None:
             return {}
         config = self.module.config
-        known = {"pad_token_id": config.pad_token_id, "decoder_start_token_id": config.decoder_start_token_id}
+        known = {name: getattr(config, name, None) for name in ("pad_token_id", "decoder_start_token_id")}
         known = {name: value for name, value in known.items() if name in inspect.signature(shift).parameters}
         return {"decoder_input_ids": shift(kwargs["input_ids"], **known)}

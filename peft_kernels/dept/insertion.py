@@ -50,6 +50,14 @@ class Insertion:
         written = torch.where(columns < first, columns, columns + self.virtual)  # where the operator has a token
         return _gather(x, torch.where(columns < lead, written, torch.where(columns < lead + self.virtual, first + columns - lead, columns)))
 
+    def kept(self, keep: int | Tensor) -> int | Tensor:
+        """``logits_to_keep``, the last so many tokens (0: all) or some columns, among the columns with the prompt."""
+        if isinstance(keep, Tensor):
+            if self.lead is not None or self.after_first:
+                raise ValueError("DePT: logits_to_keep must be a number where the prompt does not come first in every row, got a tensor of columns")
+            return torch.where(keep < 0, keep, keep + self.virtual)
+        return 0 if keep >= self.length - int(self.after_first) else keep
+
     def narrow(self, value):
         """Without the prompt's columns, in the user's order: per-token tensors (B, m + L, d), also within the tuples of an output."""
         if type(value) is tuple:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import decomposed_prompt_embedding
-from ..peft_method import AdapterLayer
-from . import family
+from ..peft_method import AdapterLayer, AdapterParameters
+from . import family, lookup
 from .config import DePTConfig
+from .probe import Reading
 
 
 @dataclass
@@ -36,24 +37,26 @@ class DePTLayer(AdapterLayer):
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        self.dept_prompt, self.dept_a, self.dept_b = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.reading: Reading | None = None  # None while the model's weights are on meta
+        self.dept_prompt, self.dept_a, self.dept_b = AdapterParameters(), AdapterParameters(), AdapterParameters()
 
     def add(self, name: str, config: DePTConfig, *, empty: bool) -> None:
         """A new adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), in float32 at least. ``empty``: on meta, to be loaded."""
-        module = self._module[0]
-        weight = family.embedding_of(module).weight
-        m, r, s, d = config.num_virtual_tokens, config.r, config.max_length, weight.shape[1]
-        kwargs = {"device": "meta" if empty else weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        embedding = self.get_base_layer()
+        weight, width = embedding.weight, embedding.embedding_dim
+        m, r, s = config.num_virtual_tokens, config.r, config.max_length
+        kwargs = {"device": "meta" if empty else self.device_for_adapters(), "dtype": torch.promote_types(weight.dtype, torch.float32)}
         a = torch.empty(s, r, **kwargs).uniform_(-(r**-0.5), r**-0.5)
-        b = torch.zeros(r, d, **kwargs)
+        b = torch.zeros(r, width, **kwargs)
         if config.init_token_ids and not empty and not config.inference_mode:
-            ids = torch.tensor(config.init_token_ids, device=weight.device)
-            if int(ids.max()) >= weight.shape[0] or int(ids.min()) < 0:
+            if max(config.init_token_ids) >= weight.shape[0] or min(config.init_token_ids) < 0:
                 raise ValueError(f"DePTConfig: init_token_ids must lie in [0, {weight.shape[0]}), got {config.init_token_ids}")
+            ids = torch.tensor(config.init_token_ids, device=kwargs["device"])
             ids = ids.repeat(-(-m // len(ids)))[:m]
-            prompt = weight.detach()[ids].to(kwargs["dtype"]) * family.embedding_scale(module)
+            with torch.no_grad():
+                prompt = embedding(ids).to(**kwargs) * self._token_scale()
         else:
-            prompt = torch.randn(m, d, **kwargs)
+            prompt = torch.randn(m, width, **kwargs)
         self.configs[name] = config
         self.dept_prompt[name], self.dept_a[name], self.dept_b[name] = nn.Parameter(prompt), nn.Parameter(a), nn.Parameter(b)
 
@@ -65,26 +68,28 @@ class DePTLayer(AdapterLayer):
         names, rows = self.chosen(batch)
         config, parameters = self.configs[names[0]], (self.dept_prompt, self.dept_a, self.dept_b)
         if rows is None:
-            return Selection(config, *(p[names[0]] for p in parameters))
-        stacks = [torch.stack([p[n] for n in names]) for p in parameters]
+            return Selection(config, *(lookup.whole(p(names[0])) for p in parameters))
+        stacks = [torch.stack([lookup.whole(p(n)) for n in names]) for p in parameters]
         return Selection(config, *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
 
     def embed(self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """(B, m + L, d): prompt and updated tokens. ``inputs_embeds`` (B, L, d) are what the first layer would read: already scaled."""
-        weight, scale = self._table()
-        if input_ids is None:
-            batch, length, _ = inputs_embeds.shape
-            input_ids = torch.arange(batch * length, device=inputs_embeds.device).view(batch, length)
-            weight, scale = inputs_embeds.flatten(0, 1), 1.0
+        """(B, m + L, d): prompt and updated tokens, as the model takes them. ``inputs_embeds`` (B, L, d) are what it would take without a prompt."""
+        divisor = self._later_scale(input_ids)
+        if input_ids is not None:
+            weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
+            factor *= self._token_scale() / divisor
+        else:
+            weight, factor = inputs_embeds.flatten(0, 1), 1.0
+            ids = torch.arange(len(weight), device=weight.device).view(inputs_embeds.shape[:2])
         config = selection.config
         return decomposed_prompt_embedding(
-            input_ids,
+            ids,
             weight,
-            selection.prompt,
+            selection.prompt if divisor == 1 else selection.prompt / divisor,
             selection.a,
             selection.b,
-            scale=config.scale,
-            embed_scale=scale,
+            scale=config.scale / divisor,
+            embed_scale=factor,
             offsets=offsets,
             insert_after_first=config.insert_after_first,
             adapter_ids=selection.adapter_ids,
@@ -92,7 +97,8 @@ class DePTLayer(AdapterLayer):
 
     def embed_next(self, delta: Tensor, adapter_ids: Tensor | None, input_ids: Tensor, column: int, offsets: Tensor | None) -> Tensor:
         """(B, q, d): tokens that follow others, the first of them in ``column`` of the input without its prompt. ``delta`` (K, s, d)."""
-        weight, scale = self._table()
+        divisor = self._later_scale(None)
+        weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
         batch, new = input_ids.shape
         index = torch.arange(column, column + new, device=weight.device).expand(batch, -1)  # [B, q]
         if offsets is not None:
@@ -101,8 +107,15 @@ class DePTLayer(AdapterLayer):
         adapter = torch.zeros(batch, dtype=torch.long, device=weight.device) if adapter_ids is None else adapter_ids
         updated &= (adapter >= 0)[:, None]
         low_rank = delta[adapter.clamp_min(0)[:, None], index.clamp(0, delta.shape[1] - 1)].masked_fill(~updated[..., None], 0)
-        return (scale * weight[input_ids].to(low_rank.dtype) + low_rank).to(weight.dtype)
+        factor *= self._token_scale() / divisor
+        return (factor * weight[ids].to(low_rank.dtype) + low_rank / divisor).to(weight.dtype)
 
-    def _table(self):
-        module = self._module[0]
-        return family.embedding_of(module).weight, family.embedding_scale(module)
+    def _token_scale(self) -> float:
+        """The factor between what the embedding module returns and what the first layer reads."""
+        return 1.0 if self.reading is None else self.reading.token_scale
+
+    def _later_scale(self, input_ids: Tensor | None) -> float:
+        """What the model multiplies by, after the embeddings that it is given or, beside ids that it needs, makes itself."""
+        if self.reading is None:
+            return 1.0
+        return self.reading.token_scale if self.reading.by_ids and input_ids is not None else self.reading.input_scale

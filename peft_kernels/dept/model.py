@@ -1,9 +1,10 @@
 """The tuner: how PEFT puts adapters on a model and takes them off again."""
 
+from peft import PeftModel
 from torch import nn
 
 from ..class_swap import put_on, take_off
-from ..peft_method import AddedLayerTuner
+from ..peft_method import AddedLayerTuner, freeze, is_encoder_decoder, unwrapped
 from . import family
 from .config import DePTConfig
 from .generation import DePTGenerationMixin
@@ -21,33 +22,56 @@ class DePTModel(AddedLayerTuner):
         " embedding table has one row per token."
     )
 
+    def __init__(self, model, *args, **kwargs):
+        _refuse_prompts_below(model)
+        super().__init__(model, *args, **kwargs)
+
     def adapter_layer(self) -> DePTLayer:
-        return self.model.dept
+        return unwrapped(self.model).dept
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
-        config = self.peft_config[adapter_name]
-        if not isinstance(getattr(model, "dept", None), DePTLayer):
-            self._attach(model)
-        _complete(config, model.dept_hooks.module)
-        model.dept.add(adapter_name, config, empty=low_cpu_mem_usage)
+        config, pretrained = self.peft_config[adapter_name], unwrapped(model)
+        if not hasattr(pretrained, "dept"):
+            self._attach(pretrained)
+        elif pretrained is not model or adapter_name in pretrained.dept.configs:
+            raise ValueError(f"DePT: model has the DePT adapters {list(pretrained.dept.configs)}; add_adapter() adds one of another name to them")
+        _complete(config, pretrained.dept_hooks.module)
+        pretrained.dept.add(adapter_name, config, empty=low_cpu_mem_usage)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
-    def _attach(self, model):
-        module = family.adapted_module(model)
-        model.requires_grad_(False)  # before there is a tuner layer: PEFT keeps what it finds beside one
+    def _attach(self, pretrained):
+        module = family.adapted_module(pretrained)
         layer = DePTLayer(module)
         hooks = Hooks(module, layer)
-        model.dept, model.dept_hooks = layer, hooks
-        if model.can_generate():
-            put_on(model, DePTGenerationMixin)
+        freeze(pretrained)
+        pretrained.dept, pretrained.dept_hooks = layer, hooks
+        if pretrained.can_generate():
+            put_on(pretrained, DePTGenerationMixin)
 
     def detach(self):
-        model = self.model
-        if isinstance(model, DePTGenerationMixin):
-            take_off(model, DePTGenerationMixin)
-        for handle in model.dept_hooks.handles:
+        pretrained = unwrapped(self.model)
+        if isinstance(pretrained, DePTGenerationMixin):
+            take_off(pretrained, DePTGenerationMixin)
+        for handle in pretrained.dept_hooks.handles:
             handle.remove()
-        del model.dept, model.dept_hooks
+        del pretrained.dept, pretrained.dept_hooks
+
+    def generate(self, *args, **kwargs):
+        """Refuses where prompt learning of PEFT lies on top: its prompt enters by a method that PEFT puts on what it wraps directly."""
+        outer = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        learned = isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning
+        if learned and not (is_encoder_decoder(unwrapped(self.model)) and kwargs.get("inputs_embeds") is not None):
+            kind = outer.active_peft_config.peft_type.value
+            raise ValueError(f"DePT: generate below {kind} would leave its prompt out: PEFT hands it to the model that it wraps directly alone")
+        return self.model.generate(*args, **kwargs)
+
+
+def _refuse_prompts_below(model):
+    while isinstance(model, PeftModel):
+        config = model.active_peft_config
+        if config.is_prompt_learning:
+            raise ValueError(f"DePT: model has {config.peft_type.value}, whose prompt would be lost below DePT's; put DePT on the model alone")
+        model = model.base_model.model
 
 
 def _complete(config: DePTConfig, module: nn.Module) -> None:

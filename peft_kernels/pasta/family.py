@@ -25,6 +25,10 @@ def adapted_module(model: nn.Module) -> nn.Module:
         raise ValueError(f"PASTA: model must be an encoder, but {what} has a decoder as well, which special tokens of the input do not reach")
     if is_causal(model) or is_causal(module):
         raise ValueError(f"PASTA: model must be an encoder, but {what} is a decoder, whose tokens see only what is before them")
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ValueError(f"PASTA: {what} must have an input embedding, but its get_input_embeddings names none") from error
     if module.config.model_type in _TRANSPOSED:
         raise ValueError(f"PASTA: the layers of {what} must take hidden states (B, S, d), but take (B, d, S)")
     if getattr(module.config, "quant_mode", False):
@@ -42,6 +46,8 @@ def passes_of(module: nn.Module) -> list[nn.Module]:
     if module.config.model_type == "albert":
         groups = module.encoder.albert_layer_groups
         return [layer for i in range(depth) for layer in groups[int(i / (depth / len(groups)))].albert_layers]
+    if depth is None:
+        raise ValueError(f"PASTA: {what} must be an encoder of text with num_hidden_layers in its configuration, got a {module.config.model_type}")
     lists = [(name, m) for name, m in module.named_modules() if _is_layer_list(m, depth)]
     lists = [(name, m) for name, m in lists if not any(name.startswith(f"{outer}.") for outer, _ in lists)]
     if len(lists) != 1:

@@ -88,18 +88,38 @@ def test_models():
     )
     with pytest.raises(ValueError, match="main input of WhisperForConditionalGeneration is 'input_features'"):
         get_peft_model(transformers.WhisperForConditionalGeneration(whisper), DePTConfig(**settings))
-    config = transformers.PegasusConfig(**models.MODELS["pegasus"][1])
-    with pytest.raises(ValueError, match="PegasusForCausalLM multiplies inputs_embeds by its embedding scale"):
-        get_peft_model(transformers.PegasusForCausalLM(config), DePTConfig(**settings))
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    with pytest.raises(ValueError, match="model must embed its tokens by a table, but CanineModel has none"):
+        get_peft_model(transformers.CanineModel(transformers.CanineConfig(**small)), DePTConfig(**settings))
+    with pytest.raises(ValueError, match="the input embedding of IBertModel must be an nn.Embedding, got QuantEmbedding"):
+        get_peft_model(transformers.IBertModel(transformers.IBertConfig(**small)), DePTConfig(**settings))
+    with pytest.raises(ValueError, match="BrosModel must take input_ids alone, but raises ValueError .You have to specify bbox"):
+        get_peft_model(transformers.BrosModel(transformers.BrosConfig(**small)), DePTConfig(**settings))
+
+
+class LooksAtTokens(transformers.LlamaForCausalLM):
+    """A user's own model."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if input_ids is not None:
+            output.logits = output.logits + input_ids[..., None]
+        return output
 
 
 def test_refused_model_is_left_alone():
-    config = transformers.PegasusConfig(**models.MODELS["pegasus"][1])
-    model = transformers.PegasusForCausalLM(config)
-    names, trainable = set(vars(model)), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError):
+    """Nothing is left of the probe either: not on the model, not in its modes, not in the random numbers."""
+    model = LooksAtTokens(transformers.LlamaConfig(**models.MODELS["llama"][1]))
+    model.lm_head.eval()
+
+    def state():
+        modules = [(m.training, set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        return modules, [p.requires_grad for p in model.parameters()], torch.get_rng_state().tolist()
+
+    before = state()
+    with pytest.raises(ValueError, match="LooksAtTokens reads input_ids for more than their embeddings"):
         get_peft_model(model, DePTConfig())
-    assert set(vars(model)) == names and [p.requires_grad for p in model.parameters()] == trainable
+    assert state() == before
 
 
 def test_initialisation():

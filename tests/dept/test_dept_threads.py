@@ -1,0 +1,141 @@
+"""One adapted model, called by several threads at once, as servers do."""
+
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import dept_models as models
+import pytest
+import torch
+
+THREADS = 8
+
+
+def _requests(name):
+    """Calls of different lengths, some of them with other adapters in their rows, every seventh one an error."""
+    requests = []
+    for i in range(14):
+        x = models.inputs(b=1 + i % 3, n=4 + i % 7, padding="right" if i % 2 else "none", seed=i)
+        x |= models.targets(name, x) if i % 2 or name == "t5" else {}
+        if i % 3 == 1:
+            x["adapter_names"] = ["other", "__base__", "default"][: 1 + i % 3]
+        if i % 7 == 6:
+            x["attention_mask"] = x["attention_mask"][:, :-1]
+        requests.append(x)
+    return requests
+
+
+def _answer(model, request, generates):
+    try:
+        if generates:
+            return [model.generate(**{k: v for k, v in request.items() if k != "labels"}, max_new_tokens=4, pad_token_id=0, eos_token_id=None)]
+        return [v for v in model(**request).values() if isinstance(v, torch.Tensor)]
+    except ValueError as error:
+        return str(error)
+
+
+def _same(got, expected):
+    if isinstance(got, str) or isinstance(expected, str):
+        return got == expected
+    return len(got) == len(expected) and all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@torch.no_grad()
+def _adapted(name):
+    model = models.adapted(name, position="token")
+    model.add_adapter("other", models.DePTConfig(num_virtual_tokens=models.M, r=models.R, max_length=models.S, position="token"))
+    models.fill(model, "other", 2)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert-token", "roberta-qa"])
+def test_threads(name):
+    model, requests = _adapted(name), _requests(name)
+    ways = [False, True] if model.base_model.model.can_generate() else [False]
+    calls = [(request, generates) for request in requests for generates in ways]
+    with torch.no_grad():
+        expected = [_answer(model, *call) for call in calls]
+    assert sum(isinstance(e, str) for e in expected) == 2 * len(ways)
+    wrong, barrier = [], threading.Barrier(THREADS)
+
+    @torch.no_grad()
+    def serve(number):
+        barrier.wait()
+        for step in range(1000 // (THREADS * 4)):
+            i = (5 * number + step) % len(calls)
+            if not _same(_answer(model, *calls[i]), expected[i]):
+                wrong.append((number, step))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(serve, range(THREADS)))
+    assert not wrong
+
+
+def test_gradients_in_threads():
+    """Each of its own rows, with checkpointing, whose layers run again in the backward pass."""
+    model = models.adapted("gpt2").train()
+    model.gradient_checkpointing_enable()
+    requests = [models.inputs(n=4 + i, seed=i) for i in range(THREADS)]
+
+    def gradients(x):
+        return torch.autograd.grad(model(**x, labels=x["input_ids"]).loss, models.parameters(model))
+
+    expected = [gradients(x) for x in requests]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for got, one in zip(pool.map(gradients, requests), expected):
+            assert _same(got, one)
+
+
+def test_memory_does_not_grow():
+    """Neither by calls nor by threads that have come and gone, some of them with an error."""
+    model, requests = _adapted("llama"), _requests("llama")
+
+    def rounds(number):
+        for _ in range(number):
+            threads = [threading.Thread(target=lambda: [_answer(model, request, False) for request in requests[:7]]) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        gc.collect()
+        return len(gc.get_objects()), sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    rounds(2)
+    before, after = rounds(1), rounds(6)
+    assert after[1] <= before[1] and after[0] < before[0] + 6 * 4 * 7
+
+
+def test_calls_within_generate():
+    """A logits processor that calls the model itself, in the middle of ``generate``."""
+    model = models.adapted("llama")
+    x, other = models.inputs(padding="none"), models.inputs(padding="none", n=5, seed=9)
+    kwargs = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        expected = [model(**other).logits, model.generate(**other, **kwargs)]
+    alone, within = model.generate(**x, **kwargs), []
+
+    def processor(ids, scores):
+        within.append([model(**other).logits, model.generate(**other, **kwargs)])
+        return scores
+
+    assert torch.equal(model.generate(**x, **kwargs, logits_processor=[processor]), alone)
+    assert len(within) == 3 and all(_same(got, expected) for got in within)
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind():
+    model = models.adapted("gpt2")
+    x, pretrained = models.inputs(), model.base_model.model
+    expected = model(**x).logits
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    handle = pretrained.transformer.h[1].register_forward_hook(fail)
+    for call in (lambda: model(**x), lambda: model.generate(**x, max_new_tokens=2)):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            call()
+    handle.remove()
+    assert pretrained.dept_hooks.inserted.get() is None
+    with model.disable_adapter():
+        assert torch.equal(model(**x).logits, models.stock("gpt2")(**x).logits)
+    assert torch.equal(model(**x).logits, expected)

@@ -1,0 +1,351 @@
+"""DePT where a user has other things on a model: other adapters, offload, shards, copies, compilation; and what counts tokens there."""
+
+import copy
+import io
+import pickle
+
+import dept_models as models
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import DataCollatorWithFlattening, GenerationConfig
+from transformers.modeling_outputs import BaseModelOutput
+
+from peft_kernels import DePTConfig
+from peft_kernels.dept import sequences
+from peft_kernels.dept.layer import DePTLayer
+
+# float32, sums over 32 to 48 numbers in another order through two layers: some tens of roundings of values of about 10
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+GENERATE = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+QUERIES = {"gpt2": "c_attn", "t5": "q", "bert-sequence": "query", "roberta-qa": "query"}
+
+
+def _out(model, x):
+    output = model(**x)
+    return next(output[k] for k in ("logits", "start_logits") if k in output)
+
+
+def _inputs(name):
+    x = models.inputs(padding="none")
+    return x | (models.targets(name, x) if name == "t5" else {})
+
+
+def _config(name, **settings):
+    return DePTConfig(**{"num_virtual_tokens": models.M, "r": models.R, "max_length": models.S, "task_type": models.MODELS[name][3], **settings})
+
+
+def _filled(model):
+    """``models.fill`` wherever the layer is."""
+    layer = next(m for m in model.modules() if isinstance(m, DePTLayer))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameters in (layer.dept_prompt, layer.dept_a, layer.dept_b):
+            parameters["default"].copy_(torch.randn(parameters["default"].shape, generator=generator) * 0.5)
+    return model.eval()
+
+
+def _with_lora(name, model, targets=None):
+    model = get_peft_model(model, LoraConfig(target_modules=targets or [QUERIES[name]], task_type=models.MODELS[name][3], r=2))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def _agree(model, expected, name):
+    x = _inputs(name)
+    torch.testing.assert_close(_out(model, x), _out(expected, x), **CLOSE)
+    if "labels" in x or name == "gpt2":
+        x.pop("labels", None)
+        assert torch.equal(model.generate(**x, **GENERATE), expected.generate(**x, **GENERATE))
+
+
+@pytest.mark.parametrize("first", ["LoRA", "DePT"])
+@pytest.mark.parametrize("name", QUERIES)
+def test_lora_in_either_order(name, first):
+    """What is expected: LoRA merged into the weights, DePT on those."""
+    expected = models.adapted(name, base=_with_lora(name, models.stock(name)).merge_and_unload())
+    if first == "LoRA":
+        below = _with_lora(name, models.stock(name))
+        model = _filled(get_peft_model(below, _config(name)))
+    else:
+        below = models.adapted(name)
+        model = _with_lora(name, below)
+    _agree(model, expected, name)
+    if first == "LoRA":
+        alone = _with_lora(name, models.stock(name))
+        assert model.unload() is below
+        torch.testing.assert_close(_out(below, _inputs(name)), _out(alone, _inputs(name)), **CLOSE)
+
+
+def test_lora_on_the_embedding():
+    """Its rows are what LoRA makes of them, in the input and of generated tokens."""
+    model, x = _with_lora("llama", models.adapted("llama"), ["embed_tokens"]), models.inputs(padding="none")
+    got, tokens = model(**x).logits, model.generate(**x, **GENERATE)
+    assert not torch.allclose(got, models.adapted("llama")(**x).logits, **CLOSE)
+    model.merge_adapter()
+    torch.testing.assert_close(got, model(**x).logits, **CLOSE)
+    assert torch.equal(tokens, model.generate(**x, **GENERATE))
+
+
+@pytest.mark.parametrize("order", ["below", "above"])
+def test_ia3(order):
+    ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[])
+    model = models.stock("gpt2")
+    model = get_peft_model(get_peft_model(model, ia3), _config("gpt2")) if order == "below" else get_peft_model(models.adapted("gpt2"), ia3)
+    _agree(_filled(model), models.adapted("gpt2"), "gpt2")  # as made, IA3 changes nothing
+
+
+def test_prompts_of_other_methods():
+    x = models.inputs(padding="none")
+    for config in (PromptTuningConfig, PrefixTuningConfig):
+        other = config(task_type="CAUSAL_LM", num_virtual_tokens=7)
+        with pytest.raises(ValueError, match="DePT: model has P.*_TUNING, whose prompt would be lost"):
+            get_peft_model(get_peft_model(models.stock("gpt2"), other), _config("gpt2"))
+        model = get_peft_model(models.adapted("gpt2"), other)
+        with pytest.raises(ValueError, match="DePT: generate below P.*_TUNING would leave its prompt out"):
+            model.generate(**x, **GENERATE)
+    with pytest.raises(ValueError, match="past_key_values must come from this model with its adapter"):
+        model(input_ids=x["input_ids"])
+    with pytest.raises(ValueError, match=r"model has the DePT adapters \['default'\]"):
+        get_peft_model(models.adapted("gpt2"), _config("gpt2"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert-sequence"])
+def test_the_integration_in_transformers(name, tmp_path):
+    model, x = models.stock(name), models.inputs()
+    try:
+        model.add_adapter(_config(name))
+    except ValueError as error:
+        pytest.skip(str(error))  # a transformers that wants a newer PEFT
+    expected = _out(models.adapted(name), x)
+    torch.testing.assert_close(_out(_filled(model), x), expected, **CLOSE)
+    model.save_pretrained(tmp_path)
+    loaded = models.stock(name)
+    loaded.load_adapter(str(tmp_path))
+    torch.testing.assert_close(_out(loaded.eval(), x), expected, **CLOSE)
+    model.disable_adapters()
+    torch.testing.assert_close(_out(model, x), _out(models.stock(name), x), **CLOSE)
+    model.enable_adapters()
+    model.delete_adapter("default")
+    torch.testing.assert_close(_out(model, x), _out(models.stock(name), x), **CLOSE)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("how", ["cpu", "disk", "map"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert-sequence"])
+def test_offload(name, how, order, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+
+    def offload(model):
+        if how == "cpu":
+            return accelerate.cpu_offload(model, execution_device="cpu")
+        if how == "disk":
+            return accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+        children = {key: "disk" for key, _ in model.named_children()}
+        return accelerate.dispatch_model(model, device_map=children, main_device="cpu", offload_dir=tmp_path)
+
+    if order == "before":
+        model = models.adapted(name, base=offload(models.stock(name)))
+    else:
+        model = models.adapted(name)
+        offload(model)
+    with torch.no_grad():
+        _agree(model, models.adapted(name), name)
+
+
+def test_initialisation_below_offload(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    base = accelerate.disk_offload(models.stock("gpt2"), tmp_path, execution_device="cpu")
+    prompt = get_peft_model(base, _config("gpt2", init_token_ids=[7, 8])).base_model.model.dept.dept_prompt["default"]
+    torch.testing.assert_close(prompt, models.stock("gpt2").get_input_embeddings().weight[[7, 8, 7, 8, 7]])
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [("bert-sequence", "bert.embeddings"), ("roberta-qa", "roberta.embeddings.word_embeddings"), ("llama", "model.embed_tokens"), ("t5", None)],
+)
+def test_fsdp2(name, shard, one_rank):
+    """The embedding, or the module around it, as a shard of its own, as accelerate's policy makes it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh, x = init_device_mesh("cpu", (1,)), _inputs(name)
+    model, expected = models.adapted(name), models.adapted(name)
+    if shard:
+        fully_shard(model.base_model.model.get_submodule(shard), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    out, reference = _out(model, x), _out(expected, x)
+    torch.testing.assert_close(out, reference, **CLOSE)
+    out.square().mean().backward()
+    reference.square().mean().backward()
+    for p, q in zip(models.parameters(model), models.parameters(expected)):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, **CLOSE)
+    if name in ("llama", "t5"):
+        register_fsdp_forward_method(model, "generate")
+        x.pop("labels", None)
+        assert torch.equal(model.generate(**x, **GENERATE), expected.generate(**x, **GENERATE))
+
+
+def test_int8_weights():
+    quantization = pytest.importorskip("torchao.quantization")
+    stock, x = models.stock("llama"), models.inputs()
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    quantization.quantize_(stock, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, kinds))
+    model = models.adapted("llama", base=copy.deepcopy(stock))
+    embeddings = stock.get_input_embeddings()(x["input_ids"])
+    torch.testing.assert_close(model(**x).logits, model(inputs_embeds=embeddings, attention_mask=x["attention_mask"]).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert-sequence"])
+def test_pickle(name):
+    model = models.adapted(name)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        x = _inputs(name)
+        assert torch.equal(_out(twin, x), _out(model, x))
+        if name != "bert-sequence":
+            x.pop("labels", None)
+            assert torch.equal(twin.generate(**x, **GENERATE), model.generate(**x, **GENERATE))
+
+
+def test_compiled_positions():
+    """They are looked at in the graph."""
+
+    def checked(positions):
+        sequences.check({"position_ids": positions}, None)
+        return positions + 1
+
+    compiled, positions = torch.compile(checked, fullgraph=True, backend="eager"), torch.arange(8).expand(3, -1)
+    assert torch.equal(compiled(positions), positions + 1)
+    with pytest.raises(RuntimeError, match="position_ids start again within a row"):
+        compiled(positions % 3)
+
+
+def test_packed_sequences_are_refused():
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    model = models.adapted("llama")
+    for settings, message in (
+        ({}, "position_ids start again within a row"),
+        ({"return_position_ids": False, "return_flash_attn_kwargs": True}, "cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k describe"),
+        ({"return_position_ids": False, "return_seq_idx": True}, "seq_idx describes several"),
+    ):
+        with pytest.raises(ValueError, match=f"DePT: a row must hold one sequence.*{message}"):
+            model(**DataCollatorWithFlattening(**settings)(rows))
+    with pytest.raises(ValueError, match="cannot take .'continuous batching'"):
+        model.base_model.model.generate_batch([[5, 6, 7]])
+    with pytest.raises(ValueError, match="must be given no langs, which has a value for each token"):
+        model(**models.inputs(), langs=torch.zeros(3, 8, dtype=torch.long))
+
+
+def test_positions_of_padded_rows_are_one_sequence():
+    model = models.adapted("llama", position="token")
+    x = models.inputs(padding="left")
+    positions = (x["attention_mask"].cumsum(1) - 1).masked_fill(x["attention_mask"] == 0, 1)
+    shown = x["attention_mask"].bool()
+    torch.testing.assert_close(model(**x, position_ids=positions).logits[shown], model(**x).logits[shown], **CLOSE)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5, 8, 10, 13, 50, torch.tensor([1, -1, 4])])
+def test_logits_to_keep(keep):
+    """Counts tokens, also where it is more than there are, or as many as columns."""
+    model, x = models.adapted("gpt2"), models.inputs(padding="none")
+    full = model(**x).logits
+    torch.testing.assert_close(model(**x, logits_to_keep=keep).logits, full[:, keep] if isinstance(keep, torch.Tensor) else full[:, -keep:], **CLOSE)
+
+
+def test_labels_as_trainer_counts_them():
+    """Trainer divides by the number of labels behind the first: the first does not count then, nor in shift_labels."""
+    model, x = models.adapted("gpt2"), models.inputs(padding="none")
+    ids = x["input_ids"]
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    expected = torch.nn.functional.cross_entropy(model(**x).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(model(**x, labels=ids, num_items_in_batch=3 * 7).loss, expected)
+    torch.testing.assert_close(model(**x, labels=ids, shift_labels=shifted).loss, expected)
+
+
+def test_an_input_in_chunks():
+    model, ids = models.adapted("llama"), models.inputs(padding="none")["input_ids"]
+    cache, parts = None, []
+    for chunk in ids.split(3, 1):
+        logits, cache = model(input_ids=chunk, past_key_values=cache, use_cache=True, return_dict=False)[:2]
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=ids).logits, **CLOSE)
+    out = model.generate(input_ids=ids, **GENERATE, return_dict_in_generate=True)
+    following = model(input_ids=out.sequences[:, -1:], past_key_values=out.past_key_values).logits
+    torch.testing.assert_close(following, model(input_ids=out.sequences).logits[:, -1:], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generate_arguments_that_count_tokens(name):
+    stock, model = models.pair(name)
+    x = models.inputs(padding="none")
+    embeddings = stock.get_input_embeddings()(x["input_ids"])
+    for kwargs in ({"max_length": 13, "min_length": 12}, {"generation_config": GenerationConfig(max_length=11)}):
+        for given in ({"input_ids": x["input_ids"]}, {"inputs_embeds": embeddings}):
+            assert model.generate(**given, **kwargs, pad_token_id=0).shape == stock.generate(**given, **kwargs, pad_token_id=0).shape
+    both = model.generate(input_ids=x["input_ids"], inputs_embeds=embeddings.flip(1), **GENERATE)
+    assert torch.equal(both[:, 8:], model.generate(input_ids=x["input_ids"].flip(1), **GENERATE)[:, 8:])
+    for setting in ("use_mtp", "token_healing"):
+        with pytest.raises(ValueError, match=rf"cannot take \['{setting}'\]"):
+            model.generate(**x, **GENERATE, **{setting: True})
+    with pytest.raises(ValueError, match=r"cannot take \['encoder_repetition_penalty'\]"):
+        model.generate(**x, **GENERATE, encoder_repetition_penalty=1.5)
+
+
+def test_guidance_calls_the_model_within_generate():
+    """With an adapter that changes nothing: the stock model's tokens."""
+    stock, model = models.pair("llama", num_virtual_tokens=0)
+    torch.nn.init.zeros_(models.parameters(model)[2])
+    x = models.inputs(padding="none")
+    assert torch.equal(model.generate(**x, **GENERATE, guidance_scale=1.5), stock.generate(**x, **GENERATE, guidance_scale=1.5))
+
+
+def test_encoder_outputs():
+    """Those of an adapted forward, with the mask of the tokens; an encoder alone has no prompt."""
+    model, x = models.adapted("t5"), models.inputs()
+    labels = models.targets("t5", x)
+    whole = model(**x, **labels)
+    states = BaseModelOutput(whole.encoder_last_hidden_state)
+    again = model(encoder_outputs=states, attention_mask=x["attention_mask"], **labels)
+    torch.testing.assert_close(again.logits, whole.logits, **CLOSE)
+    got = model.generate(encoder_outputs=states, attention_mask=x["attention_mask"], **GENERATE)
+    assert torch.equal(got, model.generate(**x, **GENERATE))
+    with pytest.raises(ValueError, match="DePT: T5Stack alone has no prompt; call T5ForConditionalGeneration"):
+        model.get_encoder()(**x)
+    with pytest.raises(ValueError, match="DePT: GPT2Model alone has no prompt"):
+        models.adapted("gpt2").base_model.model.transformer(**x)
+
+
+def test_hooks_on_the_embedding():
+    """NEFTune's noise reaches the tokens; what gradient checkpointing adds changes nothing."""
+    model, x = models.adapted("gpt2").train(), models.inputs()
+    expected = model(**x, labels=x["input_ids"]).loss
+    gradients = torch.autograd.grad(expected, models.parameters(model))
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.flip(-1))
+    assert not torch.allclose(model(**x, labels=x["input_ids"]).loss, expected)
+    handle.remove()
+    model.base_model.model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    again = torch.autograd.grad(model(**x, labels=x["input_ids"]).loss, models.parameters(model))
+    for p, q in zip(again, gradients):
+        torch.testing.assert_close(p, q, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert-sequence", "roberta-qa"])
+def test_the_last_adapter_deleted(name):
+    stock, model = models.pair(name)
+    model.delete_adapter("default")
+    _agree(model, stock, name)
