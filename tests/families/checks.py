@@ -307,9 +307,6 @@ def pasta(base):
     assert_equal(run(model, x), expected, shown, "formula")
 
 
-CHECKS = {"dept_empty": dept_that_changes_nothing, "dept_formula": dept_by_formula, "pasta": pasta}
-
-
 @torch.no_grad()
 def is_causal(base) -> bool:
     """Whether another last token leaves the first token's output as it is."""
