@@ -307,13 +307,10 @@ def pasta(base):
     assert_equal(run(model, x), expected, shown, "formula")
 
 
-CHECKS = {"dept_empty": dept_that_changes_nothing, "dept_formula": dept_by_formula, "pasta": pasta}
-
-
 @torch.no_grad()
 def is_causal(base) -> bool:
     """Whether another last token leaves the first token's output as it is."""
     x = {name: value[:1] for name, value in inputs(base).items()}  # not padded
     y = x | {"input_ids": torch.cat([x["input_ids"][:, :-1], x["input_ids"][:, -1:] + 1], 1)}
     pairs = [(a, b) for a, b in zip(run(base.base_model, x).values(), run(base.base_model, y).values()) if a.ndim == 3]
-    return all(torch.equal(a[:, 0], b[:, 0]) for a, b in pairs)
+    return all((a[:, 0] - b[:, 0]).abs().max() <= BOUND * a.abs().max() for a, b in pairs)

@@ -31,7 +31,7 @@ REFUSED_BY_PASTA = {
     "must take hidden states": "SqueezeBert",
 }
 # decoders by transformers' mappings, whose tokens see what is behind them too -> configuration classes
-BIDIRECTIONAL = {"prefixes": "PaliGemma", "encoders by default": "BertGeneration"}
+BIDIRECTIONAL = {"prefixes": "PaliGemma", "encoders by default": "BertGeneration|CpmAnt|XLNet"}
 # what the stock model wants beside text, or why it cannot run on it -> configuration classes
 NOT_TEXT_ALONE = {
     "images": "Aimv2|Align|AltCLIP|Blip|CLIP|CLIPSeg|ChineseCLIP|GroupViT|Idefics|Lxmert|MetaClip2|OwlViT|Owlv2|Siglip|Siglip2|Tvp|Vilt|"
