@@ -133,7 +133,7 @@ class BuildNative(build_ext):
             raise PlatformError("there was no torch to build against, as in an isolated build") from None
         if extension.sources == CUDA_SOURCES:
             return self.build_cuda(extension, library, include_paths(), library_paths())
-        self.compiler.spawn = run_compiler
+        self.compiler.spawn = self.compiler.call = run_compiler  # setuptools up to 81, and after it
         kernels = [source for source in extension.sources if source in KERNELS]
         operators = [source for source in extension.sources if source not in KERNELS]
         macros = [("HAVE_X86_KERNELS", None)] if IS_X86 else []
