@@ -82,7 +82,7 @@ def run_compiler(command, **options):
         raise ExecError(f"{command[0]} does not run: {error.strerror}") from error
     sys.stderr.write(done.stderr)
     if done.returncode:
-        raise ExecError(f"{command[0]} failed: {last_error(done.stderr)}")
+        raise ExecError(f"{command[0]} failed (exit status {done.returncode}): {last_error(done.stderr)}")
     return done
 
 

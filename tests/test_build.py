@@ -85,7 +85,7 @@ def test_wheel_after_a_failure_has_nothing_of_the_wheel_before(tree):
 
     platform, files, last = tree.wheel(FAIL="1")
     assert platform == "any" and set(files) == {"_native.txt", "_native_cuda.txt"}
-    assert all(files[name].endswith("failed: x.cpp:7: error: no such thing") for name in files)
+    assert all(files[name].endswith("failed (exit status 1): x.cpp:7: error: no such thing") for name in files)
     assert any(f"WARNING: peft_kernels._native is not built: {files['_native.txt']}" in line for line in last[-4:])
 
     platform, files, _ = tree.wheel()
