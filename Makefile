@@ -2,9 +2,10 @@
 PYTHON ?= python3
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 FIGURES = README.md $(shell grep -l '<!-- figures' docs/*.md)
+METHODS = tests/pid tests/dept tests/pasta tests/families tests/dect tests/ytuning
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: env demo figures test test-oldest test-families lint docs kernels clean
+.PHONY: env demo figures test test-oldest test-newest test-families lint docs kernels clean
 
 env: .venv/.ready
 demo: env
@@ -14,7 +15,13 @@ figures: env
 test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready
-	$(call PYTEST,.venv-oldest) tests/pid tests/dept tests/pasta tests/families tests/dect tests/ytuning
+	$(call PYTEST,.venv-oldest) $(METHODS)
+# what the registry has today, whatever pyproject.toml allows; TORCH as below
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install -q setuptools ninja $(or $(TORCH),torch) triton transformers peft accelerate safetensors numpy pytest pytest-xdist hypothesis
+	.venv-newest/bin/pip install -q --no-build-isolation --no-deps -e .
+	$(call PYTEST,.venv-newest) $(METHODS)
 # every text class of transformers, built tiny, under DePT and PASTA
 test-families: env
 	$(call PYTEST,.venv) tests/families/every_class.py
@@ -27,7 +34,7 @@ kernels: env
 	.venv/bin/python -m kernel_report --write >/dev/null
 	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m kernel_report --cuda --write >/dev/null
 clean:
-	rm -rf .venv .venv-oldest build site *.egg-info peft_kernels/*.so
+	rm -rf .venv .venv-oldest .venv-newest build site *.egg-info peft_kernels/*.so peft_kernels/_native*.txt
 
 # torch comes first, and the package is built against it: an isolated build would fetch a torch of its own
 .venv/.ready: constraints.txt $(SOURCES)
@@ -36,8 +43,11 @@ clean:
 	.venv/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[test,docs]'
 	touch $@
 
-.venv-oldest/.ready: constraints-oldest.txt $(SOURCES)
+# The oldest torch and the newest are CUDA builds of 2.5 GB; TORCH=torch==2.13.0 takes another. The library that .venv's torch built
+# loads in the oldest, then the oldest builds it from its own headers.
+.venv-oldest/.ready: .venv/.ready constraints-oldest.txt $(SOURCES)
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt setuptools ninja torch
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt setuptools ninja $(or $(TORCH),torch==2.11.0)
+	test ! -e peft_kernels/_native.so || .venv-oldest/bin/python -c 'from peft_kernels.ops.native_library import problem; exit(problem())'
 	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[hf]' pytest pytest-xdist hypothesis
 	touch $@

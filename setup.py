@@ -1,9 +1,11 @@
 """Builds peft_kernels/_native.so from csrc/ where there is a C++ compiler, and _native_cuda.so where there is nvcc as well.
 
-Without them the package is pure Python. A GPU is not asked for: CUDA is built for every architecture below, against any torch.
+Without them the package is pure Python, in a wheel that is tagged so. A GPU is not asked for: CUDA is built for every architecture
+below, against any torch. A library that could not be built leaves the reason in a text file of its name, which `peft-kernels info`
+prints. PEFT_KERNELS_BUILD=require makes that an error, PEFT_KERNELS_BUILD=skip builds none.
 
 The library is written against libtorch's stable ABI and does not know Python: one file serves every Python version, and every
-libtorch from 2.10 on. It runs on any processor of its architecture: the CPU kernels are compiled once per instruction set below
+libtorch from 2.11 on. It runs on any processor of its architecture: the CPU kernels are compiled once per instruction set below
 and chosen when the library is loaded.
 
 With the sanitizers:
@@ -11,16 +13,24 @@ With the sanitizers:
     ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" pytest tests/ops
 """
 
+import atexit
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(f"peft_kernels is built by setuptools 77 or newer, this is {setuptools.__version__}: pip install 'setuptools>=77'")
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import PlatformError
+from setuptools.errors import BaseError, CCompilerError, ExecError, OptionError, PlatformError
 from setuptools.modified import newer_group
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -49,19 +59,81 @@ def find_nvcc():
     return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
 
+def wanted() -> str:
+    """What PEFT_KERNELS_BUILD asks for: "require", "skip", or "" for what this machine can build."""
+    value = os.environ.get("PEFT_KERNELS_BUILD", "")
+    if value not in ("require", "skip", ""):
+        raise OptionError(f"PEFT_KERNELS_BUILD must be require, skip or unset, got {value!r}")
+    return value
+
+
+def last_error(output: str) -> str:
+    """The line in which a compiler or linker says last what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("collect2:")]
+    return next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "no message")
+
+
+def run_compiler(command, **options):
+    """Runs a compiler with its messages shown; the error of a failure has the last of them."""
+    print(shlex.join(command), flush=True)
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", **options)
+    except OSError as error:
+        raise ExecError(f"{command[0]} does not run: {error.strerror}") from error
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise ExecError(f"{command[0]} failed (exit status {done.returncode}): {last_error(done.stderr)}")
+    return done
+
+
 class BuildNative(build_ext):
+    """A library that is not built leaves no older one of its name, neither in the wheel nor in place."""
+
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")) + ".so"
 
+    def run(self):
+        wanted()
+        super().run()
+        if not any(Path(self.build_lib, self.get_ext_filename(extension.name)).exists() for extension in self.extensions):
+            self.distribution.ext_modules = None
+            self.get_finalized_command("bdist_wheel").root_is_pure = True
+
+    def copy_extensions_to_source(self):
+        for extension in self.extensions:
+            built, in_place = Path(self.build_lib, self.get_ext_filename(extension.name)), Path(self.get_ext_fullpath(extension.name))
+            for suffix in (".so", ".txt"):
+                in_place.with_suffix(suffix).unlink(missing_ok=True)  # not overwritten: a process may run it
+                if built.with_suffix(suffix).exists():
+                    shutil.copy2(built.with_suffix(suffix), in_place.with_suffix(suffix))
+
     def build_extension(self, extension):
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        reason = library.with_suffix(".txt")
+        reason.unlink(missing_ok=True)
+        try:
+            if wanted() == "skip":
+                raise PlatformError("PEFT_KERNELS_BUILD=skip left it out")
+            self.build_library(extension, str(library))
+        except (BaseError, CCompilerError) as error:
+            needs_no_cuda = extension.sources == CUDA_SOURCES and find_nvcc() is None
+            if wanted() == "require" and not needs_no_cuda:
+                raise
+            library.unlink(missing_ok=True)
+            reason.write_text(str(error), encoding="utf-8")
+            atexit.register(print, f"\nWARNING: {extension.name} is not built: {error}", file=sys.stderr)
+
+    def build_library(self, extension, library):
         if self.compiler.compiler_type != "unix":
-            raise PlatformError("the native kernels need gcc or clang; the package works without them")
+            raise PlatformError("the compiler is neither gcc nor clang")
         try:
             from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError:
-            raise PlatformError("the native kernels need torch at build time (pip install --no-build-isolation)") from None
-        if extension.name == "peft_kernels._native_cuda":
-            return self.build_cuda(extension, include_paths(), library_paths())
+            raise PlatformError("there was no torch to build against, as in an isolated build") from None
+        if extension.sources == CUDA_SOURCES:
+            return self.build_cuda(extension, library, include_paths(), library_paths())
+        self.compiler.spawn = self.compiler.call = run_compiler  # setuptools up to 81, and after it
         kernels = [source for source in extension.sources if source in KERNELS]
         operators = [source for source in extension.sources if source not in KERNELS]
         macros = [("HAVE_X86_KERNELS", None)] if IS_X86 else []
@@ -69,24 +141,21 @@ class BuildNative(build_ext):
         for name, flags in CAPABILITIES.items():
             directory = os.path.join(self.build_temp, name)
             objects += self.compiler.compile(kernels, directory, [("CPU_CAPABILITY", name)], extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags])
-        library = self.get_ext_fullpath(extension.name)
         self.compiler.link_shared_object(objects, library, libraries=["torch_cpu"], library_dirs=library_paths(), target_lang="c++")
 
-    def build_cuda(self, extension, include_paths, library_paths):
+    def build_cuda(self, extension, library, include_paths, library_paths):
         nvcc = find_nvcc()
         if nvcc is None:
-            raise PlatformError("the CUDA kernels need nvcc, in PATH or in CUDA_HOME; the package works without them")
-        library = self.get_ext_fullpath(extension.name)
+            raise PlatformError("there was no nvcc in PATH, CUDA_HOME or CUDA_PATH")
         if not self.force and not newer_group([*extension.sources, *extension.depends, __file__], library, "newer"):
             return
-        os.makedirs(os.path.dirname(library), exist_ok=True)
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        known = run_compiler([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE).stdout.split()
         architectures = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
         codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
         codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))
         includes, libraries = [f"-I{path}" for path in include_paths], [f"-L{path}" for path in library_paths]
         link = ["-shared", "-cudart=static", *libraries, "-ltorch_cpu", "-ldl", "-o", library]
-        self.spawn([nvcc, *NVCC_FLAGS, *codes, *includes, *extension.sources, *link])
+        run_compiler([nvcc, *NVCC_FLAGS, *codes, *includes, *extension.sources, *link])
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -94,20 +163,19 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "peft_kernels._native",
-            sources=[*OPERATORS, *KERNELS],
-            depends=[str(header) for header in Path("csrc").rglob("*.h")],
-            optional=True,  # a failure is a warning
-        ),
-        Extension(
-            "peft_kernels._native_cuda",
-            sources=CUDA_SOURCES,
-            depends=[str(header) for header in Path("csrc/cuda").glob("*.cuh")],
-            optional=True,
-        ),
-    ],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "peft_kernels._native",
+                sources=[*OPERATORS, *KERNELS],
+                depends=[str(header) for header in Path("csrc").rglob("*.h")],
+            ),
+            Extension(
+                "peft_kernels._native_cuda",
+                sources=CUDA_SOURCES,
+                depends=[str(header) for header in Path("csrc/cuda").glob("*.cuh")],
+            ),
+        ],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    )

@@ -91,7 +91,7 @@ inline Tensor token_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
   const int64_t strides[] = {sizes[1] * sizes[2] * width, width, sizes[1] * width, 1};
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, shim_dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -33,7 +33,7 @@ inline cudaStream_t current_stream(int device) {
   }();
   STD_TORCH_CHECK(get, "this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -24,8 +24,8 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 @cache
 def problem() -> str | None:
     """Why the library cannot be used, or None. Its schemas stand in the native library of the CPU."""
-    if not LIBRARY.exists():
-        return "the CUDA library is not built: install with nvcc, a C++ compiler and `pip install --no-build-isolation`"
+    if reason := native_library.not_built(LIBRARY, "torch, setuptools 77 or newer, a C++ compiler and nvcc"):
+        return f"the CUDA library {reason}"
     if reason := native_library.problem():
         return reason
     try:

@@ -9,11 +9,20 @@ LIBRARY = Path(__file__).parents[1] / "_native.so"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+def not_built(library: Path, needs: str) -> str | None:
+    """Why a library is not there, as its build noted it, and the command that builds it; None where it is there."""
+    if library.exists():
+        return None
+    note = library.with_suffix(".txt")
+    reason = f" ({note.read_text(encoding='utf-8')})" if note.exists() else ""
+    return f"is not built{reason}: with {needs}, in the folder of the sources, pip install --no-build-isolation ."
+
+
 @cache
 def problem() -> str | None:
     """Why the library cannot be used, or None."""
-    if not LIBRARY.exists():
-        return "the native library is not built: install with a C++ compiler and `pip install --no-build-isolation`"
+    if reason := not_built(LIBRARY, "torch, setuptools 77 or newer and a C++ compiler"):
+        return f"the native library {reason}"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:

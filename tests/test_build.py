@@ -1,0 +1,161 @@
+"""setup.py: which wheel comes out of which machine, and what is said when a library is not in it. The compilers are scripts that write files."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from peft_kernels.ops import native_library
+
+ROOT = Path(__file__).parents[1]
+COMPILER = """#!/bin/sh
+[ -z "$FAIL" ] || { echo "x.cpp:1: error: first"; echo "x.cpp:7: error: no such thing"; echo "compilation terminated."; exit 1; } >&2
+[ "$1" != --list-gpu-code ] || { echo sm_80 sm_90; exit; }
+while [ $# -gt 1 ]; do [ "$1" != -o ] || touch "$2"; shift; done
+"""
+TORCH = "def include_paths(): return []\ndef library_paths(): return []\n"
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = spec_from_file_location("build_of_peft_kernels", ROOT / "setup.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Tree:
+    """A source tree with little in it, compilers and a torch."""
+
+    def __init__(self, folder: Path):
+        self.sources, self.bin, self.site = (folder / name for name in ("sources", "cuda/bin", "site"))
+        for name in ("schema.cpp", "cpu/op.cpp", "cpu/op_kernel.cpp", "cuda/op.cu"):
+            self.write(self.sources / "csrc" / name, "")
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "peft_kernels/__init__.py", "peft_kernels/version.py"):
+            (self.sources / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, self.sources / name)
+        for name, text in (("__init__", ""), ("utils/__init__", ""), ("utils/cpp_extension", TORCH)):
+            self.write(self.site / f"torch/{name}.py", text)
+        for name in ("g++", "nvcc"):
+            self.write(self.bin / name, COMPILER).chmod(0o755)
+
+    def write(self, path: Path, text: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def setup(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        inherited = {name: value for name, value in os.environ.items() if name != "PEFT_KERNELS_BUILD"}
+        compilers = {"CC": str(self.bin / "g++"), "CXX": str(self.bin / "g++"), "CUDA_HOME": str(self.bin.parent), "PYTHONPATH": str(self.site)}
+        (self.sources / "setup.py").touch()  # what is built is out of date
+        everything = {**inherited, **compilers, **environment}
+        return subprocess.run([sys.executable, "setup.py", *command], cwd=self.sources, env=everything, capture_output=True, text=True)
+
+    def wheel(self, **environment: str) -> tuple[str, dict[str, str], list[str]]:
+        """The platform in its name; its native files, by name; the last lines of its build."""
+        shutil.rmtree(self.sources / "dist", ignore_errors=True)
+        done = self.setup("bdist_wheel", **environment)
+        assert done.returncode == 0, done.stderr
+        (path,) = (self.sources / "dist").iterdir()
+        with ZipFile(path) as archive:
+            files = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if "_native" in name}
+            pure = b"Root-Is-Purelib: true" in archive.read(next(name for name in archive.namelist() if name.endswith("/WHEEL")))
+        assert pure == path.stem.endswith("-any")
+        return path.stem.split("-py3-none-")[1], files, done.stderr.strip().splitlines()
+
+    def in_place(self) -> set[str]:
+        return {path.name for path in (self.sources / "peft_kernels").glob("_native*")}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    if os.name != "posix":
+        pytest.skip("the compilers here are shell scripts")
+    return Tree(tmp_path)
+
+
+def test_wheel_after_a_failure_has_nothing_of_the_wheel_before(tree):
+    platform, files, _ = tree.wheel(PEFT_KERNELS_BUILD="require")
+    assert platform != "any" and set(files) == {"_native.so", "_native_cuda.so"}
+
+    platform, files, last = tree.wheel(FAIL="1")
+    assert platform == "any" and set(files) == {"_native.txt", "_native_cuda.txt"}
+    assert all(files[name].endswith("failed (exit status 1): x.cpp:7: error: no such thing") for name in files)
+    assert any(f"WARNING: peft_kernels._native is not built: {files['_native.txt']}" in line for line in last[-4:])
+
+    platform, files, _ = tree.wheel()
+    assert platform != "any" and set(files) == {"_native.so", "_native_cuda.so"}
+
+
+def test_files_in_place_do_not_slip_into_a_wheel(tree):
+    for name in ("_native.so", "_native_cuda.so", "_native.txt"):
+        tree.write(tree.sources / "peft_kernels" / name, "old")
+    manifest = "".join(f"peft_kernels/{name}\n" for name in tree.in_place())  # as an older version's build in place wrote it
+    tree.write(tree.sources / "peft_kernels.egg-info/SOURCES.txt", manifest)
+    platform, files, _ = tree.wheel(PEFT_KERNELS_BUILD="skip")
+    assert platform == "any"
+    assert files == dict.fromkeys(("_native.txt", "_native_cuda.txt"), "PEFT_KERNELS_BUILD=skip left it out")
+
+
+def test_without_torch_as_in_an_isolated_build(tree):
+    tree.write(tree.site / "torch/__init__.py", "raise ImportError")
+    platform, files, _ = tree.wheel()
+    assert platform == "any" and "no torch to build against, as in an isolated build" in files["_native.txt"]
+    assert "no torch to build against" in tree.setup("bdist_wheel", PEFT_KERNELS_BUILD="require").stderr
+
+
+def test_in_place(tree):
+    assert tree.setup("build_ext", "--inplace").returncode == 0
+    assert tree.in_place() == {"_native.so", "_native_cuda.so"}
+    assert tree.setup("build_ext", "--inplace", FAIL="1").returncode == 0
+    assert tree.in_place() == {"_native.txt", "_native_cuda.txt"}
+    failed = tree.setup("build_ext", "--inplace", FAIL="1", PEFT_KERNELS_BUILD="require")
+    assert failed.returncode != 0 and "error: no such thing" in failed.stderr
+
+
+def test_require_asks_for_cuda_where_there_is_nvcc(tree):
+    tree.write(tree.bin / "nvcc", COMPILER.replace('"$FAIL"', '"$FAIL_NVCC"'))
+    platform, files, _ = tree.wheel(FAIL_NVCC="1")
+    assert platform != "any" and set(files) == {"_native.so", "_native_cuda.txt"}
+    assert tree.setup("bdist_wheel", FAIL_NVCC="1", PEFT_KERNELS_BUILD="require").returncode != 0
+
+
+def test_a_compiler_that_is_not_there(tree):
+    _, files, _ = tree.wheel(CC="/no/g++", CXX="/no/g++")
+    assert "/no/g++ does not run: No such file or directory" in files["_native.txt"]
+
+
+def test_unknown_wish(tree):
+    done = tree.setup("build_ext", PEFT_KERNELS_BUILD="yes")
+    assert done.returncode != 0 and "PEFT_KERNELS_BUILD must be require, skip or unset, got 'yes'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("a.cpp:1: error: one\na.cpp:2: error: two\na.cpp:2: note: here\n", "a.cpp:2: error: two"),
+        ("a.h:3: fatal error: no.h: No such file\ncompilation terminated.\n", "a.h:3: fatal error: no.h: No such file"),
+        (
+            'a.cu(5): error: identifier "x" is undefined\n\n1 error detected in the compilation of "a.cu".\n',
+            'a.cu(5): error: identifier "x" is undefined',
+        ),
+        ("/usr/bin/ld: cannot find -ltorch_cpu\ncollect2: error: ld returned 1 exit status\n", "/usr/bin/ld: cannot find -ltorch_cpu"),
+        ("", "no message"),
+    ],
+)
+def test_last_error(build, output, line):
+    assert build.last_error(output) == line
+
+
+def test_reason_of_a_library_that_is_not_built(tmp_path):
+    library = tmp_path / "_native.so"
+    assert native_library.not_built(library, "x") == "is not built: with x, in the folder of the sources, pip install --no-build-isolation ."
+    library.with_suffix(".txt").write_text("g++ failed: e")
+    assert native_library.not_built(library, "x").startswith("is not built (g++ failed: e): with x, ")
+    library.touch()
+    assert native_library.not_built(library, "x") is None

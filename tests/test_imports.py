@@ -1,0 +1,58 @@
+"""Every module is Python of every version that is claimed, imports, and imports only what pyproject.toml declares."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "peft_kernels").rglob("*.py"))
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+NOT_DECLARED = {"sklearn"}  # its own clone() and cross_val_score() call what imports it
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version, where there is one."""
+    if version == ".".join(map(str, sys.version_info[:2])):
+        return sys.executable
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    found = shutil.which(f"python{version}", path=os.pathsep.join(map(str, pyenv.glob(f"versions/{version}.*/bin"))))
+    return found or shutil.which(f"python{version}")
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_compiles(version, tmp_path):
+    python = interpreter(version)
+    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
+        pytest.skip(f"there is no Python {version}")
+    everything = [ROOT / name for name in ("peft_kernels", "kernel_report", "benchmarks", "examples", "scripts", "tests", "setup.py")]
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    done = subprocess.run([python, "-m", "compileall", "-q", *everything], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_imports():
+    for path in FILES:
+        if path.stem != "__main__":  # which runs the command line
+            import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+
+
+def test_what_is_imported_is_declared():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["hf"], *extras["cli"], *extras["gpu"]]
+    declared = {re.match(r"\w+", requirement)[0] for requirement in requirements}
+    imported = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) - NOT_DECLARED <= declared
