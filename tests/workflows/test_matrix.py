@@ -1,0 +1,223 @@
+"""Methods, alone and together, in what users do with a model: every cell is right, or refused in a sentence.
+
+A row is a combination of methods in the order in which they are put on, a column a test. ``OF_PEFT`` has the cells in which another method
+of PEFT fails without ours as well.
+"""
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import accelerate
+import pytest
+import torch
+from combinations import FROZEN, SEQ_2_SEQ, SEQ_CLS, assert_same, bert, build, inputs, put_on, repeated, result, t5
+from peft import PeftModel
+
+ROWS = [*SEQ_2_SEQ, *SEQ_CLS, *FROZEN]
+ADAPTED = [row for row in ROWS if row not in ("PiD", *FROZEN)]
+OURS = ("PiD", "DePT", "PASTA", "fuse")
+OF_PEFT = {
+    "pickle": ["PiD, prompt tuning"],  # generate leaves a method on the model that unpickles into itself
+    "torch.save": ["PiD, prompt tuning"],
+    "offload": ["PiD, IA3", "fuse, IA3, PASTA", "PiD, prompt tuning", "PiD, prefix tuning"],
+}
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("PiD")])
+def test_equals_the_stock_model(row, tmp_path):
+    x = inputs(row)
+    stock, ours = build(row, tmp_path, without=("PiD",)), build(row, tmp_path)
+    expected = {"tokens": result(stock, x | {"labels": x["labels"][:2]})["tokens"], "loss": result(stock, repeated(x))["loss"]}
+    assert_same(result(ours, x), expected)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_train_then_use(row, tmp_path):
+    """After steps of the Trainer's default optimizer, results are those of a model that never saw other weights."""
+    model, x = build(row, tmp_path), inputs(row)
+    result(model, x)  # what might be kept of the weights before is kept now
+    if row == "DecT":
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError), match="DecT"):
+            model.train()(**x).loss.backward()
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.005, fused=True)
+    losses = []
+    for _ in range(6):
+        loss = model.train()(**x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    fresh = build(row, tmp_path)
+    fresh.load_state_dict(model.state_dict())
+    assert_same(result(model.eval(), x), result(fresh, x))
+
+
+@pytest.mark.parametrize("row", ADAPTED)
+def test_merge(row, tmp_path):
+    """LoRA and IA3 on top merge and unmerge; what cannot be merged says so."""
+    model, x = build(row, tmp_path), inputs(row)
+    expected = result(model, x)
+    top = [name for name in row.split(", ") if name not in ("PiD", "fuse")][-1]
+    if top in ("LoRA", "IA3"):
+        model.merge_adapter()
+        merged = result(model, x)
+        model.unmerge_adapter()
+        assert_same(merged, expected, lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4))
+        assert_same(result(model, x), expected, lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4))
+    elif "tuning" not in top:
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises((NotImplementedError, ValueError), match=rf"{top[:4]}.* cannot be merged"):
+                merge()
+        assert_same(result(model, x), expected)
+
+
+@pytest.mark.parametrize("row", ADAPTED)
+def test_save_and_load(row, tmp_path):
+    """The adapter on top, saved and loaded on what is below it."""
+    model, x = build(row, tmp_path), inputs(row)
+    names = row.removesuffix(" on BERT").split(", ")
+    top = next(name for name in reversed(names) if name not in ("PiD", "fuse"))
+    model.save_pretrained(tmp_path / "adapter")
+    below = build(row, tmp_path, without=(top, "fuse"))
+    loaded = PeftModel.from_pretrained(below, tmp_path / "adapter").eval()
+    if "fuse" in names:
+        put_on(loaded, "fuse")
+    assert_same(result(loaded, x), result(model, x))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save": saved}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("row", ROWS)
+def test_copies(row, how, tmp_path):
+    model, x = build(row, tmp_path), inputs(row)
+    expected = result(model, x)
+    if row in OF_PEFT.get(how, []):
+        stock, x = build(row, tmp_path, without=OURS), x | {"labels": x["labels"][:2]}
+        result(stock, x)
+        with pytest.raises(RecursionError):
+            result(COPIES[how](stock), x)
+        return
+    twin = COPIES[how](model)
+    assert_same(result(twin, x), expected)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert_same(result(model, x), expected)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_threads(row, tmp_path):
+    model = build(row, tmp_path)
+    xs = [inputs(row, seed) for seed in range(4)]
+    expected = [result(model, x) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(lambda i: result(model, xs[i % 4]), range(24))):
+            assert_same(got, expected[i % 4])
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_autocast(row, tmp_path):
+    """Losses and logits within the rounding of bfloat16: 8 bits, through a few layers."""
+    model, x = build(row, tmp_path), inputs(row)
+    expected = {k: v for k, v in result(model, x).items() if k != "tokens"}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = result(model, x)
+    got.pop("tokens", None)
+    assert_same(got, expected, lambda a, b: torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05 * float(b.abs().max())))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_offload(row, tmp_path):
+    model, x = build(row, tmp_path), inputs(row)
+    if row in OF_PEFT["offload"]:
+        stock, x = build(row, tmp_path, without=OURS), x | {"labels": x["labels"][:2]}
+        accelerate.cpu_offload(stock, torch.device("cpu"))
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            result(stock, x)
+        return
+    expected = result(model, x)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    if row == "Y-Tuning":
+        with pytest.raises(ValueError, match="w_q must be on cpu as features are, got meta"):
+            result(model, x)
+        return
+    assert_same(result(model, x), expected)
+
+
+@pytest.mark.parametrize("row", ["PiD", "PiD, LoRA", "PiD, DePT", "DePT", "DePT on BERT", "PASTA", "PASTA, fuse", *FROZEN])
+def test_compile(row, tmp_path):
+    """One forward with a loss. PiD's reads the values of a padding mask once."""
+    model, x = build(row, tmp_path), inputs(row)
+    with torch.no_grad():
+        expected = model(**x).loss
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=row == "Y-Tuning")
+        torch.testing.assert_close(compiled(**x).loss, expected)
+
+
+@pytest.mark.parametrize("row", ["PiD, LoRA", "DePT", "DePT on BERT", "PASTA", "PASTA, fuse"])
+def test_mixed_batch(row, tmp_path):
+    """``adapter_names=``: each row has its adapter, and its head."""
+    model, x = build(row, tmp_path), inputs(row)
+    x["labels"] = x["labels"][:2]
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    generator = torch.Generator().manual_seed(9)
+    other = {}
+    model.set_adapter("other")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".other" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+                other[name] = p
+    assert other
+    alone = {}
+    for adapter in ("other", "default"):
+        model.set_adapter(adapter)
+        alone[adapter] = model(**x).logits if row in SEQ_CLS else result(model, x)["tokens"]
+    if row in SEQ_CLS:
+        got = model(**{k: v for k, v in x.items() if k != "labels"}, adapter_names=["other", "default"]).logits
+    else:
+        asked = {k: x[k] for k in ("input_ids", "attention_mask")}
+        got = model.generate(**asked, num_beams=2, max_new_tokens=5, min_new_tokens=5, adapter_names=["other", "default"])
+    torch.testing.assert_close(got, torch.stack([alone["other"][0], alone["default"][1]]))
+    assert not torch.equal(alone["other"], alone["default"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("DePT, PASTA", "DePT|PASTA"),
+        ("PASTA, DePT", "DePT|PASTA"),
+        ("prompt tuning, DePT", "DePT"),
+        ("prefix tuning, DePT", "DePT"),
+        ("DePT, DePT", "DePT"),
+    ],
+)
+def test_refused_pairs(row, message):
+    model = bert()
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        for name in row.split(", "):
+            model = put_on(model, name)
+
+
+def test_nothing_is_left_of_a_refusal():
+    """A model that refuses a method is the one it was."""
+    model = t5()
+    with pytest.raises(ValueError, match="PASTA: model must be an encoder"):
+        put_on(model, "PASTA")
+    x = inputs("PiD")
+    assert_same(result(put_on(model, "PiD"), x), result(put_on(t5(), "PiD"), x))
