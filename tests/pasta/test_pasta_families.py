@@ -52,18 +52,12 @@ def test_hidden_states_are_free_of_vectors(family, return_dict):
     def stock():
         states = []
         with models.by_formula(family, base, additions):  # and with hooks after its own
-            hooks = [
-                layer.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
-                for layer in dict.fromkeys(layers)
-            ]
+            hooks = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in dict.fromkeys(layers)]
             last = base(**x).last_hidden_state
         for hook in hooks:
             hook.remove()
-        return dict(
-            enumerate(
-                [base(**x, output_hidden_states=True).hidden_states[0], *(out[0] if isinstance(out, tuple) else out for out in states[:-1]), last]
-            )
-        )
+        between = [out[0] if isinstance(out, tuple) else out for out in states[:-1]]
+        return dict(enumerate([base(**x, output_hidden_states=True).hidden_states[0], *between, last]))
 
     got = model(**x, output_hidden_states=True, return_dict=return_dict)
     recorded = got.hidden_states if return_dict else next(t for t in got if isinstance(t, tuple))
