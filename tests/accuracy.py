@@ -14,14 +14,15 @@ narrower than float32 are summed in float32, so their terms are not moved. Gathe
 
 The bound, on the Euclidean norm of each group of at least 16 numbers (rows of the last dimension, or of more where it is shorter):
 
-    |got - expected| <= FACTOR * (1 + 8 / draws) * (scatter of the group + mean scatter of all groups) + eps * |expected|
+    |got - expected| <= FACTOR * (1 + 8 / draws) * (scatter of the group + that of all groups) + eps * |expected|
 
-FACTOR = 2: at most twice plain PyTorch, as CONTRIBUTING.md asks of a kernel. The mean is added because another order of evaluation does not
-round in the same places: where one cancels exactly (the gradient of a softmax over one key), another leaves the rounding of what it
-subtracts. Of numbers of one size it doubles the group's own scatter, which covers that both sides round. What is exactly 0 in every run
-must be 0, and is left out of the mean. ``draws`` is the number of runs times the numbers in the group: a deviation estimated from few
-numbers may be too small, and with 4 of them three times the factor is what one in thousands passes (Student's t). eps * |expected| is half
-a unit of the last place on each side: where nothing else rounds, as in a copy or one addition, the scatter is 0.
+FACTOR = 2: at most twice plain PyTorch, as CONTRIBUTING.md asks of a kernel. The root mean square of the scatter of all groups that have one
+is added because another order of evaluation does not round in the same places: where one cancels exactly (the gradient of a softmax over
+one key), another leaves the rounding of what it subtracts. Of numbers of one size it doubles the group's own scatter, which covers that
+both sides round. What is exactly 0 in a whole tensor, in every run, must be 0. ``draws`` is the number of runs times the numbers in the
+group: a deviation estimated from few numbers may be too small, and with 4 of them three times the factor is what one in thousands passes
+(Student's t). eps * |expected| is half a unit of the last place on each side: where nothing else rounds, as in a copy or one addition, the
+scatter is 0.
 
 Bit-equality is for what promises it (one call twice, ``disable`` after ``enable``, parameters): ``torch.equal``. Tokens are compared bit by
 bit too, and ``assert_no_near_tie`` shows that rounding cannot decide them.
@@ -163,7 +164,7 @@ def _assert_leaf(name, got, expected, samples):
         return
     got, expected, *samples = (_grouped(x.masked_fill(~finite, 0)) for x in (got, expected, *samples))
     scatter = torch.stack([x - expected for x in samples]).square().sum(2).mean(0).sqrt()
-    scatter = torch.where(scatter > 0, scatter + scatter.sum() / scatter.count_nonzero().clamp_min(1), 0)
+    scatter = scatter + (scatter.square().sum() / scatter.count_nonzero().clamp_min(1)).sqrt()
     factor = FACTOR * (1 + 8 / (len(samples) * got.shape[1]))
     error, allowed = (got - expected).norm(dim=1), factor * scatter + eps * expected.norm(dim=1) + tiny
     i = int((error / allowed).argmax())
