@@ -4,7 +4,7 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 FIGURES = README.md $(shell grep -l '<!-- figures' docs/*.md)
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-# one machine in the place of others: what makes libraries round otherwise. The last two lines are for machines that have the instructions
+# one machine in the place of others: what makes libraries round otherwise.
 SETTINGS = MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
 	ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 \
 	PEFT_KERNELS_CPU_CAPABILITY=default PEFT_KERNELS_CPU_CAPABILITY=avx2 \
