@@ -5,7 +5,20 @@ FIGURES = README.md $(shell grep -l '<!-- figures' docs/*.md)
 METHODS = tests/pid tests/dept tests/pasta tests/families tests/dect tests/ytuning
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: env demo figures test test-oldest test-newest test-families lint docs kernels clean
+# one machine in the place of others: what makes libraries round otherwise.
+SETTINGS = MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 \
+	PEFT_KERNELS_CPU_CAPABILITY=default PEFT_KERNELS_CPU_CAPABILITY=avx2 \
+	PYTEST_ADDOPTS=--odd-addresses=4 PYTEST_ADDOPTS=--odd-addresses=8 \
+	$(if $(shell grep -m1 avx512f /proc/cpuinfo),ATEN_CPU_CAPABILITY=avx512 PEFT_KERNELS_CPU_CAPABILITY=avx512)
+NUMERIC = tests/test_accuracy.py $(addprefix tests/,ops pid dept pasta dect ytuning)
+# those that failed on some machine, and one of each operator and method
+QUICK = (any_shape and not triton) or saved_and_loaded or weights_are_stock or weights_while_generating or scores_are_stock \
+	or test_accuracy or test_the_scores or trains_as_autograd or (pasta_fuse and outputs_and_gradients) or (test_equals_the_formula)
+FULL = not triton and not cuda and not instruction_sets and not errors
+ARITHMETIC ?= QUICK
+
+.PHONY: env demo figures test test-arithmetic test-oldest test-newest test-families lint docs kernels clean
 
 env: .venv/.ready
 demo: env
@@ -25,6 +38,12 @@ test-newest:
 # every text class of transformers, built tiny, under DePT and PASTA
 test-families: env
 	$(call PYTEST,.venv) tests/families/every_class.py
+# the numeric tests under every setting, until one fails; ARITHMETIC=FULL takes all of them, SETTINGS=... some settings
+test-arithmetic: env
+	for setting in $(SETTINGS); do \
+		echo "== $$setting"; \
+		env OMP_NUM_THREADS=1 "$$setting" .venv/bin/python -m pytest -n 2 $(NUMERIC) -k "$($(ARITHMETIC))" || exit 1; \
+	done
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 docs: env

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: with as many workers as cores, spinning threads stall each other
 os.environ["PEFT_KERNELS_TUNED"] = "0"  # what ships is tested, whatever was tuned on this machine
+import odd_addresses
 import pytest
 import torch
 from hypothesis import settings
@@ -24,6 +25,12 @@ def same_numbers_every_time():
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tensors live: cpu (default) or cuda")
+    parser.addoption("--odd-addresses", type=int, metavar="BYTES", help="parameters begin so many bytes after a multiple of 64 (4 or 8)")
+
+
+def pytest_configure(config):
+    if past := config.getoption("--odd-addresses"):
+        odd_addresses.install(past)
 
 
 def pytest_collection_modifyitems(items):

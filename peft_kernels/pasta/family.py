@@ -25,10 +25,6 @@ def adapted_module(model: nn.Module) -> nn.Module:
         raise ValueError(f"PASTA: model must be an encoder, but {what} has a decoder as well, which special tokens of the input do not reach")
     if is_causal(model) or is_causal(module):
         raise ValueError(f"PASTA: model must be an encoder, but {what} is a decoder, whose tokens see only what is before them")
-    try:
-        model.get_input_embeddings()
-    except NotImplementedError as error:
-        raise ValueError(f"PASTA: {what} must have an input embedding, but its get_input_embeddings names none") from error
     if module.config.model_type in _TRANSPOSED:
         raise ValueError(f"PASTA: the layers of {what} must take hidden states (B, S, d), but take (B, d, S)")
     if getattr(module.config, "quant_mode", False):

@@ -16,8 +16,8 @@ CLASSES = classes()
 
 # what DePT refuses -> configuration classes
 REFUSED_BY_DEPT = {
-    "inputs_embeds, which .* does not take": "CLIPText|CpmAnt|Esmc|FastSpeech2Conformer|FastSpeech2ConformerWithHifiGan|Flava|Vits",
-    "its get_input_embeddings names none": "Canine",
+    "inputs_embeds, which .* does not take": "CLIPText|CpmAnt|Esmc",
+    "must embed its tokens by a table": "Canine|FastSpeech2Conformer|FastSpeech2ConformerWithHifiGan|Flava|Vits",
     "must be an nn.Embedding, got QuantEmbedding": "IBert",
     "does more than look up and scale rows": "Inkling2|Inkling2Text|InklingText|MuseGlimmer|MuseGlimmerText|MuseSparkText",
     "reads input_ids for more than their embeddings": "DeepseekV4|FSMT|Gemma3nText|Gemma4|Gemma4Text",
@@ -27,7 +27,7 @@ REFUSED_BY_DEPT = {
 # what PASTA refuses beside decoders and composites of text and other encoders -> configuration classes
 REFUSED_BY_PASTA = {
     "must have one ModuleList": "Chameleon|Evolla|Flaubert|Funnel|Luke|Reformer|XLM",
-    "its get_input_embeddings names none": "Canine|Flava|Vits|FastSpeech2Conformer|FastSpeech2ConformerWithHifiGan",
+    "must embed its tokens by a table": "Canine|Flava|Vits|FastSpeech2Conformer|FastSpeech2ConformerWithHifiGan",
     "must take hidden states": "SqueezeBert",
 }
 # decoders by transformers' mappings, whose tokens see what is behind them too -> configuration classes

@@ -29,7 +29,7 @@ EQUAL = {
     "XLNetLMHeadModel": {},
 }
 REFUSED = {
-    "CanineModel": "must have an input embedding, but its get_input_embeddings names none",
+    "CanineModel": "must embed its tokens by a table, but CanineModel has none",
     "CLIPTextModel": "the prompt enters through inputs_embeds, which CLIPTextModel does not take",
     "DeepseekV4ForCausalLM": "reads input_ids for more than their embeddings",
     "FSMTForConditionalGeneration": "reads input_ids for more than their embeddings",

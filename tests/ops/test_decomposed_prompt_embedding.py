@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import WithinRounding, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,19 +91,14 @@ def results(embed, table, trained, grad, trainable=True, **options):
 
 
 def compare(embed, table, trained, **options):
-    """Summed error at most twice plain PyTorch's in the same dtype."""
+    """Within rounding of plain PyTorch in the same dtype."""
     ids, weight = table
     expected = by_hand(ids, weight.double(), *(x.double() for x in trained), **options)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(weight.device, weight.dtype)
     truth = results(by_hand, (ids, weight.double()), [x.double() for x in trained], grad, **options)
-    plain = results(by_hand, (ids, weight), [x.to(weight.dtype) for x in trained], grad, **options)
     got = results(embed, table, trained, grad, **options)
-    for name, x, y, t, leaf in zip(("out", "prompt", "a", "b", "weight"), got, plain, truth, (weight, *trained, weight)):
-        assert x.dtype == leaf.dtype and x.shape == t.shape, name
-        assert x.isfinite().all(), name
-        error, allowed = ((z.double() - t).abs().sum().item() for z in (x, y))
-        floor = torch.finfo(weight.dtype).eps * t.abs().sum().item()
-        assert error <= 2 * allowed + floor, f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}"
+    assert [x.dtype for x in got] == [x.dtype for x in (weight, *trained, weight)]
+    assert_within_rounding(got, lambda: results(by_hand, (ids, weight), [x.to(weight.dtype) for x in trained], grad, **options), truth)
     assert got[0].is_contiguous()
 
 
@@ -134,13 +130,13 @@ def test_float32_parameters_under_a_bfloat16_table(impl, case, device):
 def test_delta_in_place_of_a_and_b(impl, case, device):
     (ids, weight), (prompt, a, b), where = make(CASES[case], torch.float32, device)
     delta = (0.7 * a @ b).requires_grad_()
-    expected = decomposed_prompt_embedding(ids, weight, prompt, a, b, scale=0.7, impl=impl, **where)
     out = decomposed_prompt_embedding(ids, weight, prompt, delta=delta, impl=impl, **where)
-    torch.testing.assert_close(out, expected)
+    assert_within_rounding(out, lambda: by_hand(ids, weight, prompt, a, b, scale=0.7, **where))
     grad = torch.randn_like(out)
     twin = delta.detach().requires_grad_()
     by_reference = decomposed_prompt_embedding(ids, weight, prompt, delta=twin, impl="reference", **where)
-    torch.testing.assert_close(*(torch.autograd.grad(x, y, grad)[0] for x, y in ((out, delta), (by_reference, twin))))
+    expected = WithinRounding(lambda: torch.autograd.grad(by_reference, twin, grad, retain_graph=True))
+    expected.check(torch.autograd.grad(out, delta, grad))
 
 
 def test_strides(impl, device):
@@ -158,11 +154,11 @@ def test_strides_of_the_gradient(impl, device):
     leaves = [x.requires_grad_() for x in trained]
     out = decomposed_prompt_embedding(ids, weight, *leaves, impl=impl, **where)
     grad = torch.randn_like(out)
-    expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    expected = WithinRounding(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
     for changed in (grad.mT.contiguous().mT, grad.repeat_interleave(2, -1)[..., ::2], grad.transpose(0, 1).contiguous().transpose(0, 1)):
-        assert all(map(torch.equal, torch.autograd.grad(out, leaves, changed, retain_graph=True), expected))
+        expected.check(torch.autograd.grad(out, leaves, changed, retain_graph=True))
     summed = torch.autograd.grad(out.sum(), leaves, retain_graph=True)  # strides 0
-    torch.testing.assert_close(summed, torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    assert_within_rounding(summed, lambda: torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True))
 
 
 def test_table_rows_more_than_2_31_elements_apart(impl, device):
@@ -173,8 +169,7 @@ def test_table_rows_more_than_2_31_elements_apart(impl, device):
     ids = torch.tensor([[3, 0, 2, 1]], device=device)
     prompt, a, b = (torch.randn(shape, device=device) for shape in ((2, 8), (4, 3), (3, 8)))
     out = decomposed_prompt_embedding(ids, weight, prompt, a, b, impl=impl)
-    expected = decomposed_prompt_embedding(ids, weight.contiguous(), prompt, a, b, impl="reference")
-    torch.testing.assert_close(out, expected)
+    assert_within_rounding(out, lambda: decomposed_prompt_embedding(ids, weight.contiguous(), prompt, a, b, impl="reference"))
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import WithinRounding, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -102,27 +103,19 @@ def results(function, floats, features, grad, **options):
     leaves = [x.detach().requires_grad_() for x in floats]
     out = function(*leaves, features, **options)
     out.backward(grad.to(out.dtype))
-    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+    names = ("out", "slots", "w_q", "w_k", "w_v")
+    return dict(zip(names, [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]))
 
 
-NAMES = ("out", "slots", "w_q", "w_k", "w_v")
-
-
-def compare(impl, floats, features, checked=NAMES, **options):
-    """Summed error at most twice plain PyTorch's in the same dtypes."""
+def compare(impl, floats, features, **options):
+    """Within rounding of plain PyTorch in the same dtypes."""
     dtype = floats[0].dtype
     out = by_hand(*floats, features.to(dtype), **options)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     truth = results(by_hand, [x.double() for x in floats], features.double(), grad, **options)
-    plain = results(by_hand, floats, features.to(dtype), grad, **options)
     got = results(of(impl), floats, features, grad, **options)
-    for name, mine, y, t in zip(NAMES, got, plain, truth, strict=True):
-        assert mine.shape == t.shape and mine.dtype == dtype and mine.isfinite().all(), name
-        error, allowed = ((z.double() - t).abs().sum().item() for z in (mine, y))
-        floor = torch.finfo(dtype).eps * t.abs().sum().item()
-        assert name not in checked or error <= 2 * allowed + 2 * floor + 1e-12, (
-            f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}, floor {floor:.3e}"
-        )
+    assert all(x.dtype == dtype for x in got.values())
+    assert_within_rounding(got, lambda: results(by_hand, floats, features.to(dtype), grad, **options), truth)
 
 
 DTYPES = {
@@ -153,8 +146,7 @@ def test_parity_of_ragged_rows(impl, case, per_row, device):
 @pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 31, 48, 63, 64, 65, 127, 129])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths(impl, width, dtype, device):
-    floats, features = make_plain((24, 5, width, 3, 1), dtype, device)  # many rows: of few, one error would decide
-    compare(impl, floats, features, NAMES if width > 2 else NAMES[:1], num_heads=1)  # as would one of few weights
+    compare(impl, *make_plain((3, 5, width, 3, 1), dtype, device), num_heads=1)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 15, 16, 17, 33, 65])
@@ -176,10 +168,7 @@ def test_large_scores(impl, device):
     """One feature takes all: no gradient is left for the slots, and none may be lost in an overflow."""
     (slots, *weights), features = make_plain((2, 9, 32, 3, 4), torch.float32, device)
     floats = [slots * 3000, *weights]
-    truth = by_hand(*(x.double() for x in floats), features.double(), num_heads=4)
-    out, *grads = results(of(impl), floats, features, torch.ones_like(truth), num_heads=4)
-    torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=1e-4)
-    assert all(g.isfinite().all() for g in grads)
+    compare(impl, floats, features, num_heads=4)
 
 
 def test_strides(impl, device):
@@ -199,11 +188,11 @@ def test_strides_of_the_gradient(impl, device):
     leaves = [x.requires_grad_() for x in floats]
     out = of(impl)(*leaves, features, **options)
     grad = torch.randn_like(out)
-    expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    expected = WithinRounding(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
     for change in (lambda g: g.mT.contiguous().mT, lambda g: g.transpose(0, 1).contiguous().transpose(0, 1)):
-        torch.testing.assert_close(torch.autograd.grad(out, leaves, change(grad), retain_graph=True), expected)
+        expected.check(torch.autograd.grad(out, leaves, change(grad), retain_graph=True))
     summed = torch.autograd.grad(out.sum(), leaves, retain_graph=True)  # strides 0
-    torch.testing.assert_close(summed, torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    assert_within_rounding(summed, lambda: torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True))
 
 
 def test_frozen_tensors_get_nothing(impl, device):
@@ -231,7 +220,7 @@ def test_ten_repeats_are_bit_equal(impl, per_row, device):
     floats, features, options = make(((32, 40, 72, 3, 4), [40, 0, 17, 3] * 8), per_row, device=device)
     grad = torch.randn(32, 3, 72, device=device)
     first, *rest = (results(of(impl), floats, features, grad, **options) for _ in range(10))
-    assert all(torch.equal(x, y) for again in rest for x, y in zip(first, again))
+    assert all(torch.equal(x, again[name]) for again in rest for name, x in first.items())
 
 
 @settings(max_examples=40, deadline=None)

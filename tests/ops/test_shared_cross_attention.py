@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from accuracy import WithinRounding, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,9 +64,9 @@ def by_hand(query, key, value, *, key_lengths=None, encoder_index=None, scale=No
         i = u // per_input if encoder_index is None else int(encoder_index[u])
         length = key.shape[2] if key_lengths is None else int(key_lengths[i])
         scores = q @ key[i, :, :length].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        outs.append(scores.softmax(-1) @ value[i, :, :length])
-        lses.append(scores.logsumexp(-1))
-    return torch.stack(outs), torch.stack(lses)
+        lses.append(scores.logsumexp(-1, keepdim=True))
+        outs.append((scores - lses[-1]).exp() @ value[i, :, :length])  # softmax's own backward is exact over one key: no measure of rounding
+    return torch.stack(outs), torch.stack(lses).squeeze(-1)
 
 
 def results(attend, tensors, grads, **where):
@@ -77,19 +78,11 @@ def results(attend, tensors, grads, **where):
     return [out.detach(), lse.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
 
 
-def assert_no_worse_than_plain(attend, tensors, where, grads, plain, floor=1):
-    """Sums of errors: at most twice plain PyTorch's, and ``floor`` eps per number."""
-    exact = results(by_hand, [x.double() for x in tensors], grads, **where)
-    for name, mine, theirs, truth in zip(
-        ("out", "lse", "dQ", "dK", "dV"), results(attend, tensors, grads, **where), results(plain, tensors, grads, **where), exact
-    ):
-        finite = truth.isfinite()
-        assert torch.equal(mine.isfinite(), finite), name
-        assert torch.equal(mine[~finite].double(), truth[~finite]), name
-        error, allowed = ((x.double() - truth)[finite].abs().sum() for x in (mine, theirs))
-        assert error <= 2 * allowed + floor * torch.finfo(tensors[0].dtype).eps * truth.numel(), (
-            f"{name}: error {error:.3e}, plain PyTorch {allowed:.3e}"
-        )
+def assert_no_worse_than_plain(attend, tensors, where, grads, **options):
+    """Within rounding of plain PyTorch in the same dtype."""
+    exact = results(by_hand, [x.double() for x in tensors], grads, **where, **options)
+    got = results(attend, tensors, grads, **where, **options)
+    assert_within_rounding(got, lambda: results(by_hand, tensors, grads, **where, **options), exact)
 
 
 def grads_of(query, through_lse=True, seed=1):
@@ -102,28 +95,18 @@ def attention(impl):
     return partial(shared_cross_attention, return_lse=True, impl=impl)
 
 
-def plain_for(impl):
-    return by_hand if impl == "reference" else attention("reference")
-
-
 @pytest.mark.parametrize("through_lse", [False, True], ids=["out", "out-and-lse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_no_worse_than_plain(case, dtype, through_lse, impl, device):
     tensors, where = make(CASES[case], dtype, device)
-    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(tensors[0], through_lse), plain_for(impl))
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(tensors[0], through_lse))
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
 def test_scale(scale, impl, device):
     tensors, where = make(CASES["ragged-lengths"], device=device)
-    attend, plain = (partial(f, scale=scale) for f in (attention(impl), plain_for(impl)))
-    generator = partial(by_hand, scale=scale)
-    exact = results(generator, [x.double() for x in tensors], grads_of(tensors[0]), **where)
-    for mine, theirs, truth in zip(*(results(f, tensors, grads_of(tensors[0]), **where) for f in (attend, plain)), exact):
-        finite = truth.isfinite()
-        allowed = 2 * (theirs - truth)[finite].abs().sum() + torch.finfo(torch.float32).eps * truth.numel()
-        assert (mine - truth)[finite].abs().sum() <= allowed
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(tensors[0]), scale=scale)
 
 
 LAYOUTS = {
@@ -145,14 +128,14 @@ def test_strides(layout, case, impl, device):
         key, value = key.nan_to_num(0.5), value.nan_to_num(0.5)
     tensors = [LAYOUTS[layout](x) for x in (query, key, value)]
     assert not tensors[0].is_contiguous()
-    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(query), plain_for(impl))
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(query))
 
 
 @pytest.mark.parametrize("layout", ["token-major", "one-head-for-all", "width-first", "one-number-for-all"])
 def test_strides_of_the_incoming_gradient(layout, impl, device):
     tensors, where = make(CASES["lengths"], device=device)
     grads = [LAYOUTS[layout](grads_of(tensors[0])[0]), None]
-    assert_no_worse_than_plain(attention(impl), tensors, where, grads, plain_for(impl))
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads)
 
 
 def test_results_are_token_major(impl, device):
@@ -195,9 +178,7 @@ def test_any_shape(data):
     streams = inputs * data.draw(st.integers(1, 3)) if index is None else len(index)
     tensors, where = make(((streams, inputs, heads, tokens, keys, width), lengths, index), seed=data.draw(st.integers(0, 99)))
     impl = data.draw(st.sampled_from(IMPLS))
-    assert_no_worse_than_plain(
-        attention(impl), tensors, where, grads_of(tensors[0], data.draw(st.booleans())), plain_for(impl), floor=4
-    )  # few numbers are no statistics
+    assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(tensors[0], data.draw(st.booleans())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -243,12 +224,12 @@ def test_bfloat16_takes_the_library_on_amx_tiles(tokens, amx, expected, monkeypa
 def test_frozen_inputs_get_no_gradient(frozen, impl, device):
     tensors, where = make(CASES["ragged-lengths"], device=device)
     grads = grads_of(tensors[0])
-    everything = results(attention(impl), tensors, grads, **where)[2:]
+    everything = WithinRounding(lambda: results(attention(impl), tensors, grads, **where)[2:])
     leaves = [x.requires_grad_(not f) for x, f in zip(tensors, frozen)]
     out = shared_cross_attention(*leaves, **where, impl=impl)
     torch.autograd.backward(attention(impl)(*leaves, **where), [g.to(out.dtype) for g in grads])
-    for leaf, expected, f in zip(leaves, everything, frozen):
-        assert leaf.grad is None if f else torch.equal(leaf.grad, expected)
+    assert [leaf.grad is None for leaf in leaves] == [bool(f) for f in frozen]
+    everything.check([leaf.grad for leaf in leaves], partial=True)
 
 
 @pytest.mark.parametrize(("needs", "products"), [((1, 1, 1), 5), ((1, 0, 0), 3), ((0, 1, 0), 3), ((0, 0, 1), 2), ((1, 0, 1), 4)], ids=str)

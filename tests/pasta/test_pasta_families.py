@@ -6,6 +6,7 @@ import pasta_models as models
 import pytest
 import torch
 import transformers
+from accuracy import WithinRounding, assert_within_rounding
 from peft import get_peft_model
 
 from peft_kernels import PASTAConfig
@@ -28,14 +29,13 @@ def test_outputs_and_gradients(family, task):
         base.get_parameter(name).requires_grad_()
     assert bool(trained) == (task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))
 
-    expected = models.formula(family, base, v, x, **labels)
-    got = model(**x, **labels)
-    torch.testing.assert_close(models.main(got), models.main(expected), atol=2e-5, rtol=1e-5)
-    models.loss_of(expected).backward()
-    models.loss_of(got).backward()
-    torch.testing.assert_close(models.vectors(model).grad, v.grad, atol=2e-5, rtol=1e-4)
-    for name, parameter in trained.items():
-        torch.testing.assert_close(parameter.grad, base.get_parameter(name).grad, atol=2e-5, rtol=1e-4)
+    def results(run, parameters):
+        out = run()
+        return models.main(out).detach(), torch.autograd.grad(models.loss_of(out), parameters)
+
+    expected = WithinRounding(lambda: results(lambda: models.formula(family, base, v, x, **labels), [v, *map(base.get_parameter, trained)]))
+    expected.check(results(lambda: model(**x, **labels), [models.vectors(model), *trained.values()]))
+    models.loss_of(model(**x, **labels)).backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -47,21 +47,24 @@ def test_hidden_states_are_free_of_vectors(family, return_dict):
     base, model = models.pair(family, "FEATURE_EXTRACTION")
     x = models.inputs()
     additions = [models.dense(x, v) for v in models.vectors(model)]
-    expected, layers = [], models.layers(family, base)
-    with models.by_formula(family, base, additions):  # and with hooks after its own
-        hooks = [layer.register_forward_hook(lambda m, a, out: expected.append(out)) for layer in dict.fromkeys(layers)]
-        last = base(**x).last_hidden_state
-    for hook in hooks:
-        hook.remove()
+    layers = models.layers(family, base)
+
+    def stock():
+        states = []
+        with models.by_formula(family, base, additions):  # and with hooks after its own
+            hooks = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in dict.fromkeys(layers)]
+            last = base(**x).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        between = [out[0] if isinstance(out, tuple) else out for out in states[:-1]]
+        return dict(enumerate([base(**x, output_hidden_states=True).hidden_states[0], *between, last]))
+
     got = model(**x, output_hidden_states=True, return_dict=return_dict)
     recorded = got.hidden_states if return_dict else next(t for t in got if isinstance(t, tuple))
-    torch.testing.assert_close(recorded[0], base(**x, output_hidden_states=True).hidden_states[0], atol=0, rtol=0)
     assert len(recorded) == len(layers) + 1
-    torch.testing.assert_close(recorded[-1], last, atol=2e-5, rtol=1e-5)
-    for i, (state, out) in enumerate(zip(recorded[1:-1], expected)):
-        if family != "deberta-v2" or i > 0:  # there the convolution comes between
-            torch.testing.assert_close(state, out[0] if isinstance(out, tuple) else out, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(recorded[-1], model(**x).last_hidden_state)
+    # in deberta-v2 a convolution comes behind the first layer
+    WithinRounding(stock).check({i: state for i, state in enumerate(recorded) if family != "deberta-v2" or i != 1}, partial=True)
+    assert_within_rounding(recorded[-1], lambda: model(**x).last_hidden_state)
 
 
 @torch.no_grad()
@@ -72,10 +75,11 @@ def test_hidden_states_by_configuration():
     for m in (base, model):
         m.config.output_hidden_states = True
     states = model(**x).hidden_states
-    assert torch.equal(states[0], base(**x).hidden_states[0]) and not torch.equal(states[1], base(**x).hidden_states[1])
+    assert_within_rounding(states[0], lambda: base(**x).hidden_states[0])
+    assert not torch.equal(states[1], base(**x).hidden_states[1])
     again = model(**x, output_hidden_states=False)
     assert again.hidden_states is None
-    torch.testing.assert_close(again.logits, model(**x).logits)
+    assert_within_rounding(again.logits, lambda: model(**x).logits)
 
 
 @torch.no_grad()
@@ -85,10 +89,9 @@ def test_attentions(family):
     base.set_attn_implementation("eager")
     model = models.adapted(family, "FEATURE_EXTRACTION", copy.deepcopy(base))
     x = models.inputs()
-    expected = models.formula(family, base, models.vectors(model), x, output_attentions=True).attentions
     got = model(**x, output_attentions=True).attentions
-    assert len(got) == len(expected) > 0
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+    assert got
+    assert_within_rounding(got, lambda: models.formula(family, base, models.vectors(model), x, output_attentions=True).attentions)
 
 
 def test_multiple_choice():
@@ -98,6 +101,10 @@ def test_multiple_choice():
     model = get_peft_model(copy.deepcopy(base), PASTAConfig(num_special_tokens=models.P, special_token_ids=models.SPECIAL)).eval()
     models.fill(model, "default", 1)
     x = models.inputs()
-    with models.by_formula("bert", base, [models.dense(x, v) for v in models.vectors(model)]):
-        expected = base(**{k: v[None] for k, v in x.items()}).logits
-    torch.testing.assert_close(model(**{k: v[None] for k, v in x.items()}).logits, expected)
+    choices = {k: v[None] for k, v in x.items()}
+
+    def expected():
+        with models.by_formula("bert", base, [models.dense(x, v) for v in models.vectors(model)]):
+            return base(**choices).logits
+
+    assert_within_rounding(model(**choices).logits, expected)

@@ -5,6 +5,7 @@ from inspect import signature
 
 import pytest
 import torch
+from accuracy import WithinRounding
 from models import TEXT_FAMILIES, build, inputs
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -58,11 +59,11 @@ def test_bfloat16_is_as_exact_as_plain_weights(swapped):
     model, x = build("bart").bfloat16(), inputs()
     kwargs = {"num_return_sequences": 2, "do_sample": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1}
     truth = build("bart").double().generate(**x, **kwargs).logits[0]
-    plain = swapped(model, pack_weights=False).generate(**x, **kwargs).logits[0]
+    plain = WithinRounding(lambda: swapped(model, pack_weights=False).generate(**x, **kwargs).logits[0], truth)
     watch = Watch(model)
     packed = swapped(model).generate(**x, **kwargs, logits_processor=LogitsProcessorList([watch])).logits[0]
     assert watch.seen[0]
-    assert (packed - truth).abs().sum() <= 2 * (plain - truth).abs().sum()
+    plain.check(packed)
 
 
 def test_restored_after_an_exception(swapped):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accuracy import WithinRounding, assert_within_rounding
 from models import TEXT_FAMILIES, build, inputs, shared
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -24,26 +25,31 @@ def repeat(x, index):
 def test_cross_attention_weights_are_stock(family, index, mask, swapped):
     model, x = shared(family, "eager"), inputs(mask=mask)
     ids = torch.randint(4, 99, (6, 4), generator=torch.Generator().manual_seed(1))
+    asked = repeat(x, INDEX[index]) | {"decoder_input_ids": ids, "output_attentions": True}
+
+    @torch.no_grad()
+    def stock(model=model):
+        output = model(**asked)
+        return output.cross_attentions, output.decoder_attentions
+
+    expected = WithinRounding(stock, stock(copy.deepcopy(model).double()))
     with torch.no_grad():
-        asked = repeat(x, INDEX[index]) | {"decoder_input_ids": ids, "output_attentions": True}
-        stock, truth = model(**asked), copy.deepcopy(model).double()(**asked)
         ours = swapped(model)(**x, decoder_input_ids=ids, output_attentions=True, encoder_index=None if index == "uniform" else INDEX[index])
-    assert len(ours.cross_attentions) == len(stock.cross_attentions) == 2
-    for name in ("cross_attentions", "decoder_attentions"):
-        for mine, theirs, true in zip(ours[name], stock[name], truth[name]):
-            error, allowed = ((a.double() - true).abs().max().item() for a in (mine, theirs))
-            assert error <= 2 * allowed + 1e-6, f"{name}: error {error:.1e}, stock {allowed:.1e}"
+    assert len(ours.cross_attentions) == 2
+    expected.check((ours.cross_attentions, ours.decoder_attentions))
     assert all(a.shape[0] == 3 for a in ours.encoder_attentions)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_weights_while_generating(family, swapped):
-    model, x = shared(family, "eager"), inputs()
-    kwargs = {"num_beams": 3, "max_new_tokens": 5, "output_attentions": True, "return_dict_in_generate": True}
-    stock, ours = model.generate(**x, **kwargs), swapped(model).generate(**x, **kwargs)
-    assert torch.equal(ours.sequences, stock.sequences)
-    for mine, theirs in zip(ours.cross_attentions, stock.cross_attentions):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    model, x = build(family, "eager").double(), inputs()  # where rounding decides the order of two beams, their weights change places
+
+    def generate(model):
+        out = model.generate(**x, num_beams=3, max_new_tokens=5, output_attentions=True, return_dict_in_generate=True)
+        return out.sequences, out.cross_attentions
+
+    expected = WithinRounding(lambda: generate(model))
+    expected.check(generate(swapped(model)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -61,7 +67,7 @@ def test_decoder_step_compiles_as_one_graph(family, attention):
         return decode(encoder_outputs=BaseModelOutput(states), decoder_input_ids=ids[:, 6:], past_key_values=cache).logits
 
     torch._dynamo.reset()
-    assert torch.equal(step(torch.compile(model, fullgraph=True, backend="aot_eager")), step(model))
+    assert_within_rounding(step(torch.compile(model, fullgraph=True, backend="aot_eager")), lambda: step(model))
 
 
 def test_labelled_streams_compile():
@@ -70,7 +76,9 @@ def test_labelled_streams_compile():
     labels = torch.randint(4, 99, (6, 4), generator=torch.Generator().manual_seed(1))
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
-    model(**x, labels=labels, **extra).loss.backward()
-    torch.compile(twin, backend="aot_eager")(**x, labels=labels, **extra).loss.backward()
-    for (name, p), q in zip(model.named_parameters(), twin.named_parameters()):
-        assert (p.grad - q[1].grad).norm() <= 1e-9 * p.grad.norm() + 1e-12, name
+
+    def gradients(run, model):
+        return torch.autograd.grad(run(**x, labels=labels, **extra).loss, list(model.parameters()), allow_unused=True)
+
+    got = gradients(torch.compile(twin, backend="aot_eager"), twin)
+    assert_within_rounding(got, lambda: gradients(model, model))

@@ -1,0 +1,180 @@
+"""What "equal within rounding" means: the one place for it. No test has a tolerance of its own.
+
+Floating-point addition is not associative, so two machines, two thread counts or two addresses give two results of one formula, and one
+run of plain PyTorch is one draw from all of them. The bounds here come from many draws: the formula is run again with every operation's
+result moved at random by as much as its rounding may be, and every sum's terms by as much as an unlucky order of summation may move them
+(Monte Carlo arithmetic: Parker, 1997). The scatter of these runs is eps times the sum of the absolute terms, carried through the whole
+computation: cancellation, depth, gradients and magnitudes are in it, and no number is written into a test. Plain PyTorch's error is the
+second leg: with a ``truth`` in float64, the runs are measured from there, so that their own rounding counts.
+
+One operation's result is moved by a factor within 1 +- eps/2: that is what rounding to nearest does. In a sum of n terms, one after the
+other, a term goes through n/2 additions on average, each of which rounds within eps/2; independent roundings add up as a random walk, so
+the term moves by eps/2 * sqrt(n/2). One after the other is the longest order: vectors, blocks, trees and threads only shorten it. Types
+narrower than float32 are summed in float32, so their terms are not moved. Gathering, copying, comparing and changing signs do not round.
+
+The bound, on the Euclidean norm of each group of at least 16 numbers (rows of the last dimension, or of more where it is shorter):
+
+    |got - expected| <= FACTOR * (1 + 8 / draws) * (scatter of the group + that of all groups) + eps * |expected|
+
+FACTOR = 2: at most twice plain PyTorch, as CONTRIBUTING.md asks of a kernel. The root mean square of the scatter of all groups that have one
+is added because another order of evaluation does not round in the same places: where one cancels exactly (the gradient of a softmax over
+one key), another leaves the rounding of what it subtracts. Of numbers of one size it doubles the group's own scatter, which covers that
+both sides round. What is exactly 0 in a whole tensor, in every run, must be 0. ``draws`` is the number of runs times the numbers in the
+group: a deviation estimated from few numbers may be too small, and with 4 of them three times the factor is what one in thousands passes
+(Student's t). eps * |expected| is half a unit of the last place on each side: where nothing else rounds, as in a copy or one addition, the
+scatter is 0.
+
+Bit-equality is for what promises it (one call twice, ``disable`` after ``enable``, parameters): ``torch.equal``. Tokens are compared bit by
+bit too, and ``assert_no_near_tie`` shows that rounding cannot decide them.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
+
+__all__ = ["FACTOR", "Rounding", "WithinRounding", "assert_no_near_tie", "assert_within_rounding", "scatter_of"]
+
+FACTOR = 2
+RUNS = 4
+GROUP = 16  # numbers in a group at least, where the tensor has them
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
+EXACT = {  # operations that do not round
+    "_to_copy", "_unsafe_index", "abs", "amax", "amin", "bernoulli", "bernoulli_", "cat", "ceil", "clamp", "clamp_min", "clone",
+    "constant_pad_nd", "copy", "copy_", "embedding", "eq", "exponential_", "fill", "fill_", "flip", "floor", "gather", "ge", "gt", "index",
+    "index_fill", "index_select", "le", "lift_fresh", "lt", "masked_fill", "masked_fill_", "masked_scatter", "max", "maximum", "min",
+    "minimum", "multinomial", "nan_to_num", "native_dropout_mask", "ne", "neg", "normal_", "pad", "relu", "relu_", "repeat", "roll",
+    "round", "scatter", "select_backward", "select_scatter", "sign", "slice_backward", "slice_scatter", "sort", "stack",
+    "threshold_backward", "topk", "tril", "triu", "uniform_", "unsafe_split", "where", "zero_",
+}  # fmt: skip
+
+
+class Rounding(TorchDispatchMode):
+    """Within, operations round otherwise: each in its result's dtype, ``times`` as much as it may.
+
+    It sees the operations below autograd, so those of a backward pass too. The draws depend on ``seed`` alone and leave PyTorch's own
+    generators as they are.
+    """
+
+    def __init__(self, seed: int = 0, times: float = 1.0):
+        super().__init__()
+        self.seed, self.times, self.generators = seed, times, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        operands = [x for x in tree_leaves((args, kwargs)) if _is_float(x)]
+        if aliases or name in EXACT or not operands:
+            return function(*args, **kwargs)
+        if torch.Tag.pointwise not in function.tags:
+            of_product = name in PRODUCTS and operands[-2].ndim
+            terms = operands[-2].shape[-1] if of_product else max((n for x in operands for n in x.shape), default=1)
+            writes = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
+            if terms > 1 and not writes:
+                moved = lambda x: self.moved(x, math.sqrt(terms / 2)) if _is_float(x) and x.element_size() >= 4 else x  # noqa: E731
+                args, kwargs = tree_map_only(torch.Tensor, moved, (args, kwargs))
+        out = function(*args, **kwargs)
+        for x in tree_leaves(out):
+            if _is_float(x) and x.numel():
+                x.copy_(self.moved(x, 1))
+        return out
+
+    def moved(self, x, roundings):
+        """``x`` times 1 +- eps/2 * ``roundings``; numbers near the end of the range, which stand for infinity in masks, stay."""
+        if x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        info, wide = torch.finfo(x.dtype), torch.promote_types(x.dtype, torch.float32)
+        draw = torch.rand(x.shape, generator=self.generators[x.device], device=x.device, dtype=wide).mul_(2).sub_(1)
+        moved = x.to(wide).addcmul(x.to(wide), draw, value=self.times * info.eps / 2 * roundings).to(x.dtype)
+        return torch.where(x.abs() < info.max / 4, moved, x)
+
+
+class WithinRounding:
+    """What ``function()`` computes, up to rounding: made once, held against as many results as there are.
+
+    Args:
+        function: the formula in plain PyTorch in the dtype whose rounding counts (the kernel's); or the stock model, to which another
+            order of evaluation is compared. Called without arguments, several times, with ``Rounding``; gradients are computed inside.
+            Results are tensors, or lists, tuples, dictionaries or model outputs of them.
+        truth: the same results in float64. Without them results are compared with ``function()`` itself.
+    """
+
+    def __init__(self, function: Callable, truth=None):
+        self.expected = _leaves(function() if truth is None else truth)
+        self.samples = [_leaves(x) for x in scatter_of(function)]
+        assert list(self.expected) == list(self.samples[0]), "function and truth must return the same"
+
+    def check(self, got, partial: bool = False) -> None:
+        """Shapes must agree, dtypes need not. What is not finite must be the same on both sides. Integers
+        must be equal, in all runs. ``partial``: leaves may be missing."""
+        got = _leaves(got)
+        assert got and (got.keys() <= self.expected.keys() if partial else got.keys() == self.expected.keys()), (
+            f"expected {list(self.expected)}, got {list(got)}"
+        )
+        for name, mine in got.items():
+            _assert_leaf(name, mine, self.expected[name], [sample[name] for sample in self.samples])
+
+
+def assert_within_rounding(got, function: Callable, truth=None) -> None:
+    """``WithinRounding(function, truth).check(got)``"""
+    WithinRounding(function, truth).check(got)
+
+
+def scatter_of(function: Callable, runs: int = RUNS, times: float = 1.0) -> list:
+    """The results of ``function()`` under ``runs`` different roundings."""
+    results = []
+    for seed in range(runs):
+        with Rounding(seed, times):
+            results.append(function())
+    return results
+
+
+def assert_no_near_tie(function: Callable, expected: torch.Tensor, times: float = 16.0) -> None:
+    """``function()`` gives the same tokens when everything rounds ``times`` as much: no order of summation decides one.
+
+    A test that fails here is not about the code under test: its seed, scale or dtype has to change.
+    """
+    with Rounding(times=times):
+        tokens = function()
+    assert torch.equal(tokens, expected), f"near-tie: rounding decides the tokens, {tokens.tolist()} or {expected.tolist()}"
+
+
+def _is_float(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def _leaves(x) -> dict:
+    return {keystr(path): leaf for path, leaf in tree_flatten_with_path(x)[0] if isinstance(leaf, torch.Tensor)}
+
+
+def _assert_leaf(name, got, expected, samples):
+    if not _is_float(expected):  # tokens, say
+        assert all(torch.equal(x, expected) for x in samples), f"{name}: rounding decides {expected}: another seed, scale or dtype is needed"
+        assert torch.equal(got, expected), f"{name}: got {got}, expected {expected}"
+        return
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    eps, tiny = (max(getattr(torch.finfo(x.dtype), name) for x in (got, samples[0])) for name in ("eps", "tiny"))
+    got, expected, *samples = (x.detach().double().cpu() for x in (got, expected, *samples))
+    finite = expected.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{name}: finite where it should not be, or the reverse"
+    assert torch.equal(got[~finite].nan_to_num(), expected[~finite].nan_to_num()), f"{name}: another infinity"
+    if not expected.numel():
+        return
+    got, expected, *samples = (_grouped(x.masked_fill(~finite, 0)) for x in (got, expected, *samples))
+    scatter = torch.stack([x - expected for x in samples]).square().sum(2).mean(0).sqrt()
+    scatter = scatter + (scatter.square().sum() / scatter.count_nonzero().clamp_min(1)).sqrt()
+    factor = FACTOR * (1 + 8 / (len(samples) * got.shape[1]))
+    error, allowed = (got - expected).norm(dim=1), factor * scatter + eps * expected.norm(dim=1) + tiny
+    i = int((error / allowed).argmax())
+    assert (error <= allowed).all(), f"{name}: error {error[i]:.3e} in group {i}, allowed {allowed[i]:.3e} (scatter {scatter[i]:.3e})"
+
+
+def _grouped(x):
+    """(groups, numbers)"""
+    dims, size = x.ndim, 1
+    while dims and size < GROUP:
+        dims -= 1
+        size *= x.shape[dims]
+    return x.reshape(-1, size)
