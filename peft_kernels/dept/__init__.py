@@ -1,6 +1,6 @@
 """Decomposed prompt tuning (DePT, arXiv 2309.05173) as a method of PEFT.
 
-Importing this package registers the method: do so before ``PeftModel.from_pretrained`` reads one of its adapters.
+``import peft_kernels`` is enough for ``PeftModel.from_pretrained`` to read one of its adapters.
 """
 
 from ..peft_method import register
