@@ -11,10 +11,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..frozen import check_labels, frozen_model, padded_behind, strings
+from ..ops import prototype_scores
 from ..peft_method import is_causal
 from .classifier import DecoderTuning
 from .extraction import decoder_ids_for, template_for
-from .head import Head, calibrated
+from .head import calibrated
 from .mask_row import MaskRow
 
 
@@ -182,8 +183,8 @@ class DecTForSequenceClassification(PreTrainedModel):
         with torch.autocast(features.device.type, enabled=False):
             if scores is not None:
                 scores = calibrated(scores, self.empty_scores.float(), self.config.calibration)
-            head = Head(self.projection.float(), self.prototypes.float(), self.radius.float())
-            return head(features, scores, self.config.score_weight)
+            trained = self.projection.float(), self.prototypes.float(), self.radius.float()
+            return prototype_scores(features, *trained, scores, weight=self.config.score_weight)
 
     def _positions(self, input_ids, attention_mask):
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
