@@ -16,13 +16,14 @@ The bound, on the Euclidean norm of each group of at least 16 numbers (rows of t
 
     |got - expected| <= FACTOR * (1 + 8 / draws) * (scatter of the group + that of all groups) + eps * |expected|
 
-FACTOR = 2: at most twice plain PyTorch, as CONTRIBUTING.md asks of a kernel. Without a truth ``expected`` is a run that has rounded as well,
-and the difference of two runs is sqrt(2) times what one is off: the factor is as much larger. The root mean square of the scatter of all groups that have one
-is added because another order of evaluation does not round in the same places: where one cancels exactly (the gradient of a softmax over
-one key), another leaves the rounding of what it subtracts. Of numbers of one size it doubles the group's own scatter, which covers that
-both sides round. What is exactly 0 in a whole tensor, in every run, must be 0. ``draws`` is the number of runs times the numbers in the
-group: a deviation estimated from few numbers may be too small, and with 4 of them three times the factor is what one in thousands passes
-(Student's t). eps * |expected| is half a unit of the last place on each side: where nothing else rounds, as in a copy or one addition, the
+FACTOR = 2: at most twice plain PyTorch, as CONTRIBUTING.md asks of a kernel. Without a truth ``expected`` is a run that has rounded as
+well, and the difference of two runs is sqrt(2) times what one is off: the factor is as much larger. The root mean square of the scatter of
+all groups that have one is added because another order of evaluation does not round in the same places: where one cancels exactly (the
+gradient of a softmax over one key), another leaves the rounding of what it subtracts. Of numbers of one size it doubles the group's own
+scatter, which covers that both sides round. What is exactly 0 in a whole tensor, in every run, must be 0. ``draws`` is the number of runs
+times the numbers in the group: a deviation estimated from few numbers may be too small, and with 4 of them three times the factor is what
+one in thousands passes (Student's t).
+eps * |expected| is half a unit of the last place on each side: where nothing else rounds, as in a copy or one addition, the
 scatter is 0.
 
 Bit-equality is for what promises it (one call twice, ``disable`` after ``enable``, parameters): ``torch.equal``. Tokens are compared bit by
