@@ -7,7 +7,6 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .call_state import CallState
 from .class_swap import Swapped, put_on
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for no adapter
@@ -55,12 +54,33 @@ class RowWise(Swapped):
     """On PEFT's wrappers of such modules: the rows of a mixed batch go through the modules of their own adapters.
 
     PEFT's way to do so knows linear layers and embeddings alone, and keeps the names in hooks on the module, which threads share.
+
+    A method of PEFT above ours switches all wrappers to its adapter, and leaves those without a module for it to the base. Here they stay with
+    the adapter that is active below, and a module that the method above adds is used at once.
     """
 
-    row_adapters: CallState
+    layer: tuple  # of the AdapterLayer beside which the module is trained; in a tuple, so that it is no submodule
+    asked_for: tuple[str, ...] = ()  # the adapters that were to become active last, whether the module has them or not
+
+    @property
+    def active_adapters(self):
+        return super().active_adapters or [name for name in self.layer[0].active_adapters if name in self.modules_to_save]
+
+    @property
+    def active_adapter(self):
+        return next(iter(self.active_adapters), [])
+
+    def check_set_adapter(self, adapter_name):
+        self.asked_for = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        return super().check_set_adapter(adapter_name)
+
+    def update(self, adapter_name, **kwargs):
+        super().update(adapter_name, **kwargs)
+        if not self._active_adapter and adapter_name in self.asked_for:
+            self._active_adapter = [adapter_name]
 
     def forward(self, *args, **kwargs):
-        names = self.row_adapters.get()
+        names = self.layer[0].row_adapters.get()
         if names is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
         used = list(dict.fromkeys(names))
@@ -88,10 +108,10 @@ class RowWise(Swapped):
         return self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: SIM401  a ModuleDict has no get
 
 
-def follow_rows(model: nn.Module, row_adapters: CallState) -> None:
-    """Let all wrapped modules of ``model`` heed ``row_adapters``."""
+def follow(model: nn.Module, layer: BaseTunerLayer) -> None:
+    """Let all wrapped modules of ``model`` heed the adapters of ``layer``, and those of each row."""
     for wrapper in [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]:
-        wrapper.row_adapters = row_adapters
+        wrapper.layer = (layer,)
         if not isinstance(wrapper, RowWise):
             put_on(wrapper, RowWise)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .call_state import CallState
-from .peft_heads import BASE, add_heads, follow_rows, refuse_when_run_again
+from .peft_heads import BASE, add_heads, follow, refuse_when_run_again
 
 
 def peft_type(name: str) -> PeftType:
@@ -191,7 +191,7 @@ class AddedLayerTuner(BaseTuner):
         if not self.active_adapters:  # all were deleted; PEFT cannot leave a head without one
             self.active_adapter = adapter_name
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        follow_rows(model, self.adapter_layer().row_adapters)
+        follow(model, self.adapter_layer())
         if isinstance(model, PeftModel) and adapter_name in self.active_adapters:  # PEFT leaves a head that the method below has wrapped as it is
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 
 from peft_kernels import DePTConfig, PASTAConfig
@@ -106,6 +106,29 @@ def test_other_modules_for_each_row(saved):
     names = ["b", "default", "default", "b"]
     expected = torch.stack([alone[name][i] for i, name in enumerate(names)])
     torch.testing.assert_close(_out(model, x, adapter_names=names), expected, atol=5e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", CONFIGS)
+def test_heads_below_lora_of_another_name(method, tmp_path):
+    """PEFT leaves a head without any adapter where the name of the method above is new to it."""
+    x, targets = _inputs(), {"target_modules": ["query", "value"]}
+    below = get_peft_model(_base("bert", "SEQ_CLS"), CONFIGS[method](task_type="SEQ_CLS")).eval()
+    _fill(below, "default", 0)
+    expected = _out(below, x)
+    headless = get_peft_model(copy.deepcopy(below), LoraConfig(**targets), adapter_name="top").eval()
+    assert torch.equal(_out(headless, x), expected)  # a new LoRA adds nothing
+    model = get_peft_model(below, LoraConfig(task_type="SEQ_CLS", **targets), adapter_name="top").eval()
+    (head,) = (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
+    assert {name for name, p in head.named_parameters() if p.requires_grad} >= {f"modules_to_save.top.{n}" for n in ("weight", "bias")}
+    _fill(model, "top", 1)
+    got = _out(model, x)
+    head.modules_to_save["default"].weight.zero_()
+    assert torch.equal(_out(model, x), got)
+    head.modules_to_save["top"].weight.zero_()
+    assert not torch.equal(_out(model, x), got)
+    with model.disable_adapter():
+        assert torch.equal(_out(model, x), _out(_base("bert", "SEQ_CLS"), x))
 
 
 def test_a_saved_module_in_a_checkpointed_layer():
