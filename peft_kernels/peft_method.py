@@ -7,6 +7,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .call_state import CallState
@@ -47,8 +48,11 @@ def check_pretrained(method: str, model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model of transformers below other methods of PEFT."""
-    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+    """The model of transformers below other methods of PEFT, also while one is put on, when ``peft_config`` may name the one above."""
+    while isinstance(model, PeftModel):
+        below = model.base_model
+        model = below if isinstance(below, (PeftModel, PreTrainedModel)) else below.model
+    return model
 
 
 def freeze(model: nn.Module) -> None:

@@ -45,13 +45,14 @@ def _with_head(model, head):
     return model
 
 
-# PEFT has no prefix tuning of a PeftModel, and a method above with another name leaves the heads of both inactive
+# PEFT has no prefix tuning of a PeftModel
 COMPOSED = [("lora", "default", order, fused) for order in ("below", "above") for fused in (None, "before", "between", "after")]
 COMPOSED += [
     ("ia3", "default", "below", None),
     ("ia3", "default", "above", None),
     ("lora", "other", "below", "after"),
     ("prefix", "other", "below", None),
+    ("prefix", "default", "below", None),
 ]
 
 

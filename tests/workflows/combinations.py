@@ -32,6 +32,7 @@ ADAPTERS = {
 }
 
 SEQ_2_SEQ = ["PiD", "PiD, LoRA", "PiD, IA3", "PiD, DePT", "PiD, prompt tuning", "PiD, prefix tuning", "DePT", "DePT, LoRA", "LoRA, DePT"]
+SEQ_2_SEQ += ["DePT, prompt tuning", "PiD, DePT, LoRA"]
 SEQ_CLS = ["DePT on BERT", "PASTA", "PASTA, fuse", "PASTA, LoRA", "LoRA, PASTA, fuse", "fuse, IA3, PASTA"]
 FROZEN = ["DecT", "Y-Tuning"]
 

@@ -21,7 +21,7 @@ OURS = ("PiD", "DePT", "PASTA", "fuse")
 OF_PEFT = {
     "pickle": ["PiD, prompt tuning"],  # generate leaves a method on the model that unpickles into itself
     "torch.save": ["PiD, prompt tuning"],
-    "offload": ["PiD, IA3", "fuse, IA3, PASTA", "PiD, prompt tuning", "PiD, prefix tuning"],
+    "offload": ["PiD, IA3", "fuse, IA3, PASTA", "PiD, prompt tuning", "PiD, prefix tuning", "DePT, prompt tuning"],
 }
 
 
@@ -205,6 +205,8 @@ def test_mixed_batch(row, tmp_path):
         ("prompt tuning, DePT", "DePT"),
         ("prefix tuning, DePT", "DePT"),
         ("DePT, DePT", "DePT"),
+        ("PASTA, prompt tuning", "PASTA: special tokens are found in input_ids"),
+        ("PASTA, fuse, prompt tuning", "PASTA: special tokens are found in input_ids"),
     ],
 )
 def test_refused_pairs(row, message):
@@ -212,6 +214,13 @@ def test_refused_pairs(row, message):
     with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
         for name in row.split(", "):
             model = put_on(model, name)
+        result(model, inputs("PASTA"))
+
+
+def test_generate_below_prefix_tuning_is_refused():
+    model = put_on(put_on(t5(), "DePT"), "prefix tuning")
+    with pytest.raises(ValueError, match="DePT: generate below PREFIX_TUNING would leave its prompt out"):
+        result(model, inputs("PiD"))
 
 
 def test_nothing_is_left_of_a_refusal():
