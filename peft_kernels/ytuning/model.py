@@ -29,17 +29,27 @@ class SelfAttention(nn.Module):
         return self.output(scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
 
 
+class Projection(nn.Linear):
+    """A weight, which a call returns: around it, accelerate and FSDP bring in what they keep elsewhere."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, bias=False)
+
+    def forward(self):
+        return self.weight
+
+
 class CrossAttention(nn.Module):
     """From slots to features, (B, n, d)."""
 
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(3))
+        self.query, self.key, self.value = (Projection(config.hidden_size) for _ in range(3))
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, slots, features, lengths):
-        weights = self.query.weight, self.key.weight, self.value.weight
+        weights = self.query(), self.key(), self.value()
         with torch.autocast(features.device.type, enabled=False):  # the operator sums in float32 and takes features as they are stored
             states = label_cross_attention(slots.to(weights[0].dtype), features, *weights, lengths=lengths, num_heads=self.heads)
         return self.output(states)

@@ -37,7 +37,7 @@ def _by_hand(model, features):
         cross = block.cross_attention
         parts = [
             lambda x, b=block: b.self_attention.output(attend(*b.self_attention.qkv(x).chunk(3, -1))),
-            lambda x, c=cross: c.output(attend(c.query(x), c.key(features), c.value(features))),
+            lambda x, c=cross: c.output(attend(x @ c.query().T, features @ c.key().T, features @ c.value().T)),
             lambda x, b=block: b.down(gelu(b.up(x))),
         ]
         for norm, part in zip(block.norms, parts):
