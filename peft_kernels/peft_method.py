@@ -169,11 +169,15 @@ class AddedLayerTuner(BaseTuner):
     why_unmergeable: str
 
     def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
-        for layer in unwrapped(model).modules():
-            if isinstance(layer, AdapterLayer) and not isinstance(layer, self.tuner_layer_cls):
+        for layer in (m for m in unwrapped(model).modules() if isinstance(m, AdapterLayer)):
+            if not isinstance(layer, self.tuner_layer_cls):
                 raise ValueError(
                     f"{self.tuner_layer_cls.method}: model has a {layer.method} adapter, and DePT replaces the input_ids in which PASTA finds special"
                     " tokens; unload() it before you add the other"
+                )
+            if isinstance(model, PeftModel) or adapter_name in layer.configs:
+                raise ValueError(
+                    f"{layer.method}: model has the {layer.method} adapters {list(layer.configs)}; add_adapter() adds one of another name to them"
                 )
         others = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)

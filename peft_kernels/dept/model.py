@@ -33,8 +33,6 @@ class DePTModel(AddedLayerTuner):
         config, pretrained = self.peft_config[adapter_name], unwrapped(model)
         if not hasattr(pretrained, "dept"):
             self._attach(pretrained)
-        elif pretrained is not model or adapter_name in pretrained.dept.configs:
-            raise ValueError(f"DePT: model has the DePT adapters {list(pretrained.dept.configs)}; add_adapter() adds one of another name to them")
         _complete(config, pretrained.dept_hooks.module)
         pretrained.dept.add(adapter_name, config, empty=low_cpu_mem_usage)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

@@ -154,7 +154,7 @@ def test_offload(row, tmp_path):
     assert_same(result(model, x), expected)
 
 
-@pytest.mark.parametrize("row", ["PiD", "PiD, LoRA", "PiD, DePT", "DePT", "DePT on BERT", "PASTA", "PASTA, fuse", *FROZEN])
+@pytest.mark.parametrize("row", ROWS)
 def test_compile(row, tmp_path):
     """One forward with a loss. PiD's reads the values of a padding mask once."""
     model, x = build(row, tmp_path), inputs(row)
@@ -165,7 +165,7 @@ def test_compile(row, tmp_path):
         torch.testing.assert_close(compiled(**x).loss, expected)
 
 
-@pytest.mark.parametrize("row", ["PiD, LoRA", "DePT", "DePT on BERT", "PASTA", "PASTA, fuse"])
+@pytest.mark.parametrize("row", [row for row in ADAPTED if not row.endswith(("IA3", "prompt tuning", "prefix tuning"))])
 def test_mixed_batch(row, tmp_path):
     """``adapter_names=``: each row has its adapter, and its head."""
     model, x = build(row, tmp_path), inputs(row)
@@ -200,7 +200,8 @@ def test_mixed_batch(row, tmp_path):
         ("PASTA, DePT", "DePT|PASTA"),
         ("prompt tuning, DePT", "DePT"),
         ("prefix tuning, DePT", "DePT"),
-        ("DePT, DePT", "DePT"),
+        ("DePT, DePT", r"DePT: model has the DePT adapters \['default'\]; add_adapter\(\)"),
+        ("PASTA, PASTA", r"PASTA: model has the PASTA adapters \['default'\]; add_adapter\(\)"),
         ("PASTA, prompt tuning", "PASTA: special tokens are found in input_ids"),
         ("PASTA, fuse, prompt tuning", "PASTA: special tokens are found in input_ids"),
     ],
