@@ -186,12 +186,19 @@ class Hooks:
     def encoded(self, kwargs: dict) -> dict:
         """The mask of what an adapted encoder has returned, where the user gives that of the tokens."""
         states, mask = kwargs["encoder_outputs"][0], kwargs.get("attention_mask")
-        columns = {config.num_virtual_tokens for config in self.layer.configs.values()} - {0}
-        if mask is None or mask.ndim != 2 or states.shape[1] - mask.shape[1] not in columns:
-            return {}  # generate has widened it
-        selection = self.layer.select(states.shape[0])
-        length = states.shape[1] - selection.config.num_virtual_tokens
-        return {"attention_mask": self.insertion(selection, length, self.offsets(selection, mask, length)).widen_mask(mask)}
+        if mask is None or mask.ndim != 2:
+            return {}
+        names = self.layer.row_adapters.get() or self.layer.active_adapters
+        config = next(self.layer.configs[name] for name in names if name in self.layer.configs)
+        length = states.shape[1] - config.num_virtual_tokens
+        if mask.shape[1] != length:  # generate has widened it
+            return {}
+        if config.num_virtual_tokens:
+            selection = self.layer.select(states.shape[0])
+            insertion = self.insertion(selection, length, self.offsets(selection, mask, length))
+        else:  # of as many columns, also within generate, where moving its padding once more changes nothing
+            insertion = Insertion(0, length, False, rotation=leading_padding(mask) if config.position == "token" else None)
+        return {"attention_mask": insertion.widen_mask(mask)}
 
     def continued(self, kwargs: dict, past: int) -> dict:
         """The inputs of a causal model that has seen ``past`` columns, prompt included."""

@@ -313,9 +313,11 @@ def test_guidance_calls_the_model_within_generate():
     assert torch.equal(model.generate(**x, **GENERATE, guidance_scale=1.5), stock.generate(**x, **GENERATE, guidance_scale=1.5))
 
 
-def test_encoder_outputs():
+@pytest.mark.parametrize(("padding", "position"), [("right", "padded"), ("left", "padded"), ("left", "token")])
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_encoder_outputs(prompt, padding, position):
     """Those of an adapted forward, with the mask of the tokens; an encoder alone has no prompt."""
-    model, x = models.adapted("t5"), models.inputs()
+    model, x = models.adapted("t5", num_virtual_tokens=prompt, position=position), models.inputs(padding=padding)
     labels = models.targets("t5", x)
     whole = model(**x, **labels)
     states = BaseModelOutput(whole.encoder_last_hidden_state)
@@ -323,6 +325,9 @@ def test_encoder_outputs():
     torch.testing.assert_close(again.logits, whole.logits, **CLOSE)
     got = model.generate(encoder_outputs=states, attention_mask=x["attention_mask"], **GENERATE)
     assert torch.equal(got, model.generate(**x, **GENERATE))
+    states = BaseModelOutput(whole.encoder_last_hidden_state)  # generate repeats them in place
+    got = model.generate(encoder_outputs=states, attention_mask=x["attention_mask"], **GENERATE, num_beams=2)
+    assert torch.equal(got, model.generate(**x, **GENERATE, num_beams=2))
     with pytest.raises(ValueError, match="DePT: T5Stack alone has no prompt; call T5ForConditionalGeneration"):
         model.get_encoder()(**x)
     with pytest.raises(ValueError, match="DePT: GPT2Model alone has no prompt"):
