@@ -214,6 +214,19 @@ def test_refused_pairs(row, message):
         result(model, inputs("PASTA"))
 
 
+@torch.no_grad()
+def test_prompt_tuning_above_dept():
+    """Its vectors are the first tokens that DePT sees."""
+    model, x = put_on(put_on(t5(), "DePT"), "prompt tuning"), inputs("DePT")
+    lower, vectors = model.base_model, model.get_prompt(2)[:, :3]  # those of the decoder follow
+    embeddings = torch.cat([vectors, lower.get_input_embeddings()(x["input_ids"])], 1)
+    mask = torch.cat([torch.ones(2, 3, dtype=torch.long), x["attention_mask"]], 1)
+    settings = {"max_new_tokens": 5, "num_beams": 2}
+    expected = lower.generate(inputs_embeds=embeddings, attention_mask=mask, **settings)
+    assert torch.equal(model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **settings), expected)
+    assert not torch.equal(put_on(t5(), "DePT").generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **settings), expected)
+
+
 def test_generate_below_prefix_tuning_is_refused():
     model = put_on(put_on(t5(), "DePT"), "prefix tuning")
     with pytest.raises(ValueError, match="DePT: generate below PREFIX_TUNING would leave its prompt out"):
