@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 FIGURES = README.md $(shell grep -l '<!-- figures' docs/*.md)
-METHODS = tests/pid tests/dept tests/pasta tests/families tests/dect tests/ytuning
+METHODS = tests/hf tests/pid tests/dept tests/pasta tests/families tests/dect tests/ytuning
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
 # one machine in the place of others: what makes libraries round otherwise.
@@ -50,8 +50,8 @@ docs: env
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 # what the compiled kernels hold: the table that the tests compare with, and docs/kernels.md; those of CUDA C++ where nvcc built them
 kernels: env
-	.venv/bin/python -m kernel_report --write >/dev/null
-	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m kernel_report --cuda --write >/dev/null
+	.venv/bin/python -m tools.kernel_report --write >/dev/null
+	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m tools.kernel_report --cuda --write >/dev/null
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build site *.egg-info peft_kernels/*.so peft_kernels/_native*.txt
 

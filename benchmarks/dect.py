@@ -15,11 +15,11 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy, normalize
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from peft_kernels.bench.measure import interleaved, peak_memory
-from peft_kernels.bench.results import OURS, Row, compared, measured
-from peft_kernels.bench.tables import table
 from peft_kernels.dect.head import train
 from peft_kernels.dect.mask_row import MaskRow
+from peft_kernels.perf.measure import interleaved, peak_memory
+from peft_kernels.perf.results import OURS, Row, compared, measured
+from peft_kernels.perf.tables import table
 
 SHOTS, EPOCHS, DIM, LR = 16, 30, 128, 0.01
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

@@ -15,12 +15,12 @@ from peft import PromptTuningConfig, get_peft_model
 from rich.console import Console
 
 from peft_kernels import DePTConfig, dept
-from peft_kernels.bench.cases.decomposed_prompt_embedding import official_formulation
-from peft_kernels.bench.measure import interleaved, peak_memory
-from peft_kernels.bench.methods import t5_base, twin
-from peft_kernels.bench.results import OURS, compared, measured
-from peft_kernels.bench.tables import table
 from peft_kernels.dept import layer
+from peft_kernels.perf.bench.problems.decomposed_prompt_embedding import official_formulation
+from peft_kernels.perf.measure import interleaved, peak_memory
+from peft_kernels.perf.pid_baselines import t5_base, twin
+from peft_kernels.perf.results import OURS, compared, measured
+from peft_kernels.perf.tables import table
 
 OFFICIAL, PROMPT_TUNING = "official formulation", "prompt tuning, 100 tokens"
 LABELS = 4

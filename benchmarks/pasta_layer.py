@@ -23,11 +23,11 @@ from rich.console import Console
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_kernels import PASTAConfig, pasta
-from peft_kernels.bench.measure import interleaved
-from peft_kernels.bench.methods import twin
-from peft_kernels.bench.results import OURS, Row, compared, measured
-from peft_kernels.bench.tables import table
 from peft_kernels.ops import special_token_add_, special_token_slots
+from peft_kernels.perf.measure import interleaved
+from peft_kernels.perf.pid_baselines import twin
+from peft_kernels.perf.results import OURS, Row, compared, measured
+from peft_kernels.perf.tables import table
 
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},

@@ -17,11 +17,11 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_kernels import pid
-from peft_kernels.bench import methods
-from peft_kernels.bench.measure import Ceilings, Timing, ceilings, interleaved
-from peft_kernels.bench.results import OURS, Row, compared, measured
-from peft_kernels.bench.tables import table
-from peft_kernels.bench.workloads import VOCAB_SIZE, built_in
+from peft_kernels.perf import pid_baselines
+from peft_kernels.perf.measure import Ceilings, Timing, ceilings, interleaved
+from peft_kernels.perf.results import OURS, Row, compared, measured
+from peft_kernels.perf.tables import table
+from peft_kernels.perf.workloads import VOCAB_SIZE, built_in
 
 NEW_TOKENS, BEAM_TOKENS, OVERHEAD_TOKENS = 10, 24, 32
 OVERHEAD_RUNS = 12
@@ -37,22 +37,22 @@ class Bench:
     def __init__(self, dtype: torch.dtype, device: str, repeats: int, quick: bool):
         self.dtype, self.device, self.repeats, self.quick = dtype, device, repeats, quick
         self.limits = ceilings(dtype, device, quick=quick)
-        self.stock = methods.t5_base(dtype, device, **(TINY if quick else {}))
-        self.packed = pid.enable(methods.twin(self.stock))
-        self.plain = pid.enable(methods.twin(self.stock), pack_weights=False)
+        self.stock = pid_baselines.t5_base(dtype, device, **(TINY if quick else {}))
+        self.packed = pid.enable(pid_baselines.twin(self.stock))
+        self.plain = pid.enable(pid_baselines.twin(self.stock), pack_weights=False)
 
     def prompts(self) -> list[Row]:
         """One input of 512 tokens, 30 prompts of 8, 10 new tokens, greedy."""
         workload = built_in(16, 3) if self.quick else built_in()
 
         def asking(method, model):
-            return lambda: methods.ask(method, model, workload, NEW_TOKENS, full_length=True)
+            return lambda: pid_baselines.ask(method, model, workload, NEW_TOKENS, full_length=True)
 
         ways = {
-            PIE: asking(methods.prompt_in_encoder, self.stock),
-            REPEATED: asking(methods.repeated, self.stock),
-            OURS: asking(methods.shared, self.packed),
-            UNPACKED: asking(methods.shared, self.plain),
+            PIE: asking(pid_baselines.prompt_in_encoder, self.stock),
+            REPEATED: asking(pid_baselines.repeated, self.stock),
+            OURS: asking(pid_baselines.shared, self.packed),
+            UNPACKED: asking(pid_baselines.shared, self.plain),
         }
         n, streams, prefix = len(workload.inputs[0]), len(workload.prompts), len(workload.prompts[0])
         floor = generation_floor(self.stock, self.limits, 1, n, streams, prefix, NEW_TOKENS)
@@ -75,7 +75,7 @@ class Bench:
                         do_sample=False,
                         return_dict_in_generate=True,
                     )
-                return methods.Answers(output.sequences.cpu(), methods.cross_bytes(output))
+                return pid_baselines.Answers(output.sequences.cpu(), pid_baselines.cross_bytes(output))
 
             return search
 
@@ -86,7 +86,7 @@ class Bench:
 
     def compare(self, variant: str, shape: dict, ways: dict, truth: str, tokens: int, floor: float, repeats: dict[str, int]) -> list[Row]:
         answers = {name: way() for name, way in ways.items()}  # the warm-up too
-        wrong = {name: methods.differing(answers[truth], answers[name]) for name in (OURS, UNPACKED)}
+        wrong = {name: pid_baselines.differing(answers[truth], answers[name]) for name in (OURS, UNPACKED)}
         if self.dtype == torch.float32 and any(wrong.values()):
             raise SystemExit(f"{variant}, {shape}: tokens differ from {truth} in {wrong} streams")
         timings = interleaved(ways, {**dict.fromkeys(ways, self.repeats), **repeats}, warmup=0, device=self.device)

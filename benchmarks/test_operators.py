@@ -11,9 +11,9 @@ from functools import lru_cache
 import pytest
 import torch
 
-from peft_kernels.bench import cases
-from peft_kernels.bench.operators import Thing, checked, first_line, things, truth, ways
-from peft_kernels.bench.results import OURS
+from peft_kernels.perf.bench import problems as cases
+from peft_kernels.perf.bench.runner import Thing, checked, first_line, things, truth, ways
+from peft_kernels.perf.results import OURS
 
 
 def pytest_generate_tests(metafunc):

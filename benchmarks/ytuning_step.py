@@ -16,9 +16,9 @@ from rich.console import Console
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_kernels.bench.measure import interleaved, peak_memory
-from peft_kernels.bench.results import OURS, Row, compared, measured
-from peft_kernels.bench.tables import table
+from peft_kernels.perf.measure import interleaved, peak_memory
+from peft_kernels.perf.results import OURS, Row, compared, measured
+from peft_kernels.perf.tables import table
 from peft_kernels.ytuning import YTuningConfig, YTuningForSequenceClassification
 from peft_kernels.ytuning import model as blocks
 

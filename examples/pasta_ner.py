@@ -16,7 +16,7 @@ from sentences import table, write
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
 
 from peft_kernels import PASTAConfig
-from peft_kernels.bench.measure import peak_memory
+from peft_kernels.perf.measure import peak_memory
 
 # each of these may be a person, a place or a firm: the sentence says which
 NAMES = ("Jordan", "Austin", "Florence", "Sydney", "Chelsea", "Victoria", "Carson", "Lincoln", "Madison", "Paris", "Hilton", "Orion")

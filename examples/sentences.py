@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from peft_kernels import DePTConfig, dept
-from peft_kernels.bench.measure import environment, peak_memory
+from peft_kernels.perf.measure import environment, peak_memory
 
 DEPT = {  # of dept_model
     "virtual_tokens": 20,

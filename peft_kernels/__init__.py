@@ -1,7 +1,7 @@
 """Fused kernels for parameter-efficient adaptation, and the layer that swaps them into Hugging Face models."""
 
 from . import ops
-from .peft_import import register_when_imported
+from .hf.peft_import import register_when_imported
 from .version import __version__
 
 __all__ = ["DePTConfig", "PASTAConfig", "__version__", "ops"]

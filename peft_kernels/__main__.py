@@ -1,5 +1,5 @@
 """``python -m peft_kernels`` is ``peft-kernels``, in a source tree that is not installed too."""
 
-from .bench.cli import app
+from .cli import app
 
 app()

@@ -6,9 +6,9 @@ compute-sanitizer --tool memcheck python3 scripts/every_kernel.py --device cuda
 import argparse
 import sys
 
-from peft_kernels.bench.cases import NAMES, operator
-from peft_kernels.bench.operators import TOLERANCE, first_line, prepared, things, truth, ways, worst_error
-from peft_kernels.bench.results import OURS
+from peft_kernels.perf.bench.problems import NAMES, operator
+from peft_kernels.perf.bench.runner import TOLERANCE, first_line, prepared, things, truth, ways, worst_error
+from peft_kernels.perf.results import OURS
 
 
 def main():

@@ -31,7 +31,7 @@ def test_compiles(version, tmp_path):
     python = interpreter(version)
     if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
         pytest.skip(f"there is no Python {version}")
-    everything = [ROOT / name for name in ("peft_kernels", "kernel_report", "benchmarks", "examples", "scripts", "tests", "setup.py")]
+    everything = [ROOT / name for name in ("peft_kernels", "tools", "benchmarks", "examples", "scripts", "tests", "setup.py")]
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
     done = subprocess.run([python, "-m", "compileall", "-q", *everything], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

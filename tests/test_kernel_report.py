@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from kernel_report import check, page, table
-from kernel_report.architectures import ARCHITECTURES, blocks_per_processor
-from kernel_report.case import Expected
 from peft_kernels.ops.cuda_library import LIBRARY
+from tools.kernel_report import check, page, table
+from tools.kernel_report.architectures import ARCHITECTURES, blocks_per_processor
+from tools.kernel_report.case import Expected
 
 NAME = "sm_90 shared_cross_attention attend bf16 BM=64"
 ROW = {
@@ -25,7 +25,7 @@ EXPECTED = Expected("wgmma", store=16, warps=12)
 def assert_report(*arguments):
     """In a process of its own: it takes away Triton's interpreter, which is chosen when a kernel is decorated."""
     processes = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
-    command = [sys.executable, "-m", "kernel_report", "--check", "-j", processes, *arguments]
+    command = [sys.executable, "-m", "tools.kernel_report", "--check", "-j", processes, *arguments]
     output = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert output.returncode == 0, f"{output.stderr}\nif that is meant: make kernels"
     assert output.stdout

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from .. import durable
-from ..fingerprint import digest_of
+from ..hf import durable
+from ..hf.fingerprint import digest_of
 
 NAME = "peft_kernels.dect features"
 FORMAT = f"{NAME} 2"

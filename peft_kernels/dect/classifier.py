@@ -10,19 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import durable
-from .estimator import (
-    BaseEstimator,
-    ClassifierMixin,
-    NotFittedError,
-    array_of,
-    labels_of,
-    matrix_of,
-    number,
-    row_weights,
-    same_features,
-    vector_of,
-)
+from ..hf import durable
+from .estimator import BaseEstimator, ClassifierMixin, NotFittedError, array_of, labels_of, matrix_of, number, row_weights, same_features, vector_of
 from .head import CALIBRATIONS, Head, calibrated, train
 
 FORMAT = "peft_kernels.dect classifier 1"

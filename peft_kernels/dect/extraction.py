@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..fingerprint import fingerprint
-from ..frozen import evaluating, frozen_model, max_length_of, strings, whole
-from ..peft_method import is_causal, is_encoder_decoder
+from ..hf.fingerprint import fingerprint
+from ..hf.frozen import evaluating, frozen_model, max_length_of, strings, whole
+from ..hf.peft_method import is_causal, is_encoder_decoder
 from .cache import FeatureFile
 from .mask_row import MaskRow
 from .template import T5_MASK, Encoded, Template

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..call_state import CallState
+from ..hf.call_state import CallState
+from ..hf.peft_method import is_encoder_decoder
 from ..ops import label_logits
-from ..peft_method import is_encoder_decoder
 
 
 @dataclass(eq=False)

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..frozen import check_labels, frozen_model, padded_behind, strings
+from ..hf.frozen import check_labels, frozen_model, padded_behind, strings
+from ..hf.peft_method import is_causal
 from ..ops import prototype_scores
-from ..peft_method import is_causal
 from .classifier import DecoderTuning
 from .extraction import decoder_ids_for, template_for
 from .head import calibrated

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from ..frozen import ordered, strings
+from ..hf.frozen import ordered, strings
 
 TEXT, MASK = "{text}", "{mask}"
 T5_MASK = "<extra_id_0>"

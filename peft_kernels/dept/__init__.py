@@ -3,7 +3,7 @@
 ``import peft_kernels`` is enough for ``PeftModel.from_pretrained`` to read one of its adapters.
 """
 
-from ..peft_method import register
+from ..hf.peft_method import register
 from .checkpoints import convert_official, load_official
 from .config import DEPT, DePTConfig
 from .model import DePTModel

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
+from ..hf.peft_method import check_pretrained, is_causal, is_encoder_decoder
 
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)$")
 _MODALITY = re.compile(r"pixel_values|input_features|input_values|image_|video_|audio_|mm_encoder_outputs")

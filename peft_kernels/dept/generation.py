@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..class_swap import Swapped
+from ..hf.class_swap import Swapped
 from .hooks import GENERATION, cache_of
 from .insertion import positions_of
 

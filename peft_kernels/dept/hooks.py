@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..call_state import CallState
+from ..hf.call_state import CallState
 from . import family, probe, sequences
 from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection

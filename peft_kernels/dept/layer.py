@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..hf.peft_method import AdapterLayer, AdapterParameters
 from ..ops import decomposed_prompt_embedding
-from ..peft_method import AdapterLayer, AdapterParameters
 from . import family, lookup
 from .config import DePTConfig
 from .probe import Reading

@@ -3,8 +3,8 @@
 from peft import PeftModel
 from torch import nn
 
-from ..class_swap import put_on, take_off
-from ..peft_method import AddedLayerTuner, freeze, is_encoder_decoder, unwrapped
+from ..hf.class_swap import put_on, take_off
+from ..hf.peft_method import AddedLayerTuner, freeze, is_encoder_decoder, unwrapped
 from . import family
 from .config import DePTConfig
 from .generation import DePTGenerationMixin

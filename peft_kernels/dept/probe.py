@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..call_state import CallState
-from ..peft_method import is_causal, is_encoder_decoder
+from ..hf.call_state import CallState
+from ..hf.peft_method import is_causal, is_encoder_decoder
 from .family import keeps_rope_deltas
 
 _ORDINARY = 4  # tokens of a probe that have no role

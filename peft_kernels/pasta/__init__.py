@@ -1,6 +1,6 @@
 """Special token adaptation (PASTA, arXiv 2210.04382) as a method of PEFT."""
 
-from ..peft_method import register
+from ..hf.peft_method import register
 from .config import PASTA, PASTAConfig
 from .fusing import fuse, unfuse
 from .model import PASTAModel

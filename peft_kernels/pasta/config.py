@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from ..peft_method import peft_type
+from ..hf.peft_method import peft_type
 
 INITS = ("normal", "zero")
 OVERFLOWS = ("error", "last")

@@ -4,7 +4,7 @@ import inspect
 
 from torch import nn
 
-from ..peft_method import check_pretrained, is_causal, is_encoder_decoder
+from ..hf.peft_method import check_pretrained, is_causal, is_encoder_decoder
 
 # What these give a layer is the fresh result of a norm, a dropout, a linear layer or a residual add, none of which keeps its result for
 # backward, and nobody reads it but the layer. DeBERTa is not among them: its encoder keeps every hidden state, and reads the first again.

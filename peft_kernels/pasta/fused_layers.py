@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..call_state import CallState
-from ..class_swap import Swapped
+from ..hf.call_state import CallState
+from ..hf.class_swap import Swapped
 from ..ops import add_inject_layer_norm, add_layer_norm_inject
 from .injection import Injection
 

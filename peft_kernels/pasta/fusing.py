@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from ..call_state import CallState
-from ..class_swap import put_on, take_off
-from ..peft_method import unwrapped
+from ..hf.call_state import CallState
+from ..hf.class_swap import put_on, take_off
+from ..hf.peft_method import unwrapped
 from . import family
 from .fused_layers import FusedAttention, FusedBlock, FusedOutput, FusedPreNorm, Fusion
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..call_state import CallState
-from ..class_swap import Swapped
+from ..hf.call_state import CallState
+from ..hf.class_swap import Swapped
+from ..hf.peft_method import AdapterLayer
 from ..ops import special_token_add, special_token_add_
-from ..peft_method import AdapterLayer
 
 
 @dataclass

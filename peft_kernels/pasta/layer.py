@@ -6,7 +6,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ..peft_method import AdapterLayer, AdapterParameters
+from ..hf.peft_method import AdapterLayer, AdapterParameters
 from .config import PASTAConfig
 
 _STD = 0.02

@@ -2,8 +2,8 @@
 
 from transformers import AutoTokenizer
 
-from ..class_swap import put_on, take_off
-from ..peft_method import AddedLayerTuner, freeze, unwrapped
+from ..hf.class_swap import put_on, take_off
+from ..hf.peft_method import AddedLayerTuner, freeze, unwrapped
 from . import family
 from .config import PASTAConfig
 from .hooks import Hooks

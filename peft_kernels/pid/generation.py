@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..class_swap import Swapped
+from ..hf.class_swap import Swapped
 from ..hf.names import CACHE, cache_of, has_row_adapters
 from . import attention, packing, streams
 from .cache import GrowingLayer, SharedEncoderDecoderCache, filled

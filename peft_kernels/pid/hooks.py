@@ -3,7 +3,7 @@
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from ..call_state import CallState
+from ..hf.call_state import CallState
 from ..hf.names import CACHE, cache_of
 from . import attention, streams
 from .cache import SharedEncoderDecoderCache, filled

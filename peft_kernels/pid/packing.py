@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..call_state import CallState
+from ..hf.call_state import CallState
 from ..ops import native_library
 
 ROWS_HINT = 32  # what oneDNN is told of the rows to come when it picks the layout

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..class_swap import put_on, take_off
+from ..hf.class_swap import put_on, take_off
 from ..hf.names import check_version
 from . import attention, packing
 from .families import cross_attentions, family_of

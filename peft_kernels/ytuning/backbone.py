@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from ..frozen import frozen_model
-from ..peft_method import is_encoder_decoder
+from ..hf.frozen import frozen_model
+from ..hf.peft_method import is_encoder_decoder
 
 __all__ = ["FrozenBackbone", "encoder_of", "features_of", "right_padded"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from .. import durable
-from ..fingerprint import fingerprint
-from ..frozen import evaluating, max_length_of, strings, whole
+from ..hf import durable
+from ..hf.fingerprint import fingerprint
+from ..hf.frozen import evaluating, max_length_of, strings, whole
 from .backbone import encoder_of, features_of
 
 __all__ = ["FORMAT", "INDEX", "cache_features", "checksum", "checksum_of_text", "read_index"]

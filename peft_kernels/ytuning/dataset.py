@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..frozen import class_indices
+from ..hf.frozen import class_indices
 from .cache import FORMAT, checksum, checksum_of_text, read_index
 
 __all__ = ["CachedFeatures", "FeatureCollator"]

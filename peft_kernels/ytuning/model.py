@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..frozen import check_labels, padded_behind
+from ..hf.frozen import check_labels, padded_behind
 from ..ops import label_cross_attention
 from .backbone import FrozenBackbone, right_padded
 from .config import PROBLEMS, YTuningConfig

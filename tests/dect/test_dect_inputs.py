@@ -8,7 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from test_dect_model import LABELS, trained
 
 from peft_kernels.dect import DecoderTuning, DecTForSequenceClassification, extract
-from peft_kernels.frozen import strings
+from peft_kernels.hf.frozen import strings
 
 
 @pytest.fixture(scope="module")

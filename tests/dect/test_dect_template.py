@@ -5,7 +5,7 @@ from dect_models import TEMPLATE, make, tokenizer
 
 from peft_kernels.dect import extract
 from peft_kernels.dect.template import Template
-from peft_kernels.frozen import max_length_of
+from peft_kernels.hf.frozen import max_length_of
 
 
 def tokens(t, ids):

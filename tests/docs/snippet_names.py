@@ -7,7 +7,7 @@ import transformers
 from peft import get_peft_model
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from peft_kernels.bench.results import OURS, Row, measured
+from peft_kernels.perf.results import OURS, Row, measured
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

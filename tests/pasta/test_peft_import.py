@@ -12,7 +12,7 @@ def _run(code):
     return subprocess.run([sys.executable, "-W", "error::UserWarning:peft_kernels", "-c", code], check=True, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("order", ["import peft, peft_kernels", "import peft_kernels.peft_method"])
+@pytest.mark.parametrize("order", ["import peft, peft_kernels", "import peft_kernels.hf.peft_method"])
 def test_registered(order):
     _run(f"{order}; {KNOWN}")
 

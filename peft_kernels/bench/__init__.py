@@ -1,1 +1,0 @@
-"""The command line: what is available here, a demonstration, and the measuring that the benchmarks share."""

@@ -1,0 +1,1 @@
+"""Measuring: timing, peaks, results; nothing below imports it."""

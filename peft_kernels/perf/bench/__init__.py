@@ -1,0 +1,1 @@
+"""Operators against their baselines: `peft-kernels bench`."""

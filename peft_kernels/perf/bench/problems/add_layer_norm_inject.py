@@ -1,0 +1,74 @@
+"""The add, norm and injection between two layers in one pass, against the same as separate operations.
+
+weight and bias are frozen; x, residual and vectors take gradients.
+"""
+
+import torch
+from torch.nn.functional import layer_norm
+
+from .... import ops
+from ..case import Numbers, Operator, Problem, Way, compiled, plain
+from .special_tokens import one_hot_of, special_positions
+
+EPS = 1e-12
+
+
+def post_norm(weight, bias, one_hot):
+    return lambda x, residual, vectors: layer_norm(x + residual, weight.shape, weight, bias, EPS) + one_hot @ vectors
+
+
+def pre_norm(weight, bias, one_hot):
+    def inject(x, residual, vectors):
+        total = x + residual + one_hot @ vectors
+        return layer_norm(total, weight.shape, weight, bias, EPS), total
+
+    return inject
+
+
+def of(name, separate, results):
+    """The problem of one of the two forms."""
+
+    def problem(shape, variant, dtype, device, backward) -> Problem:
+        batch, length, width, count = (shape[letter] for letter in "BSdk")
+        numbers = Numbers(device, dtype)
+        slots = special_positions(numbers, batch, length, count)
+        x, residual, *grads = (numbers.normal(batch, length, width) for _ in range(2 + results))
+        weight, bias, vectors = 1 + numbers.normal(width) / 8, numbers.normal(width), numbers.normal(count, width)
+
+        def ours(impl):
+            return Way(lambda x, residual, vectors: getattr(ops, name)(x, residual, weight, bias, vectors, slots, eps=EPS, impl=impl))
+
+        def cost(x, residual, vectors, backward):
+            from ....ops.add_layer_norm_inject import cost
+
+            return getattr(cost, name)(x, residual, weight, bias, vectors, slots, backward=backward)
+
+        def floor():
+            """The same tensors read and new ones written: a CPU pays for the pages of those."""
+            torch.add(x, residual)
+            for grad in grads[1:] + (grads if backward else []):
+                grad.clone()
+
+        way = separate(weight, bias, one_hot_of(slots, x))
+        return Problem(
+            leaves=(x, residual, vectors),
+            grads=tuple(grads),
+            ours=ours,
+            truth=separate(weight.double(), bias.double(), one_hot_of(slots, x.double())),
+            cost=cost,
+            baselines={"separate operations": plain(way), "separate operations, compiled": compiled(way)},
+            floor=floor if device == "cpu" else None,
+        )
+
+    return Operator(
+        name=name,
+        shapes=tuple(dict(zip("BSdk", size)) for size in ((32, 128, 768, 2), (32, 128, 1024, 2))),
+        quick_shapes=({"B": 16, "S": 128, "d": 512, "k": 2},),
+        problem=problem,
+    )
+
+
+OPERATORS = {
+    "add_layer_norm_inject": of("add_layer_norm_inject", post_norm, results=1),
+    "add_inject_layer_norm": of("add_inject_layer_norm", pre_norm, results=2),
+}

@@ -1,0 +1,97 @@
+"""The embedding of DePT against every published way to compute it.
+
+Parameters are float32, tokens random; "16 adapters": every row of the batch has its own, in turn.
+"""
+
+import torch
+from torch.nn.functional import embedding
+
+from .... import ops
+from ..case import Numbers, Operator, Problem, Way, compiled, fresh, plain
+
+VOCABULARY = 32_128
+SCALE = 1.5
+
+
+def problem(shape, variant, dtype, device, backward) -> Problem:
+    batch, length, virtual, rank, width = (shape[letter] for letter in "BLmrd")
+    adapters = 16 if variant == "16 adapters" else 1
+    numbers = Numbers(device, dtype)
+    ids = numbers.integers(0, VOCABULARY, batch, length)
+    table = numbers.normal(VOCABULARY, width)
+    sizes = (virtual, width), (length, rank), (rank, width)
+    adapter_ids = torch.arange(batch, device=device) % adapters if adapters > 1 else None
+    grad = numbers.normal(batch, virtual + length, width)
+
+    def ours(impl):
+        return Way(lambda *leaves: ops.decomposed_prompt_embedding(ids, table, *leaves, scale=SCALE, adapter_ids=adapter_ids, impl=impl))
+
+    def cost(prompt, a, b, backward):
+        from ....ops.decomposed_prompt_embedding import cost
+
+        return cost.decomposed_prompt_embedding(ids, table, prompt, a, b, adapter_ids=adapter_ids, backward=backward)
+
+    def truth(*leaves):
+        rows = torch.arange(ids.numel(), device=device).view(ids.shape)
+        return expanded(rows, embedding(ids, table).double().flatten(0, 1), adapter_ids)(*leaves)
+
+    views = expanded(ids, table, adapter_ids)
+    return Problem(
+        leaves=tuple(numbers.normal(adapters, *size, dtype=torch.float32) for size in sizes),
+        grads=(grad,),
+        ours=ours,
+        truth=truth,
+        cost=cost,
+        baselines={"official": plain(official(ids, table, adapter_ids)), "expanded": plain(views), "expanded, compiled": compiled(views)},
+        floor=fresh(device, grad),
+    )
+
+
+def official(ids, table, adapter_ids):
+    """The authors' formulation; with several adapters the same on parameters gathered for every row."""
+    if adapter_ids is None:
+        return lambda prompt, a, b: official_formulation(ids, table, prompt[0], a[0], b[0], scale=SCALE)
+
+    def embed(prompt, a, b):
+        update = (a[adapter_ids] @ b[adapter_ids]) * SCALE
+        return torch.cat((prompt[adapter_ids].to(table.dtype), embedding(ids, table) + update.to(table.dtype)), dim=1)
+
+    return embed
+
+
+def official_formulation(ids, weight, prompt, a, b, *, scale, embed_scale=1.0, insert_after_first=False, offsets=None, adapter_ids=None):
+    """The authors' order of work: multiply, repeat prompt and update for every row, scale, add, concatenate."""
+    batch, length = ids.shape
+    prompts = prompt.repeat(batch, 1, 1).to(weight.dtype)
+    update = (a @ b).repeat(batch, 1, 1)[:, :length] * scale
+    tokens = embed_scale * embedding(ids, weight) + update.to(weight.dtype)
+    first = int(insert_after_first)
+    return torch.cat((tokens[:, :first], prompts, tokens[:, first:]), dim=1)
+
+
+def expanded(ids, table, adapter_ids):
+    """The same as one would write it today: views in place of copies."""
+
+    def embed(prompt, a, b):
+        if adapter_ids is None:
+            prompts, update = prompt.expand(ids.shape[0], -1, -1), SCALE * (a @ b)
+        else:
+            prompts, update = prompt[adapter_ids], (SCALE * (a @ b))[adapter_ids]
+        return torch.cat((prompts.to(table.dtype), embedding(ids, table) + update.to(table.dtype)), dim=1)
+
+    return embed
+
+
+def shapes(*sizes):
+    return tuple(dict(zip("BLmrd", size)) for size in sizes)
+
+
+OPERATORS = {
+    "decomposed_prompt_embedding": Operator(
+        name="decomposed_prompt_embedding",
+        shapes=shapes((16, 256, 60, 30, 768), (32, 256, 40, 45, 1024), (8, 1024, 60, 30, 4096)),
+        quick_shapes=shapes((16, 128, 20, 30, 512)),
+        variants=("", "16 adapters"),
+        problem=problem,
+    )
+}

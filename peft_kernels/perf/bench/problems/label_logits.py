@@ -1,0 +1,51 @@
+"""Label words' logits at the mask's row of every text. The output embedding is frozen, hidden states take gradients."""
+
+import torch
+
+from .... import ops
+from ..case import Numbers, Operator, Problem, Way, compiled, plain
+
+
+def problem(shape, variant, dtype, device, backward) -> Problem:
+    batch, length, vocabulary, width, classes, count = (shape[letter] for letter in "BSVHCw")
+    numbers = Numbers(device, dtype)
+    hidden, weight, bias = numbers.normal(batch, length, width), numbers.normal(vocabulary, width), numbers.normal(vocabulary)
+    positions = numbers.integers(0, length, batch)
+    words = torch.randperm(vocabulary, generator=numbers.generator)[: classes * count].to(device)
+    ids, texts = words.view(classes, count), torch.arange(batch, device=device)
+
+    def ours(impl):
+        return Way(lambda hidden: ops.label_logits(hidden, weight, ids, bias=bias, positions=positions, impl=impl))
+
+    def cost(hidden, backward):
+        from ....ops.label_logits import cost
+
+        return cost.label_logits(hidden, weight, ids, bias=bias, positions=positions, backward=backward)
+
+    def largest(logits):
+        return logits.view(batch, classes, count).amax(2)
+
+    def full(hidden):
+        return largest((hidden[texts, positions] @ weight.T + bias)[:, words])
+
+    def gathered(hidden):
+        return largest(hidden[texts, positions] @ weight[words].T + bias[words])
+
+    return Problem(
+        leaves=(hidden,),
+        grads=(numbers.normal(batch, classes, dtype=torch.float32),),
+        ours=ours,
+        truth=lambda hidden: largest(hidden[texts, positions] @ weight[words].double().T + bias[words].double()),
+        cost=cost,
+        baselines={"full LM head": plain(full), "gathered columns": plain(gathered), "gathered columns, compiled": compiled(gathered)},
+    )
+
+
+OPERATORS = {
+    "label_logits": Operator(
+        name="label_logits",
+        shapes=tuple(dict(zip("BSVHCw", size)) for size in ((64, 32, 50_265, 768, 2, 1), (64, 32, 50_265, 768, 14, 1))),
+        quick_shapes=({"B": 16, "S": 32, "V": 8192, "H": 512, "C": 4, "w": 1},),
+        problem=problem,
+    )
+}

@@ -1,0 +1,188 @@
+"""PASTA's operators on special tokens: [CLS] in front, the others anywhere, k of them in every row.
+
+"official": the authors' order of work, Python loops over the rows to find the special tokens, then for each of them a product of the whole
+of the hidden states' shape and an addition.
+"""
+
+import torch
+
+from .... import ops
+from ..case import Numbers, Operator, Problem, Way, compiled, fresh, plain
+
+SPECIAL = 100, 101, 102, 103  # ids below ORDINARY
+ORDINARY = 1000
+VOCABULARY = 30_522
+
+
+def finding(shape, variant, dtype, device, backward) -> Problem:
+    batch, length, count = (shape[letter] for letter in "BSk")
+    numbers = Numbers(device, dtype)
+    ids = numbers.integers(ORDINARY, VOCABULARY, batch, length)
+    slots = special_positions(numbers, batch, length, count)
+    ids.scatter_(1, slots, numbers.integers(SPECIAL[0], SPECIAL[-1] + 1, batch, count))
+    listed = torch.tensor(SPECIAL, device=device)
+
+    def ours(impl):
+        return Way(lambda: ops.special_token_slots(ids, listed, max_slots=count, impl=impl))
+
+    def cost(backward):
+        from ....ops.special_tokens import cost
+
+        return cost.special_token_slots(ids, listed, max_slots=count, backward=backward)
+
+    def official():
+        found = [[position for position, token in enumerate(row) if token in SPECIAL] for row in ids.tolist()]
+        return torch.tensor([(row + [-1] * count)[:count] for row in found], dtype=torch.int32, device=device)
+
+    def scattered():
+        special = torch.isin(ids, listed)
+        column = (special.cumsum(1) - 1).masked_fill(~special, count)  # the column past the end takes the rest
+        positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch, -1)
+        return torch.full((batch, count + 1), -1, dtype=torch.int32, device=device).scatter_(1, column, positions)[:, :count]
+
+    return Problem(
+        leaves=(),
+        grads=(),
+        ours=ours,
+        truth=lambda: slots,
+        cost=cost,
+        baselines={
+            "official": lambda: Way(official, waits=True),
+            "isin, cumsum, scatter": plain(scattered),
+            "isin, cumsum, scatter, compiled": compiled(scattered),
+        },
+    )
+
+
+def adding(shape, variant, dtype, device, backward) -> Problem:
+    hidden, vectors, grad, slots = addition(shape, dtype, device)
+
+    def ours(impl):
+        return Way(lambda hidden, vectors: ops.special_token_add(hidden, vectors, slots, impl=impl))
+
+    def cost(hidden, vectors, backward):
+        from ....ops.special_tokens import cost
+
+        return cost.special_token_add(hidden, vectors, slots, backward=backward)
+
+    dense, rows = dense_add(slots, hidden), rows_of(slots, hidden)
+
+    def indexed(hidden, vectors):
+        return hidden.flatten(0, 1).index_add(0, rows, repeated(vectors, slots)).view(hidden.shape)
+
+    return Problem(
+        leaves=(hidden, vectors),
+        grads=(grad,),
+        ours=ours,
+        truth=dense_add(slots, hidden.double()),
+        cost=cost,
+        baselines={
+            "official": plain(official_add(slots, hidden)),
+            "dense add": plain(dense),
+            "dense add, compiled": compiled(dense),
+            "index_add": plain(indexed),
+        },
+        floor=fresh(device, hidden),
+    )
+
+
+def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
+    """Each way adds to a tensor of its own, again and again; ``detach`` keeps the graph of one turn out of the next."""
+    hidden, vectors, grad, slots = addition(shape, dtype, device)
+
+    def own(add):
+        def prepare():
+            target = hidden.clone()
+            return Way(lambda vectors: add(target.detach(), vectors))
+
+        return prepare
+
+    def ours(impl):
+        return own(lambda target, vectors: ops.special_token_add_(target, vectors, slots, impl=impl))()
+
+    def cost(vectors, backward):
+        from ....ops.special_tokens import cost
+
+        return cost.special_token_add_(hidden, vectors, slots, backward=backward)
+
+    rows, dense, official = rows_of(slots, hidden), dense_add(slots, hidden), official_add(slots, hidden)
+
+    def indexed(target, vectors):
+        target.flatten(0, 1).index_add_(0, rows, repeated(vectors, slots))
+        return target
+
+    return Problem(
+        leaves=(vectors,),
+        grads=(grad,),
+        ours=ours,
+        truth=lambda vectors: dense_add(slots, hidden.double())(hidden.double(), vectors),
+        cost=cost,
+        baselines={
+            "official": plain(lambda vectors: official(hidden, vectors)),
+            "dense add": plain(lambda vectors: dense(hidden, vectors)),
+            "dense add, compiled": compiled(lambda vectors: dense(hidden, vectors)),
+            "index_add_": own(indexed),
+        },
+    )
+
+
+def addition(shape, dtype, device):
+    """hidden (B, S, d), vectors (k, d), gradient (B, S, d), slots (B, k)."""
+    batch, length, width, count = (shape[letter] for letter in "BSdk")
+    numbers = Numbers(device, dtype)
+    hidden, grad = (numbers.normal(batch, length, width) for _ in range(2))
+    return hidden, numbers.normal(count, width), grad, special_positions(numbers, batch, length, count)
+
+
+def special_positions(numbers, batch, length, count):
+    """(B, k), ascending, the first 0."""
+    drawn = torch.rand(batch, length - 1, generator=numbers.generator).argsort(1)[:, : count - 1] + 1
+    return torch.cat((torch.zeros(batch, 1, dtype=torch.int64), drawn.sort(1).values), 1).to(numbers.device)
+
+
+def one_hot_of(slots, like):
+    """(B, S, k)"""
+    return torch.nn.functional.one_hot(slots, like.shape[1]).mT.to(like.dtype)
+
+
+def official_add(slots, like):
+    masks = one_hot_of(slots, like).unsqueeze(-1).unbind(2)  # k of (B, S, 1)
+
+    def add(hidden, vectors):
+        for mask, vector in zip(masks, vectors):
+            hidden = hidden + mask * vector.expand_as(hidden)
+        return hidden
+
+    return add
+
+
+def dense_add(slots, like):
+    one_hot = one_hot_of(slots, like)
+    return lambda hidden, vectors: hidden + one_hot @ vectors
+
+
+def rows_of(slots, like):
+    """(B * k,) rows of ``like`` with its first two dimensions as one."""
+    return (slots + torch.arange(len(slots), device=slots.device)[:, None] * like.shape[1]).flatten()
+
+
+def repeated(vectors, slots):
+    return vectors.expand(len(slots), -1, -1).flatten(0, 1)
+
+
+WIDE = tuple(dict(zip("BSdk", size)) for size in ((32, 128, 768, 2), (32, 128, 1024, 2)))
+QUICK = ({"B": 16, "S": 128, "d": 512, "k": 2},)
+ADD = {"shapes": WIDE, "quick_shapes": QUICK}
+
+OPERATORS = {
+    "special_token_slots": Operator(
+        name="special_token_slots",
+        shapes=({"B": 32, "S": 128, "k": 2}, {"B": 32, "S": 512, "k": 3}),
+        quick_shapes=({"B": 16, "S": 128, "k": 2},),
+        dtypes=("int64",),
+        has_backward=False,
+        problem=finding,
+    ),
+    "special_token_add": Operator(name="special_token_add", **ADD, problem=adding),
+    "special_token_add_": Operator(name="special_token_add_", **ADD, problem=adding_in_place),
+}

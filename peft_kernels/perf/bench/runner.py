@@ -1,0 +1,211 @@
+"""An operator against its baselines: every way is checked against float64 first, then all are timed turn by turn."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..measure import Ceilings, Timing, captured, interleaved
+from ..results import OURS, Row, compared
+from .case import Operator, Problem, Way
+from .revision import Missing, Revision
+
+# Norm of the error over norm of the truth, of the output and of every gradient. Integers are exact.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+WARMUP = 3
+MAX_REPEATS = 1001
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What ways are compared in: an operator on one problem, in one phase."""
+
+    operator: Operator
+    shape: dict[str, int]
+    variant: str
+    dtype: str
+    backward: bool
+
+    @property
+    def phase(self) -> str:
+        return "forward + backward" if self.backward else "forward"
+
+    def problem(self, device: str) -> Problem:
+        return self.operator.problem(self.shape, self.variant, getattr(torch, self.dtype), device, self.backward)
+
+    @property
+    def named(self) -> dict:
+        """The fields that its rows share."""
+        return {"benchmark": self.operator.name, "shape": self.shape, "variant": self.variant, "dtype": self.dtype, "phase": self.phase}
+
+    def __str__(self):
+        sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
+        return ", ".join(filter(None, (self.operator.name, sizes, self.variant, self.dtype, self.phase)))
+
+
+def things(operator: Operator, shapes: list[dict[str, int]], dtypes: list[str], phases: list[bool]) -> list[Thing]:
+    """``phases``: whether backward. Without a backward pass the operator has none of that phase."""
+    phases = [backward for backward in phases if operator.has_backward or not backward]
+    return [Thing(operator, s, v, d, b) for d in dtypes for b in phases for s in shapes for v in operator.variants if d in operator.dtypes]
+
+
+def compare(
+    thing: Thing,
+    device: str,
+    limits: Ceilings,
+    *,
+    repeats: int,
+    seconds: float,
+    revision: Revision | None = None,
+    notify: Callable[[str, float], None] = lambda way, share: None,
+) -> list[Row]:
+    """A row for each way, ours first. A way that is wrong or cannot run has a row that says so; so has ours where there is no such problem.
+
+    ``repeats`` timed runs of each way, more where ``seconds`` allow. ``revision`` takes its turns too.
+    ``notify`` gets what is done next and the share of this thing that is done.
+    """
+    torch.compiler.reset()  # the shapes before count towards the limit of recompilations
+    notify("preparing", 0)
+    try:
+        problem = thing.problem(device)
+        expected = truth(problem, thing.backward)
+    except Exception as error:  # a shape that does not fit, or not into memory, must not cost the rows of the others
+        return [Row(way=OURS, missing=first_line(error), **thing.named)]
+    functions, errors, reasons = {}, {}, {}
+    prepare = ways(thing, problem, device)
+    for name, way in prepare.items():
+        notify(f"checking {name}", 0)
+        try:
+            functions[name], errors[name] = checked(way(), problem, expected, thing, device)
+        except Exception as error:  # whatever a baseline lacks here is its row's reason; ours fails the command
+            reasons[name] = first_line(error)
+    del expected
+    if revision is not None:
+        notify(f"checking {revision.way}", 0)
+        try:
+            functions[revision.way] = revision.prepare(thing)
+            errors[revision.way] = functions[revision.way].error
+        except Missing as error:
+            reasons[revision.way] = str(error)
+    cost = problem.cost(*_leaves(problem.leaves, thing.backward), backward=thing.backward)
+    timings, floor = _timed(functions, problem.floor, repeats, seconds, device, notify)
+    floor = limits.floor(cost.bytes, cost.operations) if floor is None else floor
+    common = {**thing.named, "bytes": cost.bytes, "operations": cost.operations, "floor_s": floor}
+    rows = {row.way: row for row in compared(timings, {way: {"error": error} for way, error in errors.items()}, **common)}
+    rows |= {way: Row(way=way, missing=reason, **common) for way, reason in reasons.items()}
+    return [rows[way] for way in [*prepare, *([revision.way] if revision else [])]]
+
+
+def ways(thing: Thing, problem: Problem, device: str) -> dict[str, Callable[[], Way]]:
+    """Ours; each implementation of ours that can run, where there is a choice; the baselines.
+
+    The reference and a Triton that would be interpreted compete with nobody.
+    """
+    implementations = sys.modules[getattr(ops, thing.operator.name).__module__].implementations
+    dtype = getattr(torch, rate_dtype(thing.dtype))
+    names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
+    names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
+    chosen = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
+    return {OURS: partial(problem.ours, "auto"), **chosen, **problem.baselines}
+
+
+def rate_dtype(dtype: str) -> str:
+    """Whose matrix rate is a ceiling; integers are counted in bytes alone."""
+    return dtype if getattr(torch, dtype).is_floating_point else "float32"
+
+
+def truth(problem: Problem, backward: bool) -> list[Tensor]:
+    """Outputs and gradients in float64."""
+    grads = tuple(_wide(g) for g in problem.grads)
+    return [x.detach() for x in prepared(problem.truth, tuple(_wide(x) for x in problem.leaves), grads, backward)()]
+
+
+def checked(way: Way, problem: Problem, expected: list[Tensor], thing: Thing, device: str) -> tuple[Callable[[], Any], float]:
+    """``way`` as a function to be timed, and its error.
+
+    Raises:
+        ValueError: a result that is wrong.
+    """
+    function = prepared(way.compute, problem.leaves if way.leaves is None else way.leaves, problem.grads, thing.backward)
+    results = function()
+    error = worst_error(way.restore(results) if way.restore else results, expected, TOLERANCE.get(thing.dtype, 0.0))
+    del results
+    return captured(function) if device == "cuda" and not way.waits else function, error
+
+
+def prepared(compute: Callable[..., Any], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...], backward: bool) -> Callable[[], tuple[Tensor, ...]]:
+    """A function of nothing: outputs, and with ``backward`` the gradients of all leaves."""
+    leaves = _leaves(leaves, backward)
+
+    def forward():
+        with torch.no_grad():
+            return _several(compute(*leaves))
+
+    def forward_backward():
+        outputs = _several(compute(*leaves))
+        return *outputs, *torch.autograd.grad(outputs, leaves, grads)
+
+    return forward_backward if backward else forward
+
+
+def worst_error(results: tuple[Tensor, ...], expected: list[Tensor], allowed: float) -> float:
+    """The largest norm of an error over the norm of its truth.
+
+    Raises:
+        ValueError: larger than ``allowed``, or not a number, or of another shape.
+    """
+    worst = 0.0
+    for result, true in zip(results, expected, strict=True):
+        if result.shape != true.shape:
+            raise ValueError(f"wrong: shape {tuple(result.shape)}, expected {tuple(true.shape)}")
+        size = float(true.double().norm())
+        error = float((result.detach().double() - true).norm()) / (size or 1.0)
+        if not error <= allowed:
+            raise ValueError(f"wrong: error {error:.1e}, at most {allowed:.0e} is right")
+        worst = max(worst, error)
+    return worst
+
+
+def failed(row: Row) -> bool:
+    """Whether the row is one of ours, at this revision, that was wrong or did not run."""
+    return row.missing is not None and (row.way == OURS or row.way.startswith(f"{OURS}, "))
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _timed(functions, floor, repeats, seconds, device, notify) -> tuple[dict[str, Timing], float | None]:
+    """Timings by way; and that of the floor, which takes its turns with them."""
+    if floor is not None:
+        functions = {**functions, "floor": floor}
+    notify("warming up", 0)
+    turn = sum(timing.median for timing in interleaved(functions, WARMUP, device=device).values())
+    repeats = max(repeats, min(MAX_REPEATS, int(seconds / turn)))
+    total, done = repeats * len(functions), 0
+
+    def step(name):
+        nonlocal done
+        notify(f"timing {name}", done / total)
+        done += 1
+
+    timings = interleaved(functions, repeats, warmup=0, device=device, notify=step)
+    return timings, timings.pop("floor").median if floor is not None else None
+
+
+def _leaves(leaves, backward):
+    return tuple(x.detach().requires_grad_(backward) for x in leaves)
+
+
+def _several(outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _wide(x):
+    return x.double() if x.is_floating_point() else x

@@ -1,0 +1,1 @@
+"""Launch configurations for the GPU at hand: `peft-kernels tune`."""

@@ -1,0 +1,165 @@
+"""The command line and the benchmark scripts: that they run and say what is true, on tiny models; no figure is checked."""
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from peft_kernels import cli, ops
+from peft_kernels.cli import info
+from peft_kernels.cli.commands import app
+from peft_kernels.perf import pid_baselines
+from peft_kernels.perf.results import OURS, read
+from peft_kernels.perf.workloads import WordIds, built_in
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TEXT = "the cat sat on the mat and the dog ran to the park while it rained all day"
+PROMPTS = "who sat ?\nwhere did the dog run ?\nwhat\n"
+TINY = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 16}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products on threads that other test processes hold up are slow for nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def invoke(*args, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(params=["t5", "bart"])
+def checkpoint(request, tmp_path):
+    """A tiny model and a tokenizer of words."""
+    if request.param == "t5":
+        model = pid_baselines.t5_base(**TINY)
+    else:
+        torch.manual_seed(0)
+        layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes = {"vocab_size": 64, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "init_std": 0.5}
+        model = BartForConditionalGeneration(BartConfig(**layers, **sizes, forced_eos_token_id=None))
+    words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(f"{TEXT} {PROMPTS}".split())]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    return "--input", tmp_path / "text.txt", "--prompts", tmp_path / "prompts.txt"
+
+
+def test_help_names_the_commands():
+    text = invoke("--help")
+    assert all(name in text for name in ("info", "demo", "bench"))
+
+
+def test_info_names_every_implementation_or_the_reason():
+    text = invoke("info")
+    for word in ("peft_kernels", "torch", torch.__version__, "triton", "cpu", "reference"):
+        assert word in text
+    assert sum(info.packages().values(), []) == ops.__all__
+    for name in info.packages():
+        for impl, devices in info.availability(name).items():
+            assert impl in text
+            assert set(devices) == set(info.device_types())
+        assert info.availability(name)["reference"]["cpu"][torch.float32] is None
+
+
+def test_demo_on_a_checkpoint(checkpoint, files, tmp_path):
+    text = invoke("demo", "--model", checkpoint, *files, "--new-tokens", 4, "--repeats", 2, "--out", tmp_path / "out")
+    assert "identical" in text and "random" not in text.lower()
+    found = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert found["tokens"] == {"streams": 3, "different": 0}
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    pie, repeated, ours = found["results"]
+    assert [pie["runs"], repeated["runs"], ours["runs"]] == [1, 2, 2]
+    if json.loads((checkpoint / "config.json").read_text())["model_type"] == "t5":  # one generate for prompts of all lengths
+        assert repeated["cross_kv_bytes"] == 3 * ours["cross_kv_bytes"]
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_on_dialogues_of_different_length(checkpoint, tmp_path):
+    turn = {"system_transcript": "the dog ran", "transcript": "where did it"}
+    (tmp_path / "woz.json").write_text(json.dumps([{"dialogue": [turn] * k} for k in (1, 3, 2)]))
+    (tmp_path / "ontology_en.json").write_text(json.dumps({"requestable": ["park", "mat"], "informable": {"request": ["park"], "dog": ["x"]}}))
+    data = "--data", tmp_path / "woz.json", "--batch-size", 2, "--new-tokens", 3, "--repeats", 1
+    text = invoke("demo", "--model", checkpoint, *data, "--out", tmp_path / "out")
+    assert "3 of the 3 dialogues" in text and "identical" in text
+    assert json.loads((tmp_path / "out" / "demo.json").read_text())["tokens"]["streams"] == 9
+    assert "2 of the 3 dialogues" in invoke("demo", "--model", checkpoint, *data, "--limit", 2, "--out", tmp_path / "out")
+
+
+def test_demo_without_a_checkpoint_says_that_weights_are_random(files, tmp_path, monkeypatch):
+    build = pid_baselines.t5_base
+    monkeypatch.setattr(pid_baselines, "t5_base", lambda dtype, device: build(dtype, device, **{**TINY, "vocab_size": 32128}))
+    text = invoke("demo", *files, "--new-tokens", 2, "--repeats", 1, "--dtype", "bfloat16", "--out", tmp_path / "out")
+    assert "RANDOM weights" in text
+
+
+def test_demo_fails_where_a_token_differs(checkpoint, files, tmp_path, monkeypatch):
+    def wrong(*args, shared=pid_baselines.shared, **kwargs):
+        answers = shared(*args, **kwargs)
+        answers.tokens[1, 0] += 1
+        return answers
+
+    monkeypatch.setattr(pid_baselines, "shared", wrong)
+    assert "1 of 3 streams of ours DIFFER" in " ".join(invoke("demo", "--model", checkpoint, *files, "--out", tmp_path / "out", code=1).split())
+
+
+def test_one_clear_line_without_the_extra(monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
+    with pytest.raises(SystemExit, match=r'^peft-kernels: rich not installed.*pip install "peft_kernels\[cli\]"$'):
+        cli.app()
+
+
+def test_built_in_workload_is_the_one_of_the_figures():
+    workload = built_in()
+    assert [len(x) for x in workload.inputs] == [512]
+    assert [len(x) for x in workload.prompts] == [8] * 30
+
+
+def test_random_weights_answer_by_input_prompt_and_step():
+    model = pid_baselines.t5_base(**{**TINY, "vocab_size": 32128, "d_model": 64, "num_layers": 4, "num_decoder_layers": 4})
+    workload = built_in(64, 6)
+
+    def answer(inputs):
+        return pid_baselines.ask(pid_baselines.repeated, model, replace(workload, inputs=inputs), 8, full_length=True).tokens.tolist()
+
+    tokens = answer(workload.inputs)
+    assert len({tuple(row) for row in tokens}) == len(tokens)
+    assert len({token for row in tokens for token in row}) > len(tokens)
+    assert answer([workload.inputs[0][::-1]]) != tokens
+
+
+def test_word_ids_are_reversible_and_share_the_vocabulary():
+    words = WordIds(vocab_size=20)
+    ids = words.encode(TEXT)
+    assert words.decode(ids) == TEXT and min(ids) >= 3 and max(ids) < 20
+    assert len(set(ids)) == len(set(TEXT.split()))
+
+
+@pytest.mark.parametrize("script", ["pid_generate", "dept_training", "pasta_layer", "dect", "ytuning_step"])
+def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")])
+    runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+    found = read(tmp_path / "out.json")
+    assert {row.dtype for row in found.rows} == {"float32", "bfloat16"}
+    assert all(OURS in [row.way for row in rows] for rows in found.by_thing().values())
+    assert "spread" in capsys.readouterr().out

@@ -1,0 +1,94 @@
+"""docs/kernels.md, made of the table alone."""
+
+from collections import Counter
+from pathlib import Path
+
+PATH = Path(__file__).parents[2] / "docs/kernels.md"
+HEAD = """\
+# What the compiled kernels hold
+
+This page is written by `make kernels`. It needs no GPU: every shipped configuration of every kernel is compiled for four architectures,
+and what its binary holds is read out of it. `tools/kernel_report/kernels.json` has the same numbers for programs, and the tests compare
+a new build with it: a spill or a lost tensor-core instruction fails, and with a recorded compiler a register or a byte more than in the table.
+
+- **Registers** of a thread; on gfx942 the vector registers, accumulation registers among them, and the **scalar** ones of a wavefront.
+  **Spills**: bytes of a thread.
+- **Shared**: bytes of shared memory (LDS on gfx942) of a block. **TMEM**: columns of tensor memory.
+- **Warps** of a block (wavefronts on gfx942), and how many **blocks** a processor (streaming multiprocessor or compute unit) holds by its
+  registers, shared memory, tensor memory, warps and limit of blocks. **Occupancy**: the share of the processor's warps that they are.
+- **Matrix unit**: the tensor-core instruction that multiplies matrices. `FMA`: matrices are multiplied without one, by design: float32 has
+  to be exact, for which the tensor cores of NVIDIA are too coarse. Empty: nothing is multiplied.
+- **Load**, **store**: bytes of the widest access to global memory by one thread.
+
+Where several versions of a compiler are recorded, a row is the worst of them; a version that spills or loses a tensor-core instruction in
+a kernel is not recorded for it. The configuration names the kernel's constants as its source does. sm_80 also serves 8.6 and 8.9, so
+its kernels ask for at most 99 KiB.
+
+Of CUDA C++, a block has the warps of its launch bounds. `add_layer_norm_inject` and its backward pass are launched with 4 warps up to a width
+of 4096, with 8 up to 8192 and with 16 beyond: what is shown is 16. `V` is the number of elements of an access, 1 for rows that are not aligned to
+16 bytes. None multiplies matrices but `embedding_forward`, its low-rank product in float32 without tensor cores, `P` positions to a warp.
+"""
+COLUMNS = {
+    "kernel": "kernel", "dtype": "dtype", "configuration": "configuration",
+    "registers": "registers", "scalars": "scalar", "spills": "spills", "shared": "shared", "tensor_memory": "TMEM",
+    "warps": "warps", "blocks": "blocks", "occupancy": "occupancy", "matrix_unit": "matrix unit", "load": "load", "store": "store",
+}  # fmt: skip
+OPTIONAL = ("scalars", "tensor_memory")  # which not every architecture has
+IMPLEMENTATIONS = {"triton": "Triton", "cuda": "CUDA C++"}
+
+
+def text(table: dict) -> str:
+    rows = [
+        {**dict(zip(("architecture", "operator", "kernel", "dtype", "configuration"), name.split(" ", 4))), "implementation": implementation, **row}
+        for implementation in IMPLEMENTATIONS
+        for name, row in table.get(implementation, {}).items()
+    ]
+    versions = Counter(f"{IMPLEMENTATIONS[row['implementation']]} {version}" for row in rows for version in row["versions"])
+    counts = ", ".join(f"{version} ({count} kernels)" for version, count in sorted(versions.items()))
+    parts = [HEAD, f"Compilers: {counts}.\n", "## Summary\n", summary(rows)]
+    for operator, of_operator in grouped(rows, "operator"):
+        parts.append(f"## {operator}\n")
+        for (architecture, implementation), of_architecture in grouped(of_operator, "architecture", "implementation"):
+            parts.append(f"### {operator}, {IMPLEMENTATIONS[implementation]}, {architecture}\n")
+            parts.append(table_of(of_architecture))
+    return "\n".join(parts)
+
+
+def summary(rows: list[dict]) -> str:
+    """The extremes of every operator."""
+    lines = []
+    for (operator, implementation, architecture), group in grouped(rows, "operator", "implementation", "architecture"):
+        units = [row["matrix_unit"] for row in group if row["matrix_unit"]]
+        counts = ", ".join(f"{units.count(unit)} {shown('matrix_unit', unit)}" for unit in dict.fromkeys(units))
+        most = [max(row[key] for row in group) for key in ("spills", "registers", "shared")]
+        occupancy = shown("occupancy", min(row["occupancy"] for row in group))
+        lines.append([operator, IMPLEMENTATIONS[implementation], architecture, len(group), *most, occupancy, counts])
+    heads = ("operator", "implementation", "architecture", "kernels", "spills", "most registers", "most shared", "least occupancy", "matrix units")
+    return markdown(heads, lines, names=3)
+
+
+def table_of(rows: list[dict]) -> str:
+    columns = [key for key in COLUMNS if key not in OPTIONAL or any(row[key] for row in rows)]
+    return markdown([COLUMNS[key] for key in columns], [[shown(key, row[key]) for key in columns] for row in rows], names=3)
+
+
+def shown(key: str, value) -> str:
+    if key == "occupancy":
+        return f"{100 * value:g} %"
+    if key == "matrix_unit":
+        return {None: "", "fma": "FMA"}.get(value, value)
+    return str(value)
+
+
+def grouped(rows: list[dict], *keys: str):
+    """Groups of rows with the same values, in the order in which the values come first."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys), []).append(row)
+    return groups.items()
+
+
+def markdown(heads, lines, names: int) -> str:
+    """The first ``names`` columns to the left, numbers to the right."""
+    rule = ["---"] * names + ["---:"] * (len(heads) - names)
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (heads, rule, *lines))
