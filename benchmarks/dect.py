@@ -2,9 +2,9 @@
 
     python benchmarks/dect.py --out results/dect.json
 
-extract: RoBERTa-base's shape with random weights, 64 texts of 128 tokens, against the authors' way: padded to 512, all hidden states,
-logits of every token. fit: 30 epochs, 16 shots, H = 1024, against an ordinary PyTorch loop; the floor is the two matrix products of each
-epoch. Every way is checked before it is timed.
+extract: RoBERTa-base's shape with random weights, 64 texts of 128 tokens, against the authors' candidate: padded to 512, all hidden states,
+logits of every token. fit: 30 epochs, 16 shots, H = 1024, against an ordinary PyTorch loop; the roofline is the two matrix products of each
+epoch. Every candidate is checked before it is timed.
 """
 
 import argparse
@@ -44,14 +44,16 @@ def extract(texts: int, tokens: int, padded: int, settings: dict, dtype: torch.d
         at = torch.arange(texts, device=device)
         return output.hidden_states[-1][at, positions], output.logits[at, positions][:, [17, 18]]
 
-    ways = {OURS: ours, OFFICIAL: official}
+    candidates = {OURS: ours, OFFICIAL: official}
     error = max(float((got - expected).float().norm() / expected.float().norm()) for got, expected in zip(ours(), official()))
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(f"{OURS} and {OFFICIAL} differ: {error:.1e}")
     shape, dtype_name = {"B": texts, "S": tokens, "H": model.config.hidden_size}, str(dtype).removeprefix("torch.")
     common = {"benchmark": "dect", "shape": shape, "dtype": dtype_name, "phase": "extract", "items": texts, "item": "texts"}
-    timings = interleaved(ways, repeats, warmup=0, device=device)
-    each = {way: {"peak_bytes": peak_memory(call, device)[1]} for way, call in ways.items()}  # last: a first call also brings in the library's code
+    timings = interleaved(candidates, repeats, warmup=0, device=device)
+    each = {
+        candidate: {"peak_bytes": peak_memory(call, device)[1]} for candidate, call in candidates.items()
+    }  # last: a first call also brings in the library's code
     return compared(timings, each, error=error, **common)
 
 
@@ -94,14 +96,14 @@ def fit(width: int, classes: int, device: str, repeats: int) -> list[Row]:
     torch.testing.assert_close(ours(), plain(), rtol=1e-3, atol=1e-4)
     timings = interleaved({OURS: ours, PLAIN: plain, PRODUCTS: products}, repeats, device=device)
     common = {"benchmark": "dect", "shape": {"N": len(labels), "C": classes, "H": width}, "dtype": "float32", "phase": "fit"}
-    return compared(timings, floor_s=timings[PRODUCTS].median, **common)
+    return compared(timings, roofline_s=timings[PRODUCTS].median, **common)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of the model that is asked")
-    parser.add_argument("--repeats", type=int, default=25, help="timed runs of each way; of extraction a fifth")
+    parser.add_argument("--repeats", type=int, default=25, help="timed runs of each candidate; of extraction a fifth")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two runs: does it work at all")
     options = parser.parse_args()
@@ -109,9 +111,9 @@ def main():
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 500}
     sizes = (4, 8, 32, small) if options.quick else (64, 128, 512, {"vocab_size": 50265})
     console, results = Console(), []
-    things = [lambda name=name: extract(*sizes, getattr(torch, name), options.device, max(2, repeats // 5)) for name in options.dtype]
-    things += [lambda n=n: fit(32 if options.quick else 1024, n, options.device, repeats) for n in (2, 14)]
-    for measure in things:
+    cases_of = [lambda name=name: extract(*sizes, getattr(torch, name), options.device, max(2, repeats // 5)) for name in options.dtype]
+    cases_of += [lambda n=n: fit(32 if options.quick else 1024, n, options.device, repeats) for n in (2, 14)]
+    for measure in cases_of:
         rows = measure()
         results += rows
         console.print(table(rows))

@@ -62,10 +62,10 @@ def main():
             OFFICIAL: (ours, official_formulation),
             PROMPT_TUNING: (PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=more_virtual, num_transformer_submodules=1), None),
         }
-        steps = {way: step_of(base, *config, ids, labels) for way, config in configs.items()}
+        steps = {candidate: step_of(base, *config, ids, labels) for candidate, config in configs.items()}
         for step in steps.values():
             step()
-        each = {way: {"peak_bytes": peak_memory(step, options.device)[1]} for way, step in steps.items()}
+        each = {candidate: {"peak_bytes": peak_memory(step, options.device)[1]} for candidate, step in steps.items()}
         timings = interleaved(steps, 2 if options.quick else options.repeats, warmup=0, device=options.device)
         common = {"benchmark": "dept_training", "shape": {"B": options.batch_size, "L": length}, "dtype": name, "phase": "training step"}
         rows = compared(timings, each, items=options.batch_size, item="samples", **common)

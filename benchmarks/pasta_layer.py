@@ -3,7 +3,7 @@
     python benchmarks/pasta_layer.py --model base large --dtype float32 bfloat16 --out results/pasta_layer.json
 
 Random weights, 32 rows of 128 random tokens with [CLS] and [SEP], a classification head. A training step is forward and backward with
-the dropout of the vectors, 0.1, and none in the model. The ways:
+the dropout of the vectors, 0.1, and none in the model. The candidates:
 
 - stock: without vectors; a training step trains the head alone
 - official: the authors' order of work: Python loops over the rows for the special tokens, then for each of them a product of the whole of
@@ -89,7 +89,7 @@ class Published(torch.nn.Module):
         return hidden
 
 
-def ways(size: str, dtype: torch.dtype, device: str):
+def candidates(size: str, dtype: torch.dtype, device: str):
     stock = bert(size, dtype, device)
     config = PASTAConfig(task_type="SEQ_CLS", num_special_tokens=2, special_token_ids=[CLS, SEP])
     ours, fused = (get_peft_model(twin(stock), config) for _ in range(2))
@@ -153,7 +153,7 @@ def operators(vectors, ids):
 
 
 def compare(size, dtype, device, repeats) -> list[list[Row]]:
-    models, vectors = ways(size, dtype, device)
+    models, vectors = candidates(size, dtype, device)
     ids, labels = tokens(device)
     check(models, ids, labels, dtype)
     common = {"benchmark": "pasta_layer", "shape": {"B": BATCH, "S": LENGTH}, "variant": f"BERT-{size}", "dtype": str(dtype).removeprefix("torch.")}

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peft_kernels import pid
 from peft_kernels.perf import pid_baselines
-from peft_kernels.perf.measure import Ceilings, Timing, ceilings, interleaved
+from peft_kernels.perf.measure import Peaks, Timing, interleaved, peaks
 from peft_kernels.perf.results import OURS, Row, compared, measured
 from peft_kernels.perf.tables import table
 from peft_kernels.perf.workloads import VOCAB_SIZE, built_in
@@ -36,7 +36,7 @@ class Bench:
 
     def __init__(self, dtype: torch.dtype, device: str, repeats: int, quick: bool):
         self.dtype, self.device, self.repeats, self.quick = dtype, device, repeats, quick
-        self.limits = ceilings(dtype, device, quick=quick)
+        self.limits = peaks(dtype, device, quick=quick)
         self.stock = pid_baselines.t5_base(dtype, device, **(TINY if quick else {}))
         self.packed = pid.enable(pid_baselines.twin(self.stock))
         self.plain = pid.enable(pid_baselines.twin(self.stock), pack_weights=False)
@@ -48,16 +48,16 @@ class Bench:
         def asking(method, model):
             return lambda: pid_baselines.ask(method, model, workload, NEW_TOKENS, full_length=True)
 
-        ways = {
+        candidates = {
             PIE: asking(pid_baselines.prompt_in_encoder, self.stock),
             REPEATED: asking(pid_baselines.repeated, self.stock),
             OURS: asking(pid_baselines.shared, self.packed),
             UNPACKED: asking(pid_baselines.shared, self.plain),
         }
         n, streams, prefix = len(workload.inputs[0]), len(workload.prompts), len(workload.prompts[0])
-        floor = generation_floor(self.stock, self.limits, 1, n, streams, prefix, NEW_TOKENS)
+        roofline = generation_roofline(self.stock, self.limits, 1, n, streams, prefix, NEW_TOKENS)
         shape = {"b": 1, "n": n, "M": streams, "T": prefix, "new": NEW_TOKENS}
-        return self.compare("prompts", shape, ways, REPEATED, streams * NEW_TOKENS, floor, {PIE: max(1, self.repeats // 4)})
+        return self.compare("prompts", shape, candidates, REPEATED, streams * NEW_TOKENS, roofline, {PIE: max(1, self.repeats // 4)})
 
     def beams(self, inputs: int, n: int, beams: int) -> list[Row]:
         """Ordinary beam search through ``model.generate``."""
@@ -79,21 +79,23 @@ class Bench:
 
             return search
 
-        ways = {STOCK: searching(self.stock), OURS: searching(self.packed), UNPACKED: searching(self.plain)}
-        floor = generation_floor(self.stock, self.limits, inputs, n, inputs * beams, 0, BEAM_TOKENS)
+        candidates = {STOCK: searching(self.stock), OURS: searching(self.packed), UNPACKED: searching(self.plain)}
+        roofline = generation_roofline(self.stock, self.limits, inputs, n, inputs * beams, 0, BEAM_TOKENS)
         shape = {"b": inputs, "n": n, "M": beams, "new": BEAM_TOKENS}
-        return self.compare("beams", shape, ways, STOCK, inputs * BEAM_TOKENS, floor, {})
+        return self.compare("beams", shape, candidates, STOCK, inputs * BEAM_TOKENS, roofline, {})
 
-    def compare(self, variant: str, shape: dict, ways: dict, truth: str, tokens: int, floor: float, repeats: dict[str, int]) -> list[Row]:
-        answers = {name: way() for name, way in ways.items()}  # the warm-up too
+    def compare(self, variant: str, shape: dict, candidates: dict, truth: str, tokens: int, roofline: float, repeats: dict[str, int]) -> list[Row]:
+        answers = {name: candidate() for name, candidate in candidates.items()}  # the warm-up too
         wrong = {name: pid_baselines.differing(answers[truth], answers[name]) for name in (OURS, UNPACKED)}
         if self.dtype == torch.float32 and any(wrong.values()):
             raise SystemExit(f"{variant}, {shape}: tokens differ from {truth} in {wrong} streams")
-        timings = interleaved(ways, {**dict.fromkeys(ways, self.repeats), **repeats}, warmup=0, device=self.device)
+        timings = interleaved(candidates, {**dict.fromkeys(candidates, self.repeats), **repeats}, warmup=0, device=self.device)
         each = {name: {"kept_bytes": answer.cross_bytes} for name, answer in answers.items()}
         for name, streams in wrong.items():
             each[name]["error"] = streams / len(answers[truth].tokens)
-        return compared(timings, each, shape=shape, variant=variant, phase="generate", floor_s=floor, items=tokens, item="tokens", **self.common)
+        return compared(
+            timings, each, shape=shape, variant=variant, phase="generate", roofline_s=roofline, items=tokens, item="tokens", **self.common
+        )
 
     @property
     def common(self) -> dict:
@@ -151,7 +153,7 @@ def random_ids(inputs: int, n: int, device: str) -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE, (inputs, n), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def generation_floor(model: nn.Module, limits: Ceilings, inputs: int, n: int, streams: int, prefix: int, new_tokens: int) -> float:
+def generation_roofline(model: nn.Module, limits: Peaks, inputs: int, n: int, streams: int, prefix: int, new_tokens: int) -> float:
     """Encoder once, keys and values once, one pass over the prompts, the remaining steps: each bound by bytes or by operations.
 
     ``streams`` are those of all inputs. Weights, keys and values are read once per pass; self-attention's own keys are left out.
@@ -167,10 +169,10 @@ def generation_floor(model: nn.Module, limits: Ceilings, inputs: int, n: int, st
 
     def decode(tokens):
         operations = 2 * streams * (decoder * tokens + head) + 4 * streams * tokens * n * inner * config.num_decoder_layers
-        return limits.floor((decoder + head + keys) * itemsize, operations)
+        return limits.roofline((decoder + head + keys) * itemsize, operations)
 
-    encode = limits.floor(encoder * itemsize, 2 * encoder * inputs * n + 4 * inputs * n * n * inner * config.num_layers)
-    project = limits.floor((cross + keys) * itemsize, 2 * cross * inputs * n)
+    encode = limits.roofline(encoder * itemsize, 2 * encoder * inputs * n + 4 * inputs * n * n * inner * config.num_layers)
+    project = limits.roofline((cross + keys) * itemsize, 2 * cross * inputs * n)
     return encode + project + decode(prefix + 1) + (new_tokens - 1) * decode(1)
 
 
@@ -178,7 +180,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each way; a quarter of them for PiE")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each candidate; a quarter of them for PiE")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a tiny model, two runs: does it work at all")
     options = parser.parse_args()

@@ -2,8 +2,8 @@
 
     pytest benchmarks/ -k "shared_cross_attention and float32" [--benchmark-quick] [--benchmark-device cuda] [--benchmark-autosave]
 
-A group is one problem, its tests are the ways to solve it, checked before they are timed. What cannot run here is skipped with its reason.
-Ratios are better taken from ``peft-kernels bench``, where the ways take turns.
+A group is one problem, its tests are the candidates that solve it, checked before they are timed. What cannot run here is skipped with its reason.
+Ratios are better taken from ``peft-kernels bench``, where the candidates take turns.
 """
 
 from functools import lru_cache
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from peft_kernels.perf.bench import problems as cases
-from peft_kernels.perf.bench.runner import Thing, checked, first_line, things, truth, ways
-from peft_kernels.perf.results import OURS
+from peft_kernels.perf.bench.runner import Case, candidates, cases_of, checked, truth
+from peft_kernels.perf.results import OURS, first_line
 
 
 def pytest_generate_tests(metafunc):
@@ -21,31 +21,31 @@ def pytest_generate_tests(metafunc):
     device, quick = option("--benchmark-device"), option("--benchmark-quick")
     found = []
     for operator in map(cases.operator, cases.NAMES):
-        small = {v: Thing(operator, operator.quick_shapes[0], v, operator.dtypes[0], False).problem(device) for v in operator.variants}
-        for thing in things(operator, operator.quick_shapes if quick else operator.shapes, operator.default_dtypes, [False, True]):
-            # the names of the ways do not depend on the shape
-            found += [pytest.param(thing, way, device, id=f"{thing}, {way}") for way in ways(thing, small[thing.variant], device)]
-    metafunc.parametrize(("thing", "way", "device"), found)
+        small = {v: Case(operator, operator.quick_shapes[0], v, operator.dtypes[0], False).problem(device) for v in operator.variants}
+        for case in cases_of(operator, operator.quick_shapes if quick else operator.shapes, operator.default_dtypes, [False, True]):
+            # the names of the candidates do not depend on the shape
+            found += [pytest.param(case, candidate, device, id=f"{case}, {candidate}") for candidate in candidates(case, small[case.variant], device)]
+    metafunc.parametrize(("case", "candidate", "device"), found)
 
 
 @lru_cache(maxsize=1)
 def solved(operator: str, shape: tuple, variant: str, dtype: str, backward: bool, device: str):
     """The problem of a group and its truth."""
     torch.compiler.reset()
-    thing = Thing(cases.operator(operator), dict(shape), variant, dtype, backward)
-    problem = thing.problem(device)
-    return problem, truth(problem, backward), ways(thing, problem, device)
+    case = Case(cases.operator(operator), dict(shape), variant, dtype, backward)
+    problem = case.problem(device)
+    return problem, truth(problem, backward), candidates(case, problem, device)
 
 
-def test_operator(benchmark, thing, way, device):
-    problem, expected, prepare = solved(thing.operator.name, tuple(thing.shape.items()), thing.variant, thing.dtype, thing.backward, device)
+def test_operator(benchmark, case, candidate, device):
+    problem, expected, prepare = solved(case.operator.name, tuple(case.shape.items()), case.variant, case.dtype, case.backward, device)
     try:
-        function, error = checked(prepare[way](), problem, expected, thing, device)
+        function, error = checked(prepare[candidate](), problem, expected, case, device)
     except Exception as reason:
-        if way == OURS:
+        if candidate == OURS:
             raise
         pytest.skip(first_line(reason))
-    benchmark.group, benchmark.name = str(thing), way
+    benchmark.group, benchmark.name = str(case), candidate
     benchmark.extra_info["error"] = error
     if device == "cuda":
         benchmark(lambda: (function(), torch.cuda.synchronize()))

@@ -80,7 +80,7 @@ def compare(settings: dict, dtype: torch.dtype, device: str, repeats: int) -> li
     }
     check(steps[OURS], steps[PLAIN])
     steps[FULL]()
-    each = {way: {"peak_bytes": peak_memory(step, device)[1]} for way, step in steps.items()}
+    each = {candidate: {"peak_bytes": peak_memory(step, device)[1]} for candidate, step in steps.items()}
     timings = interleaved(steps, repeats, device=device)
     shape = {"B": BATCH, "S": LENGTH, "d": encoder.config.hidden_size}
     common = {"benchmark": "ytuning_step", "shape": shape, "dtype": str(dtype).removeprefix("torch."), "phase": "training step"}

@@ -1,4 +1,4 @@
-"""One workload asked in three ways: tokens compared, time and memory measured, a table, a plot and the JSON written."""
+"""One workload decoded in three ways: tokens compared, time and memory measured, a table, a plot and the JSON written."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,17 +9,16 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
 from . import pid
 from .dept.family import most_columns
 from .perf import pid_baselines
-from .perf.bench.runner import first_line
 from .perf.interruption import Keeping
 from .perf.measure import Interrupted, Timing, cpu_model, gpus, interleaved, peak_memory
-from .perf.results import write_json
+from .perf.progress import progress_bar
+from .perf.results import first_line, write_json
 from .perf.workloads import Texts, Workload, tokenizer
 from .pid.families import max_positions
 
@@ -102,7 +101,7 @@ def run(
         return asking(pid_baselines.shared, enabled)()
 
     first, timings = {}, {}
-    with Keeping(first) as kept, progress_bar(console, 3 + 2 * repeats) as step:
+    with Keeping(first) as kept, progress_bar(console, 4 + 2 * repeats) as step:
         asking(pid_baselines.repeated, model, replace(workload, inputs=[workload.inputs[0][:16]], prompts=workload.prompts[:1]))()
         first_runs = {PIE: asking(pid_baselines.prompt_in_encoder, model), REPEATED: asking(pid_baselines.repeated, model), OURS: first_time}
         for label, function in first_runs.items():
@@ -142,19 +141,6 @@ def run(
     console.print(f"written: {path}" if kept.partial else f"written: {out / 'demo.png'}, {path}")
     kept.end(console)
     return exact
-
-
-@contextmanager
-def progress_bar(console: Console, total: int):
-    """Yields a function that shows a label and counts one of ``total`` runs."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("warming up", total=total + 1)
-
-        def step(label: str):
-            progress.update(task, description=label, advance=1)
-
-        yield step
 
 
 def _row(label: str, timings: dict[str, Timing], answers: pid_baselines.Answers, peak: int | None) -> dict:

@@ -7,8 +7,8 @@ import argparse
 import sys
 
 from peft_kernels.perf.bench.problems import NAMES, operator
-from peft_kernels.perf.bench.runner import TOLERANCE, first_line, prepared, things, truth, ways, worst_error
-from peft_kernels.perf.results import OURS
+from peft_kernels.perf.bench.runner import TOLERANCE, candidates, cases_of, prepared, truth, worst_error
+from peft_kernels.perf.results import OURS, first_line
 
 
 def main():
@@ -18,19 +18,19 @@ def main():
     options = parser.parse_args()
     failures = 0
     for one in (operator(name) for name in options.operators or NAMES):
-        for thing in things(one, list(one.quick_shapes), list(one.dtypes), [False, True]):
-            problem = thing.problem(options.device)
-            expected = truth(problem, thing.backward)
-            for name, way in ways(thing, problem, options.device).items():
+        for case in cases_of(one, list(one.quick_shapes), list(one.dtypes), [False, True]):
+            problem = case.problem(options.device)
+            expected = truth(problem, case.backward)
+            for name, candidate in candidates(case, problem, options.device).items():
                 if not name.startswith(OURS):
                     continue
                 try:
-                    results = prepared(way().compute, problem.leaves, problem.grads, thing.backward)()
-                    says = f"error {worst_error(results, expected, TOLERANCE.get(thing.dtype, 0.0)):.0e}"
+                    results = prepared(candidate().compute, problem.leaves, problem.grads, case.backward)()
+                    says = f"error {worst_error(results, expected, TOLERANCE.get(case.dtype, 0.0)):.0e}"
                 except Exception as error:
                     failures += 1
                     says = f"FAIL {first_line(error)}"
-                print(f"{thing}, {name}: {says}", flush=True)
+                print(f"{case}, {name}: {says}", flush=True)
     if failures:
         sys.exit(f"{failures} failed")
 

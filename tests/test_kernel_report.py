@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from peft_kernels.ops.cuda_library import LIBRARY
 from tools.kernel_report import check, page, table
 from tools.kernel_report.architectures import ARCHITECTURES, blocks_per_processor
-from tools.kernel_report.case import Expected
+from tools.kernel_report.variant import Expected
 
 NAME = "sm_90 shared_cross_attention attend bf16 BM=64"
 ROW = {

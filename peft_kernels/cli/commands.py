@@ -82,7 +82,7 @@ def demo(
     ] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the plot and the JSON.", file_okay=False)] = Path("results/demo"),
 ):
-    """Ask many things of one text in three ways, check that the tokens agree, and compare time and memory.
+    """Ask many questions of one text in three ways, check that the tokens agree, and compare time and memory.
 
     PiE: every prompt is encoded with the text, stock generate. PiD repeated: encoded once, encoder outputs repeated per prompt, stock
     generate. Ours: pid.enable and pid.generate, every input's keys and values computed and kept once.
@@ -121,14 +121,14 @@ def bench(
         list[str] | None, typer.Option(help='Sizes in place of the default shapes, "B=16,L=256,...", of exactly one OP. May be repeated.')
     ] = None,
     phase: Annotated[Phase, typer.Option(help="backward: forward and backward together.")] = Phase.both,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each way, or more where they are short.", min=2, max=LARGEST)] = 20,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each candidate, or more where they are short.", min=2, max=LARGEST)] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and fewer repetitions of what is short.")] = False,
     against: Annotated[str | None, typer.Option(help="A git revision of this package, whose operators are timed beside.", metavar="REF")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for operators.json and operators.csv. Without it: results/<device>.", file_okay=False)
     ] = None,
 ):
-    """Every operator against every baseline: checked against float64, timed turn by turn, held against the floor of this machine."""
+    """Every operator against every baseline: checked against float64, timed turn by turn, held against the roofline of this machine."""
     from ..perf.bench.command import asked, run
     from ..perf.bench.revision import found
     from ..perf.results import default_folder
@@ -136,10 +136,10 @@ def bench(
     _check(device)
     console = Console()
     with _refusing():
-        things = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
+        cases_of = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
         out = writable_folder(out or default_folder(device.value))
         checkout = None if against is None else found(against)
-    raise typer.Exit(0 if run(things, device.value, repeats, quick, out, console, checkout) else 1)
+    raise typer.Exit(0 if run(cases_of, device.value, repeats, quick, out, console, checkout) else 1)
 
 
 @contextmanager
@@ -212,14 +212,14 @@ def profile(
     new_tokens: Annotated[list[str] | None, typer.Option(metavar="INTS", help="pid: tokens generated, or learned, per prompt; likewise.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
-    repeats: Annotated[int | None, typer.Option(help="Timed runs of each way; 5, with --quick 2.", min=1, max=LARGEST)] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs of each candidate; 5, with --quick 2.", min=1, max=LARGEST)] = None,
     train: Annotated[bool, typer.Option("--train", help="A training step in place of inference.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes where no option names one, two runs: does it work at all.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the JSON, plots and traces; else results/DEVICE.", file_okay=False)] = None,
 ):
     """A model end to end, stock and with a method's kernels: throughput, time to first token, peak memory, time by operator.
 
-    Both ways run turn by turn in one process, and what they say is compared: a disagreement in float32 fails. Chrome traces are written too.
+    Stock and ours run turn by turn in one process, and what they say is compared: a disagreement in float32 fails. Chrome traces are written too.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""How everything here is measured: runs interleaved in one process, medians with their spread, ceilings of the same machine in the same run."""
+"""How everything here is measured: runs interleaved in one process, medians with their spread, measured peaks of the same machine in the same run."""
 
 import ctypes
 import gc
@@ -196,21 +196,21 @@ def _resident(field: str) -> int:
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What this machine reaches, measured in this run: a floor is the larger of bytes and operations over these."""
+class Peaks:
+    """The measured peaks of this machine in this run; the roofline bound of a call is the larger of its bytes and operations over them."""
 
     bandwidth: float  # bytes per second of a copy, read and written counted
     rate: float  # operations per second of a large matrix product, a multiplication and an addition counted as two
 
-    def floor(self, nbytes: float, operations: float) -> float:
+    def roofline(self, nbytes: float, operations: float) -> float:
         return max(nbytes / self.bandwidth, operations / self.rate)
 
     def __str__(self):
         return f"copy {self.bandwidth / 1e9:.1f} GB/s, matrix product {self.rate / 1e9:,.0f} GFLOP/s"
 
 
-def ceilings(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> Ceilings:
-    return Ceilings(copy_bandwidth(device, COPY_BYTES >> (5 if quick else 0)), matrix_rate(dtype, device, 256 if quick else None))
+def peaks(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> Peaks:
+    return Peaks(copy_bandwidth(device, COPY_BYTES >> (5 if quick else 0)), matrix_rate(dtype, device, 256 if quick else None))
 
 
 def copy_bandwidth(device: str = "cpu", nbytes: int = COPY_BYTES) -> float:

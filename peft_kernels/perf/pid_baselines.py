@@ -1,4 +1,4 @@
-"""The three ways to ask many things of one input, and the models they are compared on."""
+"""Prompt-in-Decoder and its two baselines, and the models they are compared on."""
 
 import copy
 from collections.abc import Callable, Sequence

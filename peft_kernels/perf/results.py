@@ -1,4 +1,4 @@
-"""Results as files: one row for each way of doing one thing, with the machine that it was measured on."""
+"""Result files: one row for each candidate of a benchmark case, with the machine that it was measured on."""
 
 import csv
 import json
@@ -12,31 +12,31 @@ from pathlib import Path
 
 import torch
 
-from .measure import Ceilings, Timing, cpu_model, environment
+from .measure import Peaks, Timing, cpu_model, environment
 
 OURS = "ours"
-SCHEMA = 1
+SCHEMA = 2
 ENVIRONMENT = {"cores", "cpu", "cpu_capability", "date", "gpus", "system", "threads", "versions"}  # what a report tells of a machine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way of doing one thing. Rows that agree in all of ``thing`` were timed turn by turn in one process."""
+    """One candidate on one benchmark case. Rows that agree in all of ``case`` were timed turn by turn in one process."""
 
     benchmark: str  # an operator's name, or that of an end-to-end benchmark
     shape: dict[str, int]  # the letters of the operator's docstring -> sizes
     variant: str = ""  # what else sets the problem apart: "ragged", "16 adapters"
     dtype: str
     phase: str  # "forward", "forward + backward", "generate", "training step"
-    way: str  # OURS, or what it is compared with
+    candidate: str  # OURS, an implementation of ours, or a baseline
     median_s: float | None = None
     spread: float | None = None  # interquartile range over the median
     runs: int = 0
-    ratio: float | None = None  # this way's time over ours: the median of the turns' ratios
+    ratio: float | None = None  # the candidate's time over ours: the median of the turns' ratios
     error: float | None = None  # norm of the error over norm of the float64 truth; of tokens, the share of streams that differ
     bytes: int | None = None  # each input read once, each output written once
     operations: int | None = None  # a multiplication and an addition are two
-    floor_s: float | None = None  # the least that this machine's ceilings allow
+    roofline_s: float | None = None  # the larger of bytes over the measured bandwidth and operations over the measured rate
     peak_bytes: int | None = None  # above what stood before
     kept_bytes: int | None = None  # held from step to step: cross-attention's keys and values
     items: int | None = None  # what a run gets through
@@ -44,47 +44,47 @@ class Row:
     missing: str | None = None  # why it was not timed
 
     @property
-    def thing(self) -> tuple:
+    def case(self) -> tuple:
         return self.benchmark, tuple(self.shape.items()), self.variant, self.dtype, self.phase
 
     @property
-    def share_of_floor(self) -> float | None:
-        return None if self.floor_s is None or self.median_s is None else self.floor_s / self.median_s
+    def share_of_roofline(self) -> float | None:
+        return None if self.roofline_s is None or self.median_s is None else self.roofline_s / self.median_s
 
 
 def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **common) -> list[Row]:
-    """A row for each way that was timed, turn by turn. each: way -> fields of its own; common: those that all share.
+    """A row for each candidate that was timed, turn by turn. each: candidate -> fields of its own; common: those that all share.
 
     Without OURS among them no ratio is known.
     """
     ours = timings[OURS].seconds if OURS in timings else ()
 
-    def row(way: str, timing: Timing) -> Row:
-        ratios = [theirs / own for theirs, own in zip(timing.seconds, ours)]  # zip: a slow way has fewer turns
+    def row(candidate: str, timing: Timing) -> Row:
+        ratios = [theirs / own for theirs, own in zip(timing.seconds, ours)]  # zip: a slow candidate has fewer turns
         times = {"median_s": timing.median, "spread": timing.spread, "runs": len(timing.seconds)}
         times["ratio"] = statistics.median(ratios) if ratios else None
-        return Row(**{"way": way, **times, **common, **each.get(way, {})})
+        return Row(**{"candidate": candidate, **times, **common, **each.get(candidate, {})})
 
     return [row(*one) for one in timings.items()]
 
 
 @dataclass(frozen=True)
 class Results:
-    """The content of a file: what was asked of which device, its ceilings by dtype, and the rows."""
+    """The content of a file: what was asked of which device, its peaks by dtype, and the rows."""
 
     device: str  # "cpu" or "cuda"
     device_name: str
     environment: dict
     rows: tuple[Row, ...]
-    ceilings: dict[str, Ceilings] = field(default_factory=dict)  # dtype -> what the machine reached in the same run
+    peaks: dict[str, Peaks] = field(default_factory=dict)  # dtype -> what the machine reached in the same run
     command: str = ""
     partial: bool = False  # the run was interrupted: what it had measured until then
 
-    def by_thing(self) -> dict[tuple, list[Row]]:
+    def by_case(self) -> dict[tuple, list[Row]]:
         """Rows that were timed together, in the file's order."""
         found = {}
         for row in self.rows:
-            found.setdefault(row.thing, []).append(row)
+            found.setdefault(row.case, []).append(row)
         return found
 
     def write(self, path: Path) -> Path:
@@ -110,6 +110,12 @@ class Results:
         return path
 
 
+def first_line(error: Exception) -> str:
+    """Why a candidate has no time, for its row."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.partial{path.suffix}")
 
@@ -125,10 +131,10 @@ def write_json(path: Path, partial: bool, **content) -> Path:
     return path
 
 
-def measured(rows: Iterable[Row], device: str, ceilings: Mapping[str, Ceilings] = {}, partial: bool = False) -> Results:
+def measured(rows: Iterable[Row], device: str, peaks: Mapping[str, Peaks] = {}, partial: bool = False) -> Results:
     """Rows of this process with the fingerprint of this machine, and the command without the place that it wrote to."""
     command = re.sub(r" --out[ =]\S+", "", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    return Results(device, device_name(device), environment(), tuple(rows), dict(ceilings), command, partial)
+    return Results(device, device_name(device), environment(), tuple(rows), dict(peaks), command, partial)
 
 
 def read(path: Path) -> Results:
@@ -148,7 +154,7 @@ def read(path: Path) -> Results:
     del content["schema"]
     try:
         content["rows"] = tuple(Row(**row) for row in content["rows"])
-        content["ceilings"] = {dtype: Ceilings(**one) for dtype, one in content["ceilings"].items()}
+        content["peaks"] = {dtype: Peaks(**one) for dtype, one in content["peaks"].items()}
         missing = ENVIRONMENT - set(content["environment"])
         found = Results(**content)
     except (AttributeError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ COLUMNS = {
     "spread": lambda row: "-" if row.spread is None else f"{row.spread:.0%}",
     "runs": lambda row: str(row.runs),
     "x ours": lambda row: None if row.ratio is None else f"{row.ratio:.2f}",
-    "of floor": lambda row: None if row.share_of_floor is None else f"{row.share_of_floor:.0%}",
+    "% of roofline": lambda row: None if row.share_of_roofline is None else f"{100 * row.share_of_roofline:.0f}",
     "{item}/s": lambda row: None if row.items is None else f"{row.items / row.median_s:,.0f}",
     "peak MB": lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}",
     "kept MB": lambda row: None if row.kept_bytes is None else f"{row.kept_bytes / 1e6:,.1f}",
@@ -23,24 +23,24 @@ COLUMNS = {
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """Rows that were timed together; below them the floor, and what was not timed and why."""
+    """Rows that were timed together; below them the roofline bound, and what was not timed and why."""
     first, shown = rows[0], [row for row in rows if row.missing is None]
     cells = {name: [cell(row) for row in shown] for name, cell in COLUMNS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
-    result = Table("way", box=box.SIMPLE_HEAD)
+    result = Table("candidate", box=box.SIMPLE_HEAD)
     for name in cells:
         result.add_column(name.format(item=first.item), justify="right", no_wrap=True)
     for i, row in enumerate(shown):
-        result.add_row(escape(row.way), *(column[i] or "-" for column in cells.values()))
-    lines = [f"  floor {seconds(first.floor_s)}"] if first.floor_s is not None else []
+        result.add_row(escape(row.candidate), *(column[i] or "-" for column in cells.values()))
+    lines = [f"  roofline bound {seconds(first.roofline_s)}"] if first.roofline_s is not None else []
     if first.bytes is not None:
         lines[0] += f": {first.bytes / 1e6:,.1f} MB, {first.operations / 1e9:,.2f} GFLOP"
-    lines += [f"  [yellow]missing[/yellow] {escape(row.way)}: {escape(row.missing)}" for row in rows if row.missing is not None]
+    lines += [f"  [yellow]missing[/yellow] {escape(row.candidate)}: {escape(row.missing)}" for row in rows if row.missing is not None]
     return Group(f"[bold]{escape(title(first))}[/bold]", result, *lines, "")
 
 
 def title(row: Row) -> str:
-    """What its ways are compared in."""
+    """The case of a row: benchmark, shape, variant, dtype, phase."""
     shape = " ".join(f"{letter}={size}" for letter, size in row.shape.items())
     return ", ".join(filter(None, (row.benchmark, shape, row.variant, row.dtype, row.phase)))
 

@@ -161,5 +161,5 @@ def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
     found = read(tmp_path / "out.json")
     assert {row.dtype for row in found.rows} == {"float32", "bfloat16"}
-    assert all(OURS in [row.way for row in rows] for rows in found.by_thing().values())
+    assert all(OURS in [row.candidate for row in rows] for rows in found.by_case().values())
     assert "spread" in capsys.readouterr().out

@@ -42,7 +42,7 @@ def nothing_runs(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("bad input was not noticed in time")
 
-    for module, name in ((pid_baselines, "t5_base"), (demo, "run"), (operators_command, "ceilings"), (profile_run, "source_of")):
+    for module, name in ((pid_baselines, "t5_base"), (demo, "run"), (operators_command, "peaks"), (profile_run, "source_of")):
         monkeypatch.setattr(module, name, never)
 
 
@@ -188,8 +188,8 @@ def interrupt(monkeypatch, after: int, error=KeyboardInterrupt):
     monkeypatch.setattr(measure, "_wall_clock", clock)
 
 
-@pytest.mark.parametrize("after, ways, runs", [(1, 2, 1), (4, 3, 2)])
-def test_interrupted_demo_keeps_what_it_has(after, ways, runs, here, monkeypatch):
+@pytest.mark.parametrize("after, candidates, runs", [(1, 2, 1), (4, 3, 2)])
+def test_interrupted_demo_keeps_what_it_has(after, candidates, runs, here, monkeypatch):
     """Of the decoder methods a first run, or whole turns."""
     monkeypatch.setattr(pid_baselines, "t5_base", lambda dtype, device, build=pid_baselines.t5_base: build(dtype, device, **T5))
     (here / "prompts").write_text("what is it?\nwhere?\n")
@@ -197,14 +197,14 @@ def test_interrupted_demo_keeps_what_it_has(after, ways, runs, here, monkeypatch
     options = "--input-tokens", 8, "--new-tokens", 2, "--repeats", 3, "--prompts", "prompts", "--out", "out"
     assert "interrupted: what was written is partial" in invoke("demo", *options, code=interruption.INTERRUPTED)
     found = json.loads((here / "out" / "demo.partial.json").read_text())
-    assert found["partial"] is True and len(found["results"]) == ways and found["results"][1]["runs"] == runs
+    assert found["partial"] is True and len(found["results"]) == candidates and found["results"][1]["runs"] == runs
     assert found["tokens"] == {"streams": 2, "different": 0}  # both had their first run
     assert [path.name for path in (here / "out").iterdir()] == ["demo.partial.json"]
 
 
 @pytest.mark.parametrize("after, rows", [(3, 3), (9, 6)])
 def test_interrupted_profile_keeps_its_cases(after, rows, checkpoint, here, monkeypatch):
-    """Six runs are a whole case, and three a turn of all ways."""
+    """Six runs are a whole case, and three a turn of all candidates."""
     checkpoint(pid_baselines.t5_base(**{**T5, "vocab_size": 64}))
     monkeypatch.setattr(profile_run, "self_times", lambda *_: {"aten::mm": 1.0})  # the profiler takes seconds to start
     interrupt(monkeypatch, after)
@@ -235,15 +235,15 @@ def test_what_stops_a_run_waits_until_its_results_are_written(error, ends_as):
 
 def test_interrupted_bench_is_partial_and_leaves_whole_results_alone(here, monkeypatch):
     command = "bench", "label_logits", "--quick", "--dtype", "float32", "--repeats", 2, "--out", "out"
-    monkeypatch.setattr(operators_command, "ceilings", lambda *_: measure.Ceilings(1e9, 1e9))
+    monkeypatch.setattr(operators_command, "peaks", lambda *_: measure.Peaks(1e9, 1e9))
     monkeypatch.setattr(operators_command, "QUICK_SECONDS", 0.01)
-    rows = [results.Row(benchmark="b", shape={"B": 1}, dtype="float32", phase="forward", way="ours", median_s=1.0)]
+    rows = [results.Row(benchmark="b", shape={"B": 1}, dtype="float32", phase="forward", candidate="ours", median_s=1.0)]
     done = []
 
-    def compare(thing, *args, **kwargs):
+    def compare(case, *args, **kwargs):
         if done:
             raise KeyboardInterrupt
-        done.append(thing)
+        done.append(case)
         return rows
 
     (here / "out").mkdir()
@@ -264,7 +264,7 @@ def test_interrupted_tune_saves_what_it_found(here, monkeypatch):
         return problem
 
     problems = [SimpleNamespace(site=SimpleNamespace(kernel=kernel)) for kernel in ("forward", "backward")]
-    monkeypatch.setattr(tune, "problems", lambda *_: problems)
+    monkeypatch.setattr(tune, "targets", lambda *_: problems)
     monkeypatch.setattr(tune, "search", search)
     monkeypatch.setattr(tune, "save", lambda path, device, outcomes, console: saved.extend(outcomes))
     monkeypatch.setattr(tune, "table", lambda *_: "")
@@ -275,9 +275,9 @@ def test_interrupted_tune_saves_what_it_found(here, monkeypatch):
 
 
 def a_result(**fields):
-    row = {"benchmark": "label_logits", "shape": {"B": 1}, "dtype": "float32", "phase": "forward", "way": "ours", "median_s": 1.0, "runs": 2}
+    row = {"benchmark": "label_logits", "shape": {"B": 1}, "dtype": "float32", "phase": "forward", "candidate": "ours", "median_s": 1.0, "runs": 2}
     environment = {**measure.environment(), "date": "2026-01-02T03:04:05+00:00"}
-    return {"schema": 1, "device": "cpu", "device_name": "A CPU", "environment": environment, "rows": [row], "ceilings": {}, **fields}
+    return {"schema": 2, "device": "cpu", "device_name": "A CPU", "environment": environment, "rows": [row], "peaks": {}, **fields}
 
 
 @pytest.mark.parametrize(
@@ -285,11 +285,11 @@ def a_result(**fields):
     [
         (b"{", "expected JSON"),
         (b"\xff", "expected JSON"),
-        (b"[]", "expected results of schema 1, got None"),
-        (b'{"schema": 1}', "got KeyError: 'rows'"),
+        (b"[]", "expected results of schema 2, got None"),
+        (b'{"schema": 2}', "got KeyError: 'rows'"),
         (json.dumps(a_result(rows=[{"nothing": 1}])).encode(), "nothing"),
         (json.dumps(a_result(environment={"date": ""})).encode(), "whose environment has cores, cpu"),
-        (json.dumps(a_result(ceilings=3)).encode(), "expected results of schema 1"),
+        (json.dumps(a_result(peaks=3)).encode(), "expected results of schema 2"),
     ],
 )
 def test_report_names_the_file_that_is_wrong(content, message, here):

@@ -106,7 +106,7 @@ def ops(folder: Path) -> dict:
 def report(folder: Path) -> dict:
     """A file as the commands that measure write it."""
     what = {"benchmark": "label_logits", "shape": {"B": 4, "H": 32}, "dtype": "float32", "phase": "forward"}
-    rows = [Row(**what, way=OURS, median_s=2.0, floor_s=1.0), Row(**what, way="another", missing="not installed")]
+    rows = [Row(**what, candidate=OURS, median_s=2.0, roofline_s=1.0), Row(**what, candidate="another", missing="not installed")]
     path = folder / "results.json"
     measured(rows, "cpu").write(path)
     return {"path": path}

@@ -19,11 +19,11 @@ from peft_kernels.perf import measure, results
 from peft_kernels.perf.bench import command as operators_command
 from peft_kernels.perf.bench import problems as cases
 from peft_kernels.perf.bench import revision
-from peft_kernels.perf.bench.case import Way
-from peft_kernels.perf.bench.runner import Thing, checked, compare, truth
+from peft_kernels.perf.bench.case import Candidate
+from peft_kernels.perf.bench.runner import Case, checked, compare, truth
 
 ROOT = Path(__file__).parents[2]
-LIMITS = measure.Ceilings(bandwidth=1e9, rate=1e9)
+LIMITS = measure.Peaks(bandwidth=1e9, rate=1e9)
 TINY = {
     "shared_cross_attention": "b=2,M=3,t=2,n=8,H=2,D=16",
     "decomposed_prompt_embedding": "B=4,L=5,m=2,r=2,d=16",
@@ -42,13 +42,13 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """One thread, ceilings that are not measured, two turns, and a torch.compile that fails as it does without a compiler."""
+    """One thread, peaks that are not measured, two turns, and a torch.compile that fails as it does without a compiler."""
 
     def compile(*_, **__):
         raise RuntimeError("no C++ compiler was found\nand a long explanation")
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(operators_command, "ceilings", lambda dtype, device: LIMITS)
+    monkeypatch.setattr(operators_command, "peaks", lambda dtype, device: LIMITS)
     monkeypatch.setattr(operators_command, "SECONDS", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -70,9 +70,9 @@ def refused(*arguments):
     return result.output
 
 
-def thing(name, backward=False, dtype="float32", variant=""):
+def case(name, backward=False, dtype="float32", variant=""):
     operator = cases.operator(name)
-    return Thing(operator, operators_command.parsed(TINY[name], operator), variant, dtype, backward)
+    return Case(operator, operators_command.parsed(TINY[name], operator), variant, dtype, backward)
 
 
 def test_every_public_operator_has_cases():
@@ -89,23 +89,23 @@ def test_every_way_is_right_and_in_the_files(name, tmp_path):
     operator = cases.operator(name)
     found = {}
     for row in rows:
-        assert row.way in output
+        assert row.candidate in output
         found.setdefault((row.variant, row.dtype, row.phase), []).append(row)
     phases = ["forward", "forward + backward"] if operator.has_backward else ["forward"]
     assert set(found) == {(v, d, p) for v in operator.variants for d in operator.default_dtypes for p in phases}
-    for ways in found.values():
-        assert ways[0].way == "ours" and ways[0].ratio == 1
-        timed, missing = ([row for row in ways if bool(row.missing) == wanted] for wanted in (False, True))
+    for candidates in found.values():
+        assert candidates[0].candidate == "ours" and candidates[0].ratio == 1
+        timed, missing = ([row for row in candidates if bool(row.missing) == wanted] for wanted in (False, True))
         assert len(timed) >= 2
         for row in timed:
             assert row.median_s > 0 and row.ratio > 0 and row.runs == 2 and row.spread is not None
-            assert 0 <= row.error < 2e-2 and row.bytes > 0 and row.floor_s > 0
+            assert 0 <= row.error < 2e-2 and row.bytes > 0 and row.roofline_s > 0
         for row in missing:
             assert row.missing in ("no C++ compiler was found", "CUDA only", "measured on CUDA only") and row.median_s is None
-            assert f"missing {row.way}: {row.missing}" in output
+            assert f"missing {row.candidate}: {row.missing}" in output
     with (tmp_path / "operators.csv").open() as file:
         listed = list(csv.DictReader(file))
-    assert [(r["benchmark"], r["way"], r["missing"]) for r in listed] == [(r.benchmark, r.way, r.missing or "") for r in rows]
+    assert [(r["benchmark"], r["candidate"], r["missing"]) for r in listed] == [(r.benchmark, r.candidate, r.missing or "") for r in rows]
     assert [float(r["median_s"]) for r in listed if r["median_s"]] == [r.median_s for r in rows if r.median_s]
 
 
@@ -113,8 +113,8 @@ def test_a_compiled_baseline_is_timed(monkeypatch):
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
     monkeypatch.undo()
-    rows = compare(thing("special_token_slots"), "cpu", LIMITS, repeats=2, seconds=0)
-    assert [row.missing for row in rows if "compiled" in row.way] == [None]
+    rows = compare(case("special_token_slots"), "cpu", LIMITS, repeats=2, seconds=0)
+    assert [row.missing for row in rows if "compiled" in row.candidate] == [None]
 
 
 def wrong(function):
@@ -126,7 +126,7 @@ def test_a_wrong_operator_fails_the_command_after_all_rows(tmp_path, monkeypatch
     output, rows = bench("special_token_add", tmp_path, "--dtype", "float32", code=1)
     assert "ours failed" in output and "wrong: error 1.0e-03" in output
     for row in rows:
-        assert (row.missing or "").startswith("wrong" if row.way == "ours" else "no C++" if "compiled" in row.way else "")
+        assert (row.missing or "").startswith("wrong" if row.candidate == "ours" else "no C++" if "compiled" in row.candidate else "")
         assert row.ratio is None and (row.missing or row.median_s > 0)
     assert {row.phase for row in rows} == {"forward", "forward + backward"}
 
@@ -142,7 +142,7 @@ def test_a_wrong_implementation_that_auto_does_not_take_fails_too(tmp_path, monk
 def test_a_shape_that_does_not_fit_costs_no_other_row(tmp_path):
     fits = TINY["label_cross_attention"]
     output, rows = bench("label_cross_attention", tmp_path, "--shapes", fits.replace("num_heads=2", "num_heads=3"), "--dtype", "float32", code=1)
-    assert {row.shape["num_heads"]: bool(row.missing) for row in rows if row.way == "ours"} == {2: False, 3: True}
+    assert {row.shape["num_heads"]: bool(row.missing) for row in rows if row.candidate == "ours"} == {2: False, 3: True}
     assert "ours failed" in output
 
 
@@ -151,17 +151,17 @@ def test_a_wrong_baseline_is_missing(tmp_path, monkeypatch):
     official = module.official_add
     monkeypatch.setattr(module, "official_add", lambda *args: wrong(official(*args)))
     output, rows = bench("special_token_add", tmp_path, "--dtype", "float32", "--phase", "forward")
-    assert [row.missing for row in rows if row.way == "official"] == ["wrong: error 1.0e-03, at most 1e-05 is right"]
+    assert [row.missing for row in rows if row.candidate == "official"] == ["wrong: error 1.0e-03, at most 1e-05 is right"]
     assert rows[0].ratio == 1
 
 
 @pytest.mark.parametrize("change", [lambda x: x[..., :1], lambda x: x * float("nan")])
 def test_other_shapes_and_nan_are_wrong(change):
-    added = thing("special_token_add")
+    added = case("special_token_add")
     problem = added.problem("cpu")
     ours = problem.ours("auto").compute
     with pytest.raises(ValueError, match="wrong: "):
-        checked(Way(lambda *leaves: change(ours(*leaves))), problem, truth(problem, False), added, "cpu")
+        checked(Candidate(lambda *leaves: change(ours(*leaves))), problem, truth(problem, False), added, "cpu")
 
 
 def test_what_a_ratio_is():
@@ -207,10 +207,10 @@ def test_against_another_revision(repository):
     checkout = revision.found("HEAD", repository)
     names = "special_token_add_", "special_token_slots", "label_logits"
     with revision.running(checkout, "cpu") as other:
-        rows = {name: compare(thing(name), "cpu", LIMITS, repeats=2, seconds=0, revision=other) for name in names}
+        rows = {name: compare(case(name), "cpu", LIMITS, repeats=2, seconds=0, revision=other) for name in names}
         process = other.process
     added, found, logits = (rows[name][-1] for name in names)
-    assert {row.way for row in (added, found, logits)} == {"ours at HEAD"}
+    assert {row.candidate for row in (added, found, logits)} == {"ours at HEAD"}
     assert added.median_s > 0 and added.ratio > 0 and added.error < 1e-5 and added.runs == 2
     assert found.missing == "this revision has no operator of that name"
     assert logits.missing.startswith("wrong: error")

@@ -49,6 +49,6 @@ def test_peak_memory_sees_what_is_freed_again_every_time():
 
 
 def test_ceilings_bound_from_both_sides():
-    limits = measure.Ceilings(bandwidth=10.0, rate=100.0)
-    assert limits.floor(20, 100) == 2 and limits.floor(10, 400) == 4
-    assert measure.ceilings(torch.float32, quick=True).bandwidth > 0
+    limits = measure.Peaks(bandwidth=10.0, rate=100.0)
+    assert limits.roofline(20, 100) == 2 and limits.roofline(10, 400) == 4
+    assert measure.peaks(torch.float32, quick=True).bandwidth > 0

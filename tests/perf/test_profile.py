@@ -22,7 +22,7 @@ from peft_kernels import dect
 from peft_kernels.cli.commands import app
 from peft_kernels.perf import pid_baselines, results
 from peft_kernels.perf.profile import dept, models, plot
-from peft_kernels.perf.profile.operators import NAMESPACE
+from peft_kernels.perf.profile.operator_times import NAMESPACE
 
 T5 = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 16}
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -81,7 +81,7 @@ def operators_in(trace):
 
 
 @pytest.mark.parametrize(
-    "kind, method, train, ways",
+    "kind, method, train, candidates",
     [
         ("t5", "pid", False, ["stock", "ours", "ours, not packed"]),
         ("t5", "pid", True, ["stock", "ours"]),
@@ -95,17 +95,17 @@ def operators_in(trace):
         ("bert", "ytuning", True, ["stock", "ours", "ours, not cached"]),
     ],
 )
-def test_method(kind, method, train, ways, checkpoint, tmp_path):
+def test_method(kind, method, train, candidates, checkpoint, tmp_path):
     text = profile(tmp_path / "out", checkpoint(kind), "--method", method, *sizes(method), *(["--train"] if train else []))
     assert "stock and ours agree" in text and "RANDOM" not in text
     stem = f"profile_{method}{'_train' if train else ''}"
     found = results.read(tmp_path / "out" / f"{stem}.json")
     phases = ["training step"] if train else ["generate", "first token"] if method == "pid" else ["forward"]
-    assert [(row.phase, row.way) for row in found.rows] == [(phase, way) for phase in phases for way in ways]
+    assert [(row.phase, row.candidate) for row in found.rows] == [(phase, candidate) for phase in phases for candidate in candidates]
     for row in found.rows:
         assert row.benchmark == f"profile {method}" and row.variant == kind and row.dtype == "float32"
         assert row.runs == 2 and row.median_s > 0 and row.ratio > 0
-    assert all(row.ratio == 1 for row in found.rows if row.way == "ours")
+    assert all(row.ratio == 1 for row in found.rows if row.candidate == "ours")
     assert found.rows[0].shape == SIZES.get(method, OTHER_SIZES)
     expected = {"generate": (18, "tokens"), "first token": (6, "tokens"), "training step": (6, "streams")} if method == "pid" else {}
     assert {(row.items, row.item) for row in found.rows} == {expected.get(phase, (2, "samples")) for phase in phases}
@@ -136,7 +136,7 @@ def test_sweep_makes_a_plot_for_each_axis_and_starts_at_the_first_values(checkpo
     sweep = "--batch", 1, "--length", 8, "--streams", 2, "--streams", 4, "--new-tokens", "2,3"
     text = profile(tmp_path / "out", checkpoint("t5"), *sweep)
     assert "method: pid, which an encoder-decoder model takes" in text and "so in all 5 cases" in text
-    found = results.read(tmp_path / "out" / "profile_pid.json").by_thing()
+    found = results.read(tmp_path / "out" / "profile_pid.json").by_case()
     shapes = [(phase, dict(shape)) for _, shape, _, _, phase in found]
     generated = [(2, 2), (4, 2), (2, 3)]
     assert [(s["streams"], s["new_tokens"]) for phase, s in shapes if phase == "generate"] == generated
@@ -151,7 +151,7 @@ def test_what_cannot_be_fused_is_told(checkpoint, tmp_path):
     text = profile(tmp_path / "out", checkpoint("albert"), "--method", "pasta", *sizes("pasta"))
     assert "ours, fused: fuse: model must be one of" in text
     *_, row = results.read(tmp_path / "out" / "profile_pasta.json").rows
-    assert row.way == "ours, fused" and "albert" in row.missing and row.median_s is None
+    assert row.candidate == "ours, fused" and "albert" in row.missing and row.median_s is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from peft_kernels.cli.commands import app
 from peft_kernels.ops import __all__ as operators
-from peft_kernels.perf.measure import Ceilings
+from peft_kernels.perf.measure import Peaks
 from peft_kernels.perf.report import load, page, updated
 from peft_kernels.perf.report.bars import RatioAxis
 from peft_kernels.perf.report.sections import KNOWN
@@ -20,17 +20,20 @@ BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ROOT = Path(__file__).parents[2]
 NASTY = '<script>alert("&")</script>'
 MACHINE = {"versions": {"torch": "2.0"}, "system": "Linux x86_64", "cpu": "A CPU", "cpu_capability": "AVX2", "cores": 4, "threads": 2, "gpus": []}
-ATTENTION = {"benchmark": "shared_cross_attention", "dtype": "float32", "phase": "forward", "bytes": 4000, "operations": 9000, "floor_s": 1e-3}
+ATTENTION = {"benchmark": "shared_cross_attention", "dtype": "float32", "phase": "forward", "bytes": 4000, "operations": 9000, "roofline_s": 1e-3}
 
 
 def attention(streams: int, **ratios) -> list[Row]:
-    """Rows of one problem: ours takes 2 ms, every other way its ratio times that."""
+    """Rows of one problem: ours takes 2 ms, every other candidate its ratio times that."""
     shape = {"b": 2, "M": streams, "n": 64}
-    return [Row(**ATTENTION, shape=shape, way=way, median_s=2e-3 * r, runs=9, spread=0.1, ratio=r) for way, r in {OURS: 1.0, **ratios}.items()]
+    return [
+        Row(**ATTENTION, shape=shape, candidate=candidate, median_s=2e-3 * r, runs=9, spread=0.1, ratio=r)
+        for candidate, r in {OURS: 1.0, **ratios}.items()
+    ]
 
 
 def results(rows, date="2026-03-05T10:00:00+00:00", **fields) -> Results:
-    what = {"device": "cpu", "device_name": "A CPU", "ceilings": {"float32": Ceilings(4e6, 9e6)}, "command": "bench", **fields}
+    what = {"device": "cpu", "device_name": "A CPU", "peaks": {"float32": Peaks(4e6, 9e6)}, "command": "bench", **fields}
     return Results(environment={**MACHINE, "date": date}, rows=tuple(rows), **what)
 
 
@@ -63,13 +66,13 @@ def test_pages_show_what_the_result_files_give():
 
 def test_known_names_are_those_of_the_rows():
     """A baseline that is quoted or set apart by name would silently vanish once a benchmark renames it."""
-    ways: dict[str, set[str]] = {}
+    candidates: dict[str, set[str]] = {}
     for machine in load([ROOT / "benchmarks/results"]):
         for case in machine.cases:
-            ways.setdefault(case.of.benchmark, set()).update(row.way for row in case.rows)
+            candidates.setdefault(case.of.benchmark, set()).update(row.candidate for row in case.rows)
     for one in KNOWN:
         named = {one.published, *one.other_work} - {None}
-        assert named <= ways.get(one.benchmark, named), one.benchmark
+        assert named <= candidates.get(one.benchmark, named), one.benchmark
     assert set(operators) <= {one.benchmark for one in KNOWN}
 
 
@@ -101,20 +104,22 @@ def test_page_is_self_contained_and_the_same_again(folder):
 def test_page_escapes_what_files_say(folder):
     rows = [replace(row, benchmark=NASTY, variant=NASTY) for row in attention(4, **{NASTY: 2.0})]
     rows += [replace(row, benchmark=NASTY) for n in (4, 8) for row in attention(n, **{NASTY: 2.0})]
-    rows.append(replace(rows[1], way="gone", median_s=None, ratio=None, missing=NASTY))
+    rows.append(replace(rows[1], candidate="gone", median_s=None, ratio=None, missing=NASTY))
     html = page(load([folder(cpu=results(rows, device_name=NASTY, command=NASTY))]))
     assert "<script" not in html and "&lt;script&gt;" in html
 
 
 def test_a_baseline_that_was_not_run_is_shown_with_its_reason(folder):
-    rows = [*attention(4, eager=3.0), Row(**ATTENTION, shape={"b": 2, "M": 4, "n": 64}, way="flex", missing="CUDA only")]
+    rows = [*attention(4, eager=3.0), Row(**ATTENTION, shape={"b": 2, "M": 4, "n": 64}, candidate="flex", missing="CUDA only")]
     text = text_of(page(load([folder(cpu=results(rows))])))
     assert "flex : CUDA only 1 of 1 case" in text and "not run: CUDA only" in text
 
 
 def test_rows_alone_drive_the_page(folder):
     """A benchmark that nobody knows, and ours without anything beside it."""
-    text = text_of(page(load([folder(new=results([Row(benchmark="brand new", shape={}, dtype="int8", phase="forward", way=OURS, median_s=1.0)]))])))
+    text = text_of(
+        page(load([folder(new=results([Row(benchmark="brand new", shape={}, dtype="int8", phase="forward", candidate=OURS, median_s=1.0)]))]))
+    )
     assert "brand new" in text and "no baseline was measured beside it" in text
 
 
@@ -122,10 +127,10 @@ def test_ours_is_compared_with_the_strongest_alternative(folder):
     rows = attention(4, eager=3.0, **{"fold + sdpa": 1.5, "ours, cpp": 0.5})
     [machine] = load([folder(cpu=results(rows))])
     [case] = machine.cases
-    assert case.strongest.way == "fold + sdpa" and case.ours.share_of_floor == 0.5
+    assert case.strongest.candidate == "fold + sdpa" and case.ours.share_of_roofline == 0.5
     stock = [replace(row, benchmark="pasta_layer") for row in attention(4, stock=0.3, official=1.2)]
     [machine] = load([folder(cpu=results(stock))])
-    assert machine.cases[0].strongest.way == "official"
+    assert machine.cases[0].strongest.candidate == "official"
 
 
 def test_the_newest_measurement_of_a_thing_counts(folder):
@@ -171,4 +176,4 @@ def test_command_writes_the_page_and_the_figures(folder, tmp_path):
 def test_command_refuses_what_it_cannot_read(folder, tmp_path):
     assert "found none" in report(tmp_path, code=2)
     (tmp_path / "old.json").write_text('{"environment": {}, "results": []}')
-    assert "expected results of schema 1, got None" in report(tmp_path, code=2)
+    assert "expected results of schema 2, got None" in report(tmp_path, code=2)

@@ -1,4 +1,4 @@
-"""The tuner on tiny problems in Triton's interpreter, with a clock that says what it is told to."""
+"""The tuner on tiny targets in Triton's interpreter, with a clock that says what it is told to."""
 
 import json
 
@@ -14,7 +14,7 @@ from peft_kernels.ops import triton_runtime, tuned
 from peft_kernels.ops.label_logits import triton as logits
 from peft_kernels.perf.measure import Timing
 from peft_kernels.perf.tune import search as tune
-from peft_kernels.perf.tune.targets import Problem, Sizes, problems
+from peft_kernels.perf.tune.targets import Sizes, Target, targets
 
 TINY = Sizes(1, 4, 16, 20, 2, 3, 2, 2, 2, 1, (64,), (16,), (16,))
 
@@ -31,9 +31,9 @@ def here(device, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def problem(here) -> Problem:
+def target(here) -> Target:
     """(4, 8): eight words, BW 8 and BD 256."""
-    return next(p for p in problems("label_logits", torch.float32, here, TINY) if p.site.kernel == "forward" and p.site.key == (4, 8))
+    return next(p for p in targets("label_logits", torch.float32, here, TINY) if p.site.kernel == "forward" and p.site.key == (4, 8))
 
 
 def clock(seconds, asked):
@@ -58,42 +58,42 @@ def test_every_problem_launches_the_row_that_it_says(operator, here, monkeypatch
     monkeypatch.setattr(tuned, "options", options)
     kernels = set()
     for dtype in (torch.float32, torch.float16):
-        for problem in problems(operator, dtype, here, TINY):
-            call = problem.make()
+        for target in targets(operator, dtype, here, TINY):
+            call = target.make()
             asked.clear()
             results = call()
-            assert [shipped for site, shipped in asked if site == problem.site] == [problem.shipped], problem.site
-            assert all(x.isfinite().all() and x.any() for x in results if x is not None), problem.site
-            kernel = tuned.KERNELS[operator][problem.site.kernel]
-            assert len(kernel.key) == len(problem.site.key)
-            options_of = {name: problem.shipped[name] for name in (*kernel.blocks, "num_warps", "num_stages")}
-            assert len(list(tune.neighbours(options_of, problem.shipped, kernel))) >= 4
-            kernels.add(problem.site.kernel)
+            assert [shipped for site, shipped in asked if site == target.site] == [target.shipped], target.site
+            assert all(x.isfinite().all() and x.any() for x in results if x is not None), target.site
+            kernel = tuned.KERNELS[operator][target.site.kernel]
+            assert len(kernel.key) == len(target.site.key)
+            options_of = {name: target.shipped[name] for name in (*kernel.blocks, "num_warps", "num_stages")}
+            assert len(list(tune.neighbours(options_of, target.shipped, kernel))) >= 4
+            kernels.add(target.site.kernel)
     assert kernels == set(tuned.KERNELS[operator])
 
 
-def test_takes_the_faster_one_step_by_step(problem, here):
+def test_takes_the_faster_one_step_by_step(target, here):
     asked = []
-    outcome = tune.search(problem, here, clock(lambda options: float(options["BD"]), asked), 8)
+    outcome = tune.search(target, here, clock(lambda options: float(options["BD"]), asked), 8)
     assert outcome.options == {"BD": 64} and not outcome.rejected  # two steps away
     assert (outcome.shipped.median, outcome.best.median) == (256, 64)
     assert asked[-1] == ["BW=8 BD=256 num_warps=4 num_stages=1", "BW=8 BD=64 num_warps=4 num_stages=1"]
-    assert tuned.entries(here)[problem.site] == {"BD": 64}
+    assert tuned.entries(here)[target.site] == {"BD": 64}
     names = sum(asked[:-1], [])
     assert outcome.tried == len(set(names)) - 1
     asked.clear()
-    assert tune.search(problem, here, clock(lambda options: float(options["BD"]), asked), 1).options == {"BD": 128}
+    assert tune.search(target, here, clock(lambda options: float(options["BD"]), asked), 1).options == {"BD": 128}
 
 
-def test_keeps_what_ships_where_nothing_is_faster_by_more_than_the_noise(problem, here):
-    tuned.entries(here)[problem.site] = {"BD": 64}
-    assert tune.search(problem, here, clock(lambda options: 1 - 0.02 * (options["BD"] == "64"), []), 8).options is None
-    assert not tuned.entries(here)[problem.site]
+def test_keeps_what_ships_where_nothing_is_faster_by_more_than_the_noise(target, here):
+    tuned.entries(here)[target.site] = {"BD": 64}
+    assert tune.search(target, here, clock(lambda options: 1 - 0.02 * (options["BD"] == "64"), []), 8).options is None
+    assert not tuned.entries(here)[target.site]
     assert tune.is_faster(Timing((0.96,)), Timing((1.0,))) and not tune.is_faster(Timing((0.98,)), Timing((1.0,)))
     assert not tune.is_faster(Timing((0.7, 0.9, 1.1)), Timing((1.0,)))
 
 
-def test_wins_only_in_the_last_comparison_too(problem, here):
+def test_wins_only_in_the_last_comparison_too(target, here):
     """What was fast once was luck."""
     rounds = []
 
@@ -101,10 +101,10 @@ def test_wins_only_in_the_last_comparison_too(problem, here):
         rounds.append(functions)
         return {name: Timing((0.5 if "BD=64" in name and len(rounds) < 3 else 1.0,)) for name in functions}
 
-    assert tune.search(problem, here, timer, 2).options is None
+    assert tune.search(target, here, timer, 2).options is None
 
 
-def test_refuses_what_fails_and_what_is_wrong(problem, here, monkeypatch):
+def test_refuses_what_fails_and_what_is_wrong(target, here, monkeypatch):
     kernel = logits.triton_kernels.forward_kernel
 
     class Broken:
@@ -121,7 +121,7 @@ def test_refuses_what_fails_and_what_is_wrong(problem, here, monkeypatch):
             return launch
 
     monkeypatch.setattr(logits.triton_kernels, "forward_kernel", Broken())
-    outcome = tune.search(problem, here, clock(lambda options: 0.1 if options["BW"] == "4" or options["BD"] != "256" else 1, []), 8)
+    outcome = tune.search(target, here, clock(lambda options: 0.1 if options["BW"] == "4" or options["BD"] != "256" else 1, []), 8)
     assert outcome.options is None
     reasons = {name: reason for name, reason in outcome.rejected.items() if "num_warps=4" in name}
     assert reasons.pop("BW=4 BD=256 num_warps=4 num_stages=1") == "MemoryError: shared memory"
@@ -143,36 +143,36 @@ def test_neighbours_stay_within_bounds():
     assert {one["num_stages"] for one in tune.neighbours({**options, "num_stages": 1}, shipped, kernel)} == {1}
 
 
-def test_the_file_keeps_what_was_not_measured(problem, here, tmp_path, capsys):
+def test_the_file_keeps_what_was_not_measured(target, here, tmp_path, capsys):
     console, path = Console(), tmp_path / "out.json"
     other = tuned.Entry(tuned.Site("special_tokens", "slots", ()), {"BS": 2048}, 3.0, 2.0, "2026")
-    stale = tuned.Entry(problem.site, {"BD": 1024}, 3.0, 2.0, "2026")
+    stale = tuned.Entry(target.site, {"BD": 1024}, 3.0, 2.0, "2026")
     tuned.write(path, here, [other, stale])
-    faster = tune.search(problem, here, clock(lambda options: float(options["BD"]), []), 8)
+    faster = tune.search(target, here, clock(lambda options: float(options["BD"]), []), 8)
     tune.save(path, here, [faster], console)
     kept, found = sorted(tuned.read(path, here), key=lambda entry: entry.site.operator, reverse=True)
     assert kept == other
-    assert found[:4] == (problem.site, {"BD": 64}, 256.0, 64.0) and found.date.startswith("20")
-    tune.save(path, here, [tune.search(problem, here, clock(lambda options: 1.0, []), 8)], console)
+    assert found[:4] == (target.site, {"BD": 64}, 256.0, 64.0) and found.date.startswith("20")
+    tune.save(path, here, [tune.search(target, here, clock(lambda options: 1.0, []), 8)], console)
     assert tuned.read(path, here) == [other]
     path.write_text(path.read_text().replace('"peft_kernels": "', '"peft_kernels": "0.0.'))
     tune.save(path, here, [faster], console)
-    assert [entry.site for entry in tuned.read(path, here)] == [problem.site]
+    assert [entry.site for entry in tuned.read(path, here)] == [target.site]
     assert "replaced" in capsys.readouterr().out
 
 
-def test_the_table_says_what_was_found(problem, here, capsys):
-    outcome = tune.search(problem, here, clock(lambda options: float(options["BD"]), []), 8)
+def test_the_table_says_what_was_found(target, here, capsys):
+    outcome = tune.search(target, here, clock(lambda options: float(options["BD"]), []), 8)
     Console(width=200).print(tune.table("label_logits", [outcome]))
     text = capsys.readouterr().out
     for word in ("forward", "bytes 4, words 8", "256000.0000", "64000.0000", "BD=64"):
         assert word in text
 
 
-def test_info_says_what_launches_take(problem, here, monkeypatch):
+def test_info_says_what_launches_take(target, here, monkeypatch):
     path = tuned.cache_file(here)
     assert set(info.launch_options(None).values()) == set(info.launch_options(here).values()) == {"shipped"}
-    tuned.write(path, here, [tuned.Entry(problem.site, {"BD": 64}, 2.0, 1.0, "2026-01-02T03:04:05+00:00")])
+    tuned.write(path, here, [tuned.Entry(target.site, {"BD": 64}, 2.0, 1.0, "2026-01-02T03:04:05+00:00")])
     found = info.launch_options(here)
     assert "tuned" in found["label_logits"] and "2026-01-02, rows: 1" in found["label_logits"] and str(path) in found["label_logits"]
     assert found["special_tokens"] == "shipped"
@@ -189,20 +189,20 @@ def test_the_command_needs_a_gpu_and_a_known_operator(monkeypatch):
     assert "label_logits" in CliRunner().invoke(app, ["tune", "softmax"]).output
 
 
-def test_tunes_and_writes_operator_by_operator(problem, here, tmp_path, monkeypatch, capsys):
+def test_tunes_and_writes_operator_by_operator(target, here, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
-    monkeypatch.setattr(tune, "problems", lambda operator, dtype, device: [problem] if operator == "label_logits" else [])
+    monkeypatch.setattr(tune, "targets", lambda operator, dtype, device: [target] if operator == "label_logits" else [])
     operators = ["label_logits", "prototype_scores"]
     tune.tune(operators, [torch.float32], here, path, clock(lambda options: float(options["BD"]), []), 8, Console(width=200))
     text = capsys.readouterr().out
     assert "BD=64" in text and "prototype_scores has no kernels in torch.float32" in text and str(path) in text
     (entry,) = tuned.read(path, here)
-    assert entry[:2] == (problem.site, {"BD": 64})
+    assert entry[:2] == (target.site, {"BD": 64})
     assert not tuned.cache_file(here).exists()
 
 
-def test_times_on_a_gpu(problem, here):
+def test_times_on_a_gpu(target, here):
     if here.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
-    outcome = tune.search(problem, here, tune.on_gpu, 1)
+    outcome = tune.search(target, here, tune.on_gpu, 1)
     assert 0 < outcome.best.median <= outcome.shipped.median and not list(tune.mistakes([outcome]))

@@ -19,23 +19,23 @@ from concurrent.futures import ProcessPoolExecutor
 os.environ.pop("TRITON_INTERPRET", None)  # it is read when kernels are decorated, Triton's own among them: before the first import
 import triton
 
-from . import binary, check, compiling, operators, page, table
-from .case import Expected
+from . import binary, check, compiling, page, table, variants
+from .variant import Expected
 
 
 def compile_named(name: str) -> tuple[str, dict, Expected]:
-    case = operators.triton_cases()[name]
-    return name, compiling.row_of(case), case.expected
+    variant = variants.triton_variants()[name]
+    return name, compiling.row_of(variant), variant.expected
 
 
 def triton_rows(only: str, processes: int):
-    names = [name for name in operators.triton_cases() if re.search(only, name)]
+    names = [name for name in variants.triton_variants() if re.search(only, name)]
     with ProcessPoolExecutor(processes) as pool:
         yield from pool.map(compile_named, names)
 
 
 def cuda_rows(only: str):
-    for architecture, operator, kernel, dtype, constants, row in binary.of_cuda_library(operators.CUDA_KERNELS):
+    for architecture, operator, kernel, dtype, constants, row in binary.of_cuda_library(variants.CUDA_KERNELS):
         configuration = " ".join(map("{}={}".format, "VP", constants)) or "-"
         name = f"{architecture} {operator} {kernel} {dtype} {configuration}"
         scalar = configuration.startswith(("-", "V=1"))

@@ -1,8 +1,8 @@
 """What is wrong with a kernel, in itself and beside its row of the table."""
 
 from .architectures import ARCHITECTURES
-from .case import Expected
 from .table import WORST, with_occupancy
+from .variant import Expected
 
 
 def problems(name: str, row: dict, expected: Expected) -> list[str]:

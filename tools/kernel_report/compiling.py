@@ -1,4 +1,4 @@
-"""Compiling a case for a GPU that is not here."""
+"""Compiling a variant for a GPU that is not here."""
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -6,22 +6,22 @@ from triton.compiler import ASTSource
 
 from . import binary
 from .architectures import ARCHITECTURES
-from .case import Case
+from .variant import Variant
 
 FLOATS = ("scale", "embed_scale", "eps")
 DENSE = ("stride_hd", "stride_wd")  # of columns
 
 
-def row_of(case: Case) -> dict:
+def row_of(variant: Variant) -> dict:
     """What the binary holds, or the error that there is none."""
-    function, architecture = case.function, ARCHITECTURES[case.architecture]
-    constants = {key: value for key, value in case.options.items() if key in function.arg_names}
-    options = {key: value for key, value in case.options.items() if key not in constants}
-    constants |= {arg: None for arg, kind in case.types.items() if kind is None}
+    function, architecture = variant.function, ARCHITECTURES[variant.architecture]
+    constants = {key: value for key, value in variant.options.items() if key in function.arg_names}
+    options = {key: value for key, value in variant.options.items() if key not in constants}
+    constants |= {arg: None for arg, kind in variant.types.items() if kind is None}
     constants |= {arg: 1 for arg in DENSE if arg in function.arg_names}
     signature, attributes = {}, {}
     for i, arg in enumerate(function.arg_names):
-        signature[arg] = "constexpr" if arg in constants else case.types.get(arg, "fp32" if arg in FLOATS else "i32")
+        signature[arg] = "constexpr" if arg in constants else variant.types.get(arg, "fp32" if arg in FLOATS else "i32")
         width = arg == "d" or arg.startswith("stride_")
         if signature[arg].startswith("*") or (width and arg not in constants and arg not in function.do_not_specialize):
             attributes[i,] = [["tt.divisibility", 16]]

@@ -1,4 +1,4 @@
-"""What a benchmark of an operator consists of: problems, and ways to solve them."""
+"""What a benchmark of an operator consists of: problems, and candidates that solve them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Way:
+class Candidate:
     """``compute(*leaves)`` gives the operator's output, a tensor or several, differentiable in the leaves."""
 
     compute: Callable[..., Any]
@@ -22,15 +22,15 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One call of an operator on random numbers, and the other ways to compute it."""
+    """The inputs of one call of an operator, and the candidates that compute it."""
 
     leaves: tuple[Tensor, ...]  # take gradients
     grads: tuple[Tensor, ...]  # of the outputs; their shapes are the outputs'
-    ours: Callable[[str], Way]  # of impl
+    ours: Callable[[str], Candidate]  # of impl
     truth: Callable[..., Any]  # of the leaves in float64
     cost: Callable[..., Any]  # of the leaves and, by keyword, backward: a Cost
-    baselines: Mapping[str, Callable[[], Way]]  # each is prepared once, and raises where it does not apply here, with the reason
-    floor: Callable[[], Any] | None = None  # on a CPU: its time is the floor; None: the cost over the ceilings
+    baselines: Mapping[str, Callable[[], Candidate]]  # each is prepared once, and raises where it does not apply here, with the reason
+    roofline: Callable[[], Any] | None = None  # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Operator:
         return [dtype for dtype in self.dtypes if dtype != "float16"]
 
 
-class Numbers:
+class RandomInputs:
     """Seeded, and drawn on the CPU: the same on every device."""
 
     def __init__(self, device: str, dtype: torch.dtype):
@@ -73,14 +73,14 @@ class Numbers:
         return torch.randint(low, high, size, generator=self.generator).to(self.device)
 
 
-def plain(compute: Callable[..., Any]) -> Callable[[], Way]:
-    return lambda: Way(compute)
+def plain(compute: Callable[..., Any]) -> Callable[[], Candidate]:
+    return lambda: Candidate(compute)
 
 
-def compiled(compute: Callable[..., Any]) -> Callable[[], Way]:
-    return lambda: Way(torch.compile(compute, fullgraph=True, dynamic=False))
+def compiled(compute: Callable[..., Any]) -> Callable[[], Candidate]:
+    return lambda: Candidate(torch.compile(compute, fullgraph=True, dynamic=False))
 
 
 def fresh(device: str, *outputs: Tensor) -> Callable[[], Any] | None:
-    """The floor of an operator with ``outputs`` like these: a CPU pays for the pages of a new large tensor, which a copy does not show."""
+    """The roofline bound of an operator with ``outputs`` like these: a CPU pays for the pages of a new large tensor, which a copy does not show."""
     return (lambda: [x.clone() for x in outputs]) if device == "cpu" else None

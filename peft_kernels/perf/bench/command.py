@@ -1,6 +1,5 @@
-"""The command that measures operators: what is asked for, a progress bar, a table for each thing, files."""
+"""The command that measures operators: what is asked for, a progress bar, a table for each case, files."""
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -8,40 +7,39 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..interruption import Keeping
-from ..measure import ceilings
+from ..measure import peaks
+from ..progress import progress_bar
 from ..results import Row, device_name, measured
 from ..tables import table
 from .case import Operator
 from .problems import NAMES, operator
 from .revision import Checkout, running
-from .runner import Thing, compare, failed, rate_dtype, things
+from .runner import Case, cases_of, compare, failed, rate_dtype
 
-SECONDS, QUICK_SECONDS = 3.0, 1.0  # for the turns of one thing; short ways are repeated more often, as their times scatter most
-DRAWN_EVERY = 0.2  # seconds
+SECONDS, QUICK_SECONDS = 3.0, 1.0  # for the turns of one case; short candidates are repeated more often, as their times scatter most
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
 
-def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Path, console: Console, against: Checkout | None = None) -> bool:
+def run(wanted: Sequence[Case], device: str, repeats: int, quick: bool, out: Path, console: Console, against: Checkout | None = None) -> bool:
     """Measure, show and write; False where our operator was wrong or failed."""
     console.print(f"on: {device_name(device)}, {torch.get_num_threads()} threads")
-    limits = {dtype: ceilings(getattr(torch, dtype), device) for dtype in dict.fromkeys(rate_dtype(thing.dtype) for thing in wanted)}
+    limits = {dtype: peaks(getattr(torch, dtype), device) for dtype in dict.fromkeys(rate_dtype(case.dtype) for case in wanted)}
     for dtype, limit in limits.items():
         console.print(f"{dtype}: {limit}")
     rows: list[Row] = []
     revisions = nullcontext() if against is None else starting(against, device, console)
-    with Keeping(rows) as kept, revisions as revision, _progress(console, len(wanted)) as step:
-        for i, thing in enumerate(wanted):
+    with Keeping(rows) as kept, revisions as revision, progress_bar(console, len(wanted)) as step:
+        for i, case in enumerate(wanted):
             found = compare(
-                thing,
+                case,
                 device,
-                limits[rate_dtype(thing.dtype)],
+                limits[rate_dtype(case.dtype)],
                 repeats=repeats,
                 revision=revision,
                 seconds=QUICK_SECONDS if quick else SECONDS,
-                notify=lambda what, share, i=i, thing=thing: step(f"{thing}: {what}", i + share),
+                notify=lambda what, share, i=i, case=case: step(f"{case}: {what}", i + share),
             )
             rows += found
             console.print(table(found))
@@ -50,11 +48,11 @@ def run(wanted: Sequence[Thing], device: str, repeats: int, quick: bool, out: Pa
     kept.end(console)
     failures = [row for row in rows if failed(row)]
     for row in failures:
-        console.print(f"[bold red]{row.way} failed[/bold red], {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}: {escape(row.missing)}")
+        console.print(f"[bold red]{row.candidate} failed[/bold red], {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}: {escape(row.missing)}")
     return not failures
 
 
-def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], phase: str, quick: bool, console: Console) -> list[Thing]:
+def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], phase: str, quick: bool, console: Console) -> list[Case]:
     """All that is to be measured.
 
     Raises:
@@ -66,7 +64,7 @@ def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], ph
     found = []
     for one in operators:
         sizes = [parsed(text, one) for text in shapes] or list(one.quick_shapes if quick else one.shapes)
-        here = things(one, sizes, one.dtypes if one.is_integer else list(dict.fromkeys(dtypes)) or one.default_dtypes, PHASES[phase])
+        here = cases_of(one, sizes, one.dtypes if one.is_integer else list(dict.fromkeys(dtypes)) or one.default_dtypes, PHASES[phase])
         if not here:
             lacks = f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}: nothing to measure"
             if names:
@@ -100,20 +98,3 @@ def starting(against: Checkout, device: str, console: Console):
         with console.status(f"preparing {against.ref}"):
             revision = stack.enter_context(running(against, device))
         yield revision
-
-
-@contextmanager
-def _progress(console: Console, total: int):
-    columns = SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("", total=total)
-        drawn = 0.0
-
-        def step(what: str, done: float):
-            """Draws between timed runs, and not too often: a thread that draws would take its time from them."""
-            nonlocal drawn
-            if (now := time.monotonic()) - drawn > DRAWN_EVERY:
-                progress.update(task, description=escape(what), completed=done, refresh=True)
-                drawn = now
-
-        yield step

@@ -90,19 +90,19 @@ class Revision:
     """The process: a line of JSON asks, a line of JSON answers."""
 
     def __init__(self, ref: str, tree: Path, device: str, errors):
-        self.ref, self.way, self.errors = ref, f"{OURS} at {ref}", errors
+        self.ref, self.candidate, self.errors = ref, f"{OURS} at {ref}", errors
         command = [sys.executable, str(Path(__file__).with_name("revision_worker.py")), str(tree), device, str(torch.get_num_threads()), str(PAUSE)]
         # a session of its own: Ctrl-C reaches this process, which then ends that one
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=tree, start_new_session=True
         )
 
-    def prepare(self, thing) -> "Elsewhere":
+    def prepare(self, case) -> "Elsewhere":
         """
         Raises:
             Missing: the revision cannot do it, with the reason.
         """
-        answer = self.ask(operator=thing.operator.name, shape=thing.shape, variant=thing.variant, dtype=thing.dtype, backward=thing.backward)
+        answer = self.ask(operator=case.operator.name, shape=case.shape, variant=case.variant, dtype=case.dtype, backward=case.backward)
         if "missing" in answer:
             raise Missing(answer["missing"])
         return Elsewhere(self, answer["error"])

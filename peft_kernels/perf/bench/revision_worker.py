@@ -33,12 +33,12 @@ def main(tree: str, device: str, threads: str, pause: str):
             function()
             answer(seconds=clock(function))
             continue
-        function = None  # frees what the thing before held
+        function = None  # frees the tensors of the case before
         try:
             function, error = prepare(device, **question)
             answer(error=error)
         except Exception as error:  # an answer: why this revision has nothing to compare with
-            from peft_kernels.perf.bench.runner import first_line
+            from peft_kernels.perf.results import first_line
 
             answer(missing=first_line(error))
 
@@ -57,13 +57,13 @@ def take_this_perf():
 def prepare(device: str, operator: str, shape: dict[str, int], variant: str, dtype: str, backward: bool):
     from peft_kernels import ops
     from peft_kernels.perf.bench import problems as cases
-    from peft_kernels.perf.bench.runner import Thing, checked, truth
+    from peft_kernels.perf.bench.runner import Case, checked, truth
 
     if operator not in ops.__all__:
         raise ValueError("this revision has no operator of that name")
-    thing = Thing(cases.operator(operator), shape, variant, dtype, backward)
-    problem = thing.problem(device)
-    return checked(problem.ours("auto"), problem, truth(problem, backward), thing, device)
+    case = Case(cases.operator(operator), shape, variant, dtype, backward)
+    problem = case.problem(device)
+    return checked(problem.ours("auto"), problem, truth(problem, backward), case, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An operator against its baselines: every way is checked against float64 first, then all are timed turn by turn."""
+"""An operator against its baselines: every candidate is checked against float64 first, then all are timed turn by turn."""
 
 import sys
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ..measure import Ceilings, Timing, captured, interleaved
-from ..results import OURS, Row, compared
-from .case import Operator, Problem, Way
+from ..measure import Peaks, Timing, captured, interleaved
+from ..results import OURS, Row, compared, first_line
+from .case import Candidate, Operator, Problem
 from .revision import Missing, Revision
 
 # Norm of the error over norm of the truth, of the output and of every gradient. Integers are exact.
@@ -22,8 +22,8 @@ MAX_REPEATS = 1001
 
 
 @dataclass(frozen=True)
-class Thing:
-    """What ways are compared in: an operator on one problem, in one phase."""
+class Case:
+    """An operator on one shape, variant and dtype, in one phase."""
 
     operator: Operator
     shape: dict[str, int]
@@ -48,66 +48,66 @@ class Thing:
         return ", ".join(filter(None, (self.operator.name, sizes, self.variant, self.dtype, self.phase)))
 
 
-def things(operator: Operator, shapes: list[dict[str, int]], dtypes: list[str], phases: list[bool]) -> list[Thing]:
+def cases_of(operator: Operator, shapes: list[dict[str, int]], dtypes: list[str], phases: list[bool]) -> list[Case]:
     """``phases``: whether backward. Without a backward pass the operator has none of that phase."""
     phases = [backward for backward in phases if operator.has_backward or not backward]
-    return [Thing(operator, s, v, d, b) for d in dtypes for b in phases for s in shapes for v in operator.variants if d in operator.dtypes]
+    return [Case(operator, s, v, d, b) for d in dtypes for b in phases for s in shapes for v in operator.variants if d in operator.dtypes]
 
 
 def compare(
-    thing: Thing,
+    case: Case,
     device: str,
-    limits: Ceilings,
+    limits: Peaks,
     *,
     repeats: int,
     seconds: float,
     revision: Revision | None = None,
-    notify: Callable[[str, float], None] = lambda way, share: None,
+    notify: Callable[[str, float], None] = lambda candidate, share: None,
 ) -> list[Row]:
-    """A row for each way, ours first. A way that is wrong or cannot run has a row that says so; so has ours where there is no such problem.
+    """A row for each candidate, ours first. One that is wrong or cannot run has a row that says so; so has ours where there is no such problem.
 
-    ``repeats`` timed runs of each way, more where ``seconds`` allow. ``revision`` takes its turns too.
-    ``notify`` gets what is done next and the share of this thing that is done.
+    ``repeats`` timed runs of each candidate, more where ``seconds`` allow. ``revision`` takes its turns too.
+    ``notify`` gets what is done next and the share of this case that is done.
     """
     torch.compiler.reset()  # the shapes before count towards the limit of recompilations
     notify("preparing", 0)
     try:
-        problem = thing.problem(device)
-        expected = truth(problem, thing.backward)
+        problem = case.problem(device)
+        expected = truth(problem, case.backward)
     except Exception as error:  # a shape that does not fit, or not into memory, must not cost the rows of the others
-        return [Row(way=OURS, missing=first_line(error), **thing.named)]
+        return [Row(candidate=OURS, missing=first_line(error), **case.named)]
     functions, errors, reasons = {}, {}, {}
-    prepare = ways(thing, problem, device)
-    for name, way in prepare.items():
+    prepare = candidates(case, problem, device)
+    for name, candidate in prepare.items():
         notify(f"checking {name}", 0)
         try:
-            functions[name], errors[name] = checked(way(), problem, expected, thing, device)
+            functions[name], errors[name] = checked(candidate(), problem, expected, case, device)
         except Exception as error:  # whatever a baseline lacks here is its row's reason; ours fails the command
             reasons[name] = first_line(error)
     del expected
     if revision is not None:
-        notify(f"checking {revision.way}", 0)
+        notify(f"checking {revision.candidate}", 0)
         try:
-            functions[revision.way] = revision.prepare(thing)
-            errors[revision.way] = functions[revision.way].error
+            functions[revision.candidate] = revision.prepare(case)
+            errors[revision.candidate] = functions[revision.candidate].error
         except Missing as error:
-            reasons[revision.way] = str(error)
-    cost = problem.cost(*_leaves(problem.leaves, thing.backward), backward=thing.backward)
-    timings, floor = _timed(functions, problem.floor, repeats, seconds, device, notify)
-    floor = limits.floor(cost.bytes, cost.operations) if floor is None else floor
-    common = {**thing.named, "bytes": cost.bytes, "operations": cost.operations, "floor_s": floor}
-    rows = {row.way: row for row in compared(timings, {way: {"error": error} for way, error in errors.items()}, **common)}
-    rows |= {way: Row(way=way, missing=reason, **common) for way, reason in reasons.items()}
-    return [rows[way] for way in [*prepare, *([revision.way] if revision else [])]]
+            reasons[revision.candidate] = str(error)
+    cost = problem.cost(*_leaves(problem.leaves, case.backward), backward=case.backward)
+    timings, roofline = _timed(functions, problem.roofline, repeats, seconds, device, notify)
+    roofline = limits.roofline(cost.bytes, cost.operations) if roofline is None else roofline
+    common = {**case.named, "bytes": cost.bytes, "operations": cost.operations, "roofline_s": roofline}
+    rows = {row.candidate: row for row in compared(timings, {candidate: {"error": error} for candidate, error in errors.items()}, **common)}
+    rows |= {candidate: Row(candidate=candidate, missing=reason, **common) for candidate, reason in reasons.items()}
+    return [rows[candidate] for candidate in [*prepare, *([revision.candidate] if revision else [])]]
 
 
-def ways(thing: Thing, problem: Problem, device: str) -> dict[str, Callable[[], Way]]:
+def candidates(case: Case, problem: Problem, device: str) -> dict[str, Callable[[], Candidate]]:
     """Ours; each implementation of ours that can run, where there is a choice; the baselines.
 
     The reference and a Triton that would be interpreted compete with nobody.
     """
-    implementations = sys.modules[getattr(ops, thing.operator.name).__module__].implementations
-    dtype = getattr(torch, rate_dtype(thing.dtype))
+    implementations = sys.modules[getattr(ops, case.operator.name).__module__].implementations
+    dtype = getattr(torch, rate_dtype(case.dtype))
     names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
     names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
     chosen = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
@@ -125,17 +125,17 @@ def truth(problem: Problem, backward: bool) -> list[Tensor]:
     return [x.detach() for x in prepared(problem.truth, tuple(_wide(x) for x in problem.leaves), grads, backward)()]
 
 
-def checked(way: Way, problem: Problem, expected: list[Tensor], thing: Thing, device: str) -> tuple[Callable[[], Any], float]:
-    """``way`` as a function to be timed, and its error.
+def checked(candidate: Candidate, problem: Problem, expected: list[Tensor], case: Case, device: str) -> tuple[Callable[[], Any], float]:
+    """``candidate`` as a function to be timed, and its error.
 
     Raises:
         ValueError: a result that is wrong.
     """
-    function = prepared(way.compute, problem.leaves if way.leaves is None else way.leaves, problem.grads, thing.backward)
+    function = prepared(candidate.compute, problem.leaves if candidate.leaves is None else candidate.leaves, problem.grads, case.backward)
     results = function()
-    error = worst_error(way.restore(results) if way.restore else results, expected, TOLERANCE.get(thing.dtype, 0.0))
+    error = worst_error(candidate.restore(results) if candidate.restore else results, expected, TOLERANCE.get(case.dtype, 0.0))
     del results
-    return captured(function) if device == "cuda" and not way.waits else function, error
+    return captured(function) if device == "cuda" and not candidate.waits else function, error
 
 
 def prepared(compute: Callable[..., Any], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...], backward: bool) -> Callable[[], tuple[Tensor, ...]]:
@@ -173,18 +173,13 @@ def worst_error(results: tuple[Tensor, ...], expected: list[Tensor], allowed: fl
 
 def failed(row: Row) -> bool:
     """Whether the row is one of ours, at this revision, that was wrong or did not run."""
-    return row.missing is not None and (row.way == OURS or row.way.startswith(f"{OURS}, "))
+    return row.missing is not None and (row.candidate == OURS or row.candidate.startswith(f"{OURS}, "))
 
 
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _timed(functions, floor, repeats, seconds, device, notify) -> tuple[dict[str, Timing], float | None]:
-    """Timings by way; and that of the floor, which takes its turns with them."""
-    if floor is not None:
-        functions = {**functions, "floor": floor}
+def _timed(functions, roofline, repeats, seconds, device, notify) -> tuple[dict[str, Timing], float | None]:
+    """Timings by candidate; and that of the roofline bound, which takes its turns with them."""
+    if roofline is not None:
+        functions = {**functions, "roofline": roofline}
     notify("warming up", 0)
     turn = sum(timing.median for timing in interleaved(functions, WARMUP, device=device).values())
     repeats = max(repeats, min(MAX_REPEATS, int(seconds / turn)))
@@ -196,7 +191,7 @@ def _timed(functions, floor, repeats, seconds, device, notify) -> tuple[dict[str
         done += 1
 
     timings = interleaved(functions, repeats, warmup=0, device=device, notify=step)
-    return timings, timings.pop("floor").median if floor is not None else None
+    return timings, timings.pop("roofline").median if roofline is not None else None
 
 
 def _leaves(leaves, backward):

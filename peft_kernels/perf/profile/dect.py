@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from ... import dect
 from ..results import OURS
 from ..workloads import built_in_text
-from .case import STOCK, Agreement, Case, close, difference
+from .measurement import STOCK, Agreement, Measurement, close, difference
 from .models import Source, check_length
 from .tokens import T5_MASK, word_tokenizer
 
@@ -35,7 +35,7 @@ class DecT:
         self.tokenizer = word_tokenizer(source.config, source.kind, words) if source.random else AutoTokenizer.from_pretrained(source.name)
         check_length(self.model.base_model, largest["length"])
         self.extract([""], 1)  # says early what is not supported
-        self.ways = {
+        self.candidates = {
             STOCK: "texts tokenized, logits of the whole vocabulary at every position, then those of two label words at the mask",
             OURS: "dect.extract: the head computes two label words at the mask alone",
         }
@@ -43,15 +43,15 @@ class DecT:
     def extract(self, texts: list[str], batch_size: int) -> dect.Extraction:
         return dect.extract(self.model, self.tokenizer, texts, self.template, LABEL_WORDS, batch_size=batch_size)
 
-    def cases(self, point: dict[str, int]) -> Iterator[Case]:
+    def cases(self, point: dict[str, int]) -> Iterator[Measurement]:
         texts = [self.text(point["length"], start) for start in range(point["batch"])]
 
         def check(outputs) -> Agreement:
             found, expected = outputs[OURS], outputs[STOCK]
             return close(self.dtype, {name: difference(getattr(found, name), getattr(expected, name)) for name in vars(found)})
 
-        ways = {STOCK: lambda: lambda: self.by_hand(texts), OURS: lambda: lambda: self.extract(texts, len(texts))}
-        yield Case("forward", point, len(texts), "samples", ways, check)
+        candidates = {STOCK: lambda: lambda: self.by_hand(texts), OURS: lambda: lambda: self.extract(texts, len(texts))}
+        yield Measurement("forward", point, len(texts), "samples", candidates, check)
 
     def text(self, length: int, start: int) -> str:
         """As many words as stay within ``length`` tokens in the template."""

@@ -11,7 +11,7 @@ from ... import DePTConfig
 from ...dept.family import inserts_after_first
 from .. import pid_baselines
 from ..results import OURS
-from .case import STOCK, Agreement, Case, close, difference, evaluating, run_of
+from .measurement import STOCK, Agreement, Measurement, close, difference, evaluating, run_of
 from .models import Source, check_length
 from .tokens import random_sentences
 
@@ -46,25 +46,25 @@ class DePT:
             PROMPT_TUNING: get_peft_model(pid_baselines.twin(self.base), tuning),
             OURS: ours,
         }
-        self.ways = {
+        self.candidates = {
             STOCK: f"DePT, {VIRTUAL_TOKENS} prompt rows and rank {RANK}, in the authors' order of work: repeat, multiply, add, concatenate",
             PROMPT_TUNING: f"PEFT's, {rows} rows, as many trained numbers",
             OURS: "DePTConfig and get_peft_model: prompt, embedding and update in one pass",
         }
 
-    def cases(self, point: dict[str, int]) -> Iterator[Case]:
+    def cases(self, point: dict[str, int]) -> Iterator[Measurement]:
         inputs = random_sentences(self.base, **point)
         if self.kind != "encoder":
             inputs["labels"] = inputs["input_ids"] if self.kind == "causal" else inputs["input_ids"][:, :LABEL_TOKENS].contiguous()
 
         def check(outputs) -> Agreement:
             with evaluating(self.models.values()):
-                found, expected = (self.models[way](**inputs) for way in (OURS, STOCK))
+                found, expected = (self.models[candidate](**inputs) for candidate in (OURS, STOCK))
             logits = expected.logits[:, -point["length"] :] if self.kind == "causal" else expected.logits
             return close(self.dtype, {"logits": difference(found.logits, logits), "loss": difference(found.loss, expected.loss)})
 
-        ways = {way: lambda model=model: run_of(model, inputs, self.train) for way, model in self.models.items()}
-        yield Case("training step" if self.train else "forward", point, point["batch"], "samples", ways, check)
+        candidates = {candidate: lambda model=model: run_of(model, inputs, self.train) for candidate, model in self.models.items()}
+        yield Measurement("training step" if self.train else "forward", point, point["batch"], "samples", candidates, check)
 
 
 class Official(nn.Module):

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ...dept.family import most_columns
-from ..bench.runner import first_line
 from ..pid_baselines import sharpened
+from ..results import first_line
 from ..workloads import VOCAB_SIZE
 
 _T5 = {"vocab_size": VOCAB_SIZE, "decoder_start_token_id": 0}

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from ... import PASTAConfig, pasta
 from .. import pid_baselines
 from ..results import OURS
-from .case import STOCK, Agreement, Case, close, difference, evaluating, run_of
+from .measurement import STOCK, Agreement, Measurement, close, difference, evaluating, run_of
 from .models import Source, check_length
 from .tokens import FIRST_ORDINARY_ID, random_sentences
 
@@ -39,13 +39,13 @@ class PASTA:
             self.models[FUSED] = fused
         except ValueError as error:
             self.missing[FUSED] = str(error)
-        self.ways = {
+        self.candidates = {
             STOCK: "full fine-tuning: forward, backward and AdamW on all weights" if train else "the model without vectors",
             OURS: f"PASTAConfig and get_peft_model{': the same on vectors and head' if train else ''}",
             FUSED: "after pasta.fuse: add, norm and injection in one pass",
         }
 
-    def cases(self, point: dict[str, int]) -> Iterator[Case]:
+    def cases(self, point: dict[str, int]) -> Iterator[Measurement]:
         inputs = random_sentences(self.models[STOCK], **point)
         inputs["input_ids"][:, 0], inputs["input_ids"][:, -1] = self.special_ids
 
@@ -53,12 +53,12 @@ class PASTA:
             with evaluating(self.models.values()):
                 return close(self.dtype, self.differences(inputs))
 
-        ways = {way: lambda model=model: run_of(model, inputs, self.train) for way, model in self.models.items()}
-        yield Case("training step" if self.train else "forward", point, point["batch"], "samples", ways, check, self.missing)
+        candidates = {candidate: lambda model=model: run_of(model, inputs, self.train) for candidate, model in self.models.items()}
+        yield Measurement("training step" if self.train else "forward", point, point["batch"], "samples", candidates, check, self.missing)
 
     def differences(self, inputs: dict) -> dict[str, float]:
         """Those of ours agree; with vectors of zero they are the stock model."""
-        stock, ours = (self.models[way](**inputs).logits for way in (STOCK, OURS))
+        stock, ours = (self.models[candidate](**inputs).logits for candidate in (STOCK, OURS))
         found = {}
         if FUSED in self.models:
             found["logits, fused and not"] = difference(self.models[FUSED](**inputs).logits, ours)

@@ -12,7 +12,7 @@ from ...pid.families import max_positions
 from .. import pid_baselines
 from ..results import OURS
 from ..workloads import Workload
-from .case import STOCK, Agreement, Case, close, difference, evaluating, training_step
+from .measurement import STOCK, Agreement, Measurement, close, difference, evaluating, training_step
 from .models import Source, check_length
 from .tokens import random_ids
 
@@ -37,19 +37,19 @@ class PiD:
                 f"the decoder has {limit} positions, got {needed} tokens, those of the prompt among them", param_hint="--new-tokens"
             )
         encoded_once = f"inputs encoded once, the encoder's output repeated per prompt of {PROMPT_TOKENS} tokens"
-        self.ways = {
+        self.candidates = {
             STOCK: f"{encoded_once}; {'forward, backward and AdamW on all weights' if train else 'greedy generate'}",
             OURS: f"pid.enable and pid.{'forward' if train else 'generate'}: keys and values of an input computed and kept once",
         }
         if not train and source.device == "cpu":  # nothing is packed elsewhere
-            self.ways[UNPACKED] = "without the second copy of linear weights, packed for few rows"
+            self.candidates[UNPACKED] = "without the second copy of linear weights, packed for few rows"
         if train and getattr(source.config, "attention_dropout", getattr(source.config, "dropout_rate", 0)):
-            self.ways[OURS] += "; the model has attention dropout, which runs in stock attention on queries folded by input"
+            self.candidates[OURS] += "; the model has attention dropout, which runs in stock attention on queries folded by input"
 
     def enabled(self, **options):
         return pid.enable(pid_baselines.twin(self.model), **options)
 
-    def cases(self, point: dict[str, int]) -> Iterator[Case]:
+    def cases(self, point: dict[str, int]) -> Iterator[Measurement]:
         inputs = random_ids(self.model, point["batch"], point["length"])
         prompts = random_ids(self.model, point["streams"], PROMPT_TOKENS, seed=1)
         if self.train:
@@ -59,7 +59,7 @@ class PiD:
         yield self.generation("generate", point, workload, point["new_tokens"])
         yield self.generation("first token", {k: v for k, v in point.items() if k != "new_tokens"}, workload, 1)
 
-    def generation(self, phase: str, shape: dict[str, int], workload: Workload, new_tokens: int) -> Case:
+    def generation(self, phase: str, shape: dict[str, int], workload: Workload, new_tokens: int) -> Measurement:
         def asking(method, model):
             return lambda: pid_baselines.ask(method, model, workload, new_tokens, full_length=True)
 
@@ -68,15 +68,15 @@ class PiD:
             streams = len(outputs[STOCK].tokens)
             return Agreement(not wrong, f"tokens: {wrong} of {streams} streams differ" if wrong else f"tokens: all {streams} streams identical")
 
-        ways = {
+        candidates = {
             STOCK: lambda: asking(pid_baselines.repeated, self.model),
             OURS: lambda: asking(pid_baselines.shared, self.enabled()),
             UNPACKED: lambda: asking(pid_baselines.shared, self.enabled(pack_weights=False)),
         }
-        ways = {way: make for way, make in ways.items() if way in self.ways}
-        return Case(phase, shape, shape["batch"] * shape["streams"] * new_tokens, "tokens", ways, check)
+        candidates = {candidate: make for candidate, make in candidates.items() if candidate in self.candidates}
+        return Measurement(phase, shape, shape["batch"] * shape["streams"] * new_tokens, "tokens", candidates, check)
 
-    def training(self, shape: dict[str, int], ids: Tensor, prompts: Tensor, targets: Tensor) -> Case:
+    def training(self, shape: dict[str, int], ids: Tensor, prompts: Tensor, targets: Tensor) -> Measurement:
         """The targets of an input's prompts are those of every input's."""
         batch, streams = len(ids), len(prompts)
         starts = prompts.new_full((streams, 1), pid_baselines.start_token(self.model))
@@ -98,5 +98,5 @@ class PiD:
         def step_of(model, loss):
             return training_step(model, lambda: loss(model))
 
-        ways = {STOCK: lambda: step_of(self.model, repeated), OURS: lambda: step_of(self.enabled(), shared)}
-        return Case("training step", shape, batch * streams, "streams", ways, check)
+        candidates = {STOCK: lambda: step_of(self.model, repeated), OURS: lambda: step_of(self.enabled(), shared)}
+        return Measurement("training step", shape, batch * streams, "streams", candidates, check)

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 
 from ..results import OURS, Row
-from .case import STOCK
+from .measurement import STOCK
 
 matplotlib.use("Agg")
 COLOURS = {STOCK: "#5b7c99", OURS: "#d1603d"}
@@ -14,7 +14,7 @@ OTHER_COLOURS = ("#9aa5b1", "#7a9e7e")
 
 
 def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
-    """Throughput, time to first token where it was measured, and peak memory over ``axis``, a line for each way."""
+    """Throughput, time to first token where it was measured, and peak memory over ``axis``, a line for each candidate."""
     from matplotlib import pyplot as plt
 
     along = _along([row for row in rows if axis in row.shape and not row.missing], axis)
@@ -25,12 +25,12 @@ def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
     if along[main][0].peak_bytes is not None:
         panels.append((main, "MB", f"{main}: peak memory above the model", lambda row: row.peak_bytes / 1e6))
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
-    ways = list(dict.fromkeys(row.way for row in along[main]))
-    colours = COLOURS | dict(zip((way for way in ways if way not in COLOURS), OTHER_COLOURS))
+    candidates = list(dict.fromkeys(row.candidate for row in along[main]))
+    colours = COLOURS | dict(zip((candidate for candidate in candidates if candidate not in COLOURS), OTHER_COLOURS))
     for panel, (phase, unit, title, value) in zip(axes[0], panels):
-        for way in ways:
-            points = sorted((row.shape[axis], value(row)) for row in along[phase] if row.way == way)
-            panel.plot(*zip(*points), marker="o", color=colours[way], label=way)
+        for candidate in candidates:
+            points = sorted((row.shape[axis], value(row)) for row in along[phase] if row.candidate == candidate)
+            panel.plot(*zip(*points), marker="o", color=colours[candidate], label=candidate)
         ticks = sorted({row.shape[axis] for row in along[phase]})
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -11,17 +11,16 @@ import transformers
 import typer
 from rich.console import Console
 
-from ...demo import progress_bar
-from ..bench.runner import first_line
 from ..interruption import Keeping
 from ..measure import Interrupted, Timing, interleaved, peak_memory
-from ..results import OURS, Row, compared, measured
+from ..progress import progress_bar
+from ..results import OURS, Row, compared, first_line, measured
 from . import plot, show
-from .case import STOCK, Agreement, Case, Subject
 from .dect import DecT
 from .dept import DePT
+from .measurement import STOCK, Agreement, Measurement, Subject
 from .models import NAMES, Source, source_of
-from .operators import self_times
+from .operator_times import self_times
 from .pasta import PASTA
 from .pid import PiD
 from .sweep import points, sizes_of
@@ -35,7 +34,7 @@ class Found:
     """Rows and agreement of every case, and the operators' times in the first."""
 
     rows: list[Row] = field(default_factory=list)
-    agreements: list[tuple[Case, Agreement]] = field(default_factory=list)
+    agreements: list[tuple[Measurement, Agreement]] = field(default_factory=list)
     operators: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -52,7 +51,7 @@ def run(
     out: Path,
     console: Console,
 ) -> bool:
-    """Profile ``name``; False where ways disagree in float32.
+    """Profile ``name``; False where candidates disagree in float32.
 
     Raises:
         typer.BadParameter: an option that does not apply, or a model that cannot be read or that the method does not take.
@@ -74,14 +73,14 @@ def run(
     show.header(console, source, method, follows, sizes, train, repeats)
     with _refusing("MODEL"):
         subject = kind(source, train, {axis: max(values) for axis, values in sizes.items()})
-        cases = list({case.thing: case for point in points(sizes) for case in subject.cases(point)}.values())
-    show.ways(console, subject.ways)
+        cases = list({case.case: case for point in points(sizes) for case in subject.cases(point)}.values())
+    show.candidates(console, subject.candidates)
     stem = f"profile_{method}{'_train' if train else ''}"
-    traces = {way: out / f"{stem}_{way}.trace.json.gz" for way in (STOCK, OURS)}
+    traces = {candidate: out / f"{stem}_{candidate}.trace.json.gz" for candidate in (STOCK, OURS)}
     found = Found()
     with (
         Keeping(found.rows) as kept,
-        progress_bar(console, len(cases[0].ways) + len(traces) + sum(len(case.ways) * (1 + repeats) for case in cases)) as step,
+        progress_bar(console, len(cases[0].candidates) + len(traces) + sum(len(case.candidates) * (1 + repeats) for case in cases)) as step,
     ):
         _measure(found, cases, repeats, source, method, traces, step)
 
@@ -92,7 +91,7 @@ def run(
     agree = show.agreements(console, found.agreements, dtype)
     if len(found.operators) == len(traces):
         show.operators(console, found.operators)
-    show.written(console, [path, path.with_suffix(".csv"), *plots, *(traces[way] for way in found.operators)])
+    show.written(console, [path, path.with_suffix(".csv"), *plots, *(traces[candidate] for candidate in found.operators)])
     kept.end(console)
     return agree
 
@@ -113,20 +112,22 @@ def _method_for(source: Source) -> str:
 
 
 def _measure(
-    found: Found, cases: Sequence[Case], repeats: int, source: Source, method: str, traces: Mapping[str, Path], step: Callable[[str], None]
+    found: Found, cases: Sequence[Measurement], repeats: int, source: Source, method: str, traces: Mapping[str, Path], step: Callable[[str], None]
 ) -> None:
-    for way, make in cases[0].ways.items():
-        step(f"warming up: {way}")
+    for candidate, make in cases[0].candidates.items():
+        step(f"warming up: {candidate}")
         make()()
     for case in cases:
         runs, outputs, peaks = {}, {}, {}
-        for way, make in case.ways.items():
-            step(f"{case.phase}: {way}, memory")
-            runs[way] = make()
-            outputs[way], peaks[way], _ = peak_memory(runs[way], source.device)
+        for candidate, make in case.candidates.items():
+            step(f"{case.phase}: {candidate}, memory")
+            runs[candidate] = make()
+            outputs[candidate], peaks[candidate], _ = peak_memory(runs[candidate], source.device)
         agreement = case.check(outputs)
         try:
-            timings = interleaved(runs, repeats, warmup=0, device=source.device, notify=lambda way, case=case: step(f"{case.phase}: {way}"))
+            timings = interleaved(
+                runs, repeats, warmup=0, device=source.device, notify=lambda candidate, case=case: step(f"{case.phase}: {candidate}")
+            )
         except Interrupted as stop:
             if stop.timings:
                 found.rows += _rows(case, stop.timings, peaks, source, method)
@@ -134,14 +135,14 @@ def _measure(
             raise
         found.rows += _rows(case, timings, peaks, source, method)
         found.agreements.append((case, agreement))
-        for way, trace in traces.items() if case is cases[0] else ():
-            step(f"torch.profiler: {way}")
-            found.operators[way] = self_times(runs[way], source.device, trace)
+        for candidate, trace in traces.items() if case is cases[0] else ():
+            step(f"torch.profiler: {candidate}")
+            found.operators[candidate] = self_times(runs[candidate], source.device, trace)
 
 
-def _rows(case: Case, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str) -> Iterator[Row]:
+def _rows(case: Measurement, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str) -> Iterator[Row]:
     what = {"benchmark": f"profile {method}", "variant": source.title, "dtype": str(source.dtype).removeprefix("torch.")}
     what |= {"shape": case.shape, "phase": case.phase, "items": case.items, "item": case.item}
-    yield from compared(timings, {way: {"peak_bytes": peak} for way, peak in peaks.items()}, **what)
-    for way, reason in case.missing.items():
-        yield Row(**what, way=way, missing=reason)
+    yield from compared(timings, {candidate: {"peak_bytes": peak} for candidate, peak in peaks.items()}, **what)
+    for candidate, reason in case.missing.items():
+        yield Row(**what, candidate=candidate, missing=reason)

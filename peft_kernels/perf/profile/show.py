@@ -11,9 +11,9 @@ from rich.table import Table
 
 from ..results import OURS, Row, device_name
 from ..tables import seconds
-from .case import Agreement, Case
+from .measurement import Agreement, Measurement
 from .models import NAMES, Source
-from .operators import NAMESPACE
+from .operator_times import NAMESPACE
 
 LONGEST_TABLE = 12
 
@@ -25,45 +25,45 @@ def header(console: Console, source: Source, method: str, follows: bool, sizes: 
     if source.random:
         console.print("[yellow]model: this architecture with RANDOM weights: times and memory are real, what it says is not.[/yellow]")
     shape = ", ".join(f"{axis.replace('_', ' ')} {', '.join(map(str, values))}" for axis, values in sizes.items())
-    console.print(f"workload: {shape}; {str(source.dtype).removeprefix('torch.')}; {repeats} timed runs of each way, turn by turn")
+    console.print(f"workload: {shape}; {str(source.dtype).removeprefix('torch.')}; {repeats} timed runs of each candidate, turn by turn")
     threads = "" if source.device == "cuda" else f", {torch.get_num_threads()} threads"
     console.print(f"on: {device_name(source.device)}{threads}")
 
 
-def ways(console: Console, described: Mapping[str, str]) -> None:
-    for way, text in described.items():
-        console.print(f"[bold]{way}[/bold]: {text}", highlight=False)
+def candidates(console: Console, described: Mapping[str, str]) -> None:
+    for candidate, text in described.items():
+        console.print(f"[bold]{candidate}[/bold]: {text}", highlight=False)
     console.print()
 
 
-def point(case: Case) -> str:
+def point(case: Measurement) -> str:
     return f"{case.phase} at {', '.join(f'{axis} {value}' for axis, value in case.shape.items())}".replace("_", " ")
 
 
 def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
-    """A table for each phase, a line for each way at each point."""
+    """A table for each phase, a line for each candidate at each point."""
     points = {}
     for row in rows:
-        points.setdefault(row.phase, {}).setdefault(row.thing, []).append(row)
+        points.setdefault(row.phase, {}).setdefault(row.case, []).append(row)
     for phase, of_phase in points.items():
         first, *_ = next(iter(of_phase.values()))
         axes = [axis for axis, values in sizes.items() if len(values) > 1 and axis in first.shape]
         table = Table(title=_title(phase), title_justify="left", box=box.SIMPLE_HEAD)
         for axis in axes:
             table.add_column(axis.replace("_", " "), justify="right")
-        table.add_column("way")
+        table.add_column("candidate")
         for column in ("time", "spread", f"{first.item}/s", "x stock", "peak MB"):
             table.add_column(column, justify="right")
-        for ways in of_phase.values():
-            stock, *_ = ways
-            for row in ways:
-                cells = [*(str(row.shape[axis]) for axis in axes), row.way, *(["-"] * 5 if row.missing else _cells(row, stock))]
-                table.add_row(*cells, style="bold" if row.way == OURS else None)
+        for candidates in of_phase.values():
+            stock, *_ = candidates
+            for row in candidates:
+                cells = [*(str(row.shape[axis]) for axis in axes), row.candidate, *(["-"] * 5 if row.missing else _cells(row, stock))]
+                table.add_row(*cells, style="bold" if row.candidate == OURS else None)
             if axes:
                 table.add_section()
         console.print(table)
-    for way, why in {row.way: row.missing for row in rows if row.missing}.items():
-        console.print(f"{way}: {escape(why)}", highlight=False)
+    for candidate, why in {row.candidate: row.missing for row in rows if row.missing}.items():
+        console.print(f"{candidate}: {escape(why)}", highlight=False)
     console.print(
         "time: median; spread: interquartile range over it; x stock: how many times faster; peak MB: above the loaded models\n", style="dim"
     )
@@ -79,8 +79,8 @@ def _cells(row: Row, stock: Row) -> list[str]:
     ]
 
 
-def agreements(console: Console, found: Iterable[tuple[Case, Agreement]], dtype: torch.dtype) -> bool:
-    """Whether the ways agree, or need not: in 16 bits a near-tie falls either way with the order of a sum, which is told and is no failure."""
+def agreements(console: Console, found: Iterable[tuple[Measurement, Agreement]], dtype: torch.dtype) -> bool:
+    """Whether the candidates agree, or need not: in 16 bits a near-tie falls either way with the order of a sum, which is told and is no failure."""
     found = list(found)
     for case, agreement in found:
         if not agreement.agrees:
@@ -97,22 +97,22 @@ def agreements(console: Console, found: Iterable[tuple[Case, Agreement]], dtype:
 
 def operators(console: Console, times: Mapping[str, Mapping[str, float]]) -> None:
     """Self times side by side, those of this package marked."""
-    totals = {way: sum(of_way.values()) for way, of_way in times.items()}
-    names = {name for of_way in times.values() for name in of_way}
-    largest = sorted(names, key=lambda name: -max(of_way.get(name, 0.0) / totals[way] for way, of_way in times.items()))
+    totals = {candidate: sum(of_candidate.values()) for candidate, of_candidate in times.items()}
+    names = {name for of_candidate in times.values() for name in of_candidate}
+    largest = sorted(names, key=lambda name: -max(of_candidate.get(name, 0.0) / totals[candidate] for candidate, of_candidate in times.items()))
     mine = [name for name in largest if name.startswith(NAMESPACE)]
     shown = [name for name in largest if name in mine or name in largest[: LONGEST_TABLE - len(mine)]]
     table = Table("operator", title="[bold]self time by operator[/bold], one run under torch.profiler", title_justify="left", box=box.SIMPLE_HEAD)
-    for way in times:
-        table.add_column(way, justify="right")
+    for candidate in times:
+        table.add_column(candidate, justify="right")
         table.add_column("share", justify="right")
     rest = [name for name in names if name not in shown]
     lines = [(name, [name]) for name in shown] + [(f"{len(rest)} others", rest)] + [("all", list(names))]
     for label, group in lines:
         cells = []
-        for way, of_way in times.items():
-            time = sum(of_way.get(name, 0.0) for name in group)
-            cells += [seconds(time), f"{time / totals[way]:.1%}"] if time else ["-", "-"]
+        for candidate, of_candidate in times.items():
+            time = sum(of_candidate.get(name, 0.0) for name in group)
+            cells += [seconds(time), f"{time / totals[candidate]:.1%}"] if time else ["-", "-"]
         table.add_row(label.removeprefix(NAMESPACE).removeprefix("aten::"), *cells, style="bold cyan" if label in mine else None)
     console.print(table)
     if mine:

@@ -8,7 +8,7 @@ import torch
 from ...ytuning import YTuningConfig, YTuningForSequenceClassification
 from .. import pid_baselines
 from ..results import OURS
-from .case import STOCK, Agreement, Case, close, difference, evaluating, run_of
+from .measurement import STOCK, Agreement, Measurement, close, difference, evaluating, run_of
 from .models import Source, check_length
 from .tokens import random_sentences
 
@@ -33,15 +33,15 @@ class YTuning:
         self.model = YTuningForSequenceClassification(config).to(source.device, source.dtype).eval()
         self.model.set_backbone(self.backbone)
         if train:
-            self.ways = {
+            self.candidates = {
                 STOCK: "full fine-tuning: forward, backward and AdamW on all weights",
                 OURS: "the same on a label block, whose features were computed before and lie in memory",
                 UNCACHED: "with the frozen backbone run in every step",
             }
         else:
-            self.ways = {STOCK: "the model with a classification head", OURS: "the same backbone with a label block"}
+            self.candidates = {STOCK: "the model with a classification head", OURS: "the same backbone with a label block"}
 
-    def cases(self, point: dict[str, int]) -> Iterator[Case]:
+    def cases(self, point: dict[str, int]) -> Iterator[Measurement]:
         inputs = random_sentences(self.stock, **point)
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         others = {name: inputs[name] for name in ("attention_mask", "labels")}
@@ -54,7 +54,7 @@ class YTuning:
             with evaluating((self.model,)):
                 return close(self.dtype, {"logits, cached and not": difference(self.model(**cached()).logits, self.model(**inputs).logits)})
 
-        ways = {STOCK: lambda: run_of(self.stock, inputs, self.train), OURS: lambda: run_of(self.model, inputs, self.train)}
+        candidates = {STOCK: lambda: run_of(self.stock, inputs, self.train), OURS: lambda: run_of(self.model, inputs, self.train)}
         if self.train:
-            ways |= {UNCACHED: ways[OURS], OURS: lambda: run_of(self.model, cached(), True)}
-        yield Case("training step" if self.train else "forward", point, point["batch"], "samples", ways, check)
+            candidates |= {UNCACHED: candidates[OURS], OURS: lambda: run_of(self.model, cached(), True)}
+        yield Measurement("training step" if self.train else "forward", point, point["batch"], "samples", candidates, check)

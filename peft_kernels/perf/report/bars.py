@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..results import OURS, Row
-from .cases import Case, is_ours
+from .cases import CaseResult, is_ours
 from .words import megabytes, percent, times
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -27,7 +27,7 @@ class Group:
 
     label: str
     bars: tuple[Bar, ...]
-    share: float | None = None  # of the floor, that ours reaches
+    share: float | None = None  # of the roofline, that ours reaches
 
 
 @dataclass(frozen=True)
@@ -65,44 +65,44 @@ class RatioAxis:
         return tuple((self.at(t), f"{t:g}x") for t in shown)
 
 
-def speed(cases: list[Case]) -> list[Panel]:
-    """Every way's time over ours, a panel for each phase and dtype; all on one axis."""
-    axis = RatioAxis(row.ratio for case in cases for row in case.timed if row.ratio is not None and row.way not in case.section.other_work)
+def speed(cases: list[CaseResult]) -> list[Panel]:
+    """Every candidate's time over ours, a panel for each phase and dtype; all on one axis."""
+    axis = RatioAxis(row.ratio for case in cases for row in case.timed if row.ratio is not None and row.candidate not in case.section.other_work)
 
     def group(case):
-        compared = [row for row in case.timed if row.way != OURS and row.ratio is not None]
-        return Group(case.problem, tuple(_ratio(row, case, axis) for row in compared), case.ours and case.ours.share_of_floor)
+        compared = [row for row in case.timed if row.candidate != OURS and row.ratio is not None]
+        return Group(case.problem, tuple(_ratio(row, case, axis) for row in compared), case.ours and case.ours.share_of_roofline)
 
     return _panels(cases, group, axis.ticks)
 
 
-def _ratio(row: Row, case: Case, axis: RatioAxis) -> Bar:
+def _ratio(row: Row, case: CaseResult, axis: RatioAxis) -> Bar:
     """From 1 to the ratio."""
     one, here = axis.at(1), axis.at(row.ratio)
-    return Bar(row.way, min(one, here), round(abs(here - one), 2), _tone(row, case), times(row.ratio))
+    return Bar(row.candidate, min(one, here), round(abs(here - one), 2), _tone(row, case), times(row.ratio))
 
 
-def _tone(row: Row, case: Case) -> str:
-    if is_ours(row.way):
+def _tone(row: Row, case: CaseResult) -> str:
+    if is_ours(row.candidate):
         return "own"
-    if row.way in case.section.other_work:
+    if row.candidate in case.section.other_work:
         return "aside"
     return ("faster" if row.ratio >= 1 else "slower") + (" strongest" if row is case.strongest else "")
 
 
-def floors(cases: list[Case]) -> list[Panel]:
-    """The share of the floor that ours reaches."""
-    found = [case for case in cases if case.ours and case.ours.share_of_floor is not None]
-    full = max([1.0, *(case.ours.share_of_floor for case in found)])
+def rooflines(cases: list[CaseResult]) -> list[Panel]:
+    """The share of the roofline that ours reaches."""
+    found = [case for case in cases if case.ours and case.ours.share_of_roofline is not None]
+    full = max([1.0, *(case.ours.share_of_roofline for case in found)])
 
     def group(case):
-        share = case.ours.share_of_floor
-        return Group("", (Bar(case.problem, 0, round(100 * share / full, 2), "floor", percent(share)),))
+        share = case.ours.share_of_roofline
+        return Group("", (Bar(case.problem, 0, round(100 * share / full, 2), "roofline", percent(share)),))
 
     return _panels(found, group, ((0, "0"), (round(100 / full, 2), "100%")))
 
 
-def amounts(cases: list[Case]) -> dict[str, list[Panel]]:
+def amounts(cases: list[CaseResult]) -> dict[str, list[Panel]]:
     """What is counted beside time, from zero: throughput and memory, where they were measured."""
     kinds = {
         "Throughput": (lambda row: row.items and row.median_s and row.items / row.median_s, lambda value, row: f"{_count(value)} {row.item}/s"),
@@ -113,18 +113,18 @@ def amounts(cases: list[Case]) -> dict[str, list[Panel]]:
     return {name: panels for name, panels in found.items() if panels}
 
 
-def _amounts(case: Case, value: Callable, word: Callable) -> Group:
+def _amounts(case: CaseResult, value: Callable, word: Callable) -> Group:
     known = [(row, number) for row in case.timed if (number := value(row)) is not None]
     full = max((number for _, number in known), default=0) or 1
 
     def bar(row, number):
-        tone = "ours" if row.way == OURS else "own" if is_ours(row.way) else "other"
-        return Bar(row.way, 0, round(100 * number / full, 2), tone, word(number, row))
+        tone = "ours" if row.candidate == OURS else "own" if is_ours(row.candidate) else "other"
+        return Bar(row.candidate, 0, round(100 * number / full, 2), tone, word(number, row))
 
     return Group(case.problem, tuple(bar(*one) for one in known))
 
 
-def _panels(cases: list[Case], group: Callable[[Case], Group], ticks=()) -> list[Panel]:
+def _panels(cases: list[CaseResult], group: Callable[[CaseResult], Group], ticks=()) -> list[Panel]:
     """One for each phase and dtype that has bars."""
     found: dict[str, list[Group]] = {}
     for case in cases:

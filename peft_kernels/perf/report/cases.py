@@ -1,18 +1,18 @@
-"""Result files as what the report shows: for every machine, what was measured on it, and how the ways of doing it compare."""
+"""Result files as the report shows them: for every machine its cases, and how the candidates of each compare."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..measure import Ceilings
+from ..measure import Peaks
 from ..results import OURS, Results, Row, read
 from .sections import Section, section
 
 
 @dataclass(frozen=True)
-class Case:
-    """One thing on one machine: the ways to do it, timed turn by turn, and the file that they come from."""
+class CaseResult:
+    """One case on one machine: its candidates, timed turn by turn, and the file that they come from."""
 
     rows: tuple[Row, ...]
     results: Results
@@ -37,20 +37,20 @@ class Case:
 
     @property
     def ours(self) -> Row | None:
-        return next((row for row in self.timed if row.way == OURS), None)
+        return next((row for row in self.timed if row.candidate == OURS), None)
 
     @property
     def baselines(self) -> list[Row]:
-        """Other people's ways to do the same work."""
-        return [row for row in self.timed if row.ratio is not None and not is_ours(row.way) and row.way not in self.section.other_work]
+        """Candidates of others that do the same work."""
+        return [row for row in self.timed if row.ratio is not None and not is_ours(row.candidate) and row.candidate not in self.section.other_work]
 
     @property
     def strongest(self) -> Row | None:
         return min(self.baselines, key=lambda row: row.ratio, default=None)
 
     @property
-    def ceilings(self) -> Ceilings | None:
-        return self.results.ceilings.get(self.of.dtype)
+    def peaks(self) -> Peaks | None:
+        return self.results.peaks.get(self.of.dtype)
 
     @property
     def problem(self) -> str:
@@ -61,20 +61,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, the files that were measured on it, oldest first, and of each thing the newest case."""
+    """A device, the files that were measured on it, oldest first, and of each case the newest result."""
 
     device: str
     name: str
     files: tuple[tuple[Path, Results], ...]
-    cases: tuple[Case, ...]
+    cases: tuple[CaseResult, ...]
 
-    def of(self, benchmark: str) -> list[Case]:
+    def of(self, benchmark: str) -> list[CaseResult]:
         return [case for case in self.cases if case.of.benchmark == benchmark]
 
 
-def is_ours(way: str) -> bool:
+def is_ours(candidate: str) -> bool:
     """Ours, or another implementation or setting of ours: ``ours, cpp``."""
-    return way == OURS or way.startswith(f"{OURS}, ")
+    return candidate == OURS or candidate.startswith(f"{OURS}, ")
 
 
 def load(folders: Iterable[Path]) -> list[Machine]:
@@ -97,12 +97,12 @@ def load(folders: Iterable[Path]) -> list[Machine]:
 
 def _machine(device: str, name: str, files: list[tuple[Path, Results]]) -> Machine:
     files = sorted(files, key=lambda file: (file[1].environment["date"], file[0]))
-    newest = {thing: (tuple(rows), results) for _, results in files for thing, rows in results.by_thing().items()}
+    newest = {case: (tuple(rows), results) for _, results in files for case, rows in results.by_case().items()}
     shapes: dict[str, list[dict[str, int]]] = {}
     for (benchmark, *_), (rows, _) in newest.items():
         shapes.setdefault(benchmark, []).append(rows[0].shape)
     fixed = {benchmark: frozenset(_fixed(some)) for benchmark, some in shapes.items()}
-    return Machine(device, name, tuple(files), tuple(Case(*one, fixed[thing[0]]) for thing, one in newest.items()))
+    return Machine(device, name, tuple(files), tuple(CaseResult(*one, fixed[case[0]]) for case, one in newest.items()))
 
 
 def _fixed(shapes: list[dict[str, int]]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..measure import Ceilings
+from ..measure import Peaks
 from ..results import Row
 from .words import rate, seconds
 
@@ -47,24 +47,24 @@ STYLE = {
 SIZE = (4.4, 3.3)  # inches
 
 
-def roofline(rows: Sequence[Row], ceilings: Ceilings, name: str) -> Markup:
+def roofline(rows: Sequence[Row], peaks: Peaks, name: str) -> Markup:
     """Operations per second over operations per byte, a point for each row; all have bytes, operations and a time."""
     phases = list(dict.fromkeys(row.phase for row in rows))
     intensities = [row.operations / row.bytes for row in rows]
     rates = [row.operations / row.median_s for row in rows]
-    ridge = ceilings.rate / ceilings.bandwidth
+    ridge = peaks.rate / peaks.bandwidth
     low, high = min(*intensities, ridge) / 4, max(*intensities, ridge) * 4
 
     def draw(axes):
         roof = [low, ridge, high]
-        axes.loglog(roof, [min(ceilings.bandwidth * x, ceilings.rate) for x in roof], color=VARIABLES["muted"], marker="")
+        axes.loglog(roof, [min(peaks.bandwidth * x, peaks.rate) for x in roof], color=VARIABLES["muted"], marker="")
         for i, phase in enumerate(phases):
             points = [(x, y) for x, y, row in zip(intensities, rates, rows) if row.phase == phase]
             axes.plot(*zip(*points), linestyle="", markeredgecolor=VARIABLES["panel"], label=phase, **_look(i))
         axes.set_xlim(low, high)
-        axes.set_ylim(min(*rates, ceilings.bandwidth * low) / 2, max(*rates, ceilings.rate) * 2.5)
-        axes.text(high, ceilings.rate * 1.15, f"products {rate(ceilings.rate)}op/s ", ha="right", va="bottom", color=VARIABLES["muted"])
-        axes.text(0.03, 0.97, f"copy {rate(ceilings.bandwidth)}B/s", transform=axes.transAxes, va="top", color=VARIABLES["muted"])
+        axes.set_ylim(min(*rates, peaks.bandwidth * low) / 2, max(*rates, peaks.rate) * 2.5)
+        axes.text(high, peaks.rate * 1.15, f"products {rate(peaks.rate)}op/s ", ha="right", va="bottom", color=VARIABLES["muted"])
+        axes.text(0.03, 0.97, f"copy {rate(peaks.bandwidth)}B/s", transform=axes.transAxes, va="top", color=VARIABLES["muted"])
         axes.set_xlabel("operations per byte")
         axes.set_ylabel("operations per second")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value).strip()))
@@ -76,15 +76,15 @@ def roofline(rows: Sequence[Row], ceilings: Ceilings, name: str) -> Markup:
     return _svg(draw, name)
 
 
-def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, ways: Sequence[str], name: str) -> Markup:
-    """Seconds over one size; ``lines``: way -> points, ``ways``: all of the section, which fixes a way's colour."""
+def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, candidates: Sequence[str], name: str) -> Markup:
+    """Seconds over one size; ``lines``: candidate -> points, ``candidates``: all of the section, which fixes a candidate's colour."""
     sizes = sorted({x for points in lines.values() for x, _ in points})
 
     def draw(axes):
-        for way, points in lines.items():
-            i = ways.index(way)
+        for candidate, points in lines.items():
+            i = candidates.index(candidate)
             front = {"linewidth": 2.4, "zorder": 3} if i == 0 else {}
-            axes.loglog(*zip(*points), label=way, **_look(i), **front)
+            axes.loglog(*zip(*points), label=candidate, **_look(i), **front)
         axes.set_xlabel(letter)
         axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(sizes))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from .cases import Case, Machine
+from .cases import CaseResult, Machine
 from .sections import Section, order, section
 from .words import counted, date, megabytes, percent, percents, times, timeses
 
@@ -51,11 +51,11 @@ def _heading(machine: Machine) -> str:
     return ", ".join([f"**{machine.name}**", *what, " to ".join(dict.fromkeys((dates[0], dates[-1]))), *partial]) + ":"
 
 
-def _table(one: Section, cases: list[Case]) -> list[str]:
+def _table(one: Section, cases: list[CaseResult]) -> list[str]:
     dtypes = list(dict.fromkeys(case.of.dtype for case in cases))
-    over = [f"over {way}" for way in ("the best alternative", one.published) if way]
-    head = [f"`{one.command}`" + (f": {'; '.join(over)}; share of the floor" if one.is_operator else ""), *dtypes]
-    rows: dict[tuple, list[Case]] = {}
+    over = [f"over {candidate}" for candidate in ("the best alternative", one.published) if candidate]
+    head = [f"`{one.command}`" + (f": {'; '.join(over)}; % of roofline" if one.is_operator else ""), *dtypes]
+    rows: dict[tuple, list[CaseResult]] = {}
     for case in cases:
         where = (case.of.phase, case.of.variant) if one.is_operator else (case.of.phase, case.problem)
         rows.setdefault(where, []).append(case)
@@ -66,23 +66,23 @@ def _table(one: Section, cases: list[Case]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def _operator(where: Iterable[str], by_dtype: list[list[Case]], one: Section) -> list[str]:
+def _operator(where: Iterable[str], by_dtype: list[list[CaseResult]], one: Section) -> list[str]:
     """One line: ranges over the shapes."""
     shapes = max(map(len, by_dtype))
     return [", ".join(filter(None, [*where, counted(shapes, "shape")])), *(_ranges(cases, one) for cases in by_dtype)]
 
 
-def _ranges(cases: list[Case], one: Section) -> str:
+def _ranges(cases: list[CaseResult], one: Section) -> str:
     strongest = [case.strongest.ratio for case in cases if case.strongest]
-    published = [row.ratio for case in cases for row in case.baselines if row.way == one.published]
-    shares = [case.ours.share_of_floor for case in cases if case.ours and case.ours.share_of_floor is not None]
+    published = [row.ratio for case in cases for row in case.baselines if row.candidate == one.published]
+    shares = [case.ours.share_of_roofline for case in cases if case.ours and case.ours.share_of_roofline is not None]
     words = [timeses(strongest) if strongest else "-"]
     words += [timeses(published) if published else "-"] if one.published else []
     return "; ".join([*words, percents(shares) if shares else "-"])
 
 
-def _end_to_end(where: Iterable[str], by_dtype: list[list[Case]]) -> list[list[str]]:
-    """A line for each way, then shares and memory; a dtype has one case at most."""
+def _end_to_end(where: Iterable[str], by_dtype: list[list[CaseResult]]) -> list[list[str]]:
+    """A line for each candidate, then shares and memory; a dtype has one case at most."""
     cases = [some[0] if some else None for some in by_dtype]
     known = [case for case in cases if case]
     lines = []
@@ -92,19 +92,19 @@ def _end_to_end(where: Iterable[str], by_dtype: list[list[Case]]) -> list[list[s
         if any(word != "-" for word in cells):
             lines.append([f"{'the same' if lines else ', '.join(filter(None, where))}: {what}", *cells])
 
-    def of(way, word):
-        return lambda case: next((word(row.ratio) for row in case.timed if row.way == way and row.ratio is not None), None)
+    def of(candidate, word):
+        return lambda case: next((word(row.ratio) for row in case.timed if row.candidate == candidate and row.ratio is not None), None)
 
-    for way in dict.fromkeys(row.way for case in known for row in case.baselines):
-        line(f"over {way}", of(way, times))
-    for way in known[0].section.other_work:
-        line(f"{way}, share of our time", of(way, percent))
-    line("share of the floor", lambda case: case.ours and case.ours.share_of_floor and percent(case.ours.share_of_floor))
+    for candidate in dict.fromkeys(row.candidate for case in known for row in case.baselines):
+        line(f"over {candidate}", of(candidate, times))
+    for candidate in known[0].section.other_work:
+        line(f"{candidate}, share of our time", of(candidate, percent))
+    line("% of roofline", lambda case: case.ours and case.ours.share_of_roofline and percent(case.ours.share_of_roofline))
     line("peak memory, best alternative → ours", lambda case: _memory(case, "peak_bytes"))
     line("memory kept, best alternative → ours", lambda case: _memory(case, "kept_bytes"))
     return lines
 
 
-def _memory(case: Case, field: str) -> str | None:
+def _memory(case: CaseResult, field: str) -> str | None:
     both = [getattr(row, field) for row in (case.strongest, case.ours) if row]
     return " → ".join(map(megabytes, both)) if len(both) == 2 and None not in both else None

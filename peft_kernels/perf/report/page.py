@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from ..results import OURS
 from . import bars, figures, words
-from .cases import Case, Machine
+from .cases import CaseResult, Machine
 from .sections import order, section
 
-LEAST_INTENSITY = 1  # a benchmark that does less for each byte only moves memory: bars of its share of the floor say it all
+LEAST_INTENSITY = 1  # a benchmark that does less for each byte only moves memory: bars of its share of the roofline say it all
 
 
 def page(machines: list[Machine]) -> str:
@@ -73,13 +73,13 @@ def _overviews(machines, benchmarks, axis) -> dict[str, list[dict]]:
     return {kind: rows for kind, rows in kinds.items() if rows}
 
 
-def _cell(cases: list[Case], axis) -> dict | None:
+def _cell(cases: list[CaseResult], axis) -> dict | None:
     """How ours compares over all cases of a benchmark on a machine; None where nothing was measured."""
     if not cases:
         return None
     compared = [case for case in cases if case.strongest]
     ratios = [case.strongest.ratio for case in compared]
-    shares = [case.ours.share_of_floor for case in cases if case.ours and case.ours.share_of_floor is not None]
+    shares = [case.ours.share_of_roofline for case in cases if case.ours and case.ours.share_of_roofline is not None]
     return {
         "mean": statistics.geometric_mean(ratios) if ratios else None,
         "ratios": ratios,
@@ -90,8 +90,8 @@ def _cell(cases: list[Case], axis) -> dict | None:
     }
 
 
-def _named(case: Case) -> str:
-    return f"{case.problem}, {case.of.phase}, {case.of.dtype}: {words.times(case.strongest.ratio)} over {case.strongest.way}"
+def _named(case: CaseResult) -> str:
+    return f"{case.problem}, {case.of.phase}, {case.of.dtype}: {words.times(case.strongest.ratio)} over {case.strongest.candidate}"
 
 
 def _section(machines: list[Machine], benchmark: str) -> dict:
@@ -106,15 +106,15 @@ def _section(machines: list[Machine], benchmark: str) -> dict:
     }
 
 
-def _common(found: list[tuple[Machine, list[Case]]]) -> dict | None:
+def _common(found: list[tuple[Machine, list[CaseResult]]]) -> dict | None:
     """Things that several machines were asked, side by side."""
-    columns = [(machine, {case.of.thing: case for case in cases}) for machine, cases in found if cases]
-    counts = Counter(thing for _, by_thing in columns for thing in by_thing)
-    rows = [[by_thing.get(thing) for _, by_thing in columns] for thing, count in counts.items() if count > 1]
+    columns = [(machine, {case.of.case: case for case in cases}) for machine, cases in found if cases]
+    counts = Counter(case for _, by_case in columns for case in by_case)
+    rows = [[by_case.get(case) for _, by_case in columns] for case, count in counts.items() if count > 1]
     return {"machines": [machine.name for machine, _ in columns], "rows": rows} if rows else None
 
 
-def _block(machine: Machine, cases: list[Case]) -> dict:
+def _block(machine: Machine, cases: list[CaseResult]) -> dict:
     """A benchmark on a machine."""
     on_roof = [case for case in cases if _intensity(case) is not None]
     if max(map(_intensity, on_roof), default=0) < LEAST_INTENSITY:
@@ -124,7 +124,7 @@ def _block(machine: Machine, cases: list[Case]) -> dict:
         "dates": " and ".join(sorted({words.date(case.results.environment) for case in cases})),
         "partial": any(case.results.partial for case in cases),
         "speed": bars.speed(cases),
-        "floors": bars.floors([] if on_roof else cases),
+        "rooflines": bars.rooflines([] if on_roof else cases),
         "roofs": _roofs(machine, on_roof),
         "scaling": _scaling(machine, cases),
         "amounts": bars.amounts(cases),
@@ -133,28 +133,28 @@ def _block(machine: Machine, cases: list[Case]) -> dict:
     }
 
 
-def _intensity(case: Case) -> float | None:
+def _intensity(case: CaseResult) -> float | None:
     """Operations per byte, where there is a roof to hold them against."""
-    known = case.ours and case.ours.bytes and case.ours.operations and case.ceilings
+    known = case.ours and case.ours.bytes and case.ours.operations and case.peaks
     return case.ours.operations / case.ours.bytes if known else None
 
 
-def _roofs(machine: Machine, cases: list[Case]) -> list[dict]:
-    """A drawing for each dtype and each file's ceilings."""
-    by_roof: dict[tuple, list[Case]] = {}
+def _roofs(machine: Machine, cases: list[CaseResult]) -> list[dict]:
+    """A drawing for each dtype and each file's peaks."""
+    by_roof: dict[tuple, list[CaseResult]] = {}
     for case in cases:
-        by_roof.setdefault((case.of.dtype, case.ceilings.bandwidth, case.ceilings.rate), []).append(case)
+        by_roof.setdefault((case.of.dtype, case.peaks.bandwidth, case.peaks.rate), []).append(case)
     found = []
     for number, ((dtype, *_), some) in enumerate(by_roof.items()):
         name = f"roofline {number} of {some[0].of.benchmark}, {dtype}, {machine.name}"
-        found.append({"title": dtype, "svg": figures.roofline([case.ours for case in some], some[0].ceilings, name)})
+        found.append({"title": dtype, "svg": figures.roofline([case.ours for case in some], some[0].peaks, name)})
     return found
 
 
-def _scaling(machine: Machine, cases: list[Case]) -> list[dict]:
-    """Drawings of the ways' times where problems differ in one letter only."""
-    ways = [OURS, *dict.fromkeys(row.way for case in cases for row in case.baselines)]
-    sweeps: dict[tuple, list[tuple[int, Case]]] = {}
+def _scaling(machine: Machine, cases: list[CaseResult]) -> list[dict]:
+    """Drawings of the candidates' times where problems differ in one letter only."""
+    candidates = [OURS, *dict.fromkeys(row.candidate for case in cases for row in case.baselines)]
+    sweeps: dict[tuple, list[tuple[int, CaseResult]]] = {}
     for case in cases:
         sizes, variant = _sizes(case, cases)
         for letter, count in sizes.items():
@@ -165,14 +165,17 @@ def _scaling(machine: Machine, cases: list[Case]) -> list[dict]:
         sweep = sorted(sweep, key=lambda point: point[0])
         if sweep[-1][0] >= 2 * sweep[0][0] > 0:
             title = ", ".join(filter(None, rest))
-            timed = {way: [(count, row.median_s) for count, case in sweep for row in case.timed if row.way == way] for way in ways}
-            lines = {way: points for way, points in timed.items() if points}
-            svg = figures.scaling(lines, letter, ways, f"time over {letter} of {cases[0].of.benchmark}, {title}, {machine.name}")
+            timed = {
+                candidate: [(count, row.median_s) for count, case in sweep for row in case.timed if row.candidate == candidate]
+                for candidate in candidates
+            }
+            lines = {candidate: points for candidate, points in timed.items() if points}
+            svg = figures.scaling(lines, letter, candidates, f"time over {letter} of {cases[0].of.benchmark}, {title}, {machine.name}")
             found.append({"letter": letter, "title": title, "svg": svg})
     return found
 
 
-def _sizes(case: Case, cases: list[Case]) -> tuple[dict[str, int], str]:
+def _sizes(case: CaseResult, cases: list[CaseResult]) -> tuple[dict[str, int], str]:
     """Shape and variant; a variant that is a number of something ("16 adapters") is one size more, 1 where no variant is told."""
     counts = {one.of.variant: match for one in cases if (match := re.fullmatch(r"(\d+) (\w+)", one.of.variant))}
     if not counts or case.of.variant not in ("", *counts):
@@ -181,7 +184,7 @@ def _sizes(case: Case, cases: list[Case]) -> tuple[dict[str, int], str]:
     return case.of.shape | what, ""
 
 
-def _missing(cases: Iterable[Case]) -> list[tuple[str, str, int]]:
-    """Way, reason, and in how many cases."""
-    counts = Counter((row.way, row.missing) for case in cases for row in case.missing)
+def _missing(cases: Iterable[CaseResult]) -> list[tuple[str, str, int]]:
+    """Candidate, reason, and in how many cases."""
+    counts = Counter((row.candidate, row.missing) for case in cases for row in case.missing)
     return [(*key, count) for key, count in counts.items()]

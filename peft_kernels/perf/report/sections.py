@@ -1,4 +1,4 @@
-"""What is known of a benchmark beside its rows: its title, what its letters mean, and which of its ways do other work."""
+"""What is known of a benchmark beside its rows: its title, what its letters mean, and which of its candidates do other work."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Section:
     title: str
     about: str = ""
     published: str | None = None  # of an operator, the baseline of a paper or a library: quoted beside the strongest
-    other_work: tuple[str, ...] = ()  # ways that do less or something else: shown for scale, and no baselines
+    other_work: tuple[str, ...] = ()  # candidates that do less or something else: shown for scale, and no baselines
 
     @property
     def anchor(self) -> str:

@@ -18,7 +18,7 @@ from rich.table import Table
 from ...ops import triton_runtime, tuned
 from ..interruption import Keeping
 from ..measure import Timing, captured, interleaved
-from .targets import Problem, problems
+from .targets import Target, targets
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # norm of the difference over norm of the shipped result
 LEAST_GAIN = 0.03  # of the time; where runs scatter more than that, their spread
@@ -35,7 +35,7 @@ Options = dict[str, int]
 class Outcome:
     """``options`` is what is faster than the shipped options, None if nothing is; ``rejected`` says why a candidate was not timed."""
 
-    problem: Problem
+    target: Target
     options: Options | None
     shipped: Timing
     best: Timing
@@ -59,16 +59,16 @@ def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | Non
 def tune(operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, path: Path, timer: Timer, rounds: int, console: Console):
     """One operator after the other; the file is written after each, and after an interruption with what was found until then."""
     for operator in operators:
-        given = [problem for dtype in dtypes for problem in problems(operator, dtype, device)]
+        given = [target for dtype in dtypes for target in targets(operator, dtype, device)]
         if not given:
             console.print(f"{operator} has no kernels in {', '.join(map(str, dtypes))}")
             continue
         outcomes = []
         with Keeping(outcomes) as kept, Progress(console=console, transient=True) as progress:
             bar = progress.add_task(operator, total=len(given))
-            for problem in given:
-                progress.update(bar, description=f"{operator}, {problem.site.kernel}")
-                outcomes.append(search(problem, device, timer, rounds))
+            for target in given:
+                progress.update(bar, description=f"{operator}, {target.site.kernel}")
+                outcomes.append(search(target, device, timer, rounds))
                 progress.advance(bar)
         save(path, device, outcomes, console)
         console.print(table(operator, outcomes))
@@ -82,25 +82,25 @@ def on_gpu(functions: Mapping[str, Callable]) -> dict[str, Timing]:
     return interleaved({name: captured(function) for name, function in functions.items()}, REPEATS, device="cuda")
 
 
-def search(problem: Problem, device: torch.device, timer: Timer, rounds: int) -> Outcome:
+def search(target: Target, device: torch.device, timer: Timer, rounds: int) -> Outcome:
     """Go to the fastest neighbour as long as there is one that is faster, then time that once more beside the shipped options."""
     launches = tuned.entries(device)
-    launches.pop(problem.site, None)
-    kernel = tuned.KERNELS[problem.site.operator][problem.site.kernel]
-    expected, call = problem.make()(), problem.make()
+    launches.pop(target.site, None)
+    kernel = tuned.KERNELS[target.site.operator][target.site.kernel]
+    expected, call = target.make()(), target.make()
 
     def launched(options, call):
-        launches[problem.site] = options
+        launches[target.site] = options
         return call()
 
-    shipped = best = {name: problem.shipped[name] for name in (*kernel.blocks, "num_warps", "num_stages")}
+    shipped = best = {name: target.shipped[name] for name in (*kernel.blocks, "num_warps", "num_stages")}
     seen, rejected = [shipped], {}
     for _ in range(rounds):
         candidates = []
-        for options in neighbours(best, problem.shipped, kernel):
+        for options in neighbours(best, target.shipped, kernel):
             if options not in seen:
                 seen.append(options)
-                if reason := wrong(partial(launched, options, problem.make()), expected, TOLERANCE[problem.dtype]):
+                if reason := wrong(partial(launched, options, target.make()), expected, TOLERANCE[target.dtype]):
                     rejected[described(options)] = reason
                 else:
                     candidates.append(options)
@@ -115,8 +115,8 @@ def search(problem: Problem, device: torch.device, timer: Timer, rounds: int) ->
     of_shipped, of_best = timings[described(shipped)], timings[described(best)]
     won = is_faster(of_best, of_shipped)
     changed = {name: value for name, value in best.items() if value != shipped[name]}
-    launches[problem.site] = changed if won else {}
-    return Outcome(problem, changed if won else None, of_shipped, of_best if won else of_shipped, len(seen) - 1, rejected)
+    launches[target.site] = changed if won else {}
+    return Outcome(target, changed if won else None, of_shipped, of_best if won else of_shipped, len(seen) - 1, rejected)
 
 
 def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterator[Options]:
@@ -178,8 +178,8 @@ def save(path: Path, device: torch.device, outcomes: Sequence[Outcome], console:
         console.print(f"[yellow]replaced[/yellow]: {escape(str(error))}")
         before = []
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    measured = {outcome.problem.site for outcome in outcomes}
-    found = [tuned.Entry(one.problem.site, one.options, one.shipped.median, one.best.median, date) for one in outcomes if one.options is not None]
+    measured = {outcome.target.site for outcome in outcomes}
+    found = [tuned.Entry(one.target.site, one.options, one.shipped.median, one.best.median, date) for one in outcomes if one.options is not None]
     tuned.write(path, device, [*(entry for entry in before if entry.site not in measured), *found])
 
 
@@ -190,13 +190,13 @@ def table(operator: str, outcomes: Sequence[Outcome]) -> Table:
     found.add_column("of them rejected")
     found.add_column("instead of the shipped options")
     for one in outcomes:
-        names = tuned.KERNELS[operator][one.problem.site.kernel].key
-        sizes = ", ".join(f"{name} {value}" for name, value in zip(names, one.problem.site.key)) or "all"
+        names = tuned.KERNELS[operator][one.target.site.kernel].key
+        sizes = ", ".join(f"{name} {value}" for name, value in zip(names, one.target.site.key)) or "all"
         times = (f"{1e3 * timing.median:.4f}" for timing in (one.shipped, one.best))
         kinds = Counter(reason.partition(":")[0] for reason in one.rejected.values())
         rejected = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
         won = "[dim]none is faster[/dim]" if one.options is None else f"[green]{described(one.options)}[/green]"
-        found.add_row(one.problem.site.kernel, sizes, *times, str(one.tried), rejected, won)
+        found.add_row(one.target.site.kernel, sizes, *times, str(one.tried), rejected, won)
     return found
 
 
@@ -205,4 +205,4 @@ def mistakes(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for one in outcomes:
         for options, reason in one.rejected.items():
             if reason.startswith(WRONG):
-                yield f"{one.problem.site.operator}, {one.problem.site.kernel} in {one.problem.dtype}, {options}: {reason}"
+                yield f"{one.target.site.operator}, {one.target.site.kernel} in {one.target.dtype}, {options}: {reason}"

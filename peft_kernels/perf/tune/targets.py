@@ -17,7 +17,7 @@ from ...ops.special_tokens import triton as special_tokens
 from ...ops.tuned import Site
 
 
-class Problem(NamedTuple):
+class Target(NamedTuple):
     """``make()`` returns a call on fresh inputs, the same every time. The call returns tensors, or None among them."""
 
     site: Site
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
     sizes: Sizes
 
 
-class Random:
+class RandomInputs:
     """Tensors that are the same whenever they are drawn in the same order."""
 
     def __init__(self, setting: Setting):
@@ -67,14 +67,14 @@ class Random:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
 
-def problems(operator: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = LARGE) -> Iterator[Problem]:
+def targets(operator: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = LARGE) -> Iterator[Target]:
     """Of one operator. What depends on no dtype belongs to float32."""
     setting = Setting(dtype, device, sizes)
-    for kernel, key, shipped, make in PROBLEMS[operator](setting):
-        yield Problem(Site(operator, kernel, key), shipped, dtype, partial(make, setting))
+    for kernel, key, shipped, make in TARGETS[operator](setting):
+        yield Target(Site(operator, kernel, key), shipped, dtype, partial(make, setting))
 
 
-def _attention_problems(setting):
+def _attention_targets(setting):
     dtype, device, sizes = setting
     family, _ = attention.device_of(device)
     size = dtype.itemsize
@@ -95,7 +95,7 @@ def _attention_problems(setting):
 
 def _attention_inputs(setting, head_dim, rows):
     """One token to a stream. In memory (streams, tokens, heads, D), as projections leave it."""
-    random, sizes = Random(setting), setting.sizes
+    random, sizes = RandomInputs(setting), setting.sizes
     heads = max(1, sizes.width // head_dim)
     query, grad = (random.normal(sizes.documents * rows, 1, heads, head_dim).transpose(1, 2) for _ in range(2))
     key, value = (random.normal(sizes.documents, sizes.tokens, heads, head_dim).transpose(1, 2) for _ in range(2))
@@ -113,7 +113,7 @@ def _attention_backward(setting, head_dim, needs):
     return lambda: attention.backward(grad, None, *inputs, *saved, None, None, head_dim**-0.5, *needs)
 
 
-def _embedding_problems(setting):
+def _embedding_targets(setting):
     size = setting.dtype.itemsize
     configs = embedding.CONFIGS[embedding.device_of(setting.device)[0], size]
     yield "product", (size,), embedding.forward_options(configs.forward, False, with_product=True), partial(_embedding_forward, with_product=True)
@@ -122,7 +122,7 @@ def _embedding_problems(setting):
 
 
 def _embedding_forward(setting, with_product):
-    random, sizes = Random(setting), setting.sizes
+    random, sizes = RandomInputs(setting), setting.sizes
     tables = random.integers(sizes.vocabulary, sizes.batch, sizes.tokens), random.normal(sizes.vocabulary, sizes.width)
     shapes = (sizes.prompt, sizes.width), (sizes.tokens, sizes.rank), (sizes.rank, sizes.width)
     prompt, a, b = (random.normal(1, *shape, dtype=torch.float32) for shape in shapes)
@@ -132,11 +132,11 @@ def _embedding_forward(setting, with_product):
 
 def _embedding_backward(setting):
     sizes = setting.sizes
-    grad = Random(setting).normal(sizes.batch, sizes.prompt + sizes.tokens, sizes.width)
+    grad = RandomInputs(setting).normal(sizes.batch, sizes.prompt + sizes.tokens, sizes.width)
     return lambda: embedding.backward(grad, 1, sizes.prompt, sizes.tokens, None, False, None, True, True)
 
 
-def _special_token_problems(setting):
+def _special_token_targets(setting):
     size = setting.dtype.itemsize
     if setting.dtype == torch.float32:
         yield "slots", (), special_tokens.slots_options(), _find_slots
@@ -157,12 +157,12 @@ def _vectors(random, setting, width):
 
 def _find_slots(setting):
     sizes = setting.sizes
-    ids, specials = Random(setting).integers(sizes.vocabulary, sizes.batch, sizes.tokens), torch.arange(sizes.specials, device=setting.device)
+    ids, specials = RandomInputs(setting).integers(sizes.vocabulary, sizes.batch, sizes.tokens), torch.arange(sizes.specials, device=setting.device)
     return lambda: special_tokens.slots(ids, specials, None, sizes.tokens)
 
 
 def _add(setting):
-    random, sizes = Random(setting), setting.sizes
+    random, sizes = RandomInputs(setting), setting.sizes
     hidden, vectors, slots = random.normal(sizes.batch, sizes.tokens, sizes.width), _vectors(random, setting, sizes.width), _slots(setting)
 
     def call():
@@ -174,11 +174,11 @@ def _add(setting):
 
 def _vector_grad(setting):
     sizes = setting.sizes
-    grad, slots = Random(setting).normal(sizes.batch, sizes.tokens, sizes.width), _slots(setting)
+    grad, slots = RandomInputs(setting).normal(sizes.batch, sizes.tokens, sizes.width), _slots(setting)
     return lambda: (special_tokens.backward(grad, slots, 1, sizes.specials, 0.0, None, None),)
 
 
-def _norm_problems(setting):
+def _norm_targets(setting):
     for width in setting.sizes.norm_widths:
         shipped = norm.row_options(width)
         for kernel, make in (("forward", _norm_forward), ("backward", _norm_backward)):
@@ -187,7 +187,7 @@ def _norm_problems(setting):
 
 def _norm_inputs(setting, width):
     """As many elements whatever the width."""
-    random, sizes = Random(setting), setting.sizes
+    random, sizes = RandomInputs(setting), setting.sizes
     x, residual = (random.normal(sizes.batch, max(sizes.specials, sizes.tokens * sizes.width // width), width) for _ in range(2))
     weight, bias = (random.normal(width, dtype=torch.float32) for _ in range(2))
     return x, residual, weight, bias, _vectors(random, setting, width), _slots(setting)
@@ -206,7 +206,7 @@ def _norm_backward(setting, width):
     return lambda: norm.backward(*arguments, True, False)
 
 
-def _logit_problems(setting):
+def _logit_targets(setting):
     size = setting.dtype.itemsize
     for config in logits.FORWARD:
         yield "forward", (size, config.words), logits.launch_options(config), partial(_logits_forward, words=config.words)
@@ -214,21 +214,21 @@ def _logit_problems(setting):
 
 
 def _logits_forward(setting, words):
-    random, sizes = Random(setting), setting.sizes
+    random, sizes = RandomInputs(setting), setting.sizes
     hidden, weight = random.normal(sizes.texts, sizes.width), random.normal(sizes.vocabulary, sizes.width)
     label_ids = random.integers(sizes.vocabulary, 1, words)
     return lambda: (logits.forward(hidden, weight, label_ids, None, None),)
 
 
 def _logits_backward(setting):
-    random, sizes = Random(setting), setting.sizes
+    random, sizes = RandomInputs(setting), setting.sizes
     words = logits.FORWARD[-1].words
     grad, weight = random.normal(sizes.texts, 1, words, dtype=torch.float32), random.normal(sizes.vocabulary, sizes.width)
     label_ids = random.integers(sizes.vocabulary, 1, words)
     return lambda: (logits.backward(grad, weight, label_ids),)
 
 
-def _prototype_problems(setting):
+def _prototype_targets(setting):
     makers = {"forward": _scores, "backward": _scores_backward, "prototypes": _scores_backward, "cross_entropy": _cross_entropy}
     for width in setting.sizes.prototype_widths if setting.dtype == torch.float32 else ():
         shipped = prototypes.row_options(width)
@@ -237,7 +237,7 @@ def _prototype_problems(setting):
 
 
 def _score_inputs(setting, width):
-    random, (texts, classes) = Random(setting), (setting.sizes.texts, setting.sizes.classes)
+    random, (texts, classes) = RandomInputs(setting), (setting.sizes.texts, setting.sizes.classes)
     rows = random.normal(texts, width), random.normal(classes, width) / math.sqrt(width)
     return *rows, random.normal(classes), random.normal(texts, classes), random.integers(classes, texts)
 
@@ -257,7 +257,7 @@ def _cross_entropy(setting, width):
     return lambda: prototypes.cross_entropy(*inputs, 1.0, labels)
 
 
-def _label_attention_problems(setting):
+def _label_attention_targets(setting):
     unit, size = label_attention.unit_of(setting.device, setting.dtype), setting.dtype.itemsize
     blocks = [block for of_unit, block in label_attention.CONFIGS if of_unit == unit]
     for block in blocks:
@@ -271,7 +271,7 @@ def _label_attention_problems(setting):
 
 def _pool_inputs(setting, queries):
     """Of one head: queries (1, 1, S, d), features (B, n, d), the gradient of what is pooled (1, B, S, d)."""
-    random, sizes = Random(setting), setting.sizes
+    random, sizes = RandomInputs(setting), setting.sizes
     features = random.normal(sizes.batch, sizes.tokens, sizes.width)
     return random.normal(1, 1, queries, sizes.width), features, random.normal(1, sizes.batch, queries, sizes.width)
 
@@ -287,12 +287,12 @@ def _pool_backward(setting, queries):
     return lambda: (label_attention.pool_backward(grad, features, weights, None, None, setting.sizes.width**-0.5, True),)
 
 
-PROBLEMS = {
-    "shared_cross_attention": _attention_problems,
-    "decomposed_prompt_embedding": _embedding_problems,
-    "special_tokens": _special_token_problems,
-    "add_layer_norm_inject": _norm_problems,
-    "label_logits": _logit_problems,
-    "prototype_scores": _prototype_problems,
-    "label_cross_attention": _label_attention_problems,
+TARGETS = {
+    "shared_cross_attention": _attention_targets,
+    "decomposed_prompt_embedding": _embedding_targets,
+    "special_tokens": _special_token_targets,
+    "add_layer_norm_inject": _norm_targets,
+    "label_logits": _logit_targets,
+    "prototype_scores": _prototype_targets,
+    "label_cross_attention": _label_attention_targets,
 }

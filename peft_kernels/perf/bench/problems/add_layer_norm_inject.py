@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import layer_norm
 
 from .... import ops
-from ..case import Numbers, Operator, Problem, Way, compiled, plain
+from ..case import Candidate, Operator, Problem, RandomInputs, compiled, plain
 from .special_tokens import one_hot_of, special_positions
 
 EPS = 1e-12
@@ -30,34 +30,34 @@ def of(name, separate, results):
 
     def problem(shape, variant, dtype, device, backward) -> Problem:
         batch, length, width, count = (shape[letter] for letter in "BSdk")
-        numbers = Numbers(device, dtype)
+        numbers = RandomInputs(device, dtype)
         slots = special_positions(numbers, batch, length, count)
         x, residual, *grads = (numbers.normal(batch, length, width) for _ in range(2 + results))
         weight, bias, vectors = 1 + numbers.normal(width) / 8, numbers.normal(width), numbers.normal(count, width)
 
         def ours(impl):
-            return Way(lambda x, residual, vectors: getattr(ops, name)(x, residual, weight, bias, vectors, slots, eps=EPS, impl=impl))
+            return Candidate(lambda x, residual, vectors: getattr(ops, name)(x, residual, weight, bias, vectors, slots, eps=EPS, impl=impl))
 
         def cost(x, residual, vectors, backward):
             from ....ops.add_layer_norm_inject import cost
 
             return getattr(cost, name)(x, residual, weight, bias, vectors, slots, backward=backward)
 
-        def floor():
+        def roofline():
             """The same tensors read and new ones written: a CPU pays for the pages of those."""
             torch.add(x, residual)
             for grad in grads[1:] + (grads if backward else []):
                 grad.clone()
 
-        way = separate(weight, bias, one_hot_of(slots, x))
+        candidate = separate(weight, bias, one_hot_of(slots, x))
         return Problem(
             leaves=(x, residual, vectors),
             grads=tuple(grads),
             ours=ours,
             truth=separate(weight.double(), bias.double(), one_hot_of(slots, x.double())),
             cost=cost,
-            baselines={"separate operations": plain(way), "separate operations, compiled": compiled(way)},
-            floor=floor if device == "cpu" else None,
+            baselines={"separate operations": plain(candidate), "separate operations, compiled": compiled(candidate)},
+            roofline=roofline if device == "cpu" else None,
         )
 
     return Operator(

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import embedding
 
 from .... import ops
-from ..case import Numbers, Operator, Problem, Way, compiled, fresh, plain
+from ..case import Candidate, Operator, Problem, RandomInputs, compiled, fresh, plain
 
 VOCABULARY = 32_128
 SCALE = 1.5
@@ -16,7 +16,7 @@ SCALE = 1.5
 def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, length, virtual, rank, width = (shape[letter] for letter in "BLmrd")
     adapters = 16 if variant == "16 adapters" else 1
-    numbers = Numbers(device, dtype)
+    numbers = RandomInputs(device, dtype)
     ids = numbers.integers(0, VOCABULARY, batch, length)
     table = numbers.normal(VOCABULARY, width)
     sizes = (virtual, width), (length, rank), (rank, width)
@@ -24,7 +24,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
     grad = numbers.normal(batch, virtual + length, width)
 
     def ours(impl):
-        return Way(lambda *leaves: ops.decomposed_prompt_embedding(ids, table, *leaves, scale=SCALE, adapter_ids=adapter_ids, impl=impl))
+        return Candidate(lambda *leaves: ops.decomposed_prompt_embedding(ids, table, *leaves, scale=SCALE, adapter_ids=adapter_ids, impl=impl))
 
     def cost(prompt, a, b, backward):
         from ....ops.decomposed_prompt_embedding import cost
@@ -43,7 +43,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         truth=truth,
         cost=cost,
         baselines={"official": plain(official(ids, table, adapter_ids)), "expanded": plain(views), "expanded, compiled": compiled(views)},
-        floor=fresh(device, grad),
+        roofline=fresh(device, grad),
     )
 
 

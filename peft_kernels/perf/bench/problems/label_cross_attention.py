@@ -7,12 +7,12 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from .... import ops
-from ..case import Numbers, Operator, Problem, Way, plain
+from ..case import Candidate, Operator, Problem, RandomInputs, plain
 
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, n, width, heads, slots = (shape[name] for name in ("B", "n", "d", "num_heads", "S"))
-    numbers = Numbers(device, dtype)
+    numbers = RandomInputs(device, dtype)
     lengths = numbers.integers(1, n + 1, batch) if variant == "padded" else None
     visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]  # [B, 1, 1, n]
     weights = ((numbers.normal(width, width, dtype=torch.float32) / width**0.5).to(dtype) for _ in range(3))
@@ -22,7 +22,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         return {"slots": slots, "features": features, "w_q": w_q, "w_k": w_k, "w_v": w_v, "lengths": lengths, "num_heads": heads}
 
     def ours(impl):
-        return Way(lambda *leaves: ops.label_cross_attention(**arguments(*leaves), impl=impl))
+        return Candidate(lambda *leaves: ops.label_cross_attention(**arguments(*leaves), impl=impl))
 
     def cost(*leaves, backward):
         from ....ops.label_cross_attention import cost

@@ -3,19 +3,19 @@
 import torch
 
 from .... import ops
-from ..case import Numbers, Operator, Problem, Way, compiled, plain
+from ..case import Candidate, Operator, Problem, RandomInputs, compiled, plain
 
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, length, vocabulary, width, classes, count = (shape[letter] for letter in "BSVHCw")
-    numbers = Numbers(device, dtype)
+    numbers = RandomInputs(device, dtype)
     hidden, weight, bias = numbers.normal(batch, length, width), numbers.normal(vocabulary, width), numbers.normal(vocabulary)
     positions = numbers.integers(0, length, batch)
     words = torch.randperm(vocabulary, generator=numbers.generator)[: classes * count].to(device)
     ids, texts = words.view(classes, count), torch.arange(batch, device=device)
 
     def ours(impl):
-        return Way(lambda hidden: ops.label_logits(hidden, weight, ids, bias=bias, positions=positions, impl=impl))
+        return Candidate(lambda hidden: ops.label_logits(hidden, weight, ids, bias=bias, positions=positions, impl=impl))
 
     def cost(hidden, backward):
         from ....ops.label_logits import cost

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from .... import ops
-from ..case import Numbers, Operator, Problem, Way, compiled, plain
+from ..case import Candidate, Operator, Problem, RandomInputs, compiled, plain
 
 WEIGHT = 1 / 16
 
@@ -17,7 +17,7 @@ def scores_of(projected, prototypes, radius, scores):
 def numbers_of(shape, device):
     """features (N, H), projection (D, H), prototypes (C, D), radius (C,), scores (N, C), labels (N,), and what draws more."""
     count, width, dim, classes = (shape[letter] for letter in "NHDC")
-    numbers = Numbers(device, torch.float32)
+    numbers = RandomInputs(device, torch.float32)
     features, projection = numbers.normal(count, width), numbers.normal(dim, width) / width**0.5
     prototypes, radius, scores = numbers.normal(classes, dim), numbers.normal(classes), numbers.normal(count, classes)
     return features, projection, prototypes, radius, scores, numbers.integers(0, classes, count), numbers
@@ -27,7 +27,7 @@ def scoring(shape, variant, dtype, device, backward) -> Problem:
     features, projection, prototypes, radius, scores, _, numbers = numbers_of(shape, device)
 
     def ours(impl):
-        return Way(lambda *leaves: ops.prototype_scores(features, *leaves, scores, weight=WEIGHT, impl=impl))
+        return Candidate(lambda *leaves: ops.prototype_scores(features, *leaves, scores, weight=WEIGHT, impl=impl))
 
     def cost(*leaves, backward):
         from ....ops.prototype_scores import cost
@@ -51,7 +51,7 @@ def loss(shape, variant, dtype, device, backward) -> Problem:
     features, projection, prototypes, radius, scores, labels, _ = numbers_of(shape, device)
 
     def ours(impl):
-        return Way(
+        return Candidate(
             lambda projection, radius: ops.prototype_cross_entropy(features, projection, prototypes, radius, scores, labels, weight=WEIGHT, impl=impl)
         )
 
@@ -80,7 +80,7 @@ def objective(shape, variant, dtype, device, backward) -> Problem:
 
     def ours(impl):
         function = ops.prototype_objective(prototypes, scores, labels, weight=WEIGHT, impl=impl)
-        return Way(lambda: function(projected, radius))
+        return Candidate(lambda: function(projected, radius))
 
     def cost(backward):
         from ....ops.prototype_scores import cost

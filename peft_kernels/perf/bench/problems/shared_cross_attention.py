@@ -9,21 +9,21 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .... import ops
-from ..case import Numbers, Operator, Problem, Way, plain
+from ..case import Candidate, Operator, Problem, RandomInputs, plain
 
 HEADS = {"H": 12, "D": 64}
 
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
     inputs, streams, tokens, n, heads, width = (shape[letter] for letter in "bMtnHD")
-    numbers = Numbers(device, dtype)
+    numbers = RandomInputs(device, dtype)
     query, grad = (numbers.normal(inputs * streams, tokens, heads, width).transpose(1, 2) for _ in range(2))
     key, value = (numbers.normal(inputs, heads, n, width) for _ in range(2))
     lengths = numbers.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
     visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]  # [b, 1, 1, n]
 
     def ours(impl):
-        return Way(lambda query, key, value: ops.shared_cross_attention(query, key, value, key_lengths=lengths, impl=impl))
+        return Candidate(lambda query, key, value: ops.shared_cross_attention(query, key, value, key_lengths=lengths, impl=impl))
 
     def cost(query, key, value, backward):
         from ....ops.shared_cross_attention import cost
@@ -77,7 +77,7 @@ def two_matmuls(visible):
     return attention
 
 
-def expanded(attend, leaves, streams) -> Way:
+def expanded(attend, leaves, streams) -> Candidate:
     """Keys and values repeated per stream; gradients of the copies are summed for the check only."""
     query, key, value = leaves
 
@@ -85,7 +85,7 @@ def expanded(attend, leaves, streams) -> Way:
         out, *grads = results
         return (out, *grads[:1], *(g.double().unflatten(0, (-1, streams)).sum(1) for g in grads[1:]))
 
-    return Way(attend, (query, key.repeat_interleave(streams, 0), value.repeat_interleave(streams, 0)), restore)
+    return Candidate(attend, (query, key.repeat_interleave(streams, 0), value.repeat_interleave(streams, 0)), restore)
 
 
 def eager(visible, streams, dtype):
@@ -107,7 +107,7 @@ def sdpa(visible, streams):
     return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def flex(leaves, inputs, lengths) -> Way:
+def flex(leaves, inputs, lengths) -> Candidate:
     query, key, _ = leaves
     if query.device.type != "cuda":
         raise ValueError("measured on CUDA only")
@@ -117,10 +117,10 @@ def flex(leaves, inputs, lengths) -> Way:
     if lengths is not None:
         mask = create_block_mask(lambda b, h, q, k: k < lengths[b], inputs, None, rows, key.shape[2], device="cuda")
     attention = torch.compile(flex_attention, dynamic=False)
-    return Way(folded(lambda query, key, value: attention(query, key, value, block_mask=mask), inputs))
+    return Candidate(folded(lambda query, key, value: attention(query, key, value, block_mask=mask), inputs))
 
 
-def varlen(leaves, inputs, lengths, backward) -> Way:
+def varlen(leaves, inputs, lengths, backward) -> Candidate:
     """Inputs as sequences of M * t queries: ``seqused_k`` in inference, keys packed in training."""
     query, key, value = leaves
     if query.device.type != "cuda":
@@ -150,7 +150,7 @@ def varlen(leaves, inputs, lengths, backward) -> Way:
             target[keep] = g
         return (out, *grads[:1], *(x.transpose(1, 2) for x in full))
 
-    return Way(attend, (query, *(x.transpose(1, 2)[keep] for x in (key, value))), restore)  # [T_k, H, D]
+    return Candidate(attend, (query, *(x.transpose(1, 2)[keep] for x in (key, value))), restore)  # [T_k, H, D]
 
 
 def shapes(*sizes, **rest):

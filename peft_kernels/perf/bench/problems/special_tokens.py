@@ -7,7 +7,7 @@ of the hidden states' shape and an addition.
 import torch
 
 from .... import ops
-from ..case import Numbers, Operator, Problem, Way, compiled, fresh, plain
+from ..case import Candidate, Operator, Problem, RandomInputs, compiled, fresh, plain
 
 SPECIAL = 100, 101, 102, 103  # ids below ORDINARY
 ORDINARY = 1000
@@ -16,14 +16,14 @@ VOCABULARY = 30_522
 
 def finding(shape, variant, dtype, device, backward) -> Problem:
     batch, length, count = (shape[letter] for letter in "BSk")
-    numbers = Numbers(device, dtype)
+    numbers = RandomInputs(device, dtype)
     ids = numbers.integers(ORDINARY, VOCABULARY, batch, length)
     slots = special_positions(numbers, batch, length, count)
     ids.scatter_(1, slots, numbers.integers(SPECIAL[0], SPECIAL[-1] + 1, batch, count))
     listed = torch.tensor(SPECIAL, device=device)
 
     def ours(impl):
-        return Way(lambda: ops.special_token_slots(ids, listed, max_slots=count, impl=impl))
+        return Candidate(lambda: ops.special_token_slots(ids, listed, max_slots=count, impl=impl))
 
     def cost(backward):
         from ....ops.special_tokens import cost
@@ -47,7 +47,7 @@ def finding(shape, variant, dtype, device, backward) -> Problem:
         truth=lambda: slots,
         cost=cost,
         baselines={
-            "official": lambda: Way(official, waits=True),
+            "official": lambda: Candidate(official, waits=True),
             "isin, cumsum, scatter": plain(scattered),
             "isin, cumsum, scatter, compiled": compiled(scattered),
         },
@@ -58,7 +58,7 @@ def adding(shape, variant, dtype, device, backward) -> Problem:
     hidden, vectors, grad, slots = addition(shape, dtype, device)
 
     def ours(impl):
-        return Way(lambda hidden, vectors: ops.special_token_add(hidden, vectors, slots, impl=impl))
+        return Candidate(lambda hidden, vectors: ops.special_token_add(hidden, vectors, slots, impl=impl))
 
     def cost(hidden, vectors, backward):
         from ....ops.special_tokens import cost
@@ -82,18 +82,18 @@ def adding(shape, variant, dtype, device, backward) -> Problem:
             "dense add, compiled": compiled(dense),
             "index_add": plain(indexed),
         },
-        floor=fresh(device, hidden),
+        roofline=fresh(device, hidden),
     )
 
 
 def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
-    """Each way adds to a tensor of its own, again and again; ``detach`` keeps the graph of one turn out of the next."""
+    """Each candidate adds to a tensor of its own, again and again; ``detach`` keeps the graph of one turn out of the next."""
     hidden, vectors, grad, slots = addition(shape, dtype, device)
 
     def own(add):
         def prepare():
             target = hidden.clone()
-            return Way(lambda vectors: add(target.detach(), vectors))
+            return Candidate(lambda vectors: add(target.detach(), vectors))
 
         return prepare
 
@@ -129,7 +129,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
 def addition(shape, dtype, device):
     """hidden (B, S, d), vectors (k, d), gradient (B, S, d), slots (B, k)."""
     batch, length, width, count = (shape[letter] for letter in "BSdk")
-    numbers = Numbers(device, dtype)
+    numbers = RandomInputs(device, dtype)
     hidden, grad = (numbers.normal(batch, length, width) for _ in range(2))
     return hidden, numbers.normal(count, width), grad, special_positions(numbers, batch, length, count)
 

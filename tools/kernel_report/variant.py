@@ -11,7 +11,7 @@ class Expected(NamedTuple):
     warps: int = 1  # of a processor, at least: a kernel that waits for memory wants several blocks
 
 
-class Case(NamedTuple):
+class Variant(NamedTuple):
     """``options``: constants of the kernel and options of the compiler, as the launcher gives them. ``types``: of the arguments that are
     not 32-bit integers, None for one that is absent.
     """

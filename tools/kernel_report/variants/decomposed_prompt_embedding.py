@@ -2,7 +2,7 @@ from peft_kernels.ops.decomposed_prompt_embedding import triton as implementatio
 from peft_kernels.ops.decomposed_prompt_embedding import triton_kernels
 
 from ..architectures import ARCHITECTURES, matrix_unit
-from ..case import Case, Expected
+from ..variant import Expected, Variant
 
 OPERATOR = "decomposed_prompt_embedding"
 CUDA_KERNELS = ("embedding_forward", "embedding_backward")
@@ -13,7 +13,7 @@ OTHERS = {
 WARPS = 12  # three blocks of four warps
 
 
-def cases():
+def variants():
     """Forward with the product of a and b or with delta, and backward."""
     for architecture in ARCHITECTURES:
         for dtype in ("fp32", "bf16", "fp16"):
@@ -25,6 +25,6 @@ def cases():
                 unit = matrix_unit(architecture, dtype == "fp32", configs.forward.rows) if product else None
                 options, given = implementation.forward_options(configs.forward, True, product), {**types, **dict.fromkeys(absent)}
                 expected = Expected(unit, store=16, warps=WARPS)
-                yield Case(architecture, OPERATOR, kernel, dtype, triton_kernels.forward_kernel, options, given, expected)
+                yield Variant(architecture, OPERATOR, kernel, dtype, triton_kernels.forward_kernel, options, given, expected)
             options = implementation.backward_options(configs.backward, True)
-            yield Case(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, Expected(warps=WARPS))
+            yield Variant(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, Expected(warps=WARPS))

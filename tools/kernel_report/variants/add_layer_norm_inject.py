@@ -2,7 +2,7 @@ from peft_kernels.ops.add_layer_norm_inject import triton as implementation
 from peft_kernels.ops.add_layer_norm_inject import triton_kernels
 
 from ..architectures import ARCHITECTURES
-from ..case import Case, Expected
+from ..variant import Expected, Variant
 
 OPERATOR = "add_layer_norm_inject"
 CUDA_KERNELS = ("add_layer_norm_inject", "add_layer_norm_inject_backward")
@@ -16,14 +16,14 @@ OTHERS = {
 IN_STORAGE = ("out", "total", "x", "residual", "grad", "grad_x", "grad_sum")
 
 
-def cases():
+def variants():
     """Forward and backward with everything they can have."""
     for architecture in ARCHITECTURES:
         for dtype in ("fp32", "bf16"):
             types = {**OTHERS, **dict.fromkeys(IN_STORAGE, f"*{dtype}")}
             for width, pre in (*((width, False) for width in WIDTHS), (WIDTHS[0], True)):
                 options = {"RMS": False, "PRE": pre, **implementation.row_options(width)}
-                yield Case(architecture, OPERATOR, "forward", dtype, triton_kernels.forward_kernel, options, types, EXPECTED)
+                yield Variant(architecture, OPERATOR, "forward", dtype, triton_kernels.forward_kernel, options, types, EXPECTED)
             for width in WIDTHS:
                 options = {"LISTED": False, **implementation.row_options(width)}
-                yield Case(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, EXPECTED)
+                yield Variant(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, EXPECTED)

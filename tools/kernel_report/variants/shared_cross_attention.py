@@ -2,7 +2,7 @@ from peft_kernels.ops.shared_cross_attention import triton as implementation
 from peft_kernels.ops.shared_cross_attention import triton_backward, triton_forward
 
 from ..architectures import matrix_unit
-from ..case import Case, Expected
+from ..variant import Expected, Variant
 
 OPERATOR = "shared_cross_attention"
 IN_STORAGE = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
@@ -12,7 +12,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-def cases():
+def variants():
     """Every row of the table, and D 80 in the row of 128."""
     for (architecture, size, block_d), configs in implementation.CONFIGS.items():
         for d in (80, 128) if (size, block_d) == (2, 128) else (block_d,):
@@ -36,12 +36,12 @@ def products(architecture, kernel, dtype, d, config):
         tall = 64  # scores are transposed where the block of rows is short
     types |= {"key_grad": {"grad_v": None}, "value_grad": {"grad_k": None}}.get(kernel, {})
     options = implementation.launch_options(config, architecture, 4 if dtype == "fp32" else 2, d)
-    return Case(architecture, OPERATOR, kernel, dtype, function, options, types, Expected(matrix_unit(architecture, dtype == "fp32", tall)))
+    return Variant(architecture, OPERATOR, kernel, dtype, function, options, types, Expected(matrix_unit(architecture, dtype == "fp32", tall)))
 
 
 def rows(architecture, kernel, dtype, d):
     function = triton_forward.merge_kernel if kernel == "merge" else triton_backward.delta_kernel
-    return Case(architecture, OPERATOR, kernel, dtype, function, implementation.row_options(d), types_of(dtype), Expected())
+    return Variant(architecture, OPERATOR, kernel, dtype, function, implementation.row_options(d), types_of(dtype), Expected())
 
 
 def types_of(dtype):

@@ -2,19 +2,19 @@ from peft_kernels.ops.label_cross_attention import triton as implementation
 from peft_kernels.ops.label_cross_attention import triton_kernels
 
 from ..architectures import ARCHITECTURES, matrix_unit
-from ..case import Case, Expected
+from ..variant import Expected, Variant
 
 OPERATOR = "label_cross_attention"
 TYPES = {**dict.fromkeys(("scores", "weights", "grad_weights"), "*fp32"), **dict.fromkeys(("lengths", "offsets"), "*i64")}
 
 
-def cases():
+def variants():
     """mixed: bf16 features, float32 queries; pool_float: the pool of a backward pass, whose result is float32."""
     for architecture in ARCHITECTURES:
         for kernel in ("softmax", "softmax_backward"):
             function = getattr(triton_kernels, f"{kernel}_kernel")
             # weights have a row of any number of queries, so no access is wide
-            yield Case(architecture, OPERATOR, kernel, "fp32", function, implementation.SOFTMAX, TYPES, Expected(load=4))
+            yield Variant(architecture, OPERATOR, kernel, "fp32", function, implementation.SOFTMAX, TYPES, Expected(load=4))
         for dtype in ("fp32", "mixed", "bf16"):
             for unit, queries in implementation.CONFIGS:
                 if unit == unit_of(architecture, dtype):
@@ -35,7 +35,7 @@ def product(architecture, kernel, dtype, queries):
         function, options = triton_kernels.pool_kernel, {"WIDE": exact, **blackwell, **implementation.pool_options(unit, queries)}
     # a block of 16 bfloat16 columns to a token may be 8 bytes to a thread
     expected = Expected(matrix_unit(architecture, exact), load=8 if dtype == "mixed" else 16)
-    return Case(architecture, OPERATOR, kernel, dtype, function, options, types, expected)
+    return Variant(architecture, OPERATOR, kernel, dtype, function, options, types, expected)
 
 
 def unit_of(architecture, dtype):

@@ -1,4 +1,4 @@
-"""What is timed together at one point of a sweep, and whether its ways agree."""
+"""What is timed together at one point of a sweep, and whether its candidates agree."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 STOCK = "stock"
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative difference between two ways through a whole model
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative difference between two candidates through a whole model
 
 Run = Callable[[], Any]
 
@@ -21,17 +21,17 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Case:
+class Measurement:
     phase: str  # "generate", "first token", "forward", "training step"
     shape: dict[str, int]
     items: int  # what a run gets through
     item: str  # "tokens", "streams", "samples"
-    ways: dict[str, Callable[[], Run]]  # STOCK, OURS and others; called for a run that holds nothing yet
-    check: Callable[[dict[str, Any]], Agreement]  # takes what a run of every way returned
-    missing: dict[str, str] = field(default_factory=dict)  # ways that this model cannot take, and why
+    candidates: dict[str, Callable[[], Run]]  # STOCK, OURS and others; called for a run that holds nothing yet
+    check: Callable[[dict[str, Any]], Agreement]  # takes what a run of every candidate returned
+    missing: dict[str, str] = field(default_factory=dict)  # candidates that this model cannot take, and why
 
     @property
-    def thing(self) -> tuple:
+    def case(self) -> tuple:
         return self.phase, tuple(self.shape.items())
 
 
@@ -42,9 +42,9 @@ class Subject(Protocol):
     trains: bool
     sizes: dict[str, int]  # by axis, where no option names one
     quick: dict[str, int]
-    ways: dict[str, str]  # what each of them does, in words
+    candidates: dict[str, str]  # what each of them does, in words
 
-    def cases(self, point: dict[str, int]) -> Iterator[Case]: ...
+    def cases(self, point: dict[str, int]) -> Iterator[Measurement]: ...
 
 
 def run_of(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> Run:
@@ -62,7 +62,7 @@ def run_of(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> Run:
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
     """Forward, backward and AdamW on what is trainable in ``model``, whose state is made in the first step.
 
-    The rate is 0: the work is the same, and weights stay what they are, so that the ways can be compared at any time.
+    The rate is 0: the work is the same, and weights stay what they are, so that the candidates can be compared at any time.
     """
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .case import Run
+from .measurement import Run
 
 NAMESPACE = "peft_kernels::"
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's notes to itself would tear a progress bar

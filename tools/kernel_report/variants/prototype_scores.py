@@ -2,7 +2,7 @@ from peft_kernels.ops.prototype_scores import triton as implementation
 from peft_kernels.ops.prototype_scores import triton_kernels
 
 from ..architectures import ARCHITECTURES
-from ..case import Case, Expected
+from ..variant import Expected, Variant
 
 OPERATOR = "prototype_scores"
 FLOATS = ("out", "grad_projected", "grad", "projected", "prototypes", "partial", "radius", "scores", "losses")
@@ -11,10 +11,10 @@ WIDTH = 128
 WIDE = 8192
 
 
-def cases():
+def variants():
     """The loss in wide rows as well: it has most to keep."""
     for architecture in ARCHITECTURES:
         kernels = [(kernel, WIDTH) for kernel in ("forward", "backward", "prototypes", "cross_entropy")]
         for kernel, width in (*kernels, ("cross_entropy", WIDE)):
             function = getattr(triton_kernels, f"{kernel}_kernel")
-            yield Case(architecture, OPERATOR, kernel, "fp32", function, implementation.row_options(width), TYPES, Expected())
+            yield Variant(architecture, OPERATOR, kernel, "fp32", function, implementation.row_options(width), TYPES, Expected())

@@ -1,8 +1,8 @@
-"""Every operator's kernels: the cases that Triton compiles, and those of CUDA C++ by name. Importing it needs Triton."""
+"""Every operator's kernels: the variants that Triton compiles, and those of CUDA C++ by name. Importing it needs Triton."""
 
 from functools import cache
 
-from ..case import Case
+from ..variant import Variant
 from . import (
     add_layer_norm_inject,
     decomposed_prompt_embedding,
@@ -19,13 +19,13 @@ CUDA_KERNELS = {
 
 
 @cache
-def triton_cases() -> dict[str, Case]:
+def triton_variants() -> dict[str, Variant]:
     """By name."""
     modules = (
         shared_cross_attention, decomposed_prompt_embedding, special_tokens, add_layer_norm_inject,
         label_logits, prototype_scores, label_cross_attention,
     )  # fmt: skip
-    cases = [case for module in modules for case in module.cases()]
-    named = {case.name: case for case in cases}
-    assert len(named) == len(cases), "two cases have the same name"
+    variants = [variant for module in modules for variant in module.variants()]
+    named = {variant.name: variant for variant in variants}
+    assert len(named) == len(variants), "two variants have the same name"
     return named

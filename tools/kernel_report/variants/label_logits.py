@@ -2,17 +2,17 @@ from peft_kernels.ops.label_logits import triton as implementation
 from peft_kernels.ops.label_logits import triton_kernels
 
 from ..architectures import ARCHITECTURES
-from ..case import Case, Expected
+from ..variant import Expected, Variant
 
 OPERATOR = "label_logits"
 OTHERS = {**dict.fromkeys(("out", "grad_rows", "grad_words"), "*fp32"), **dict.fromkeys(("label_ids", "positions"), "*i64")}
 
 
-def cases():
+def variants():
     for architecture in ARCHITECTURES:
         for dtype in ("fp32", "bf16"):
             types = {**OTHERS, **dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}")}
             for kernel, configs in (("forward", implementation.FORWARD), ("backward", (implementation.BACKWARD,))):
                 function = getattr(triton_kernels, f"{kernel}_kernel")
                 for config in configs:
-                    yield Case(architecture, OPERATOR, kernel, dtype, function, implementation.launch_options(config), types, Expected())
+                    yield Variant(architecture, OPERATOR, kernel, dtype, function, implementation.launch_options(config), types, Expected())

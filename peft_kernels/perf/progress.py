@@ -1,0 +1,33 @@
+"""A progress bar that takes no time from what is timed."""
+
+import time
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+DRAWN_EVERY = 0.2  # seconds
+
+
+@contextmanager
+def progress_bar(console: Console, total: int):
+    """Yields ``step(label, done=None)``: shows what runs next, with ``done`` of ``total`` behind it, or one more than before.
+
+    It draws when it is called, and not too often: a thread that draws would take its time from the timed runs.
+    """
+    columns = SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task, drawn = progress.add_task("warming up", total=total), 0.0
+
+        def step(label: str, done: float | None = None):
+            nonlocal drawn
+            refresh = (now := time.monotonic()) - drawn > DRAWN_EVERY
+            if done is None:
+                progress.update(task, description=escape(label), advance=1, refresh=refresh)
+            elif refresh:
+                progress.update(task, description=escape(label), completed=done, refresh=True)
+            if refresh:
+                drawn = now
+
+        yield step
