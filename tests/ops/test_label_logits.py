@@ -101,6 +101,15 @@ def test_parity(impl, case, dtype, reduce, device):
     compare(of(impl), *make(CASES[case], dtype, device), reduce=reduce)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_the_formula(case, device):
+    """In float64, where it is the truth of other tests."""
+    given = *make(CASES[case], torch.float64, device), torch.randn(CASES[case][0][0], len(CASES[case][1]), device=device)
+    for reduce in REDUCTIONS:
+        got = results(of("reference"), *given, reduce=reduce)
+        assert_within_rounding(got, lambda reduce=reduce: results(by_hand, *given, reduce=reduce))
+
+
 def test_without_bias_and_with_one_in_float32(impl, device):
     for dtype in (t for t in DTYPES if takes(impl, device, t)):
         hidden, weight, label_ids, bias, positions = make(CASES["two words"], dtype, device)

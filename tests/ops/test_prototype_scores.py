@@ -101,6 +101,18 @@ def test_cross_entropy(impl, case, with_scores, device):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_the_formula(case, device):
+    """In float64, where it is the truth of other tests."""
+    *tensors, scores, labels = make(CASES[case], torch.float64, device)
+    for function, formula, rest, frozen in (
+        (prototype_scores, by_hand, [scores], ()),
+        (prototype_cross_entropy, loss_by_hand, [scores, labels], (2,)),
+    ):
+        got = results(of(function, "reference"), tensors, rest, frozen, weight=0.3)
+        assert_within_rounding(got, lambda given=(formula, tensors, rest, frozen): results(*given, weight=0.3))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_without_autograd(impl, case, device):
     features, projection, prototypes, radius, scores, labels = make(CASES[case], device=device)
     projected = (features @ projection.mT).requires_grad_()

@@ -116,6 +116,16 @@ def test_parity(impl, case, dtype, form, dropout, device):
     compare(form(impl), hidden, vectors, slots, adapter_ids=adapter_ids, **dropout)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_the_formula(case, device):
+    """In float64, where it is the truth of other tests."""
+    hidden, vectors, slots, adapter_ids = make(CASES[case], torch.float64, device)
+    grad, options = torch.randn_like(hidden), {"adapter_ids": adapter_ids, "dropout_p": 0.3, "seed": 5}
+    tensors = hidden, vectors.double(), slots, grad
+    for form in (of, in_place):
+        assert_within_rounding(results(form("reference"), *tensors, **options), lambda: results(by_hand, *tensors, **options))
+
+
 def test_touches_nothing_but_the_listed_rows(impl, device):
     hidden, vectors, slots, _ = make(CASES["rows that differ"], device=device)
     hidden[0, 1] = torch.nan
