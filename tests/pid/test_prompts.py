@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_within_rounding
-from models import RELATIVE, TEXT_FAMILIES, UMT5_SDPA_IS_CAUSAL, VOCAB, build, inputs, shared, start_of, stock_streams
+from models import RELATIVE, TEXT_FAMILIES, UMT5_SDPA_IS_CAUSAL, VOCAB, build, decided, inputs, shared, start_of, stock_streams
 
 from peft_kernels import pid
 
@@ -81,7 +81,8 @@ def test_sampling_draws_what_repeated_inputs_draw(family, swapped):
     ids = torch.tensor([[start_of(model), *p] for p in prompts] * 3)
     torch.manual_seed(4)
     repeated = {k: v.repeat_interleave(2, 0) for k, v in x.items()}
-    rows = model.generate(**repeated, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids), **kwargs)
+    repeated |= {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    rows = decided(model, lambda: model.generate(**repeated, **kwargs))
     torch.manual_seed(4)
     out = pid.generate(swapped(model), prompts=prompts, **x, **kwargs)
     assert torch.equal(out.output.sequences, rows)
