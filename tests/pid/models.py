@@ -84,7 +84,7 @@ def _bert2bert(width, attention, changes):
         "num_attention_heads": 4,
         "intermediate_size": 48,
         "max_position_embeddings": 64,
-        "initializer_range": 0.4,
+        "initializer_range": 0.35,
     }
     bert |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=attention, **changes)
     encoder = BertModel(BertConfig(hidden_size=width, **bert), add_pooling_layer=False)

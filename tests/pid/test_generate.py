@@ -18,7 +18,7 @@ MODES = {
     "static": {"cache_implementation": "static"},
     "static-beams": {"cache_implementation": "static", "num_beams": 3},
     "uncached-beams": {"use_cache": False, "num_beams": 3},
-    "no-encoder-ngrams": {"num_beams": 2, "encoder_no_repeat_ngram_size": 1},
+    "no-encoder-ngrams": {"num_beams": 3, "encoder_no_repeat_ngram_size": 1},
 }
 
 
