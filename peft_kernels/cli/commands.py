@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..ops.registry import packages
+from ..ops.tuned import kernels
 from ..perf.files import folder_or_hub_id, text_of, writable_file, writable_folder
 
 LARGEST = 1 << 20  # of a number on the command line: beyond it stand mistypes
@@ -158,7 +158,7 @@ def _check(device: Device):
         raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
 
 
-Operator = Enum("Operator", {name: name for name in packages()}, type=str)
+Operator = Enum("Operator", {name: name for name in kernels()}, type=str)
 
 
 @app.command()
