@@ -1,4 +1,4 @@
-"""The commands of ``peft-kernels``."""
+"""The commands of ``peft-kernels``. What is checked without torch is checked before torch is imported, which takes over a second."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..ops.tuned import KERNELS
-from .files import folder_or_hub_id, text_of, writable_file, writable_folder
+from .cases import MODULES, check_names
+from .files import folder_or_hub_id, text_of, with_configuration, writable_file, writable_folder
 
 LARGEST = 1 << 20  # of a number on the command line: beyond it stand mistypes
 
@@ -87,8 +87,6 @@ def demo(
     PiE: every prompt is encoded with the text, stock generate. PiD repeated: encoded once, encoder outputs repeated per prompt, stock
     generate. Ours: pid.enable and pid.generate, every input's keys and values computed and kept once.
     """
-    import torch
-
     from .workloads import chosen, dialogues
 
     _check(device)
@@ -103,10 +101,15 @@ def demo(
                 folder_or_hub_id(name, option)
         texts = chosen(input, prompts) if data is None else dialogues(data, 16 if limit is None else limit, batch_size or 8)
         writable_folder(out)
+        if model is not None:
+            with_configuration(model, "--model")
 
-        from .demo import prepare, run
+    import torch
 
-        where = {"dtype": getattr(torch, dtype.value), "device": device.value}
+    from .demo import prepare, run
+
+    where = {"dtype": getattr(torch, dtype.value), "device": device.value}
+    with _refusing():
         workload, loaded = prepare(texts, model, tokenizer, input_tokens, new_tokens, **where)
     agree = run(workload, loaded, model, new_tokens=new_tokens, repeats=repeats, out=out, console=Console(), **where)
     raise typer.Exit(0 if agree else 1)
@@ -129,15 +132,20 @@ def bench(
     ] = None,
 ):
     """Every operator against every baseline: checked against float64, timed turn by turn, held against the floor of this machine."""
+    _check(device)
+    console = Console()
+    with _refusing():
+        check_names(operators or [])
+        if out is not None:
+            writable_folder(out)
+
     from .operators_command import asked, run
     from .results import default_folder
     from .revision import found
 
-    _check(device)
-    console = Console()
     with _refusing():
         things = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
-        out = writable_folder(out or default_folder(device.value))
+        out = out or writable_folder(default_folder(device.value))
         checkout = None if against is None else found(against)
     raise typer.Exit(0 if run(things, device.value, repeats, quick, out, console, checkout) else 1)
 
@@ -152,13 +160,14 @@ def _refusing() -> Iterator[None]:
 
 
 def _check(device: Device):
-    import torch
+    if device == Device.cuda:
+        import torch
 
-    if device == Device.cuda and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
+        if not torch.cuda.is_available():
+            raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
 
 
-Operator = Enum("Operator", {name: name for name in KERNELS}, type=str)
+Operator = Enum("Operator", {name: name for name in MODULES}, type=str)
 
 
 @app.command()
@@ -179,13 +188,14 @@ def tune(
 
     The kernels in CUDA C++, which "auto" takes where they are built, have their launch constants compiled in and are not tuned.
     """
+    with _refusing():
+        if out is not None:
+            writable_file(out)
+
     import torch
 
     from .tune import run
 
-    with _refusing():
-        if out is not None:
-            writable_file(out)
     run([one.value for one in operators or ()], [getattr(torch, one.value) for one in dtype], out, quick, Console())
 
 
@@ -221,18 +231,22 @@ def profile(
 
     Both ways run turn by turn in one process, and what they say is compared: a disagreement in float32 fails. Chrome traces are written too.
     """
-    import torch
-
     from .profile.sweep import parsed
-    from .results import default_folder
 
     _check(device)
     sizes = parsed({"batch": batch, "streams": streams, "length": length, "new_tokens": new_tokens})
     with _refusing():
         folder_or_hub_id(model, "MODEL")
-        out = writable_folder(out or default_folder(device.value))
+        if out is not None:
+            writable_folder(out)
+
+    import torch
 
     from .profile.run import run
+    from .results import default_folder
+
+    with _refusing():
+        out = out or writable_folder(default_folder(device.value))
 
     how = {"dtype": getattr(torch, dtype.value), "device": device.value, "repeats": repeats, "train": train, "quick": quick, "out": out}
     agree = run(model, None if method is None else method.value, sizes, **how, console=Console())

@@ -1,8 +1,11 @@
 """The problems on which every operator is measured, a module for each package of operators."""
 
+from collections.abc import Iterable
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from ..suite import Operator
+if TYPE_CHECKING:
+    from ..suite import Operator
 
 MODULES = {
     "shared_cross_attention": ("shared_cross_attention",),
@@ -16,12 +19,21 @@ MODULES = {
 NAMES = tuple(name for names in MODULES.values() for name in names)
 
 
-def operator(name: str) -> Operator:
+def check_names(names: Iterable[str]) -> None:
     """
     Raises:
         ValueError: not the name of an operator.
     """
-    for module, names in MODULES.items():
-        if name in names:
-            return import_module(f".{module}", __name__).OPERATORS[name]
-    raise ValueError(f"expected an operator, one of {', '.join(NAMES)}; got {name!r}")
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"expected an operator, one of {', '.join(NAMES)}; got {name!r}")
+
+
+def operator(name: str) -> "Operator":
+    """
+    Raises:
+        ValueError: not the name of an operator.
+    """
+    check_names([name])
+    module = next(module for module, names in MODULES.items() if name in names)
+    return import_module(f".{module}", __name__).OPERATORS[name]
