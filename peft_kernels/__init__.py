@@ -1,14 +1,17 @@
 """Fused kernels for parameter-efficient adaptation, and the layer that swaps them into Hugging Face models."""
 
-from . import ops
-from .hf.peft_import import register_when_imported
+from importlib import import_module
+
+from .hf.when_imported import register_when_imported
 from .version import __version__
 
 __all__ = ["DePTConfig", "PASTAConfig", "__version__", "ops"]
 
 
 def __getattr__(name: str):
-    # on demand: these import peft and transformers
+    # on demand: these import torch, peft and transformers
+    if name == "ops":
+        return import_module(".ops", __name__)
     if name == "DePTConfig":
         from .dept import DePTConfig
 
