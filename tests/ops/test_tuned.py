@@ -172,8 +172,8 @@ class Spy:
 def test_reaches_the_launch_and_results_stay_right(device, monkeypatch):
     if reason := logits.unavailable(device.type, torch.float32):
         pytest.skip(reason)
-    spy = Spy(logits.triton_kernels.forward_kernel)
-    monkeypatch.setattr(logits.triton_kernels, "forward_kernel", spy)
+    spy = Spy(logits.triton_kernels.label_logits_fwd_kernel)
+    monkeypatch.setattr(logits.triton_kernels, "label_logits_fwd_kernel", spy)
     hidden, weight = torch.randn(3, 300, device=device), torch.randn(20, 300, device=device)
     ids = torch.randint(20, (1, 8), device=device)
     expected = expected_of(lambda impl, *given: impl.forward(*given), reference, hidden, weight, ids, None, None)

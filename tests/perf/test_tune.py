@@ -106,7 +106,7 @@ def test_wins_only_in_the_last_comparison_too(target, here):
 
 
 def test_refuses_what_fails_and_what_is_wrong(target, here, monkeypatch):
-    kernel = logits.triton_kernels.forward_kernel
+    kernel = logits.triton_kernels.label_logits_fwd_kernel
 
     class Broken:
         def __getitem__(self, grid):
@@ -121,7 +121,7 @@ def test_refuses_what_fails_and_what_is_wrong(target, here, monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(logits.triton_kernels, "forward_kernel", Broken())
+    monkeypatch.setattr(logits.triton_kernels, "label_logits_fwd_kernel", Broken())
     outcome = tune.search(target, here, clock(lambda options: 0.1 if options["BW"] == "4" or options["BD"] != "256" else 1, []), 8)
     assert outcome.options is None
     reasons = {name: reason for name, reason in outcome.rejected.items() if "num_warps=4" in name}
