@@ -172,6 +172,30 @@ def test_what_make_env_pins_runs_on_every_python(python):
     assert pinned and too_new == []
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    "made_with, asked_for, anew",
+    [
+        ("torch==2.11.0", [], False),
+        ("torch==2.13.0", [], True),
+        ("torch==2.13.0", ["TORCH=torch==2.13.0"], False),
+        ("torch==2.11.0", ["TORCH=torch==2.13.0"], True),
+        ("", [], True),
+        (None, [], True),
+    ],
+)
+def test_the_oldest_environment_is_made_anew_for_another_torch(made_with, asked_for, anew, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "constraints-oldest.txt", "csrc/op.cpp", ".venv/.ready", ".venv-oldest/.ready"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    ready = tmp_path / ".venv-oldest/.ready"
+    ready.unlink() if made_with is None else ready.write_text(made_with + "\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "TORCH")}
+    done = subprocess.run(["make", "-n", ".venv-oldest/.ready", *asked_for], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and ("venv --clear .venv-oldest" in done.stdout) == anew, done.stdout
+
+
 def test_reason_of_a_library_that_is_not_built(tmp_path):
     library = tmp_path / "_native.so"
     assert native_library.not_built(library, "x") == "is not built: with x, in the folder of the sources, pip install --no-build-isolation ."
