@@ -34,6 +34,7 @@ class Hooks:
     def __init__(self, module: nn.Module, layer: DePTLayer):
         self.module, self.layer = module, layer
         self.inserted = CallState()  # the insertion, from the hook before a forward to the one after it
+        self.given_to_generate = CallState()  # the tokens of its input and the embeddings made of them, within a generate
         self.encoder_decoder = family.is_encoder_decoder(module)
         self.causal = family.is_causal(module)
         self.takes_position_ids = family.takes_position_ids(module)
