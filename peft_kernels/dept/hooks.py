@@ -104,8 +104,10 @@ class Hooks:
         return (), kwargs | inputs
 
     def before_part(self, part, args, kwargs):
-        """The model itself hands embeddings to its parts."""
-        if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active() and not probe.probing.get():
+        """The model itself hands embeddings to its parts, or ids whose embeddings are at hand."""
+        if self.embeddings.get() is not None or probe.probing.get():
+            return
+        if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active():
             raise ValueError(f"DePT: {type(part).__name__} alone has no prompt; call {type(self.module).__name__}, which it is a part of")
 
     def after(self, module, args, output):
