@@ -10,10 +10,11 @@ import pytest
 import torch
 from accuracy import WithinRounding, assert_no_near_tie, assert_same_tokens, assert_within_rounding
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import DataCollatorWithFlattening, GenerationConfig
+from transformers import DataCollatorWithFlattening, GenerationConfig, LogitsProcessorList
+from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
-from peft_kernels import DePTConfig
+from peft_kernels import DePTConfig, pid
 from peft_kernels.dept import sequences
 from peft_kernels.dept.layer import DePTLayer
 
@@ -317,8 +318,33 @@ def test_generate_arguments_that_count_tokens(name):
     for setting in ("use_mtp", "token_healing"):
         with pytest.raises(ValueError, match=rf"cannot take \['{setting}'\]"):
             model.generate(**x, **GENERATE, **{setting: True})
-    with pytest.raises(ValueError, match=r"cannot take \['encoder_repetition_penalty'\]"):
-        model.generate(**x, **GENERATE, encoder_repetition_penalty=1.5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("name", "length"), [("bart", 8), ("gpt2", 30)])
+def test_generate_compares_with_the_tokens_of_the_input(name, length, beams):
+    """Not with the columns that it is embedded in."""
+    model = models.adapted(name, max_length=40)
+    x = models.inputs(n=length, padding="right" if name == "bart" else "left")
+    settings = {"max_new_tokens": 6, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(**x, **settings)
+    for setting, processor in (
+        ({"encoder_no_repeat_ngram_size": 1}, EncoderNoRepeatNGramLogitsProcessor(1, x["input_ids"])),
+        ({"encoder_repetition_penalty": 5.0}, EncoderRepetitionPenaltyLogitsProcessor(5.0, x["input_ids"])),
+    ):
+        got = model.generate(**x, **settings, **setting)
+        assert torch.equal(got, model.generate(**x, **settings, logits_processor=LogitsProcessorList([processor])))
+        assert not torch.equal(got, plain)
+
+
+def test_generate_whose_rows_are_not_those_of_the_input():
+    model = models.adapted("bart")
+    pid.enable(model)
+    x = models.inputs()
+    streams = {"decoder_input_ids": torch.full((4, 1), 2), "encoder_index": torch.tensor([0, 0, 1, 2]), "max_new_tokens": 4}
+    model.generate(**x, **streams)
+    with pytest.raises(ValueError, match=r"cannot take \['encoder_no_repeat_ngram_size'\]: .* other rows than those of input_ids"):
+        model.generate(**x, **streams, encoder_no_repeat_ngram_size=2)
 
 
 def test_guidance_calls_the_model_within_generate():

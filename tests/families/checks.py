@@ -55,6 +55,8 @@ def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dic
     names = inspect.signature(model.forward).parameters
     if "attention_mask" in names:
         x["attention_mask"] = mask
+    if type(model).__name__ == "LongformerForQuestionAnswering":  # would look for three separators
+        x["global_attention_mask"] = (ids == BOS).long()
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names and not type(model).__name__.endswith(HEADS):
         x["decoder_input_ids"] = torch.randint(10, 90, (rows, 5), generator=generator)
     return x
@@ -63,6 +65,8 @@ def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dic
 def labels(model, x: dict) -> dict:
     kind = type(model).__name__
     names = inspect.signature(model.forward).parameters
+    if model.config.model_type == "git":  # takes labels of text for as many logits behind those of its image
+        return {}
     if "labels" not in names or getattr(model.config, "is_encoder_decoder", False) or not kind.endswith(("CausalLM", "MaskedLM", "LMHeadModel")):
         return {}
     return {"labels": x["input_ids"].masked_fill(x.get("attention_mask", torch.ones(())) == 0, -100)}

@@ -10,13 +10,14 @@ import transformers
 from accuracy import assert_within_rounding
 from peft import get_peft_model
 
-from peft_kernels import DePTConfig
+from peft_kernels import DePTConfig, PASTAConfig
 
 EMPTY = {"num_virtual_tokens": 0, "r": 2, "max_length": 16}
 # class -> settings: what scales its embeddings, or looks at its ids
 EQUAL = {
     "AfmoeForCausalLM": {},
     "CTRLLMHeadModel": {},
+    "DPRQuestionEncoder": {},
     "EsmForMaskedLM": {},
     "EsmForTokenClassification": {"token_dropout": True},
     "FalconH1ForCausalLM": {},
@@ -28,6 +29,7 @@ EQUAL = {
     "Qwen2VLForConditionalGeneration": {},
     "RobertaForCausalLM": {},
     "XLNetLMHeadModel": {},
+    "xLSTMForCausalLM": {},
 }
 REFUSED = {
     "CanineModel": "must embed its tokens by a table, but CanineModel has none",
@@ -67,6 +69,11 @@ def test_refused(name):
 @pytest.mark.parametrize("name", ["EsmForMaskedLM", "BertForTokenClassification"])
 def test_pasta(name):
     checks.pasta(built(name))
+
+
+def test_pasta_adds_to_one_stream():
+    with pytest.raises(ValueError, match=r"layers of HYV4VLTextModel must take hidden states \(B, S, d\), but take \(B, S, 4, d\)"):
+        get_peft_model(built("HYV4VLTextModel"), PASTAConfig(num_special_tokens=1, special_token_ids=[1]))
 
 
 def test_longformer_up_to_its_last_position():
@@ -124,6 +131,18 @@ def test_positions_of_images_come_from_ids():
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="takes positions of images and videos from input_ids.*it can be given text alone"):
             call(**x, **images)
+
+
+def test_a_part_that_looks_at_ids():
+    """Handed on by the encoder around it, which gets the prompt."""
+    base = built("DPRQuestionEncoder")
+    base.question_encoder.bert_model = built("RobertaModel")
+    for check in (checks.dept_that_changes_nothing, checks.dept_by_formula):
+        check(base)
+    model = get_peft_model(copy.deepcopy(base), DePTConfig(**EMPTY)).base_model.model
+    assert model.dept.reading.by_ids
+    with pytest.raises(ValueError, match="RobertaModel alone has no prompt; call DPREncoder"):
+        model.question_encoder.bert_model(input_ids=torch.tensor([[5, 6]]))
 
 
 def test_weights_that_come_later():
