@@ -17,7 +17,7 @@ def param_groups(
         ValueError: nothing of DePT in ``model`` is trainable.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = {"prompt": [], "low_rank": [], "head": []}
+    groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": [], "head": []}
     for name, p in trainable:
         groups["prompt" if ".dept_prompt." in name else "low_rank" if ".dept_a." in name or ".dept_b." in name else "head"].append(p)
     if not groups["prompt"]:

@@ -1,5 +1,7 @@
 """``YTuningConfig``."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 LOSSES = ("triplet", "cross_entropy")
@@ -40,7 +42,7 @@ class YTuningConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name in ("hidden_size", "num_blocks", "num_attention_heads", "intermediate_size"):
             value = getattr(self, name)
