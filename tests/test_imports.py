@@ -26,6 +26,16 @@ def interpreter(version: str) -> str | None:
     return found or shutil.which(f"python{version}")
 
 
+@pytest.fixture(scope="module")
+def project():
+    return pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_classifiers_name_the_versions(project):
+    prefix = "Programming Language :: Python :: 3."
+    assert tuple(x.removeprefix(prefix[:-2]) for x in project["classifiers"] if x.startswith(prefix)) == PYTHONS
+
+
 @pytest.mark.parametrize("version", PYTHONS)
 def test_compiles(version, tmp_path):
     python = interpreter(version)
@@ -43,8 +53,7 @@ def test_imports():
             import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
 
 
-def test_what_is_imported_is_declared():
-    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def test_what_is_imported_is_declared(project):
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *extras["hf"], *extras["cli"], *extras["gpu"]]
     declared = {re.match(r"\w+", requirement)[0] for requirement in requirements}

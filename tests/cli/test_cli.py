@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from peft_kernels import cli, ops
+from peft_kernels import __version__, cli, ops
 from peft_kernels.cli import info
 from peft_kernels.cli.commands import app
 from peft_kernels.perf import pid_baselines
@@ -67,6 +67,17 @@ def files(tmp_path):
 def test_help_names_the_commands():
     text = invoke("--help")
     assert all(name in text for name in ("info", "demo", "bench"))
+
+
+def test_version():
+    assert invoke("--version") == f"peft-kernels {__version__}\n"
+
+
+def test_shell_completion_is_offered():
+    """A shell asks with these variables set; Typer has the scripts."""
+    asked = {"_PEFT_KERNELS_COMPLETE": "complete_bash", "COMP_WORDS": "peft-kernels in", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, [], prog_name="peft-kernels", env=asked)
+    assert result.output.split() == ["info"]
 
 
 def test_info_names_every_implementation_or_the_reason():
