@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..ops.tuned import KERNELS
+from ..ops.registry import packages
 from ..perf.files import folder_or_hub_id, text_of, writable_file, writable_folder
 from ..version import __version__
 
@@ -165,7 +165,7 @@ def _check(device: Device):
         raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
 
 
-Operator = Enum("Operator", {name: name for name in KERNELS}, type=str)
+Operator = Enum("Operator", {name: name for name in packages()}, type=str)
 
 
 @app.command()

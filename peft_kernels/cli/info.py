@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .. import ops
 from ..ops import cuda_library, native_library, triton_runtime, tuned
+from ..ops.registry import packages
 from ..perf.measure import cpu_model, gpus, versions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,18 +62,10 @@ def launch_options(device: torch.device | None) -> dict[str, str]:
             pass
         except (OSError, ValueError) as error:
             otherwise = f"shipped, [yellow]because the tuned ones cannot be used[/yellow]: {escape(str(error))}"
-    found = dict.fromkeys(tuned.KERNELS, otherwise)
-    for operator in tuned.KERNELS:
+    found = dict.fromkeys(tuned.kernels(), otherwise)
+    for operator in tuned.kernels():
         if dates := [entry.date for entry in entries if entry.site.operator == operator]:
             found[operator] = f"[green]tuned[/green] on {max(dates)[:10]}, rows: {len(dates)}, {escape(str(path))}"
-    return found
-
-
-def packages() -> dict[str, list[str]]:
-    """Package of implementations -> its operators."""
-    found = {}
-    for name in ops.__all__:
-        found.setdefault(getattr(ops, name).__module__, []).append(name)
     return found
 
 
@@ -90,7 +83,7 @@ def device_types() -> list[str]:
 
 def availability(package: str) -> dict[str, dict[str, dict[torch.dtype, str | None]]]:
     """implementation -> device type -> dtype -> why it cannot run here, None where it can."""
-    implementations = import_module(package).implementations
+    implementations = import_module(f"{ops.__name__}.{package}").implementations
     return {
         impl: {device: {dtype: _reason(implementations, impl, device, dtype) for dtype in DTYPES} for device in device_types()}
         for impl in implementations.names

@@ -1,5 +1,6 @@
 """The command line and the benchmark scripts: that they run and say what is true, on tiny models; no figure is checked."""
 
+import itertools
 import json
 import runpy
 from dataclasses import replace
@@ -84,7 +85,7 @@ def test_info_names_every_implementation_or_the_reason():
     text = invoke("info")
     for word in ("peft_kernels", "torch", torch.__version__, "triton", "cpu", "reference"):
         assert word in text
-    assert sum(info.packages().values(), []) == ops.__all__
+    assert [*itertools.chain(*info.packages().values())] == ops.__all__
     for name in info.packages():
         for impl, devices in info.availability(name).items():
             assert impl in text

@@ -1,8 +1,6 @@
-from peft_kernels.ops.add_layer_norm_inject import triton as implementation
-from peft_kernels.ops.add_layer_norm_inject import triton_kernels
-
-from ..architectures import ARCHITECTURES
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "add_layer_norm_inject"
 CUDA_KERNELS = ("add_layer_norm_inject", "add_layer_norm_inject_backward")

@@ -1,8 +1,6 @@
-from peft_kernels.ops.decomposed_prompt_embedding import triton as implementation
-from peft_kernels.ops.decomposed_prompt_embedding import triton_kernels
-
-from ..architectures import ARCHITECTURES, matrix_unit
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant, matrix_unit
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "decomposed_prompt_embedding"
 CUDA_KERNELS = ("embedding_forward", "embedding_backward")

@@ -1,8 +1,6 @@
-from peft_kernels.ops.prototype_scores import triton as implementation
-from peft_kernels.ops.prototype_scores import triton_kernels
-
-from ..architectures import ARCHITECTURES
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "prototype_scores"
 FLOATS = ("out", "grad_projected", "grad", "projected", "prototypes", "partial", "radius", "scores", "losses")

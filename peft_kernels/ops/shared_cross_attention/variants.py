@@ -1,8 +1,6 @@
-from peft_kernels.ops.shared_cross_attention import triton as implementation
-from peft_kernels.ops.shared_cross_attention import triton_backward, triton_forward
-
-from ..architectures import matrix_unit
-from ..variant import Expected, Variant
+from ..variant import Expected, Variant, matrix_unit
+from . import triton as implementation
+from . import triton_backward, triton_forward
 
 OPERATOR = "shared_cross_attention"
 IN_STORAGE = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")

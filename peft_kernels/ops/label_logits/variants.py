@@ -1,8 +1,6 @@
-from peft_kernels.ops.label_logits import triton as implementation
-from peft_kernels.ops.label_logits import triton_kernels
-
-from ..architectures import ARCHITECTURES
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "label_logits"
 OTHERS = {**dict.fromkeys(("out", "grad_rows", "grad_words"), "*fp32"), **dict.fromkeys(("label_ids", "positions"), "*i64")}

@@ -1,8 +1,6 @@
-from peft_kernels.ops.special_tokens import triton as implementation
-from peft_kernels.ops.special_tokens import triton_kernels
-
-from ..architectures import ARCHITECTURES
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "special_tokens"
 CUDA_KERNELS = ("special_token_slots", "special_token_add", "special_token_add_backward")

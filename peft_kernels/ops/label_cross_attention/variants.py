@@ -1,8 +1,6 @@
-from peft_kernels.ops.label_cross_attention import triton as implementation
-from peft_kernels.ops.label_cross_attention import triton_kernels
-
-from ..architectures import ARCHITECTURES, matrix_unit
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant, matrix_unit
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "label_cross_attention"
 TYPES = {**dict.fromkeys(("scores", "weights", "grad_weights"), "*fp32"), **dict.fromkeys(("lengths", "offsets"), "*i64")}

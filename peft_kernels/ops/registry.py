@@ -1,0 +1,39 @@
+"""Operators by name, and what the package of each declares beside its implementations.
+
+A package ``ops/<package>`` has modules that are imported where they are wanted:
+
+* ``problems``: ``OPERATORS``, the benchmark of each public operator;
+* ``tunable``: ``KERNELS`` and ``targets``, what ``peft-kernels tune`` may change, and the calls that it times;
+* ``variants``: ``variants()``, the Triton kernels as they are launched, and ``CUDA_KERNELS``, for tools/kernel_report.
+"""
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+from .. import ops
+from .problem import Operator
+
+
+@cache
+def packages() -> dict[str, tuple[str, ...]]:
+    """Package -> its public operators, in the order of ``ops.__all__``."""
+    names: dict[str, list[str]] = {}
+    for name in ops.__all__:
+        names.setdefault(getattr(ops, name).__module__.rpartition(".")[2], []).append(name)
+    return {package: tuple(operators) for package, operators in names.items()}
+
+
+def declared(package: str, what: str) -> ModuleType:
+    return import_module(f".{package}.{what}", __package__)
+
+
+def operator(name: str) -> Operator:
+    """
+    Raises:
+        ValueError: not the name of an operator.
+    """
+    for package, names in packages().items():
+        if name in names:
+            return declared(package, "problems").OPERATORS[name]
+    raise ValueError(f"expected an operator, one of {', '.join(ops.__all__)}; got {name!r}")
