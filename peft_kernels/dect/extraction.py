@@ -24,11 +24,17 @@ SAVE_SHARE = 20
 
 @dataclass(frozen=True)
 class Extraction:
-    """What a classifier is made from, in the order of the texts; float32, on the CPU."""
+    """The inputs of a classifier, in the order of the texts; float32, on the CPU.
 
-    features: Tensor  # (N, H)
-    scores: Tensor | None  # (N, C)
-    empty_scores: Tensor | None  # (C,), those of the empty text: what the model thinks of the template alone
+    Attributes:
+        features: (N, H), hidden states at the mask.
+        scores: (N, C), logits of the classes' label words; None: none were asked for.
+        empty_scores: (C,), scores of the empty text: what the model answers to the template alone.
+    """
+
+    features: Tensor
+    scores: Tensor | None
+    empty_scores: Tensor | None
 
 
 def extract(

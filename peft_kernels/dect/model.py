@@ -31,7 +31,10 @@ class DecTConfig(PreTrainedConfig):
         mask_id: the mask's token id; None: a causal model, whose last token predicts.
         last_mask: whether the last mask of a text counts, or the first.
         decoder_ids: what the decoder of T5 reads.
-        dim, calibration, score_weight: of ``DecoderTuning``.
+        dim: of ``DecoderTuning``.
+        calibration: of ``DecoderTuning``.
+        score_weight: of ``DecoderTuning``.
+        kwargs: anything of ``PreTrainedConfig``.
     """
 
     model_type = "dect"

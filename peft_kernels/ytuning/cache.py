@@ -53,6 +53,8 @@ def cache_features(
             active. It runs as it is, in eval mode, on its device.
         tokenizer: the model's.
         texts: strings, or pairs of strings, in any iterable that has an order.
+        folder: where shards and index are written; made where there is none.
+        batch_size: texts of one forward pass.
         dtype: what is stored: ``torch.bfloat16`` or ``torch.float32``.
         layer: which hidden states, counted as in ``hidden_states``; -1: the last.
         max_length: tokens of a text; longer ones are cut. None: what model and tokenizer allow.

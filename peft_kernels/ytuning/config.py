@@ -11,7 +11,7 @@ PROBLEMS = (None, "single_label_classification")
 class YTuningConfig(PreTrainedConfig):
     """Y-Tuning (arXiv 2202.09817). The number of labels is ``num_labels``, as everywhere.
 
-    Args:
+    Attributes:
         hidden_size: d, the width of the features and of the label blocks.
         num_blocks: label blocks, at least one.
         num_attention_heads: of both attentions of a block; divides ``hidden_size``.
