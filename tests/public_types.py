@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import assert_type
 
-from peft_kernels import dect, dept, ops, pasta, pid, ytuning
+from peft_kernels import DePTConfig, PASTAConfig, dect, dept, ops, pasta, pid, ytuning
 
 
 def operators(x: Tensor, ids: Tensor) -> None:
@@ -33,8 +33,10 @@ def methods(model: nn.Module, tokenizer: PreTrainedTokenizerBase, backbone: PreT
     assert_type(dept.param_groups(model, lr_head=1e-3), list[dict])
     assert_type(dept.load_official("folder"), tuple[dept.DePTConfig, dict[str, Tensor]])
     assert_type(dept.DePTConfig(num_virtual_tokens=4, r=2, max_length=8).r, int)
+    assert_type(DePTConfig(), dept.DePTConfig)
 
     assert_type(pasta.PASTAConfig(special_token_ids=[0, 2]).init, str)
+    assert_type(PASTAConfig(), pasta.PASTAConfig)
     pasta.fuse(model)
     pasta.unfuse(model)
 

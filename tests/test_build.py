@@ -5,11 +5,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from test_imports import PYTHONS
 
 from peft_kernels.ops import native_library
 
@@ -197,6 +202,21 @@ def test_unknown_wish(tree):
 )
 def test_last_error(build, output, line):
     assert build.last_error(output) == line
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_make_env_pins_runs_on_every_python(python):
+    """Where a release needs a newer one, its line says so and pip takes an older release."""
+    pinned = [Requirement(line.split("#")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("#")[0].strip()]
+    too_new = []
+    for one in pinned:
+        with suppress(PackageNotFoundError):
+            found = metadata(one.name)
+            needs = SpecifierSet(found["Requires-Python"] or "")
+            here = str(one.specifier) == f"=={found['Version']}" and (one.marker is None or one.marker.evaluate({"python_version": python}))
+            if here and python not in needs:
+                too_new.append(f"{one} needs Python {needs}")
+    assert pinned and too_new == []
 
 
 def test_reason_of_a_library_that_is_not_built(tmp_path):

@@ -119,3 +119,11 @@ def test_what_is_imported_is_declared(project):
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
     assert imported - set(sys.stdlib_module_names) - NOT_DECLARED <= declared
+
+
+@pytest.mark.parametrize("order", ["peft_kernels, torch", "torch, peft_kernels", "peft_kernels.ops, torch"])
+def test_operators_are_registered_whatever_is_imported_first(order):
+    """As a program that torch.export saved needs them; and the package alone imports no torch."""
+    code = f"import sys, {order}; torch.ops.peft_kernels.label_logits; import peft_kernels; peft_kernels.ops.label_logits"
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", "import sys, peft_kernels; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)

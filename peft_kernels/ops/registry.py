@@ -1,6 +1,6 @@
 """Operators by name, and what the package of each declares beside its implementations.
 
-A package ``ops/<package>`` has modules that are imported where they are wanted:
+A package ``ops/<package>`` may have modules that are imported where they are wanted:
 
 * ``problems``: ``OPERATORS``, the benchmark of each public operator;
 * ``tunable``: ``KERNELS`` and ``targets``, what ``peft-kernels tune`` may change, and the calls that it times;
@@ -9,6 +9,7 @@ A package ``ops/<package>`` has modules that are imported where they are wanted:
 
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from .. import ops
@@ -24,8 +25,9 @@ def packages() -> dict[str, tuple[str, ...]]:
     return {package: tuple(operators) for package, operators in names.items()}
 
 
-def declared(package: str, what: str) -> ModuleType:
-    return import_module(f".{package}.{what}", __package__)
+def declared(what: str) -> dict[str, ModuleType]:
+    """Package -> its module ``what``, of those that have one."""
+    return {package: import_module(f".{package}.{what}", __package__) for package in packages() if find_spec(f"{__package__}.{package}.{what}")}
 
 
 def operator(name: str) -> Operator:
@@ -35,5 +37,5 @@ def operator(name: str) -> Operator:
     """
     for package, names in packages().items():
         if name in names:
-            return declared(package, "problems").OPERATORS[name]
+            return import_module(f".{package}.problems", __package__).OPERATORS[name]
     raise ValueError(f"expected an operator, one of {', '.join(ops.__all__)}; got {name!r}")

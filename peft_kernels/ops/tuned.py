@@ -34,9 +34,9 @@ def kernels() -> dict[str, dict[str, Kernel]]:
 
     A key's ``bytes`` is the size of an element; its other sizes are those of the row in the table of default configs.
     """
-    from .registry import declared, packages
+    from .registry import declared
 
-    return {package: declared(package, "tunable").KERNELS for package in packages()}
+    return {package: module.KERNELS for package, module in declared("tunable").items()}
 
 
 class Site(NamedTuple):

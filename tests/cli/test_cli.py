@@ -186,6 +186,7 @@ def test_demo_fails_where_a_token_differs(checkpoint, files, tmp_path, monkeypat
 
 def test_one_clear_line_without_the_extra(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit, match=r'^peft-kernels: rich not installed.*pip install "peft_kernels\[cli\]"$'):
         cli.app()
 

@@ -20,7 +20,7 @@ from functools import cache
 os.environ.pop("TRITON_INTERPRET", None)  # it is read when kernels are decorated, Triton's own among them: before the first import
 import triton
 
-from peft_kernels.ops.registry import declared, packages
+from peft_kernels.ops.registry import declared
 from peft_kernels.ops.variant import Expected, Variant
 
 from . import binary, check, compiling, page, table
@@ -29,7 +29,7 @@ from . import binary, check, compiling, page, table
 @cache
 def triton_variants() -> dict[str, Variant]:
     """Every Triton kernel of every operator, by name."""
-    variants = [variant for package in packages() for variant in declared(package, "variants").variants()]
+    variants = [variant for module in declared("variants").values() for variant in module.variants()]
     named = {variant.name: variant for variant in variants}
     assert len(named) == len(variants), "two variants have the same name"
     return named
@@ -37,7 +37,7 @@ def triton_variants() -> dict[str, Variant]:
 
 def cuda_kernels() -> dict[str, str]:
     """Kernel of CUDA C++ -> the package of its operator."""
-    return {kernel: package for package in packages() for kernel in getattr(declared(package, "variants"), "CUDA_KERNELS", ())}
+    return {kernel: package for package, module in declared("variants").items() for kernel in getattr(module, "CUDA_KERNELS", ())}
 
 
 def compile_named(name: str) -> tuple[str, dict, Expected]:

@@ -25,5 +25,5 @@ class Target(NamedTuple):
 def targets(operator: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = LARGE) -> Iterator[Target]:
     """The targets of one package of operators. Those that depend on no dtype belong to float32."""
     setting = Setting(dtype, device, sizes)
-    for kernel, key, shipped, make in declared(operator, "tunable").targets(setting):
+    for kernel, key, shipped, make in declared("tunable")[operator].targets(setting):
         yield Target(Site(operator, kernel, key), shipped, dtype, partial(make, setting))
