@@ -46,6 +46,7 @@ test-arithmetic: env
 	done
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/mypy
 docs: env
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 # what the compiled kernels hold: the table that the tests compare with, and docs/kernels.md; those of CUDA C++ where nvcc built them

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, metadata
 from importlib.util import module_from_spec, spec_from_file_location
@@ -133,6 +134,52 @@ def test_require_asks_for_cuda_where_there_is_nvcc(tree):
 def test_a_compiler_that_is_not_there(tree):
     _, files, _ = tree.wheel(CC="/no/g++", CXX="/no/g++")
     assert "/no/g++ does not run: No such file or directory" in files["_native.txt"]
+
+
+def sources() -> list[str]:
+    """What git tracks; in an unpacked sdist, which has no git, every file in it."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        return [name for name in listed if (ROOT / name).is_file()]
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    built = ("PKG-INFO", "setup.cfg", "peft_kernels.egg-info", "__pycache__")
+    return [str(path) for path in paths if not set(built) & set(path.parts) and not path.name.startswith("_native")]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The folder of an unpacked sdist, built from a copy that has what a build in place leaves."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in sources():
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    for name in ("peft_kernels/_native.so", "peft_kernels/_native_cuda.txt", "tests/__pycache__/test_build.pyc"):
+        (folder / "tree" / name).parent.mkdir(exist_ok=True)
+        (folder / "tree" / name).touch()
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar", "-d", str(folder)]
+    done = subprocess.run(command, cwd=folder / "tree", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / path.name.removesuffix(".tar.gz")
+
+
+def test_sdist_holds_the_sources_and_nothing_built(sdist):
+    files = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    assert {name for name in sources() if not name.startswith(".")} <= files
+    assert not [name for name in files if name.endswith((".so", ".pyc")) or Path(name).name.startswith("_native")]
+
+
+def test_sdist_builds_a_wheel_with_types_texts_and_page(sdist, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=sdist, env={**os.environ, "PEFT_KERNELS_BUILD": "skip"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with ZipFile(next(tmp_path.iterdir())) as archive:
+        names = set(archive.namelist())
+    package = [name for name in sources() if name.startswith("peft_kernels/")]
+    assert set(package) <= names
+    assert "peft_kernels/py.typed" in package
 
 
 def test_unknown_wish(tree):

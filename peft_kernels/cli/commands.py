@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 
 from ..perf.files import folder_or_hub_id, text_of, with_configuration, writable_file, writable_folder
+from ..version import __version__
 
 OPERATORS = Path(__file__).parents[1] / "ops"
 LARGEST = 1 << 20  # of a number on the command line: beyond it stand mistypes
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 class Dtype(str, Enum):
@@ -40,8 +41,14 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+def _version(wanted: bool):
+    if wanted:
+        typer.echo(f"peft-kernels {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main():
+def main(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)] = False):
     """Fused kernels for parameter-efficient adaptation: what runs here, and what it brings."""
 
 
