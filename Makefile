@@ -24,7 +24,7 @@ env: .venv/.ready
 demo: env
 	.venv/bin/peft-kernels demo
 figures: env
-	.venv/bin/peft-kernels report $(addprefix --figures ,$(FIGURES))
+	.venv/bin/peft-kernels report --picture docs/images/methods.svg $(addprefix --figures ,$(FIGURES))
 test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready

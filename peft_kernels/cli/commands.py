@@ -275,26 +275,31 @@ def report(
         list[Path] | None,
         typer.Argument(metavar="FOLDER", help="Where result files are. Without: benchmarks/results.", exists=True, file_okay=False),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The page to write. Without, and without --figures: report.html.", dir_okay=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write. Without, and without --figures and --picture: report.html.", dir_okay=False)
+    ] = None,
     figures: Annotated[
         list[Path] | None,
         typer.Option(help="A Markdown file whose figures are written anew, between its markers. May be repeated.", exists=True, dir_okay=False),
     ] = None,
+    picture: Annotated[Path | None, typer.Option(help="An SVG file of all methods in one drawing, for the README.", dir_okay=False)] = None,
 ):
     """Result files as one self-contained HTML page, or as the figures of the README and of docs/."""
-    from ..perf.report import load, page, updated
+    from ..perf import report
 
-    page_path = (out or Path("report.html")) if out is not None or not figures else None
+    page_path = (out or Path("report.html")) if out is not None or not (figures or picture) else None
     with _refusing():
-        machines = load(folders or [Path("benchmarks/results")])
+        machines = report.load(folders or [Path("benchmarks/results")])
         texts = {}
         for path in figures or []:
             try:
-                texts[writable_file(path, "--figures")] = updated(text_of(path, "--figures"), machines)
+                texts[writable_file(path, "--figures")] = report.updated(text_of(path, "--figures"), machines)
             except ValueError as error:
                 raise error if str(error).startswith("--figures") else ValueError(f"--figures: {path}: {error}") from error
         if page_path is not None:
-            texts[writable_file(page_path)] = page(machines)
+            texts[writable_file(page_path)] = report.page(machines)
+        if picture is not None:
+            texts[writable_file(picture, "--picture")] = report.picture(machines)
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from peft_kernels.cli.commands import app
 from peft_kernels.ops import __all__ as operators
 from peft_kernels.perf.measure import Peaks
-from peft_kernels.perf.report import load, page, updated
+from peft_kernels.perf.report import load, page, picture, updated
 from peft_kernels.perf.report.bars import RatioAxis
 from peft_kernels.perf.report.sections import KNOWN
 from peft_kernels.perf.results import OURS, Results, Row
@@ -64,6 +64,32 @@ def test_pages_show_what_the_result_files_give():
         assert found == updated(found, machines), f"{path.name}: run `make figures`"
 
 
+def test_picture_shows_what_the_result_files_give():
+    """The ranges in words: coordinates and markup depend on matplotlib's version."""
+    kept = ElementTree.fromstring((ROOT / "docs/images/methods.svg").read_text())
+    made = ElementTree.fromstring(picture(load([ROOT / "benchmarks/results"])))
+    name = "{http://www.w3.org/2000/svg}desc"
+    assert kept.find(name).text == made.find(name).text, "run `make figures`"
+    labels = [text.text for text in kept.iter("{http://www.w3.org/2000/svg}text")]
+    assert all(line.rpartition(": ")[0] in labels for line in made.find(name).text.splitlines())
+
+
+def test_picture_has_the_losses_and_both_themes(folder):
+    made = folder(cpu=results([*attention(4, eager=0.5), *attention(8, eager=3.0)]))
+    svg = picture(load([made]))
+    description = ElementTree.fromstring(svg).find("{http://www.w3.org/2000/svg}desc").text
+    assert svg == picture(load([made])) and description == "PiD's operators against the best alternative: 0.50 to 3.00x"
+    assert "#fe00" not in svg and "prefers-color-scheme: dark" in svg and "var(--panel)" in svg
+
+
+def test_methods_in_one_table(folder):
+    rows = [*attention(4, eager=0.5, **{"sdpa expanded": 12.0}), *attention(8, eager=3.0)]
+    end_to_end = [replace(row, benchmark="pid_generate", kept_bytes=8 if row.candidate == OURS else 80) for row in attention(4, stock=0.98)]
+    text = updated(f"<!-- figures: methods -->\n{END}", load([folder(cpu=results([*rows, *end_to_end]))]))
+    assert "| `python benchmarks/pid_generate.py`: over stock 0.98x | 10.0x | 0.50 to 3.00x; slower in 1 of 2 cases |" in text
+    assert "Measured on **A CPU**, 4 cores, AVX2, 2026-03-05." in text and "No GPU was measured." in text
+
+
 def test_known_names_are_those_of_the_rows():
     """A baseline that is quoted or set apart by name would silently vanish once a benchmark renames it."""
     candidates: dict[str, set[str]] = {}
@@ -107,6 +133,7 @@ def test_page_escapes_what_files_say(folder):
     rows.append(replace(rows[1], candidate="gone", median_s=None, ratio=None, missing=NASTY))
     html = page(load([folder(cpu=results(rows, device_name=NASTY, command=NASTY))]))
     assert "<script" not in html and "&lt;script&gt;" in html
+    ElementTree.fromstring(picture(load([folder(cpu=results([replace(row, benchmark="pid_generate") for row in attention(4, **{NASTY: 2.0})]))])))
 
 
 def test_a_baseline_that_was_not_run_is_shown_with_its_reason(folder):
@@ -171,6 +198,8 @@ def test_command_writes_the_page_and_the_figures(folder, tmp_path):
     readme.write_text(f"{BEGIN}\n{END}\n")
     report(made, "--out", tmp_path / "page.html", "--figures", readme)
     assert (tmp_path / "page.html").read_text() == page(load([made])) and "3.00x" in readme.read_text()
+    report(made, "--picture", tmp_path / "methods.svg")
+    assert (tmp_path / "methods.svg").read_text() == picture(load([made]))
 
 
 def test_command_refuses_what_it_cannot_read(folder, tmp_path):

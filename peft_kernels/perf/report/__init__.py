@@ -2,6 +2,6 @@
 
 from .cases import load
 from .markdown import updated
-from .page import page
+from .page import page, picture
 
-__all__ = ["load", "page", "updated"]
+__all__ = ["load", "page", "picture", "updated"]

@@ -1,18 +1,21 @@
 """Plots as inline SVG whose colours are the page's: one drawing for the light theme, the dark one and paper."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from xml.etree import ElementTree
 
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..measure import Peaks
 from ..results import Row
-from .words import rate, seconds
+from .methods import Comparison
+from .words import rate, seconds, timeses
 
 # Drawn in colours that stand for the variables of style.css.
 VARIABLES = {"ink": "#fe0001", "muted": "#fe0002", "line": "#fe0003", "panel": "#fe0004", **{f"series-{i}": f"#fe001{i}" for i in range(7)}}
@@ -98,22 +101,60 @@ def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, candidates: 
     return _svg(draw, name)
 
 
+def methods(comparisons: Sequence[Comparison], name: str) -> str:
+    """A file: a tick for each measured case at the alternative's time over ours, a line for each comparison."""
+    rows = [(-i, comparison) for i, comparison in enumerate(comparisons)]
+    names = list(dict.fromkeys(comparison.method.name for comparison in comparisons))
+    text = [f"{one.subject} against {one.against}" for one in comparisons]
+
+    def draw(axes):
+        axes.figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # inches: the reader's font may be wider
+        axes.set_xscale("log")
+        axes.axvline(1, color=VARIABLES["ink"], linewidth=1)
+        for y, one in rows:
+            color = VARIABLES[f"series-{names.index(one.method.name) % 7}"]
+            axes.plot([min(one.ratios), max(one.ratios)], [y, y], color=color, linewidth=1)
+            xs, ys = zip(*((x, y + dy) for x in one.ratios for dy in (-0.32, 0.32, math.nan)))
+            axes.plot(xs, ys, color=color, linewidth=2)  # one path for all ticks
+        axes.set_yticks([y for y, _ in rows], text)
+        axes.set_ylim(-len(rows) + 0.3, 0.7)
+        axes.grid(False, axis="y")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axes.minorticks_off()
+        axes.set_xlabel("times as long as ours, a tick for each case; below 1x ours is slower")
+
+    description = "\n".join(f"{label}: {timeses(one.ratios)}" for label, one in zip(text, comparisons))
+    return _standalone(_svg(draw, name, (7.6, 0.24 * len(rows) + 0.7), "m"), description)
+
+
+def _standalone(svg: str, description: str) -> str:
+    """A file of its own: with the colours of both themes, and a background, because the page around it may have the other theme."""
+    colours = (files(__package__) / "style.css").read_text(encoding="utf-8").partition("* {")[0]
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    size = f'width="{1.4 * width:.0f}" height="{1.4 * height:.0f}"'
+    style = f"{colours}text {{ font-family: system-ui, -apple-system, sans-serif; }}"
+    head = f"<desc>{escape(description)}</desc><style>{style}</style><rect width='100%' height='100%' rx='6' fill='var(--panel)'/>"
+    opening, rest = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", svg).split(">", 1)
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{opening.removeprefix("<svg")} {size}>{head}{rest}\n'
+
+
 def _look(i: int) -> dict:
     """Of the i-th series; the eighth has the colour of the first and a marker of its own."""
     return {"color": VARIABLES[f"series-{i % 7}"], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _svg(draw, name: str) -> Markup:
-    """``name`` is what the drawing is called aloud, and, as no other has it, what its ids begin with."""
+def _svg(draw, name: str, size: tuple[float, float] = SIZE, prefix: str | None = None) -> Markup:
+    """``name`` is what the drawing is called aloud; its ids begin with ``prefix``, or with the name, which no other drawing has."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(SIZE, layout="constrained")
+        figure = Figure(size, layout="constrained")
         draw(figure.subplots())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(text.getvalue())
     for metadata in root.findall("{http://www.w3.org/2000/svg}metadata"):
         root.remove(metadata)
-    prefix = re.sub(r"\W+", "-", name)
+    prefix = prefix or re.sub(r"\W+", "-", name)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: _ours(key.rpartition("}")[2], value, prefix) for key, value in element.attrib.items()}

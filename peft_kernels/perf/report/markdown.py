@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from .cases import CaseResult, Machine
+from .methods import METHODS, end_to_end, memory, operators
 from .sections import Section, order, section
 from .words import counted, date, megabytes, percent, percents, times, timeses
 
@@ -13,7 +14,7 @@ BEGIN, END = r"<!-- figures(?:: (?P<benchmarks>[\w ]+))? -->", "<!-- /figures --
 def updated(text: str, machines: list[Machine]) -> str:
     """``text`` with the figures of ``machines`` between ``<!-- figures -->`` and ``<!-- /figures -->``.
 
-    ``<!-- figures: NAME ... -->`` has those of these benchmarks alone.
+    ``<!-- figures: NAME ... -->`` has those of these benchmarks alone, ``<!-- figures: methods -->`` one table with a row for each method.
 
     Raises:
         ValueError: no pair of markers, or the name of a benchmark that has no results.
@@ -23,7 +24,7 @@ def updated(text: str, machines: list[Machine]) -> str:
         raise ValueError("expected one <!-- figures --> or <!-- figures: NAME ... --> with one <!-- /figures --> after it")
     [block] = blocks
     named = block["benchmarks"]
-    made = figures(machines, None if named is None else named.split())
+    made = methods(machines) if named == "methods" else figures(machines, None if named is None else named.split())
     return f"{text[: block.end(1)]}{made}{text[block.start(3) :]}"
 
 
@@ -37,9 +38,34 @@ def figures(machines: list[Machine], named: Sequence[str] | None = None) -> str:
         benchmarks = sorted({case.of.benchmark for case in machine.cases} & (measured if named is None else set(named)), key=order)
         if benchmarks:
             lines += [_heading(machine), "", *(line for one in benchmarks for line in [*_table(section(one), machine.of(one)), ""])]
-    if all(machine.device == "cpu" for machine in machines):
-        lines += ["No GPU was measured.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_without_gpu(machines)])
+
+
+def methods(machines: list[Machine]) -> str:
+    """Markdown: a row for each method, ranges over all of its cases on all machines."""
+    head = ["method", "what it gives", "end to end", "memory, best alternative over ours", "its operators, over the best alternative"]
+    lines = [head, ["---"] * len(head)]
+    for method in METHODS:
+        ratios = operators(method, machines).ratios
+        counts = f"slower in {sum(ratio < 1 for ratio in ratios)} of {counted(len(ratios), 'case')}"
+        baselines = [f"over {one.against} {timeses(one.ratios)}" for one in end_to_end(method, machines)]
+        memories = memory(method, machines)
+        cells = [
+            f"`{section(method.benchmark).command}`: {'; '.join(baselines)}" if baselines else "-",
+            timeses(memories) if memories else "-",
+            f"{timeses(ratios)}; {counts}" if ratios else "-",
+        ]
+        lines.append([f"**{method.name}**", method.gives, *cells])
+    names = [_heading(machine).removesuffix(":") for machine in machines]
+    return "\n".join([*_rows(lines), "", f"Measured on {'; '.join(names)}.", "", *_without_gpu(machines)])
+
+
+def _without_gpu(machines: list[Machine]) -> list[str]:
+    return ["No GPU was measured.", ""] if all(machine.device == "cpu" for machine in machines) else []
+
+
+def _rows(lines: Iterable[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def _heading(machine: Machine) -> str:
@@ -63,7 +89,7 @@ def _table(one: Section, cases: list[CaseResult]) -> list[str]:
     for where, some in rows.items():
         by_dtype = [[case for case in some if case.of.dtype == dtype] for dtype in dtypes]
         lines += [_operator(where, by_dtype, one)] if one.is_operator else _end_to_end(where, by_dtype)
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return _rows(lines)
 
 
 def _operator(where: Iterable[str], by_dtype: list[list[CaseResult]], one: Section) -> list[str]:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from ..results import OURS
 from . import bars, figures, words
 from .cases import CaseResult, Machine
+from .methods import METHODS, end_to_end, operators
 from .sections import order, section
 
 LEAST_INTENSITY = 1  # a benchmark that does less for each byte only moves memory: bars of its share of the roofline say it all
@@ -32,6 +33,14 @@ def page(machines: list[Machine]) -> str:
         "sections": [_section(machines, benchmark) for benchmark in benchmarks],
     }
     return environment.get_template("page.html").render(content)
+
+
+def picture(machines: list[Machine]) -> str:
+    """SVG: all methods in one drawing, end to end and by their operators."""
+    comparisons = [one for method in METHODS for one in (*end_to_end(method, machines), operators(method, machines)) if one.ratios]
+    if not comparisons:
+        raise ValueError("expected results of at least one method, found none")
+    return figures.methods(comparisons, f"Alternatives over ours, on {' and '.join(machine.name for machine in machines)}")
 
 
 def _source(name: str) -> str:

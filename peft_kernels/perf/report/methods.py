@@ -1,0 +1,80 @@
+"""The five methods in one view: end to end against each baseline, and their operators against the best alternative."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .cases import CaseResult, Machine
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    gives: str
+    benchmark: str  # end to end
+    operators: tuple[str, ...]
+
+
+METHODS = (
+    Method(
+        "PiD",
+        "beam search, and many prompts of one document, on one copy of the encoder's keys and values",
+        "pid_generate",
+        ("shared_cross_attention",),
+    ),
+    Method(
+        "DePT",
+        "a short soft prompt and a low-rank update of the word embeddings, written in one pass",
+        "dept_training",
+        ("decomposed_prompt_embedding",),
+    ),
+    Method(
+        "PASTA",
+        "trained vectors added to [CLS] and [SEP] before every layer; the base gets no gradient",
+        "pasta_layer",
+        ("special_token_slots", "special_token_add", "special_token_add_", "add_layer_norm_inject", "add_inject_layer_norm"),
+    ),
+    Method(
+        "DecT",
+        "a classifier on one pass of a frozen language model",
+        "dect",
+        ("label_logits", "prototype_scores", "prototype_cross_entropy", "prototype_objective"),
+    ),
+    Method("Y-Tuning", "label representations trained on cached features", "ytuning_step", ("label_cross_attention",)),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The times of one alternative over ours, in all cases of a method, on all machines."""
+
+    method: Method
+    subject: str
+    against: str
+    ratios: tuple[float, ...]
+
+
+def end_to_end(method: Method, machines: Iterable[Machine]) -> list[Comparison]:
+    """One comparison for each baseline, in the order of the result files."""
+    ratios: dict[str, list[float]] = {}
+    for case in _cases([method.benchmark], machines):
+        for row in case.baselines:
+            ratios.setdefault(row.candidate, []).append(row.ratio)
+    return [Comparison(method, method.name, candidate, tuple(values)) for candidate, values in ratios.items()]
+
+
+def operators(method: Method, machines: Iterable[Machine]) -> Comparison:
+    """The fastest alternative of each case of the method's operators."""
+    strongest = [case.strongest for case in _cases(method.operators, machines)]
+    return Comparison(method, f"{method.name}'s operators", "the best alternative", tuple(row.ratio for row in strongest if row))
+
+
+def memory(method: Method, machines: Iterable[Machine]) -> list[float]:
+    """Memory of the best alternative over ours, end to end: kept from step to step where that was measured, else the peak."""
+    pairs = [(case.strongest, case.ours) for case in _cases([method.benchmark], machines) if case.strongest and case.ours]
+    fields = ("kept_bytes", "peak_bytes")
+    sizes = [next(((a, b) for field in fields if (a := getattr(other, field)) and (b := getattr(ours, field))), None) for other, ours in pairs]
+    return [other / ours for other, ours in filter(None, sizes)]
+
+
+def _cases(benchmarks: Iterable[str], machines: Iterable[Machine]) -> list[CaseResult]:
+    return [case for machine in machines for name in benchmarks for case in machine.of(name)]
