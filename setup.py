@@ -1,12 +1,12 @@
-"""Builds peft_kernels/_native.so from csrc/ where there is a C++ compiler, and _native_cuda.so where there is nvcc as well.
+"""Builds peft_kernels/_native.so from csrc/ if there is a C++ compiler, and _native_cuda.so if there is nvcc as well.
 
-Without them the package is pure Python, in a wheel that is tagged so. A GPU is not asked for: CUDA is built for every architecture
-below, against any torch. A library that could not be built leaves the reason in a text file of its name, which `peft-kernels info`
-prints. PEFT_KERNELS_BUILD=require makes that an error, PEFT_KERNELS_BUILD=skip builds none.
+Without them the package is pure Python, and its wheel is tagged as such. The build needs no GPU: it compiles CUDA for every
+architecture below, against any torch. If a library cannot be built, the reason is written to a text file of the same name, which
+`peft-kernels info` prints. PEFT_KERNELS_BUILD=require makes that an error, PEFT_KERNELS_BUILD=skip builds no library.
 
-The library is written against libtorch's stable ABI and does not know Python: one file serves every Python version, and every
-libtorch from 2.11 on. It runs on any processor of its architecture: the CPU kernels are compiled once per instruction set below
-and chosen when the library is loaded.
+The library uses libtorch's stable ABI and no Python API: one file serves every Python version, and every libtorch from 2.11 on.
+It runs on any CPU of its architecture: the CPU kernels are compiled once per instruction set below, and the variant is selected
+when the library is loaded.
 
 With the sanitizers:
     CXXFLAGS="-g -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" python setup.py build_ext --inplace
@@ -36,10 +36,10 @@ from setuptools.modified import newer_group
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", STABLE_ABI]
 if "CXXFLAGS" not in os.environ:
-    FLAGS.append("-g0")  # Python's own flags ask for debug information, which is nine tenths of the file
+    FLAGS.append("-g0")  # Python's own flags request debug information, which takes up 90% of the file
 
-# Sources without a torch header, compiled with -DCPU_CAPABILITY=<name> and these flags. Multiplications and additions may
-# become one instruction: it rounds once.
+# Sources without a torch header, compiled with -DCPU_CAPABILITY=<name> and these flags. The compiler may contract a
+# multiplication and an addition into one FMA, which rounds once.
 KERNELS = sorted(map(str, Path("csrc/cpu").glob("*_kernel.cpp")))
 OPERATORS = sorted(map(str, {Path("csrc/schema.cpp"), *Path("csrc/cpu").glob("*.cpp")} - set(map(Path, KERNELS))))
 KERNEL_FLAGS = ["-ffp-contract=fast"]
@@ -48,9 +48,9 @@ X86_CAPABILITIES = {"AVX2": ["-mavx2", "-mfma"], "AVX512": AVX512, "AVX512BF16":
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 CAPABILITIES = {"Default": [], **(X86_CAPABILITIES if IS_X86 else {})}
 
-# The CUDA runtime is linked statically and libtorch_cuda looked up at run time, so the library also loads where neither is.
+# The CUDA runtime is linked statically and libtorch_cuda is looked up at run time, so the library also loads where neither is installed.
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-CUDA_ARCHITECTURES = ("80", "90", "100")  # 80 serves 86 and 89 too; what is newer than the last compiles from its PTX
+CUDA_ARCHITECTURES = ("80", "90", "100")  # 80 also serves 86 and 89; newer architectures than the last compile its PTX
 NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "-DUSE_CUDA", STABLE_ABI]
 
 
@@ -60,7 +60,7 @@ def find_nvcc():
 
 
 def wanted() -> str:
-    """What PEFT_KERNELS_BUILD asks for: "require", "skip", or "" for what this machine can build."""
+    """Returns PEFT_KERNELS_BUILD: "require", "skip", or "", which builds the libraries that this machine can build."""
     value = os.environ.get("PEFT_KERNELS_BUILD", "")
     if value not in ("require", "skip", ""):
         raise OptionError(f"PEFT_KERNELS_BUILD must be require, skip or unset, got {value!r}")
@@ -68,13 +68,13 @@ def wanted() -> str:
 
 
 def last_error(output: str) -> str:
-    """The line in which a compiler or linker says last what is wrong."""
+    """Returns the last error line in the output of a compiler or linker."""
     lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("collect2:")]
     return next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "no message")
 
 
 def run_compiler(command, **options):
-    """Runs a compiler with its messages shown; the error of a failure has the last of them."""
+    """Runs a compiler and shows its messages; if it fails, the exception quotes the last error message."""
     print(shlex.join(command), flush=True)
     try:
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", **options)
@@ -87,7 +87,7 @@ def run_compiler(command, **options):
 
 
 class BuildNative(build_ext):
-    """A library that is not built leaves no older one of its name, neither in the wheel nor in place."""
+    """Builds the libraries. If one cannot be built, no older library of its name is left, neither in the wheel nor in place."""
 
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")) + ".so"
@@ -103,7 +103,7 @@ class BuildNative(build_ext):
         for extension in self.extensions:
             built, in_place = Path(self.build_lib, self.get_ext_filename(extension.name)), Path(self.get_ext_fullpath(extension.name))
             for suffix in (".so", ".txt"):
-                in_place.with_suffix(suffix).unlink(missing_ok=True)  # not overwritten: a process may run it
+                in_place.with_suffix(suffix).unlink(missing_ok=True)  # not overwritten: a running process may have it loaded
                 if built.with_suffix(suffix).exists():
                     shutil.copy2(built.with_suffix(suffix), in_place.with_suffix(suffix))
 
@@ -133,7 +133,7 @@ class BuildNative(build_ext):
             raise PlatformError("there was no torch to build against, as in an isolated build") from None
         if extension.sources == CUDA_SOURCES:
             return self.build_cuda(extension, library, include_paths(), library_paths())
-        self.compiler.spawn = self.compiler.call = run_compiler  # setuptools up to 81, and after it
+        self.compiler.spawn = self.compiler.call = run_compiler  # setuptools up to 81, and later ones
         kernels = [source for source in extension.sources if source in KERNELS]
         operators = [source for source in extension.sources if source not in KERNELS]
         macros = [("HAVE_X86_KERNELS", None)] if IS_X86 else []

@@ -1,4 +1,4 @@
-"""What an operator cannot do without: bytes that move and operations that are done, whatever the implementation."""
+"""The memory traffic and the arithmetic that every implementation of an operator needs."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the minimal algorithm: each input read once, each output written once, and nothing in between touches memory.
+    """Bytes and operations of the minimal algorithm: it reads each input once, writes each output once and keeps no temporary in memory.
 
-    With ``backward`` the gradients of the outputs are inputs too, and the gradients of what requires one are outputs. An operator's own
-    cost function takes the operator's arguments, looks at their shapes, lengths and ``requires_grad``, and runs nothing.
+    With ``backward``, the gradients of the outputs are inputs too, and the gradients of the tensors that require one are outputs. An
+    operator's cost function takes the operator's arguments, reads their shapes, lengths and ``requires_grad``, and computes nothing else.
     """
 
     bytes: int
@@ -22,5 +22,5 @@ def nbytes(*tensors: Tensor | None) -> int:
 
 
 def gradient_bytes(*tensors: Tensor | None) -> int:
-    """Of the gradients of those that require one."""
+    """Bytes of the gradients of the tensors that require one."""
     return nbytes(*(x for x in tensors if x is not None and x.requires_grad))

@@ -23,7 +23,7 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 
 @cache
 def problem() -> str | None:
-    """Why the library cannot be used, or None. Its schemas stand in the native library of the CPU."""
+    """Returns why the library cannot be used, or None. The native CPU library defines its schemas, so it is loaded first."""
     if reason := native_library.not_built(LIBRARY, "torch, setuptools 77 or newer, a C++ compiler and nvcc"):
         return f"the CUDA library {reason}"
     if reason := native_library.problem():

@@ -1,4 +1,4 @@
-"""The implementations of an operator: modules of its package with one contract, imported when first asked for."""
+"""The implementations of an operator: modules of its package with one interface, imported on first use."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -13,7 +13,10 @@ _imported = cache(import_module)
 
 
 class Implementations:
-    """Each module has ``unavailable(device_type, dtype)``, a reason or None, and what the operator's package says."""
+    """The implementations of one operator.
+
+    Each module has ``unavailable(device_type, dtype)``, which returns a reason or None, and the functions that the operator's package lists.
+    """
 
     def __init__(self, package: str, *names: str):
         self.package = package
@@ -23,13 +26,13 @@ class Implementations:
         return _imported(f"{self.package}.{impl}")
 
     def unavailable(self, impl: str, device: str, dtype: torch.dtype) -> str | None:
-        """Why ``impl`` cannot run, or None."""
+        """Returns why ``impl`` cannot run, or None."""
         return self.module(impl).unavailable(device, dtype)
 
     def check(self, operator: str, impl: str) -> None:
         if impl != "auto" and impl not in self.names:
             raise ValueError(f"{operator}: impl must be 'auto' or one of {list(self.names)}, got {impl!r}")
-        if forward_ad._current_level >= 0:  # torch drops the tangents of operators that have no formula for them
+        if forward_ad._current_level >= 0:  # torch silently drops the tangents of operators without a forward-mode formula
             raise NotImplementedError(f"{operator}: forward-mode differentiation is not implemented")
 
     def runnable(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
@@ -38,9 +41,11 @@ class Implementations:
         return self.module(impl)
 
     def choose(self, device: str, dtype: torch.dtype) -> str:
-        """What ``impl="auto"`` takes where an operator has no table of its own, forward and backward: the first that can run.
+        """Returns the implementation behind ``impl="auto"``, forward and backward: the first row that applies.
 
-        | where and what                              | implementation |
+        An operator with a table of its own does not use this one.
+
+        | case                                        | implementation |
         | ------------------------------------------- | -------------- |
         | float64                                     | reference      |
         | CPU, native library built                   | cpp            |
@@ -58,7 +63,7 @@ class Implementations:
 
 
 def no_second_derivative(lib: torch.library.Library, operator: str) -> None:
-    """Of the operator that gives gradients: differentiated again it raises. Without this torch would leave a term out and say nothing."""
+    """Makes a backward operator raise when it is differentiated. Otherwise torch would silently drop a term."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(f"{operator.removesuffix('_backward')}: second derivatives are not implemented")
@@ -67,9 +72,10 @@ def no_second_derivative(lib: torch.library.Library, operator: str) -> None:
 
 
 def check_numbers(operator: str, **numbers: float | Tensor | None) -> None:
-    """
+    """Checks that no number is a tensor that requires a gradient.
+
     Raises:
-        ValueError: a tensor in place of a number that wants a gradient, and would not get one.
+        ValueError: a number is a tensor that requires a gradient; it would get none.
     """
     for name, x in numbers.items():
         if isinstance(x, Tensor) and x.requires_grad:
@@ -77,5 +83,5 @@ def check_numbers(operator: str, **numbers: float | Tensor | None) -> None:
 
 
 def without_autocast(device: str):
-    """For products of the library: an operator says itself what dtype it computes in."""
+    """Disables autocast for the library's matmuls: an operator determines its compute dtype itself."""
     return torch.autocast(device, enabled=False) if device != "meta" and torch.is_autocast_enabled(device) else nullcontext()

@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def not_built(library: Path, needs: str) -> str | None:
-    """Why a library is not there, as its build noted it, and the command that builds it; None where it is there."""
+    """Returns why a library is missing, as its build noted it, and the command that builds it; None if the library exists."""
     if library.exists():
         return None
     note = library.with_suffix(".txt")
@@ -20,7 +20,7 @@ def not_built(library: Path, needs: str) -> str | None:
 
 @cache
 def problem() -> str | None:
-    """Why the library cannot be used, or None."""
+    """Returns why the library cannot be used, or None."""
     if reason := not_built(LIBRARY, "torch, setuptools 77 or newer and a C++ compiler"):
         return f"the native library {reason}"
     try:

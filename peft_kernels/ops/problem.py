@@ -1,4 +1,4 @@
-"""What a benchmark of an operator consists of: problems, and candidates that solve them."""
+"""The parts of an operator's benchmark: problems, and the candidates that solve them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Candidate:
-    """``compute(*leaves)`` gives the operator's output, a tensor or several, differentiable in the leaves."""
+    """One way to compute an operator: ``compute(*leaves)`` returns its output, one or more tensors, differentiable in the leaves."""
 
     compute: Callable[..., Any]
-    leaves: tuple[Tensor, ...] | None = None  # in a layout of its own; None: the problem's
-    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None  # outputs and gradients to the operator's shapes, for the check
-    waits: bool = False  # for the device, so that it is no CUDA graph
+    leaves: tuple[Tensor, ...] | None = None  # in the candidate's own layout; None: the problem's leaves
+    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None  # maps outputs and gradients to the operator's shapes, for the check
+    waits: bool = False  # synchronizes with the device, so it cannot be captured in a CUDA graph
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """The inputs of one call of an operator, and the candidates that compute it."""
 
-    leaves: tuple[Tensor, ...]  # take gradients
-    grads: tuple[Tensor, ...]  # of the outputs; their shapes are the outputs'
-    ours: Callable[[str], Candidate]  # of impl
-    truth: Callable[..., Any]  # of the leaves in float64
-    cost: Callable[..., Any]  # of the leaves and, by keyword, backward: a Cost
-    baselines: Mapping[str, Callable[[], Candidate]]  # each is prepared once, and raises where it does not apply here, with the reason
+    leaves: tuple[Tensor, ...]  # the inputs that take gradients
+    grads: tuple[Tensor, ...]  # gradients of the outputs, in the outputs' shapes
+    ours: Callable[[str], Candidate]  # impl -> candidate
+    truth: Callable[..., Any]  # called with the leaves in float64
+    cost: Callable[..., Any]  # called with the leaves and the keyword backward; returns a Cost
+    baselines: Mapping[str, Callable[[], Candidate]]  # each is prepared once; if it does not apply here, it raises and says why
     roofline: Callable[[], Any] | None = None  # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
 
 
@@ -39,8 +39,8 @@ class Operator:
 
     name: str
     title: str
-    about: str  # what the letters of its shapes are
-    published: str | None = None  # the baseline of a paper or a library: quoted beside the strongest
+    about: str  # explains the letters of its shapes
+    published: str | None = None  # the baseline of a paper or a library, quoted beside the strongest one
     shapes: tuple[dict[str, int], ...]  # the letters of the operator's docstring -> sizes
     quick_shapes: tuple[dict[str, int], ...]
     problem: Callable[[Mapping[str, int], str, torch.dtype, str, bool], Problem]  # shape, variant, dtype, device, backward
@@ -62,7 +62,7 @@ class Operator:
 
 
 class Sizes(NamedTuple):
-    """What a tuner's calls are as large as. The defaults: a step that fills a large GPU."""
+    """Sizes of the calls that the tuner times. The defaults are those of a step that fills a large GPU."""
 
     batch: int = 32
     tokens: int = 512
@@ -70,7 +70,7 @@ class Sizes(NamedTuple):
     vocabulary: int = 8192
     prompt: int = 60  # virtual tokens
     rank: int = 45
-    specials: int = 4  # special tokens in a row, and vectors
+    specials: int = 4  # special tokens per row, and vectors
     texts: int = 4096
     classes: int = 16
     documents: int = 8  # of attention: each is shared by many streams
@@ -116,5 +116,8 @@ def compiled(compute: Callable[..., Any]) -> Callable[[], Candidate]:
 
 
 def fresh(device: str, *outputs: Tensor) -> Callable[[], Any] | None:
-    """The roofline bound of an operator with ``outputs`` like these: a CPU pays for the pages of a new large tensor, which a copy does not show."""
+    """Returns the roofline of an operator that allocates ``outputs``, for a CPU: page faults of new large tensors, which a plain copy does not show.
+
+    None on other devices.
+    """
     return (lambda: [x.clone() for x in outputs]) if device == "cpu" else None

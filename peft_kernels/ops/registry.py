@@ -1,9 +1,9 @@
-"""Operators by name, and what the package of each declares beside its implementations.
+"""Operators by name, and the optional modules of each operator's package.
 
-A package ``ops/<package>`` may have modules that are imported where they are wanted:
+A package ``ops/<package>`` may have these modules, which are imported on demand:
 
 * ``problems``: ``OPERATORS``, the benchmark of each public operator;
-* ``tunable``: ``KERNELS`` and ``targets``, what ``peft-kernels tune`` may change, and the calls that it times;
+* ``tunable``: ``KERNELS`` and ``targets``, the configs that ``peft-kernels tune`` may change and the calls that it times;
 * ``variants``: ``variants()``, the Triton kernels as they are launched, and ``CUDA_KERNELS``, for tools/kernel_report.
 """
 
@@ -18,7 +18,7 @@ from .problem import Operator
 
 @cache
 def packages() -> dict[str, tuple[str, ...]]:
-    """Package -> its public operators, in the order of ``ops.__all__``."""
+    """Returns package -> its public operators, in the order of ``ops.__all__``."""
     names: dict[str, list[str]] = {}
     for name in ops.__all__:
         names.setdefault(getattr(ops, name).__module__.rpartition(".")[2], []).append(name)
@@ -26,14 +26,15 @@ def packages() -> dict[str, tuple[str, ...]]:
 
 
 def declared(what: str) -> dict[str, ModuleType]:
-    """Package -> its module ``what``, of those that have one."""
+    """Returns package -> its module ``what``, for the packages that have one."""
     return {package: import_module(f".{package}.{what}", __package__) for package in packages() if find_spec(f"{__package__}.{package}.{what}")}
 
 
 def operator(name: str) -> Operator:
-    """
+    """Returns the benchmark of the operator ``name``.
+
     Raises:
-        ValueError: not the name of an operator.
+        ValueError: ``name`` is not the name of an operator.
     """
     for package, names in packages().items():
         if name in names:

@@ -1,4 +1,4 @@
-"""Whether Triton kernels run here: asked once for every operator."""
+"""Whether Triton kernels run here; shared by all operators."""
 
 import os
 from importlib.util import find_spec
@@ -8,11 +8,11 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated, on import
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What a kernel reads without being told its strides: every launcher hands those over or takes this."""
+    """Returns contiguous tensors, for kernels that take no strides for them."""
     return [x if x is None else x.contiguous() for x in tensors]
 
 

@@ -1,6 +1,6 @@
-"""Launch options that ``peft-kernels tune`` found faster on this GPU: read once, at the first launch there, then a look in a dictionary.
+"""Launch options that ``peft-kernels tune`` found faster on this GPU: read once, at the first launch, then a dictionary lookup per launch.
 
-A cache that cannot be used is named in a warning, and the shipped tables are used: no training run ends on it.
+If the cache cannot be used, a warning names it and the default configs apply: a bad cache never ends a training run.
 """
 
 import json
@@ -21,18 +21,18 @@ WARPS, STAGES = (1, 16), (1, 5)
 
 
 class Kernel(NamedTuple):
-    """What its shipped table is keyed by, and the least and the most of every block size that may differ from it."""
+    """A tunable kernel: the key of its table of default configs, and the range (least, most) of every block size that may be tuned."""
 
     key: tuple[str, ...]
     blocks: dict[str, tuple[int, int]]
-    tiles: int = 1  # of its largest, in registers at once
+    tiles: int = 1  # how many tiles of the largest size it keeps in registers at once
 
 
 @cache
 def kernels() -> dict[str, dict[str, Kernel]]:
-    """Package of operators -> its kernels that may be tuned: ``KERNELS`` of its module ``tunable``.
+    """Returns package of operators -> its tunable kernels: ``KERNELS`` of its module ``tunable``.
 
-    A key's ``bytes`` is the size of an element; its other sizes are those of the row in the table of default configs.
+    A key's ``bytes`` is the size of an element; its other sizes identify the row in the table of default configs.
     """
     from .registry import declared
 
@@ -40,7 +40,7 @@ def kernels() -> dict[str, dict[str, Kernel]]:
 
 
 class Site(NamedTuple):
-    """A row of a shipped table: the sizes of ``key`` are named by ``Kernel.key``."""
+    """A row of a table of default configs: ``Kernel.key`` names the sizes in ``key``."""
 
     operator: str
     kernel: str
@@ -48,7 +48,7 @@ class Site(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What takes the place of the shipped options at ``site``: block sizes, ``num_warps``, ``num_stages``. Times are seconds."""
+    """Replacements for the default config at ``site``: block sizes, ``num_warps``, ``num_stages``. Times are in seconds."""
 
     site: Site
     options: dict[str, int]
@@ -58,14 +58,17 @@ class Entry(NamedTuple):
 
 
 def options(operator: str, kernel: str, device: torch.device, shipped: dict, *key: int) -> dict:
-    """What to launch with: ``shipped``, and in their place the options that were found for ``key`` on this device."""
+    """Returns the launch options: ``shipped``, overridden by the tuned options for ``key`` on this device, if there are any."""
     found = entries(device).get((operator, kernel, key))
     return {**shipped, **found} if found else shipped
 
 
 @cache
 def entries(device: torch.device) -> dict[Site, dict[str, int]]:
-    """Of the device's cache, or none: the dictionary that every launch looks into, and that the tuner puts its candidates into."""
+    """Returns the entries of the device's cache; empty without a usable one.
+
+    Every launch looks into this dictionary, and the tuner puts its candidates into it.
+    """
     if not enabled():
         return {}
     path = cache_file(device)
@@ -87,7 +90,10 @@ def enabled() -> bool:
 
 
 def cache_file(device: torch.device) -> Path:
-    """``$PEFT_KERNELS_CACHE``, or ``peft_kernels`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``; named by GPU and version of Triton."""
+    """Returns the cache file in ``$PEFT_KERNELS_CACHE``, ``$XDG_CACHE_HOME/peft_kernels`` or ``~/.cache/peft_kernels``.
+
+    Its name contains the GPU and the version of Triton.
+    """
     folder = os.environ.get("PEFT_KERNELS_CACHE")
     if not folder:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "peft_kernels"
@@ -97,7 +103,7 @@ def cache_file(device: torch.device) -> Path:
 
 
 def fingerprint(device: torch.device) -> dict[str, str | int]:
-    """What a cache has to agree in with what runs."""
+    """Returns the values that a cache must share with the running process."""
     import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -105,10 +111,11 @@ def fingerprint(device: torch.device) -> dict[str, str | int]:
 
 
 def read(path: Path, device: torch.device) -> list[Entry]:
-    """
+    """Reads the entries of a cache file.
+
     Raises:
-        OSError: a file that cannot be read; FileNotFoundError where there is none.
-        ValueError: one that is damaged, or made for something else than what runs here.
+        OSError: the file cannot be read; FileNotFoundError if it does not exist.
+        ValueError: the file is damaged, or was made for another device or version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -121,12 +128,12 @@ def read(path: Path, device: torch.device) -> list[Entry]:
             raise ValueError(f"{path} is for {what} {content.get(what)!r}, and this is {here!r}")
     try:
         return [_entry(item) for item in content["entries"]]
-    except Exception as error:  # whatever stands there
+    except Exception as error:  # the file may contain anything
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def write(path: Path, device: torch.device, found: Iterable[Entry]):
-    """Whole or not at all: a process that reads meanwhile finds the old file or the new one."""
+    """Writes the file atomically: a concurrent reader sees either the old file or the new one."""
     items = [{**entry._asdict(), "site": _named(entry.site)} for entry in sorted(found, key=lambda entry: entry.site)]
     head = json.dumps(fingerprint(device), indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps({**item.pop('site'), **item})}" for item in items)

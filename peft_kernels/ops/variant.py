@@ -1,4 +1,4 @@
-"""A Triton kernel as it is launched on one architecture, and what its binary must hold, whatever the compiler."""
+"""A Triton kernel as it is launched on one architecture, and the properties that its binary must have with every compiler."""
 
 from typing import Any, NamedTuple
 
@@ -7,9 +7,9 @@ ARCHITECTURES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942"
 
 
 def matrix_unit(name: str, exact: bool, rows: int = 64) -> str:
-    """The instruction that multiplies tiles of ``rows`` rows.
+    """Returns the instruction that multiplies tiles of ``rows`` rows.
 
-    ``exact``: in float32, for which NVIDIA's tensor cores are too coarse; AMD's are not.
+    ``exact``: in float32, which NVIDIA's tensor cores do not support at full precision; AMD's do.
     """
     if name == "gfx942":
         return "mfma"
@@ -19,16 +19,18 @@ def matrix_unit(name: str, exact: bool, rows: int = 64) -> str:
 
 
 class Expected(NamedTuple):
-    matrix_unit: str | None = None  # None: it multiplies no matrices; "fma": it does, without tensor cores
-    load: int = 16  # bytes of its widest load, at least
+    matrix_unit: str | None = None  # None: the kernel has no matmul; "fma": it has one, without tensor cores
+    load: int = 16  # lower bound of the widest load, in bytes
     store: int = 1
-    widest: int = 32  # bytes of an access, at most: rows of any alignment take no 16
-    warps: int = 1  # of an SM, at least: a kernel that waits for memory wants several blocks
+    widest: int = 32  # upper bound of an access, in bytes: unaligned rows do not allow 16
+    warps: int = 1  # lower bound of the warps per SM: a memory-bound kernel needs several blocks
 
 
 class Variant(NamedTuple):
-    """``options``: constants of the kernel and options of the compiler, as the launcher gives them. ``types``: of the arguments that are
-    not 32-bit integers, None for one that is absent.
+    """A compiled kernel.
+
+    ``options`` are the kernel's constants and the compiler's options, as the launcher passes them. ``types`` are the types of the
+    arguments that are not 32-bit integers; None for an absent argument.
     """
 
     architecture: str

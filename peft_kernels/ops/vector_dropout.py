@@ -1,8 +1,8 @@
-"""Dropout of the vectors added to special tokens: drawn for every row of the batch and every occurrence, from counters.
+"""Dropout of the vectors added to special tokens: a counter-based draw for every row of the batch and every occurrence.
 
-Element ``column`` of the vector for slot ``slot`` of row ``row`` is kept where the first word of Philox4x32-10 (Salmon et al., SC 2011)
-with the key (low, high half of seed) and the counter (column, slot, row, 0) is at least ``threshold(p)``; what is kept is multiplied by
-1 / (1 - p). Nothing is stored: backward draws the same numbers again, and every implementation draws these.
+Element ``column`` of the vector for slot ``slot`` of row ``row`` is kept if the first word of Philox4x32-10 (Salmon et al., SC 2011)
+with the key (low, high half of seed) and the counter (column, slot, row, 0) is at least ``threshold(p)``; kept elements are multiplied
+by 1 / (1 - p). No mask is stored: backward draws the same numbers again, and all implementations draw the same numbers.
 """
 
 import torch
@@ -19,7 +19,7 @@ def threshold(p: float) -> int:
 
 
 def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """(1,) int64 on ``device``; None: from torch's generator of the device."""
+    """Returns the seed as (1,) int64 on ``device``; for None, draws one from torch's generator of the device."""
     if isinstance(seed, Tensor):
         return seed.reshape(1)
     if seed is None:
@@ -28,7 +28,7 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def factors(p: float, seed: Tensor, batch: int, slots: int, width: int) -> Tensor:
-    """(batch, slots, width) float32: 0, or 1 / (1 - p)."""
+    """Returns the dropout factors, (batch, slots, width) float32: 0 or 1 / (1 - p)."""
     rows, occurrences, columns = (torch.arange(n, device=seed.device) for n in (batch, slots, width))
     c0, c1, c2 = columns.expand(batch, slots, -1), occurrences[:, None].expand(batch, -1, width), rows[:, None, None].expand(-1, slots, width)
     kept = philox(seed, c0, c1, c2) >= threshold(p)
@@ -36,11 +36,11 @@ def factors(p: float, seed: Tensor, batch: int, slots: int, width: int) -> Tenso
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """The first word; 32-bit words in int64."""
+    """Returns the first word of Philox4x32-10. Words are 32 bits wide, stored in int64."""
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
     for _ in range(_ROUNDS):
-        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrap at 64 bits: no bit is lost
+        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps at 64 bits; no bit is lost
         c0, c1, c2, c3 = (b >> 32 & _LOW) ^ c1 ^ k0, b & _LOW, (a >> 32 & _LOW) ^ c3 ^ k1, a & _LOW
         k0, k1 = k0 + _KEY_STEPS[0] & _LOW, k1 + _KEY_STEPS[1] & _LOW
     return c0
