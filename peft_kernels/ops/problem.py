@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
     specials: int = 4  # special tokens per row, and vectors
     texts: int = 4096
     classes: int = 16
-    documents: int = 8  # of attention: each is shared by many streams
+    documents: int = 8  # encoder inputs of attention, each shared by many streams
     head_dims: tuple[int, ...] = (64, 128, 256)
     norm_widths: tuple[int, ...] = (512, 1024, 2048, 4096)
     prototype_widths: tuple[int, ...] = (64, 128, 256)
@@ -86,9 +86,9 @@ class Setting(NamedTuple):
 
 
 class RandomInputs:
-    """Seeded tensors, the same whenever they are drawn in the same order.
+    """Seeded random tensors: the same order of draws gives the same tensors.
 
-    They are drawn on the CPU, so that every device gets the same ones; ``on_device``: there, which is faster for large ones.
+    They are drawn on the CPU, so that every device gets the same values; ``on_device`` draws on the device, which is faster for large tensors.
     """
 
     def __init__(self, device: str | torch.device, dtype: torch.dtype, on_device: bool = False):
@@ -103,7 +103,7 @@ class RandomInputs:
         return torch.randn(size, generator=self.generator, device=self.drawn_on).to(self.device, dtype or self.dtype)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
-        """int64 in [low, high)"""
+        """Draws int64 in [low, high)."""
         return torch.randint(low, high, size, generator=self.generator, device=self.drawn_on).to(self.device)
 
 

@@ -1,4 +1,4 @@
-"""How near normalised features are to the prototypes of classes, and the cross-entropy of that."""
+"""Scores of normalised features by their distance to class prototypes, and the cross-entropy of these scores."""
 
 import os
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from ..implementations import Implementations, check_numbers, no_second_derivati
 
 __all__ = ["prototype_cross_entropy", "prototype_objective", "prototype_scores"]
 
-# Each has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected, prototypes) -> gradients of projected
-# and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight, labels) -> loss (), its gradients of projected and
-# radius. Everything is in one dtype, contiguous but for labels.
+# Each implementation has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected, prototypes) -> gradients
+# of projected and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight, labels) -> loss (), its gradients with
+# respect to projected and radius. All tensors but labels have one dtype and are contiguous.
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -34,27 +34,29 @@ def prototype_scores(
     weight: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """``q[i, k] = -||normalise(projection @ features[i]) - prototypes[k]||_2 + radius[k] + weight * scores[i, k]``.
+    """Score projected, normalised features by their distance to class prototypes.
 
-    Decoder tuning (DecT), arXiv 2212.08408, equations 3 to 5.
+    ``q[i, k] = -||normalise(projection @ features[i]) - prototypes[k]||_2 + radius[k] + weight * scores[i, k]``; decoder tuning (DecT),
+    arXiv 2212.08408, equations 3 to 5.
 
     Args:
         features: (N, H) float32 or float64.
-        projection: (D, H), in ``features``'s dtype as everything below.
+        projection: (D, H), in ``features``'s dtype, like all tensors below.
         prototypes: (C, D), not normalised.
         radius: (C,)
-        scores: (N, C), the model's own; None: without.
-        weight: lambda.
+        scores: (N, C), the model's own scores; None: their term is left out.
+        weight: factor of ``scores``, lambda in the paper.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
-        (N, C). No (N, C, D) temporary is made. The gradient of a distance of 0 is 0; what is projected to 0 stays 0 and gets none.
+        (N, C), without an (N, C, D) temporary. The gradient of a distance of 0 is 0. A feature whose projection is 0 is not normalised, and
+        its projection gets no gradient.
 
     Gradients go to ``features``, ``projection``, ``prototypes`` and ``radius``, not to ``scores``.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a named implementation that cannot run, with the reason.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes or devices, or a named implementation that cannot run here; the message says why.
+        TypeError: invalid dtypes.
     """
     name = "prototype_scores"
     _check(name, features, projection, prototypes, radius, scores, impl)
@@ -75,9 +77,10 @@ def prototype_cross_entropy(
     weight: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """The mean cross-entropy of ``softmax(prototype_scores(...))`` and ``labels`` (N,) int64 in [0, C); its gradients in the same pass.
+    """Compute the mean cross-entropy of ``softmax(prototype_scores(...))`` and its gradients in the same pass.
 
-    Gradients go to ``features``, ``projection`` and ``radius``: prototypes are frozen in DecT. Arguments and errors as there.
+    ``labels`` is (N,) int64 in [0, C). Gradients go to ``features``, ``projection`` and ``radius``: prototypes are frozen in DecT. The other
+    arguments and the errors are those of ``prototype_scores``.
     """
     name = "prototype_cross_entropy"
     _check(name, features, projection, prototypes, radius, scores, impl)
@@ -93,13 +96,13 @@ def prototype_cross_entropy(
 def prototype_objective(
     prototypes: Tensor, scores: Tensor | None, labels: Tensor, *, weight: float = 1.0, impl: str = "auto"
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """That loss for a training loop without autograd: what stays the same is checked once.
+    """Return the loss of ``prototype_cross_entropy`` as a function for a training loop without autograd; constant arguments are checked once.
 
-    Arguments and errors as there, but scores (N, C) and labels (N,) say what N is.
+    Arguments and errors are those of ``prototype_cross_entropy``; scores (N, C) and labels (N,) determine N.
 
     Returns:
-        A function of what a product has projected, (N, D) contiguous, and of ``radius`` (C,): the loss (), its gradient of the first,
-        (N, D), and its gradient of ``radius``, (C,).
+        A function of the projected features, (N, D) contiguous, and of ``radius`` (C,). It returns the loss (), the gradient of the
+        projected features, (N, D), and the gradient of ``radius``, (C,).
     """
     name = "prototype_objective"
     implementations.check(name, impl)

@@ -9,14 +9,14 @@ from . import cpp
 
 
 class Adam:
-    """``torch.optim.Adam`` with its defaults but for ``lr``, on gradients that the caller hands over.
+    """``torch.optim.Adam`` with its defaults but for ``lr``, on gradients that the caller passes in.
 
-    On the CPU, where the native library is built, in one pass of ours, since torch's takes longer than DecT's matrix products; elsewhere
-    torch's own.
+    On the CPU with the native library, a step is one fused pass, since torch's step takes longer than DecT's matmuls. Elsewhere it is
+    torch's own step.
 
     Args:
         parameters: contiguous float32 tensors on one device, changed in place.
-        lr: the rate.
+        lr: the learning rate.
     """
 
     def __init__(self, parameters: Sequence[Tensor], lr: float):
@@ -29,7 +29,7 @@ class Adam:
             self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
 
     def step(self, grads: Sequence[Tensor]) -> None:
-        """One step; ``grads`` as ``parameters``."""
+        """Take one step; ``grads`` match ``parameters``."""
         self.steps += 1
         if self.moments is None:
             for parameter, grad in zip(self.parameters, grads):

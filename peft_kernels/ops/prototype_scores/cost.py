@@ -4,14 +4,14 @@ from torch import Tensor
 
 from ..cost import Cost, gradient_bytes, nbytes
 
-DISTANCE_OPERATIONS = 3  # of an element: difference, square, sum
-PULL_OPERATIONS = 3  # of an element, for its gradient: difference, factor, sum
+DISTANCE_OPERATIONS = 3  # per element: difference, square, sum
+PULL_OPERATIONS = 3  # per element of the gradient: difference, factor, sum
 
 
 def prototype_scores(
     features: Tensor, projection: Tensor, prototypes: Tensor, radius: Tensor, scores: Tensor | None = None, *, backward: bool = False
 ) -> Cost:
-    """A product with the projection and (N, C) distances; backward a product for each of features and projection that requires a gradient."""
+    """A matmul with the projection and (N, C) distances; backward, a matmul for each of features and projection that requires a gradient."""
     out = features.shape[0] * prototypes.shape[0] * features.element_size()
     return _cost(features, projection, prototypes, radius, (scores,), out, backward)
 
@@ -26,14 +26,14 @@ def prototype_cross_entropy(
     *,
     backward: bool = False,
 ) -> Cost:
-    """The same with one number as a result."""
+    """The cost of ``prototype_scores`` with a scalar result."""
     return _cost(features, projection, prototypes, radius, (scores, labels), features.element_size(), backward)
 
 
 def prototype_objective(
     projected: Tensor, radius: Tensor, prototypes: Tensor, scores: Tensor | None, labels: Tensor, *, backward: bool = False
 ) -> Cost:
-    """Of a call of the function that it returns: loss and both gradients, from what is already projected."""
+    """The cost of one call of the returned function: loss and both gradients, from projected features."""
     distances = projected.numel() * prototypes.shape[0]
     moved = nbytes(projected, radius, prototypes, scores, labels) + projected.element_size() + nbytes(projected, radius)
     return Cost(moved, (DISTANCE_OPERATIONS + PULL_OPERATIONS) * distances)

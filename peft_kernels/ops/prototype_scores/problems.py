@@ -1,4 +1,4 @@
-"""Scores of features against prototypes, their loss, and loss with gradients for a loop without autograd. Features are frozen."""
+"""Benchmarks of prototype scores, their loss, and the loss with gradients for a loop without autograd. Features are frozen."""
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -15,7 +15,7 @@ def scores_of(projected, prototypes, radius, scores):
 
 
 def numbers_of(shape, device):
-    """features (N, H), projection (D, H), prototypes (C, D), radius (C,), scores (N, C), labels (N,), and what draws more."""
+    """Draws features (N, H), projection (D, H), prototypes (C, D), radius (C,), scores (N, C), labels (N,); also returns the generator."""
     count, width, dim, classes = (shape[letter] for letter in "NHDC")
     numbers = RandomInputs(device, torch.float32)
     features, projection = numbers.normal(count, width), numbers.normal(dim, width) / width**0.5
@@ -74,7 +74,7 @@ def loss(shape, variant, dtype, device, backward) -> Problem:
 
 
 def objective(shape, variant, dtype, device, backward) -> Problem:
-    """The gradients are part of the result, so "forward" is all there is."""
+    """The problem of the objective. The gradients are part of the result, so there is only a forward."""
     features, projection, prototypes, radius, scores, labels, _ = numbers_of(shape, device)
     projected = features @ projection.mT
 

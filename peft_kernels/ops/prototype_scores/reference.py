@@ -1,9 +1,9 @@
-"""The mathematics in plain PyTorch: the oracle. Any device, float32 or float64."""
+"""The reference in plain PyTorch, which tests compare with. Any device, float32 or float64."""
 
 import torch
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-SHORTEST = 1e-12  # what is projected nearer to 0 counts as 0
+SHORTEST = 1e-12  # a projected row shorter than this counts as 0
 
 
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
@@ -38,6 +38,6 @@ def cross_entropy(projected, prototypes, radius, scores, weight, labels):
 
 
 def _normalise(projected):
-    """Rows of length 1, and 1 / length; 0 and 0 where there is no length."""
+    """Returns rows of length 1, and 1 / length; both are 0 for a row of length 0."""
     length = projected.norm(dim=1, keepdim=True)
     return torch.where(length < SHORTEST, 0, projected / length), torch.where(length < SHORTEST, 0, 1 / length)

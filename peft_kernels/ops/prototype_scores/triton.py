@@ -1,4 +1,4 @@
-"""GPU kernels in Triton: launchers and configurations. Nothing waits for the device, and no launch depends on a value there."""
+"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
 
 from functools import cache
 
@@ -16,8 +16,8 @@ except ModuleNotFoundError as error:
 
 __all__ = ["backward", "cross_entropy", "forward", "unavailable"]
 
-# Elements to a program, in whole rows, and to a warp of it. Compiled for every architecture, without a GPU, by
-# tests/test_kernel_report.py.
+# Elements per program, in whole rows, and per warp. tests/test_kernel_report.py compiles the configs for every architecture, without a
+# GPU.
 ELEMENTS = 1024
 ELEMENTS_PER_WARP = 256
 MAX_ROWS = 16

@@ -1,7 +1,7 @@
-"""GPU kernels: whole rows of what was projected in registers, one class after the other. Everything is float32.
+"""Triton kernels: a program keeps whole projected rows in registers and loops over the classes. Everything is float32.
 
-Gradients are the formulas of reference.py, with distances made again. Prefixes: o_ offsets, m_ masks, b_ blocks in registers.
-Roots, and divisions by lengths and distances, round to nearest: what cancels between rows and prototypes shows every bit.
+Gradients follow the formulas of reference.py and recompute the distances. Prefixes: o_ offsets, m_ masks, b_ blocks in registers.
+Roots, and divisions by lengths and distances, round to nearest, because cancellation between rows and prototypes exposes every bit.
 """
 
 import triton
@@ -12,7 +12,7 @@ SHORTEST = tl.constexpr(1e-12)  # of reference.py
 
 @triton.jit
 def load_normal(projected, o_i, m_i, o_d, d):
-    """Rows of length 1, [BR, BD], and 1 / length, [BR]; 0 and 0 where there is no length."""
+    """Returns rows of length 1, [BR, BD], and 1 / length, [BR]; both are 0 for a row of length 0."""
     m = m_i[:, None] & (o_d < d)[None, :]
     b_x = tl.load(projected + o_i.to(tl.int64)[:, None] * d + o_d[None, :], mask=m, other=0.0)
     b_length = tl.sqrt_rn(tl.sum(b_x * b_x, 1))
@@ -24,7 +24,7 @@ def load_normal(projected, o_i, m_i, o_d, d):
 
 @triton.jit
 def away_from(prototype, b_normal, o_d, d):
-    """From a prototype to the rows, [BR, BD], and how far that is, [BR]."""
+    """Returns the differences between the rows and a prototype, [BR, BD], and their lengths, [BR]."""
     b_prototype = tl.load(prototype + o_d, mask=o_d < d, other=0.0)  # [BD]
     b_away = b_normal - b_prototype[None, :]
     return b_away, tl.sqrt_rn(tl.sum(b_away * b_away, 1))
@@ -40,14 +40,14 @@ def score(radius, scores, weight, b_distance, o_i, m_i, k, classes):
 
 @triton.jit
 def pull(b_grad, b_distance):
-    """The gradient over the distance, [BR]; 0 for a distance of 0."""
+    """Returns the gradient divided by the distance, [BR]; 0 for a distance of 0."""
     m_near = b_distance == 0
     return tl.where(m_near, 0.0, tl.div_rn(b_grad, tl.where(m_near, 1.0, b_distance)))
 
 
 @triton.jit
 def store_grad(grad_projected, b_grad, b_normal, b_inverse, o_i, m_i, o_d, d):
-    """``b_grad`` is that of the normalised rows."""
+    """Stores the gradient of the projected rows; ``b_grad`` is the gradient of the normalised rows."""
     b_along = tl.sum(b_grad * b_normal, 1)
     b_grad = (b_grad - b_along[:, None] * b_normal) * b_inverse[:, None]
     tl.store(grad_projected + o_i.to(tl.int64)[:, None] * d + o_d[None, :], b_grad, mask=m_i[:, None] & (o_d < d)[None, :])
@@ -55,7 +55,7 @@ def store_grad(grad_projected, b_grad, b_normal, b_inverse, o_i, m_i, o_d, d):
 
 @triton.jit(do_not_specialize=["texts", "classes"])
 def prototype_scores_fwd_kernel(out, projected, prototypes, radius, scores, weight, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
-    """Grid: blocks of rows."""
+    """Computes the scores of BR rows. Grid: blocks of rows."""
     o_i, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_i = o_i < texts
     b_normal, b_inverse = load_normal(projected, o_i, m_i, o_d, d)
@@ -69,7 +69,7 @@ def prototype_scores_fwd_kernel(out, projected, prototypes, radius, scores, weig
 
 @triton.jit(do_not_specialize=["texts", "classes"])
 def prototype_scores_bwd_kernel(grad_projected, grad, projected, prototypes, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
-    """Grid: blocks of rows."""
+    """Computes the gradient of BR projected rows. Grid: blocks of rows."""
     o_i, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_i = o_i < texts
     b_normal, b_inverse = load_normal(projected, o_i, m_i, o_d, d)
@@ -85,7 +85,10 @@ def prototype_scores_bwd_kernel(grad_projected, grad, projected, prototypes, tex
 
 @triton.jit(do_not_specialize=["texts", "rows", "classes"])
 def prototype_scores_bwd_prototypes_kernel(partial, grad, projected, prototypes, texts, rows, classes, d, BR: tl.constexpr, BD: tl.constexpr):
-    """Grid: classes, then parts of ``rows`` texts, BR at a time and in their order. ``partial`` is (parts, C, d)."""
+    """Sums the gradient of one prototype over ``rows`` texts, BR at a time and in order.
+
+    Grid: classes, then parts of ``rows`` texts. ``partial`` is (parts, C, d).
+    """
     k = tl.program_id(0) % classes
     begin = tl.program_id(0) // classes * rows
     end = tl.minimum(begin + rows, texts)
@@ -107,7 +110,10 @@ def prototype_cross_entropy_fwd_kernel(
     weight, texts, classes, d,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of rows. ``losses`` is (N,); ``partial`` (C, blocks) what each gives to the gradient of radius."""
+    """Computes losses and gradients of BR rows. Grid: blocks of rows.
+
+    ``losses`` is (N,); ``partial`` is (C, blocks), each block's contribution to the gradient of radius.
+    """
     o_i, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_i = o_i < texts
     b_label = tl.load(labels + o_i, mask=m_i, other=0)
@@ -122,7 +128,7 @@ def prototype_cross_entropy_fwd_kernel(
         prototype += d
         b_q = score(radius, scores, weight, b_distance, o_i, m_i, k, classes)
         b_new = tl.maximum(b_max, b_q)
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # a score of -inf has power 0
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # exp of a score of -inf is 0
         b_sum = b_sum * tl.exp(b_max - b_shift) + tl.exp(b_q - b_shift)
         b_max = b_new
         b_own = tl.where(b_label == k, b_q, b_own)
@@ -138,6 +144,6 @@ def prototype_cross_entropy_fwd_kernel(
         b_grad = tl.exp(b_q - b_max) / b_sum - tl.where(b_label == k, 1.0, 0.0)
         b_grad = tl.where(m_i, b_grad / texts, 0.0)
         b_grad_normal -= pull(b_grad, b_distance)[:, None] * b_away
-        tl.store(partial, tl.sum(b_grad, 0))  # above the gradient, Triton 3.6 spills registers on sm_90
+        tl.store(partial, tl.sum(b_grad, 0))  # with this store above the line for b_grad_normal, Triton 3.6 spills registers on sm_90
         partial += tl.num_programs(0)
     store_grad(grad_projected, b_grad_normal, b_normal, b_inverse, o_i, m_i, o_d, d)

@@ -1,4 +1,4 @@
-"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+"""The configs that `peft-kernels tune` searches, and the calls in which it times them."""
 
 import math
 from functools import partial
@@ -19,7 +19,7 @@ KERNELS = {
 
 
 def targets(setting: Setting):
-    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     makers = {"forward": _scores, "backward": _scores_backward, "prototypes": _scores_backward, "cross_entropy": _cross_entropy}
     for width in setting.sizes.prototype_widths if setting.dtype == torch.float32 else ():
         shipped = triton.row_options(width)

@@ -16,7 +16,7 @@ KERNELS = {
 
 
 def variants():
-    """The loss in wide rows as well: it has most to keep."""
+    """Yields every kernel, and the loss with wide rows as well, since it needs the most registers."""
     for architecture in ARCHITECTURES:
         kernels = [(kernel, WIDTH) for kernel in ("forward", "backward", "prototypes", "cross_entropy")]
         for kernel, width in (*kernels, ("cross_entropy", WIDE)):

@@ -1,4 +1,4 @@
-"""Vectors added to the special tokens of a batch, which are found once."""
+"""Addition of vectors to the special tokens of a batch, which are located once for all layers."""
 
 import os
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from ..vector_dropout import draw_seed
 
 __all__ = ["special_token_add", "special_token_add_", "special_token_slots"]
 
-# Each has slots(input_ids, special_ids, attention_mask, max_slots) -> slots, counts; add_(hidden, vectors, slots, dropout_p, seed,
-# adapter_ids); and backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids) -> gradient of the vectors.
+# Each implementation has slots(input_ids, special_ids, attention_mask, max_slots) -> slots, counts; add_(hidden, vectors, slots, dropout_p,
+# seed, adapter_ids); and backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids) -> gradient of the vectors.
 implementations = Implementations(__name__)
 
 FEW_SLOTS = 256
@@ -30,26 +30,26 @@ _lib.define(
 def special_token_slots(
     input_ids: Tensor, special_ids: Tensor | Sequence[int], *, max_slots: int, attention_mask: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    """Where the special tokens of every row stand, in order: found once per batch, for all layers.
+    """Find the positions of the special tokens in every row, in order; once per batch, for all layers.
 
     Special token adaptation (PASTA), arXiv 2210.04382, section 3.
 
     Args:
         input_ids: (B, S) int32 or int64.
         special_ids: (n,) int32 or int64, the ids of special tokens; a sequence of numbers is copied to the device.
-        max_slots: the most special tokens that a row may have.
-        attention_mask: (B, S), integer, bool or float; a special token where it is 0 is padding and does not count. None: no padding.
+        max_slots: the maximum number of special tokens in a row.
+        attention_mask: (B, S), integer, bool or float; a special token at a 0 is padding and does not count. None: no padding.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
-        (B, max_slots) int32: positions, ascending; -1 behind the last.
+        (B, max_slots) int32: positions, ascending, then -1 in the unused slots.
 
-    Nothing waits for the device. A row with more special tokens than ``max_slots`` raises on the CPU; on a GPU it fails an assertion on
-    the device, which surfaces when the next operation waits.
+    The call does not synchronize with the device. A row with more special tokens than ``max_slots`` raises on the CPU; on a GPU it fails a
+    device-side assertion, which surfaces at the next synchronization.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit, too many special tokens, or a named implementation that cannot run.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes, devices or values, too many special tokens, or a named implementation that cannot run here.
+        TypeError: invalid dtypes.
     """
     name = "special_token_slots"
     implementations.check(name, impl)
@@ -83,32 +83,32 @@ def special_token_add(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``hidden`` with a vector added to every special token: ``out[b, slots[b, j]] = hidden[b, slots[b, j]] + vectors[min(j, P - 1)]``.
+    """Add a vector to every special token: ``out[b, slots[b, j]] = hidden[b, slots[b, j]] + vectors[min(j, P - 1)]``.
 
     Special token adaptation (PASTA), arXiv 2210.04382, equation 1.
 
     Args:
         hidden: (B, S, d); float32, float16, bfloat16 or float64.
-        vectors: (P, d), or (K, P, d) for K adapters; in ``hidden``'s dtype or float32. P at least 1.
-        slots: (B, k) int32 or int64 in [-1, S), the positions of a row's special tokens (``special_token_slots``), none twice; -1: none.
-            Slots beyond P get the last vector.
-        dropout_p: probability, in [0, 1), that an element of a vector is dropped, drawn for every row and slot; the rest is divided by
-            1 - dropout_p.
-        seed: what the draws depend on, with row, slot and column: a number or (1,) int64. None: from torch's generator.
-        adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row; -1: nothing is added. Required where K > 1.
+        vectors: (P, d), or (K, P, d) for K adapters; in ``hidden``'s dtype or float32. P is at least 1.
+        slots: (B, k) int32 or int64 in [-1, S), the positions of a row's special tokens (``special_token_slots``), without repeats; -1: an
+            unused slot. Slots from P on get the last vector.
+        dropout_p: probability, in [0, 1), that an element of a vector is dropped, drawn for every row and slot; the kept elements are
+            divided by 1 - dropout_p.
+        seed: seed of the draws, which also depend on row, slot and column: a number or (1,) int64. None: drawn from torch's generator.
+        adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row; -1: nothing is added. Required if K > 1.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
-        As ``hidden``; contiguous. Sums in float32 (float64 where ``hidden`` has it).
+        (B, S, d) in ``hidden``'s dtype, contiguous. Sums are in float32 (float64 for float64 inputs).
 
-    The gradient of ``hidden`` is that of the result; that of ``vectors`` is summed over the rows in a fixed order.
+    The gradient of ``hidden`` is that of the result; the gradient of ``vectors`` is summed over the rows in a fixed order.
 
-    Values of ``slots`` and ``adapter_ids`` are checked on the CPU; on a GPU, where that would wait for the device, only when the
-    environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``slots`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would synchronize with the device, so it runs only if
+    the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit, or a named implementation that cannot run, with the reason.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        TypeError: invalid dtypes.
     """
     arguments = _checked("special_token_add", hidden, vectors, slots, dropout_p, seed, adapter_ids, impl)
     return torch.ops.peft_kernels.special_token_add.default(*arguments)
@@ -124,7 +124,7 @@ def special_token_add_(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``special_token_add`` in place: touches the listed rows alone. Returns ``hidden``."""
+    """``special_token_add`` in place: reads and writes only the rows in ``slots``. Returns ``hidden``."""
     arguments = _checked("special_token_add_", hidden, vectors, slots, dropout_p, seed, adapter_ids, impl)
     if torch.is_grad_enabled() and (hidden.requires_grad or vectors.requires_grad):
         return _AddInPlace.apply(*arguments)
@@ -141,7 +141,7 @@ def _checked(name, hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
 
 
 def check_injection(name, what, hidden, vectors, slots, dropout_p, seed, adapter_ids) -> tuple[Tensor, Tensor | None]:
-    """``vectors`` with a dimension of adapters and in at least float32, and the seed as a tensor."""
+    """Checks the arguments; returns ``vectors`` with an adapter dimension and in at least float32, and the seed as a tensor."""
     batch, _, width = hidden.shape
     if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"{name}: {what} must be float32, float16, bfloat16 or float64, got {hidden.dtype}")
@@ -161,7 +161,7 @@ def check_injection(name, what, hidden, vectors, slots, dropout_p, seed, adapter
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{name}: dropout_p must lie in [0, 1), got {dropout_p}")
     check_numbers(name, dropout_p=dropout_p)
-    if seed is not None and not hasattr(seed, "__index__"):  # tensors have it
+    if seed is not None and not hasattr(seed, "__index__"):  # tensors have __index__ too
         raise TypeError(f"{name}: seed must be an integer or a tensor, got a {type(seed).__name__}")
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{name}: seed must lie in [-2**63, 2**63), got {seed}")
@@ -180,10 +180,10 @@ def _check_devices(name, what, like, **tensors):
 
 
 def check_injection_values(name, length, vectors, slots, adapter_ids):
-    """What a kernel would read beyond its tensors for, or write twice; on a GPU only when asked to."""
+    """Checks for values that would make a kernel read out of bounds or write twice; on a GPU only with ``PEFT_KERNELS_DEBUG=1``."""
     if slots.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1":
         return
-    # In Python where they are few: every call of a tensor function would cost more.
+    # A few slots are checked in Python: a single call of a tensor function would cost more.
     rows = slots.tolist() if 0 < slots.numel() <= FEW_SLOTS else None
     for which, x, end in (("slots", slots, length), ("adapter_ids", adapter_ids, vectors.shape[0])):
         if x is not None and x.numel():
@@ -202,7 +202,7 @@ def check_injection_values(name, length, vectors, slots, adapter_ids):
 
 
 def _repeats(slots: Tensor) -> list[int] | None:
-    """A row that has a position twice."""
+    """Returns a row that has a position twice, or None."""
     ordered = slots.sort(1).values
     wrong = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
     return slots[int(wrong.int().argmax())].tolist() if bool(wrong.any()) else None
@@ -222,7 +222,7 @@ def _slots(input_ids, special_ids, attention_mask, max_slots, impl):
 
 @torch.library.impl(_lib, "special_token_add_", "CompositeExplicitAutograd")
 def _add_(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
-    """With what torch's own operators in place see to: memory that is shared, inference tensors, and the version that autograd looks at."""
+    """Adds in place, and handles what torch's own in-place operators handle: shared memory, inference tensors, autograd's version counter."""
     if hidden.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("special_token_add_: hidden is an inference tensor, which changes in torch.inference_mode() alone: clone it")
     if _overlaps(hidden):
@@ -242,7 +242,7 @@ def _add_to(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether a stride is no longer than what lies between its steps: 0, or windows."""
+    """Returns whether elements share memory: some stride is no larger than the extent of the smaller ones, as in expanded or windowed tensors."""
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
         if stride <= reach:

@@ -16,7 +16,7 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids):
 
 
 def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=False):
-    """``by_slot``: grad is (B, k, d), a row for every slot."""
+    """Returns the gradient of the vectors. ``by_slot``: grad is (B, k, d), a row for every slot."""
     if grad.stride(2) != 1:
         grad = grad.contiguous()
     partial = torch.ops.peft_kernels.special_token_add_backward_cuda.default(grad, slots, adapters, vectors, by_slot, dropout_p, seed, adapter_ids)

@@ -1,7 +1,7 @@
-"""PASTA's operators on special tokens: [CLS] in front, the others anywhere, k of them in every row.
+"""Benchmarks of PASTA's operators: every row has k special tokens, [CLS] first and the others at random positions.
 
-"official": the authors' order of work, Python loops over the rows to find the special tokens, then for each of them a product of the whole
-of the hidden states' shape and an addition.
+"official": the authors' order of operations. Python loops over the rows find the special tokens; then each of them takes a multiplication
+and an addition over all hidden states.
 """
 
 import torch
@@ -36,7 +36,7 @@ def finding(shape, variant, dtype, device, backward) -> Problem:
 
     def scattered():
         special = torch.isin(ids, listed)
-        column = (special.cumsum(1) - 1).masked_fill(~special, count)  # the column past the end takes the rest
+        column = (special.cumsum(1) - 1).masked_fill(~special, count)  # the extra column past the end takes all other tokens
         positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch, -1)
         return torch.full((batch, count + 1), -1, dtype=torch.int32, device=device).scatter_(1, column, positions)[:, :count]
 
@@ -87,7 +87,7 @@ def adding(shape, variant, dtype, device, backward) -> Problem:
 
 
 def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
-    """Each candidate adds to a tensor of its own, again and again; ``detach`` keeps the graph of one turn out of the next."""
+    """The problem in place. Each candidate repeatedly adds to its own tensor; ``detach`` keeps one iteration's graph out of the next."""
     hidden, vectors, grad, slots = addition(shape, dtype, device)
 
     def own(add):
@@ -127,7 +127,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
 
 
 def addition(shape, dtype, device):
-    """hidden (B, S, d), vectors (k, d), gradient (B, S, d), slots (B, k)."""
+    """Draws hidden (B, S, d), vectors (k, d), gradient (B, S, d), slots (B, k)."""
     batch, length, width, count = (shape[letter] for letter in "BSdk")
     numbers = RandomInputs(device, dtype)
     hidden, grad = (numbers.normal(batch, length, width) for _ in range(2))
@@ -135,13 +135,13 @@ def addition(shape, dtype, device):
 
 
 def special_positions(numbers, batch, length, count):
-    """(B, k), ascending, the first 0."""
+    """Draws positions, (B, k), ascending; the first is 0."""
     drawn = torch.rand(batch, length - 1, generator=numbers.generator).argsort(1)[:, : count - 1] + 1
     return torch.cat((torch.zeros(batch, 1, dtype=torch.int64), drawn.sort(1).values), 1).to(numbers.device)
 
 
 def one_hot_of(slots, like):
-    """(B, S, k)"""
+    """Returns the slots as one-hot columns, (B, S, k)."""
     return torch.nn.functional.one_hot(slots, like.shape[1]).mT.to(like.dtype)
 
 
@@ -162,7 +162,7 @@ def dense_add(slots, like):
 
 
 def rows_of(slots, like):
-    """(B * k,) rows of ``like`` with its first two dimensions as one."""
+    """Returns the slots, (B * k,), as row indices into ``like`` with its first two dimensions flattened."""
     return (slots + torch.arange(len(slots), device=slots.device)[:, None] * like.shape[1]).flatten()
 
 

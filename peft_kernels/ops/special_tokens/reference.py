@@ -1,4 +1,4 @@
-"""The mathematics in plain PyTorch: the oracle. Any device, any dtype."""
+"""The reference in plain PyTorch, which tests compare with. Any device, any dtype."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 
 
 def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Tensor]:
-    """(B, max_slots) int32 and the number of special tokens of every row, (B,)."""
+    """Returns the slots, (B, max_slots) int32, and the number of special tokens of every row, (B,)."""
     batch, length = input_ids.shape
     special = torch.isin(input_ids, special_ids)
     if attention_mask is not None:
         special &= attention_mask != 0
     counts = special.sum(1)
-    slot = (special.cumsum(1) - 1).masked_fill(~special, max_slots).clamp_max(max_slots)  # the column past the end takes the rest
+    slot = (special.cumsum(1) - 1).masked_fill(~special, max_slots).clamp_max(max_slots)  # the extra column past the end takes all other tokens
     positions = torch.arange(length, dtype=torch.int32, device=input_ids.device).expand(batch, -1)
     found = torch.full((batch, max_slots + 1), -1, dtype=torch.int32, device=input_ids.device).scatter_(1, slot, positions)
     return found[:, :max_slots].contiguous(), counts
@@ -38,7 +38,7 @@ def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids) -> Te
 
 
 def injected(vectors, slots, dropout_p, seed, adapter_ids) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and position of everything that is added, and what is added there, (n, d)."""
+    """Returns row and position, (n,), of every special token that gets a vector, and these vectors, (n, d)."""
     rows, columns, adapter = _used(slots, adapter_ids)
     added = vectors[adapter, columns.clamp_max(vectors.shape[1] - 1)]
     if dropout_p:
@@ -47,7 +47,7 @@ def injected(vectors, slots, dropout_p, seed, adapter_ids) -> tuple[Tensor, Tens
 
 
 def _used(slots, adapter_ids):
-    """Row, slot and adapter of the slots that hold a special token of a row with an adapter."""
+    """Returns row, slot and adapter of every used slot in the rows that have an adapter."""
     adapter = torch.zeros(slots.shape[0], dtype=torch.long, device=slots.device) if adapter_ids is None else adapter_ids.long()
     rows, columns = ((slots >= 0) & (adapter >= 0)[:, None]).nonzero(as_tuple=True)
     return rows, columns, adapter[rows]

@@ -1,4 +1,4 @@
-"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
+"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -20,19 +20,19 @@ except ModuleNotFoundError as error:
 
 __all__ = ["add_", "backward", "slots", "unavailable"]
 
-PROGRAMS = 512  # of backward, until which more parts of the batch are worth a second sum
-ADDENDS = 32  # of a part, at least
+PROGRAMS = 512  # backward splits the batch into more parts, which cost a second sum, up to this many programs
+ADDENDS = 32  # minimum addends per part
 
 
 class Config(NamedTuple):
-    """Columns to a block, at most, and rows: of backward, those of the gradient that are on their way at once."""
+    """Columns per block, at most, and rows: in backward, the rows of the gradient that are loaded at once."""
 
     columns: int
     num_warps: int
     rows: int = 1
 
 
-# Every row is compiled for every architecture, without a GPU, by tests/test_kernel_report.py; by bytes of an element.
+# Keyed by bytes per element. tests/test_kernel_report.py compiles every row for every architecture, without a GPU.
 SLOTS = Config(1024, 4)
 ADD = {2: Config(1024, 4), 4: Config(512, 4)}
 BACKWARD = {2: Config(256, 4, 8), 4: Config(128, 4, 8)}
@@ -68,7 +68,7 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
 
 
 def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=False) -> Tensor:
-    """``by_slot``: grad is (B, k, d), a row for every slot."""
+    """Returns the gradient of the vectors. ``by_slot``: grad is (B, k, d), a row for every slot."""
     (batch, slots_per_row), width = slots.shape, grad.shape[2]
     grad = dense(grad)
     options = tuned.options("special_tokens", "backward", grad.device, backward_options(grad.element_size(), by_slot), grad.element_size())
@@ -87,7 +87,7 @@ def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_sl
 
 
 def partition(batch: int, addends_per_row: int, programs: int) -> tuple[int, int]:
-    """Parts of the batch and the rows of each: by sizes alone, so that the order of a sum depends on nothing else."""
+    """Returns the number of parts of the batch and the rows per part. Both depend on sizes alone, and so does the order of a sum."""
     parts = max(1, min(batch * addends_per_row // ADDENDS, PROGRAMS // max(programs, 1), batch))
     rows = max(1, cdiv(batch, parts))
     return max(1, cdiv(batch, rows)), rows
@@ -110,7 +110,7 @@ def backward_options(size: int, by_slot: bool) -> dict:
 
 
 def dropout(p: float) -> tuple[int, float]:
-    """The threshold, its 32 bits as int32 so that every one has the same type; and what is kept is multiplied by this."""
+    """Returns the threshold, its 32 bits as int32 so that every threshold has one type, and the factor of kept elements."""
     bits = threshold(p)
     return bits - (1 << 32) if bits >= 1 << 31 else bits, 1 / (1 - p)
 

@@ -1,6 +1,6 @@
-"""GPU kernels: what a program keeps in registers, and which part of the result it owns.
+"""Triton kernels. Every element of a result is written by one program.
 
-Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements, and products with them in 64 bits.
+Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements; offsets computed from them are 64-bit.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def adapters_of(adapter_ids, o_row, stride_k, mask):
-    """[BR]; without adapter_ids every row has adapter 0."""
+    """Returns the adapters of the rows, [BR]; without adapter_ids every row has adapter 0."""
     if adapter_ids is None:
         adapter = o_row * 0
     else:
@@ -19,7 +19,7 @@ def adapters_of(adapter_ids, o_row, stride_k, mask):
 
 @triton.jit
 def dropout_factors(seed, threshold, scale, o_row, o_slot, o_d):
-    """0 or ``scale``, [BR, BD]: the counters of ``ops/vector_dropout.py``."""
+    """Returns 0 or ``scale``, [BR, BD], drawn with the counters of ``ops/vector_dropout.py``."""
     zero = o_row[:, None] * 0 + o_d[None, :] * 0
     word, _, _, _ = tl.philox(tl.load(seed), zero + o_d[None, :], zero + o_slot[:, None], zero + o_row[:, None], zero)
     return tl.where(word >= threshold.to(tl.uint32, bitcast=True), scale, 0.0)
@@ -27,7 +27,7 @@ def dropout_factors(seed, threshold, scale, o_row, o_slot, o_d):
 
 @triton.jit
 def load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_per_adapter, d, mask):
-    """What is added to the special tokens o_slot of the rows o_row, [BR, BD]."""
+    """Returns the vectors to add to the special tokens o_slot of the rows o_row, [BR, BD]."""
     o_vector = b_adapter.to(tl.int64) * vectors_per_adapter + tl.minimum(o_slot, vectors_per_adapter - 1)
     b_added = tl.load(vectors + o_vector[:, None] * d + o_d[None, :], mask=mask, other=0.0)
     if seed is not None:
@@ -41,7 +41,10 @@ def special_token_slots_kernel(
     length, specials, max_slots, stride_ib, stride_ij, stride_s, stride_mb, stride_mj,
     BS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows of the batch. The row is read in blocks; the count so far is where the next special token goes."""
+    """Finds the special tokens of a row. Grid: rows of the batch.
+
+    The row is read in blocks; the running count is the slot of the next special token.
+    """
     row = tl.program_id(0).to(tl.int64)
     count = tl.program_id(0) * 0
     for start in range(0, length, BS):
@@ -70,7 +73,7 @@ def special_token_add_kernel(
     slots_per_row, vectors_per_adapter, d, threshold, scale, stride_hb, stride_hs, stride_hd, stride_sb, stride_sj, stride_k,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of columns, then (B, k). A program without a special token ends at once."""
+    """Adds a tile of one vector in place. Grid: tiles of columns, then (B, k). A program whose slot is unused returns at once."""
     tiles = tl.cdiv(d, BD)
     o_row = tl.program_id(0) // tiles // slots_per_row + tl.arange(0, 1)
     o_slot = tl.program_id(0) // tiles % slots_per_row + tl.arange(0, 1)
@@ -93,9 +96,9 @@ def special_token_add_bwd_kernel(
     batch, rows, slots_per_row, adapters, vectors_per_adapter, d, threshold, scale, stride_gb, stride_gs, stride_sb, stride_sj, stride_k,
     BY_SLOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of columns, then (K, P), then parts of ``rows`` rows of the batch: BN rows and slots at a time, in their order.
+    """Sums the gradient of one vector over ``rows`` rows of the batch, BN pairs of row and slot at a time, in order.
 
-    BY_SLOT: grad is (B, k, d), a row for every slot, in place of (B, S, d).
+    Grid: tiles of columns, then (K, P), then parts of the batch. BY_SLOT: grad is (B, k, d), a row for every slot, in place of (B, S, d).
     """
     tiles = tl.cdiv(d, BD)
     o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
@@ -104,7 +107,7 @@ def special_token_add_bwd_kernel(
     adapter = (item % (adapters * vectors_per_adapter) // vectors_per_adapter).to(tl.int32)
     vector = (item % vectors_per_adapter).to(tl.int32)
     begin = (item // (adapters * vectors_per_adapter)).to(tl.int32) * rows
-    # The last vector is that of every slot from its own on.
+    # The last vector also serves all later slots.
     taken = tl.where(vector == vectors_per_adapter - 1, slots_per_row - vector, tl.minimum(slots_per_row - vector, 1))
     addends = (tl.minimum(begin + rows, batch) - begin) * tl.maximum(taken, 0)
     b_sum = tl.zeros([BN, BD], tl.float32)

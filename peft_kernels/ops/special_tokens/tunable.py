@@ -1,4 +1,4 @@
-"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+"""The configs that `peft-kernels tune` searches, and the calls in which it times them."""
 
 import torch
 
@@ -14,7 +14,7 @@ KERNELS = {
 
 
 def targets(setting: Setting):
-    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     size = setting.dtype.itemsize
     if setting.dtype == torch.float32:
         yield "slots", (), triton.slots_options(), _find_slots
@@ -23,7 +23,7 @@ def targets(setting: Setting):
 
 
 def spread_slots(setting):
-    """(B, k): as far apart as they can be."""
+    """Returns slots, (B, k), spread evenly over the tokens."""
     sizes = setting.sizes
     apart = torch.arange(sizes.specials, dtype=torch.int32, device=setting.device) * (sizes.tokens // sizes.specials)
     return apart.repeat(sizes.batch, 1)

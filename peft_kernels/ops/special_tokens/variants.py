@@ -23,7 +23,7 @@ def variants():
         yield Variant(architecture, OPERATOR, "slots", "int64", KERNELS["slots"], implementation.slots_options(), TYPES, short)
         for dtype, size in (("fp32", 4), ("bf16", 2)):
             types = {**TYPES, **dict.fromkeys(("hidden", "grad"), f"*{dtype}")}
-            # a warp of AMD's has twice as many threads, so each has half as many columns
+            # an AMD wavefront has twice as many threads, so each thread has half as many columns
             add = Expected(load=8, store=4, warps=WARPS) if architecture == "gfx942" else Expected(store=16, warps=WARPS)
             yield Variant(architecture, OPERATOR, "add", dtype, KERNELS["add"], implementation.add_options(size), types, add)
             options = implementation.backward_options(size, False)
