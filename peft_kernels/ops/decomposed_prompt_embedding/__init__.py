@@ -1,4 +1,4 @@
-"""The embeddings of a soft prompt and of tokens with a low-rank update by position, written in one pass."""
+"""A soft prompt and token embeddings with a low-rank update per position, written in one pass."""
 
 import os
 
@@ -9,8 +9,8 @@ from ..implementations import Implementations, check_numbers, no_second_derivati
 
 __all__ = ["decomposed_prompt_embedding"]
 
-# Each has forward and backward. Where one has backward_low_rank too, the gradients of a and b come from there up to rank MAX_RANK,
-# without that of their product, (K, s, d), in memory.
+# Each implementation has forward and backward. If it also has backward_low_rank, that computes the gradients of a and b up to rank
+# MAX_RANK, without the gradient of a @ b, (K, s, d), in memory.
 implementations = Implementations(__name__)
 
 _NAME = "decomposed_prompt_embedding"
@@ -41,40 +41,40 @@ def decomposed_prompt_embedding(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """A soft prompt, then the embedding of every token plus a low-rank update that depends on the token's position.
+    """Embed tokens with a low-rank update that depends on their position, behind a soft prompt.
 
-    ``out[:, :m] = prompt``; ``out[:, m + j] = embed_scale * weight[input_ids[:, j]] + scale * (a @ b)[j - offset]``. One pass: no
-    (B, L, d) temporary, no concatenation. Decomposed prompt tuning, arXiv 2309.05173, section 2.2; the authors' code has
+    ``out[:, :m] = prompt``; ``out[:, m + j] = embed_scale * weight[input_ids[:, j]] + scale * (a @ b)[j - offset]``. One pass, without a
+    (B, L, d) temporary or a concatenation. Decomposed prompt tuning (DePT), arXiv 2309.05173, section 2.2; the authors' code has
     ``scale = 8 / sqrt(r)``.
 
     Args:
         input_ids: (B, L) int32 or int64 in [0, V).
         weight: (V, d) embedding table; float32, float16, bfloat16 or float64.
         prompt: (m, d), or (K, m, d) for K adapters; in ``weight``'s dtype or float32. m may be 0.
-        a: (s, r) or (K, s, r), with L <= s; dtypes of all parameters as that of ``prompt``.
+        a: (s, r) or (K, s, r), with L <= s; the dtype of ``a``, ``b`` and ``delta`` is ``weight``'s or float32, as for ``prompt``.
         b: (r, d) or (K, r, d).
-        delta: (s, d) or (K, s, d), in place of ``a`` and ``b``: ``scale * a @ b`` computed beforehand.
+        delta: (s, d) or (K, s, d), in place of ``a`` and ``b``: a precomputed ``scale * a @ b``.
         scale: factor of the low-rank update; not applied to ``delta``.
-        embed_scale: factor of the embedding, for models that scale it outside of the module.
-        offsets: (B,) int32 or int64 in [0, L]: row i of ``a`` goes to token ``offsets + i``, for inputs padded on the left. Tokens
-            before get their embedding alone. None: 0.
-        insert_after_first: put the prompt behind the first token instead of before it, where a model reads its summary from that.
-        adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row. -1: none; that row's prompt rows are 0, to be masked by
-            the caller, and its tokens have their embedding alone. Required where K > 1.
+        embed_scale: factor of the embedding, for models that scale it outside of the embedding module.
+        offsets: (B,) int32 or int64 in [0, L]: row i of ``a`` goes to token ``offsets + i``, for left-padded inputs. Tokens before
+            the offset get no update. None: 0.
+        insert_after_first: put the prompt after the first token instead of before it, for models that pool the first token.
+        adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row. -1: none; the prompt of that row is 0, to be masked by
+            the caller, and its tokens get no update. Required if K > 1.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
-        (B, m + L, d), contiguous, in ``weight``'s dtype; sums in float32 (float64 where ``weight`` has it).
+        (B, m + L, d), contiguous, in ``weight``'s dtype; sums are in float32 (float64 for a float64 ``weight``).
 
-    Gradients go to ``prompt``, ``a``, ``b`` or ``delta``, summed over the batch in a fixed order, and to ``weight`` (dense) where it
-    wants one; a frozen table costs nothing.
+    Gradients go to ``prompt``, ``a``, ``b`` or ``delta``, summed over the batch in a fixed order, and to ``weight`` (dense) if it
+    requires one; a frozen table costs nothing.
 
-    Values of ``input_ids``, ``offsets`` and ``adapter_ids`` are checked on the CPU. On a GPU that would wait for the device: they are
-    checked there only when the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``input_ids``, ``offsets`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would synchronize with the
+    device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit, or a named implementation that cannot run, with the reason.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        TypeError: invalid dtypes.
     """
     implementations.check(_NAME, impl)
     check_numbers(_NAME, scale=scale, embed_scale=embed_scale)
@@ -88,7 +88,7 @@ def decomposed_prompt_embedding(
 
 
 def _stacked(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """With a leading dimension of adapters."""
+    """Returns ``x`` in ``dtype`` with a leading adapter dimension."""
     return x if x is None else x.to(dtype) if x.ndim == 3 else x.to(dtype)[None]
 
 
@@ -157,7 +157,10 @@ def _forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets
 
 @torch.library.impl(_lib, f"{_NAME}_backward", "CompositeExplicitAutograd")
 def _backward(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta, impl):
-    """Of prompt, a, b and delta: with a comes that of b, with b that of a; one that is not wanted has no element."""
+    """Returns the gradients of prompt, a, b and delta; one that is not needed is empty.
+
+    The gradient of b needs a, and the gradient of a needs b, so passing one requests the gradient of the other.
+    """
     implementation = implementations.resolve(_NAME, impl, grad.device.type, grad.dtype)
     sizes, where = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
     grad_a = grad_b = None

@@ -7,8 +7,8 @@ from ..native_library import unavailable
 
 __all__ = ["backward", "backward_low_rank", "forward", "unavailable"]
 
-COLUMN_MULTIPLE = 16  # of b: kColumnMultiple in csrc/cpu/decomposed_prompt_embedding.h
-MAX_RANK = 512  # of backward_low_rank: kMaxRank there
+COLUMN_MULTIPLE = 16  # b is padded to it: kColumnMultiple in csrc/cpu/decomposed_prompt_embedding.h
+MAX_RANK = 512  # limit of backward_low_rank: kMaxRank in the same file
 
 
 def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids):
@@ -30,7 +30,7 @@ def backward(grad, adapters, virtual, positions, offsets, insert_after_first, ad
 
 
 def backward_low_rank(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt):
-    """Of prompt, a and b; with a comes the gradient of b, with b that of a."""
+    """Returns the gradients of prompt, a and b; passing a requests the gradient of b, and passing b that of a."""
     rank = b.shape[1] if a is None else a.shape[2]
     a = None if a is None else a.contiguous()
     transposed = None if b is None else pad(b, (0, 0, 0, -rank % COLUMN_MULTIPLE)).mT.contiguous()

@@ -1,4 +1,4 @@
-"""Where prompt and tokens stand in the result."""
+"""The columns of prompt and tokens in the result."""
 
 
 def prompt_columns(virtual: int, insert_after_first: bool) -> slice:
@@ -7,6 +7,6 @@ def prompt_columns(virtual: int, insert_after_first: bool) -> slice:
 
 
 def token_columns(virtual: int, length: int, insert_after_first: bool) -> list[tuple[slice, slice]]:
-    """Slices of the tokens, and those of the columns they go to."""
+    """Returns pairs of slices: tokens, and the columns of the result that they go to."""
     first = int(insert_after_first)
     return [(slice(0, first), slice(0, first)), (slice(first, length), slice(first + virtual, virtual + length))]

@@ -1,6 +1,6 @@
-"""The embedding of DePT against every published way to compute it.
+"""Benchmarks of DePT's embedding against every published formulation.
 
-Parameters are float32, tokens random; "16 adapters": every row of the batch has its own, in turn.
+Parameters are float32, tokens random; "16 adapters": the rows of the batch take the adapters in turn.
 """
 
 import torch
@@ -48,7 +48,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
 
 
 def official(ids, table, adapter_ids):
-    """The authors' formulation; with several adapters the same on parameters gathered for every row."""
+    """The authors' formulation; with several adapters, the same on parameters gathered for every row."""
     if adapter_ids is None:
         return lambda prompt, a, b: official_formulation(ids, table, prompt[0], a[0], b[0], scale=SCALE)
 
@@ -60,7 +60,7 @@ def official(ids, table, adapter_ids):
 
 
 def official_formulation(ids, weight, prompt, a, b, *, scale, embed_scale=1.0, insert_after_first=False, offsets=None, adapter_ids=None):
-    """The authors' order of work: multiply, repeat prompt and update for every row, scale, add, concatenate."""
+    """The authors' order of operations: multiply, repeat prompt and update for every row, scale, add, concatenate."""
     batch, length = ids.shape
     prompts = prompt.repeat(batch, 1, 1).to(weight.dtype)
     update = (a @ b).repeat(batch, 1, 1)[:, :length] * scale
@@ -70,7 +70,7 @@ def official_formulation(ids, weight, prompt, a, b, *, scale, embed_scale=1.0, i
 
 
 def expanded(ids, table, adapter_ids):
-    """The same as one would write it today: views in place of copies."""
+    """The official formulation with views in place of copies."""
 
     def embed(prompt, a, b):
         if adapter_ids is None:

@@ -1,4 +1,4 @@
-"""The mathematics in plain PyTorch: the oracle. Any device, any dtype."""
+"""The reference in plain PyTorch, which tests compare with. Any device, any dtype."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
 def backward(
     grad, adapters, virtual, positions, offsets, insert_after_first, adapter_ids, need_prompt, need_delta
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of prompt (K, m, d) and delta (K, s, d), summed over the batch in at least float32."""
+    """Returns the gradients of prompt (K, m, d) and delta (K, s, d), summed over the batch in at least float32."""
     batch, columns, width = grad.shape
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     adapter, used, position, shifted = _where(batch, columns - virtual, offsets, adapter_ids, grad.device)
@@ -44,7 +44,7 @@ def backward(
 
 
 def _where(batch, length, offsets, adapter_ids, device):
-    """Per row: its adapter and whether it has one, (B,); per token: its row of delta and whether it gets it, (B, L)."""
+    """Returns, per row, its adapter and whether it has one, (B,), and per token, its row of delta and whether it gets that row, (B, L)."""
     adapter = torch.zeros(batch, dtype=torch.long, device=device) if adapter_ids is None else adapter_ids.long()
     position = torch.arange(length, device=device).expand(batch, -1)
     if offsets is not None:

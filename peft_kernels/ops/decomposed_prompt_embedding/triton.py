@@ -1,4 +1,4 @@
-"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
+"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -19,19 +19,19 @@ except ModuleNotFoundError as error:
 
 __all__ = ["backward", "forward", "unavailable"]
 
-PROGRAMS_PER_PROCESSOR = 2  # wanted at least, before a program takes several rows of the batch
+PROGRAMS_PER_PROCESSOR = 2  # minimum per SM before a program takes several rows of the batch
 MAX_ROWS = 16
 
 
 class Config(NamedTuple):
-    """Rows (forward: positions, backward: of the batch), columns and ranks of ``a`` to a block."""
+    """Rows (forward: positions, backward: rows of the batch), columns and ranks of ``a`` per block."""
 
     rows: int
     columns: int
     ranks: int = 0
     num_warps: int = 4
     precision: str = "ieee"
-    registers: int | None = None  # limit for a thread with a product to compute: with more a processor holds one block
+    registers: int | None = None  # limit per thread in kernels with a matmul: above it, an SM holds only one block
 
 
 class Configs(NamedTuple):
@@ -39,9 +39,9 @@ class Configs(NamedTuple):
     backward: Config
 
 
-# (vendor, bytes of an element of the table); no row for an architecture that has not been measured to want another. Every row is compiled
-# for every architecture, without a GPU, by tests/test_kernel_report.py.
-# A result in 16 bits has no use for the last bits of the product: three products in TF32 on tensor cores err by less than 2^-20.
+# (vendor, bytes per element of the table); an architecture gets a row of its own only if measurements show that it needs one.
+# tests/test_kernel_report.py compiles every row for every architecture, without a GPU.
+# A 16-bit result does not need the last bits of the matmul: three TF32 matmuls on tensor cores have an error below 2^-20.
 CONFIGS = {
     ("nvidia", 2): Configs(Config(32, 128, 16, 8, "tf32x3", 128), Config(8, 256)),
     ("nvidia", 4): Configs(Config(32, 128, 16, 8, "ieee", 128), Config(8, 128)),
@@ -101,7 +101,7 @@ def backward(
 
 
 def rows_per_program(batch: int, programs_per_row: int, processors: int) -> int:
-    """Rows of the batch to a program: it computes their common update once, but there have to be programs for the whole device."""
+    """Returns the rows of the batch per program: more rows share one computed update, but enough programs must remain to fill the device."""
     return max(1, min(batch * programs_per_row // (PROGRAMS_PER_PROCESSOR * processors), MAX_ROWS))
 
 
@@ -123,7 +123,7 @@ def _compiler_options(config: Config) -> dict:
 
 @cache
 def device_of(device: torch.device) -> tuple[str, int]:
-    """Whose it is, and the number of its processors."""
+    """Returns the vendor of the GPU and its number of SMs."""
     if device.type == "cpu":
         return "nvidia", 4
     return "amd" if torch.version.hip else "nvidia", torch.cuda.get_device_properties(device).multi_processor_count

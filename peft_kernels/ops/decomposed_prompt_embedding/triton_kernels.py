@@ -1,7 +1,7 @@
-"""GPU kernels: what a program keeps in registers, and which part of the result it owns.
+"""Triton kernels. Every element of a result is written by one program.
 
 Prefixes: o_ offsets, m_ masks, b_ blocks in registers. A token of a row has the position token - offset; the tokens before the offset
-take the positions that are left at the end, so every position is a token and every token has one.
+take the remaining positions at the end, so tokens and positions map one to one.
 """
 
 import triton
@@ -19,14 +19,14 @@ def _integer_or_zero(p, i, stride):
 
 @triton.jit
 def _load_rows(matrix, adapter, rows, d, o_row, o_d, mask):
-    """Rows o_row of matrix[adapter], (K, rows, d) in memory; of adapter 0 where there is none."""
+    """Loads rows o_row of matrix[adapter], (K, rows, d) in memory; adapter -1 reads adapter 0."""
     p = matrix + tl.maximum(adapter, 0).to(tl.int64) * rows * d
     return tl.load(p + o_row[:, None] * d + o_d[None, :], mask=mask, other=0.0)  # [BP, BD]
 
 
 @triton.jit
 def _product(a, b, adapter, positions, rank, d, o_row, o_d, m_row, m_d, scale, BR: tl.constexpr, PRECISION: tl.constexpr):
-    """scale * a[adapter][o_row] @ b[adapter][:, o_d], [BP, BD]."""
+    """Returns scale * a[adapter][o_row] @ b[adapter][:, o_d], [BP, BD]."""
     adapter = tl.maximum(adapter, 0).to(tl.int64)
     o_r = tl.arange(0, BR)
     p_a = a + adapter * positions * rank + o_row[:, None] * rank + o_r[None, :]  # [BP, BR]
@@ -44,7 +44,7 @@ def _product(a, b, adapter, positions, rank, d, o_row, o_d, m_row, m_d, scale, B
 
 @triton.jit
 def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row):
-    """Of a row of the batch its offset, the tokens at the positions o_row and their ids, [BP]."""
+    """Returns, for a row of the batch, its offset, the tokens at the positions o_row, and their ids, [BP]."""
     offset = _integer_or_zero(offsets, row, stride_o)
     o_token = o_row + offset
     o_token = tl.where(o_token < length, o_token, o_token - length)
@@ -59,9 +59,10 @@ def decomposed_prompt_embedding_fwd_kernel(
     stride_ib, stride_il, stride_w, stride_o, stride_k,
     FIRST: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of columns, then of prompt rows and of positions, then groups of ``rows`` rows of the batch.
+    """Writes a tile of the prompt or of the embedded tokens for ``rows`` rows of the batch.
 
-    A program keeps its tile of the prompt or of the low-rank update while the adapter of its rows stays the same.
+    Grid: tiles of columns, then of prompt rows and of positions, then groups of rows of the batch. A program keeps its tile of the prompt
+    or of the low-rank update in registers while the adapter of its rows stays the same.
     """
     column_tiles = tl.cdiv(d, BD)
     prompt_tiles = tl.cdiv(virtual, BP)
@@ -73,7 +74,7 @@ def decomposed_prompt_embedding_fwd_kernel(
     o_d = tl.program_id(0) % column_tiles * BD + tl.arange(0, BD)
     m_d = o_d < d
     b_update = tl.zeros([BP, BD], tl.float32)
-    current = begin * 0 - 1  # whose update it is
+    current = begin * 0 - 1  # the adapter of b_update
     if tile < prompt_tiles:
         o_row = tile * BP + tl.arange(0, BP)
         m_out = (o_row < virtual)[:, None] & m_d[None, :]  # [BP, BD]
@@ -95,7 +96,7 @@ def decomposed_prompt_embedding_fwd_kernel(
             b_x = tl.load(weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0)  # [BP, BD]
             m_update = o_token >= offset
             o_column = tl.where(o_token < FIRST, o_token, o_token + virtual)
-            # Those of the next row are on their way while this one is written.
+            # The ids of the next row are loaded while this row is written.
             next_row = tl.minimum(row + 1, end - 1)
             offset, o_token, b_id = _load_ids(input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, o_row, m_row)
             adapter = _integer_or_zero(adapter_ids, row, stride_k)
@@ -119,7 +120,7 @@ def decomposed_prompt_embedding_bwd_kernel(
     stride_gb, stride_gl, stride_o, stride_k,
     FIRST: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of columns, then rows of (K, prompt_rows + delta_rows). BN rows of the batch at a time, in their order."""
+    """Sums one row of a gradient over the batch, BN rows at a time, in order. Grid: tiles of columns, then rows of (K, prompt_rows + delta_rows)."""
     column_tiles = tl.cdiv(d, BD)
     row = tl.program_id(0) // column_tiles
     adapter = row // (prompt_rows + delta_rows)

@@ -1,4 +1,4 @@
-"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+"""The configs that `peft-kernels tune` searches, and the calls in which it times them."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ KERNELS = {
 
 
 def targets(setting: Setting):
-    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     size = setting.dtype.itemsize
     configs = triton.CONFIGS[triton.device_of(setting.device)[0], size]
     yield "product", (size,), triton.forward_options(configs.forward, False, with_product=True), partial(_embedding_forward, with_product=True)

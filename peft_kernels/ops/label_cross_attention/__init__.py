@@ -1,4 +1,4 @@
-"""Cross-attention of a few label slots over frozen features, whose keys and values are never made where that is cheaper."""
+"""Cross-attention of a few label slots over frozen features, without computing keys and values where that is cheaper."""
 
 import os
 
@@ -11,12 +11,12 @@ from . import absorbed
 
 __all__ = ["label_cross_attention"]
 
-# Two forms. With keys and values: forward(query, features, w_k, w_v, lengths, offsets, heads, keep) -> out, kept; and backward(grad,
-# query, features, w_k, w_v, kept, lengths, offsets, heads) -> gradients of query, w_k, w_v. Absorbed, where absorbed.py does
-# the products with weights: pool(queries, features, lengths, offsets, scale, keep) -> pooled (H, B, S, d) in the queries' dtype, weights
-# (B, n, H * S) or (total, H * S) float32, 0 in the padding, None without keep; and pool_backward(grad_pooled, features, weights, lengths,
-# offsets, scale, shared) -> gradient of the queries (H, B, S, d) float32, with shared its sum over B, (H, 1, S, d). queries:
-# (H, B or 1, S, d), contiguous, as are pooled and its gradient. What lies in the padding is never to be looked at.
+# Implementations have one of two interfaces. With keys and values: forward(query, features, w_k, w_v, lengths, offsets, heads, keep) -> out,
+# kept; and backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads) -> gradients of query, w_k, w_v. Absorbed, where
+# absorbed.py multiplies by the weights: pool(queries, features, lengths, offsets, scale, keep) -> pooled (H, B, S, d) in the queries' dtype,
+# weights (B, n, H * S) or (total, H * S) float32, 0 in the padding, None without keep; and pool_backward(grad_pooled, features, weights,
+# lengths, offsets, scale, shared) -> gradient of the queries (H, B, S, d) float32, with shared its sum over B, (H, 1, S, d). queries:
+# (H, B or 1, S, d), contiguous, as are pooled and its gradient. No implementation may read the padding.
 implementations = Implementations(__name__, "reference", "explicit", "matmul", "cpp", "triton")
 ABSORBED = ("matmul", "cpp", "triton")
 
@@ -43,35 +43,36 @@ def label_cross_attention(
     num_heads: int,
     impl: str = "auto",
 ) -> Tensor:
-    """Multi-head attention of S slots over the features of every row, before an output projection: Y-Tuning (arXiv 2202.09817).
+    """Multi-head attention of S slots over the features of every row, without an output projection: Y-Tuning (arXiv 2202.09817).
 
-    With few slots it costs less to carry the weights over to them: ``(W_q s)_h . (W_k f)_h = (W_k,h^T (W_q s)_h) . f``, and
-    ``sum_i p_i (W_v f_i)_h = W_v,h sum_i p_i f_i``. Then every product over the tokens has S * num_heads columns instead of d.
+    With few slots it is cheaper to apply the weights on the side of the slots (the absorbed form):
+    ``(W_q s)_h . (W_k f)_h = (W_k,h^T (W_q s)_h) . f``, and ``sum_i p_i (W_v f_i)_h = W_v,h sum_i p_i f_i``. Then every matmul over
+    the tokens has S * num_heads columns instead of d.
 
     Args:
         slots: (S, d), the same for every row, or (B, S, d); float32 or in ``features``'s dtype.
         features: (B, n, d), or with ``offsets`` (total, d); float32, float16, bfloat16 or float64. They are constants.
         w_q: (d, d) as in ``nn.Linear`` without bias, in ``slots``'s dtype.
-        w_k: (d, d), as ``w_q``. A bias of the keys would change nothing.
+        w_k: (d, d), as ``w_q``. A bias of the keys would not change the result.
         w_v: (d, d), as ``w_q``.
-        lengths: (B,) int32 or int64 in [0, n]: the features of each row; what comes after them is never read. None: all.
+        lengths: (B,) int32 or int64 in [0, n]: the number of features in each row; padding after them is never read. None: n.
         offsets: (B + 1,) int32 or int64, from 0 to total: row b has the features ``offsets[b]:offsets[b + 1]``. Not with ``lengths``.
-        num_heads: divides d.
+        num_heads: number of heads; must divide d.
         impl: ``"auto"``, or ``"reference"``, ``"explicit"`` (keys and values by the library), ``"matmul"`` (absorbed, by the library),
             ``"cpp"`` or ``"triton"``.
 
     Returns:
-        (B, S, d) in ``slots``'s dtype; 0 where a row has no features.
+        (B, S, d) in ``slots``'s dtype; 0 if a row has no features.
 
-    For backward the attention weights are kept, in float32, and what they pooled; with keys and values, those.
+    The absorbed form saves the attention weights, in float32, and the pooled features for backward; ``"explicit"`` saves keys and values.
     Gradients go to ``slots`` and the weights.
 
-    Values of ``lengths`` and ``offsets`` are checked on the CPU; on a GPU, where that would wait for the device, only when the environment
-    variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``lengths`` and ``offsets`` are checked on the CPU. On a GPU the check would synchronize with the device, so it runs only if
+    the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit, features that require a gradient, or a named implementation that cannot run.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes, devices or values, features that require a gradient, or a named implementation that cannot run here.
+        TypeError: invalid dtypes.
     """
     name = "label_cross_attention"
     implementations.check(name, impl)
@@ -118,9 +119,9 @@ def _check(name, slots, features, weights, lengths, offsets, num_heads):
 
 
 def choose(device: str, features: torch.dtype, queries: int, width: int) -> str:
-    """What ``impl="auto"`` takes, forward and backward. queries: S * num_heads.
+    """Returns the implementation behind ``impl="auto"``, forward and backward: the first row that applies. queries: S * num_heads.
 
-    | where and what                | implementation |
+    | case                          | implementation |
     | ----------------------------- | -------------- |
     | float64                       | reference      |
     | as many queries as d, or more | explicit       |
@@ -161,7 +162,7 @@ def _check_values(features, lengths, offsets):
 
 @torch.library.impl(_lib, "label_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
-    """The result; attention weights and what backward needs beside them, of no element where there is no such thing."""
+    """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty where they do not exist."""
     _check_values(features, lengths, offsets)
     impl, implementation = _resolve(impl, query, features, num_heads)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
@@ -210,7 +211,7 @@ def _setup_context(ctx, inputs, output):
     query, features, w_k, w_v, lengths, offsets, ctx.num_heads, _, ctx.impl = inputs
     _, weights, kept = output
     ctx.mark_non_differentiable(weights, kept)
-    ctx.set_materialize_grads(False)  # of those two
+    ctx.set_materialize_grads(False)  # no zeros as gradients of weights and kept
     ctx.save_for_backward(query, features, w_k, w_v, weights, kept, lengths, offsets)
 
 

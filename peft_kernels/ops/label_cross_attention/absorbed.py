@@ -1,4 +1,4 @@
-"""The absorbed form: the weights of keys meet the queries, those of values what was pooled, in small products by the library."""
+"""The absorbed form: small library matmuls apply the weights of the keys to the queries, and those of the values to the pooled features."""
 
 import torch
 
@@ -6,7 +6,7 @@ __all__ = ["backward", "forward"]
 
 
 def forward(pool, query, features, w_k, w_v, lengths, offsets, heads, keep):
-    """``pool``: an implementation's. Returns the result (B, S, d), the attention weights, and what they pooled."""
+    """Returns the result (B, S, d), the attention weights, and the pooled features. ``pool`` is the implementation's function."""
     rows, slots, width = query.shape
     queries = torch.bmm(_by_head(query, heads), _of_heads(w_k, heads)).view(heads, rows, slots, width)
     pooled, weights = pool(queries, features, lengths, offsets, _scale(width, heads), keep)
@@ -40,11 +40,11 @@ def _scale(width, heads):
 
 
 def _by_head(x, heads):
-    """(rows, S, d) as (H, rows * S, d / H)."""
+    """Returns (rows, S, d) as (H, rows * S, d / H)."""
     rows, slots, width = x.shape
     return x.reshape(rows * slots, heads, width // heads).transpose(0, 1)
 
 
 def _of_heads(weight, heads):
-    """(d, d) as (H, d / H, d)."""
+    """Returns (d, d) as (H, d / H, d)."""
     return weight.reshape(heads, -1, weight.shape[1])

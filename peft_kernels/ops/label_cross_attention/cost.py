@@ -17,15 +17,15 @@ def label_cross_attention(
     num_heads: int,
     backward: bool = False,
 ) -> Cost:
-    """The cheaper of two forms: keys and values made of every feature, or the weights carried over to the slots (absorbed).
+    """The cheaper of two forms: keys and values of every feature, or weights applied on the side of the slots (absorbed).
 
-    Features past a row's length are not read. They take no gradient; slots and weights do where they require one.
+    Features past a row's length are not read. Features take no gradient; slots and weights do if they require one.
     """
     width, item = features.shape[-1], features.element_size()
     batch = features.shape[0] if offsets is None else len(offsets) - 1
     tokens = features.numel() // width if lengths is None else int(lengths.sum())
     per_row = slots.shape[-2]
-    rows = batch * per_row if slots.ndim == 3 else per_row  # whose queries are made
+    rows = batch * per_row if slots.ndim == 3 else per_row  # rows of the query projection
     weights = w_q, w_k, w_v
     moved = tokens * width * item + nbytes(slots, *weights, lengths, offsets)
     out = batch * per_row * width * slots.element_size()

@@ -1,4 +1,4 @@
-"""The absorbed form by batched library products, in the queries' dtype."""
+"""The absorbed form with batched library matmuls, in the queries' dtype."""
 
 import torch
 
@@ -40,7 +40,7 @@ def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, share
 
 
 def _rows_first(x):
-    """(H, B, S, d) as (B, H * S, d)."""
+    """Returns (H, B, S, d) as (B, H * S, d)."""
     return x.transpose(0, 1).flatten(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Rows of different length as the library takes them: padded, the padding 0."""
+"""Conversion between ragged rows and zero-padded rows, which library functions take."""
 
 import torch
 
@@ -6,14 +6,14 @@ __all__ = ["padded", "unpadded"]
 
 
 def padded(x, lengths, offsets):
-    """``x``, (B, n, ...) or with offsets (total, ...), as (B, n, ...) with padding of 0; and which of it is no padding, or None for all."""
+    """Returns ``x``, (B, n, ...) or with offsets (total, ...), as (B, n, ...) padded with 0, and a mask of the valid positions; None: all valid."""
     if offsets is None and lengths is None:
         return x, None
     if offsets is None:
         mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         return x.masked_fill(~mask[..., None], 0), mask
     lengths = offsets.diff()
-    longest = int(lengths.max()) if lengths.numel() else 0  # waits for a GPU
+    longest = int(lengths.max()) if lengths.numel() else 0  # synchronizes on a GPU
     mask = torch.arange(longest, device=x.device) < lengths[:, None]
     out = x.new_zeros(*mask.shape, *x.shape[1:])
     out[mask] = x
@@ -21,5 +21,5 @@ def padded(x, lengths, offsets):
 
 
 def unpadded(x, mask, offsets):
-    """The other way for what was computed, (B, n, ...)."""
+    """Returns a padded result, (B, n, ...), in the layout of the input."""
     return x if offsets is None else x[mask]

@@ -1,6 +1,6 @@
-"""Cross-attention of label slots over frozen features against keys and values with scaled_dot_product_attention.
+"""Benchmarks of label cross-attention over frozen features, against keys and values with scaled_dot_product_attention.
 
-Slots and all weights take gradients, features do not. "padded": lengths drawn from 1 to n.
+Slots and all weights take gradients, features do not. "padded": random lengths from 1 to n.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Keys, values and softmax in plain PyTorch, in float32 or float64: the oracle."""
+"""The reference in plain PyTorch, which tests compare with: keys, values and softmax in float32 or float64."""
 
 import torch
 

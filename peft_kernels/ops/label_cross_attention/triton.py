@@ -1,7 +1,7 @@
-"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there.
+"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there.
 
-The scores of all tokens go through memory once, in float32: they are wanted as weights by backward, and they are small beside the
-features, which would not stay in the registers until their softmax is known.
+The scores of all tokens go through memory once, in float32. Backward needs them as weights, and they are small compared with the
+features, which would not fit in registers until the softmax is known.
 """
 
 from functools import cache
@@ -26,7 +26,7 @@ __all__ = ["pool", "pool_backward", "unavailable"]
 
 
 class Config(NamedTuple):
-    """What a block is tall in, tokens of scores and columns of what is pooled; and the depth of its product at a time."""
+    """The tall side of a block, tokens in scores and columns in pool, and the depth of one step of its matmul."""
 
     tall: int
     depth: int
@@ -39,9 +39,9 @@ class Configs(NamedTuple):
     pool: Config
 
 
-# (matrix unit, queries to a block): the least that hold all queries, so that features are read once, else the most. "fma": float32 on
-# NVIDIA, where a thread keeps whole rows and columns of the depth in registers. Every row is compiled for every architecture that it
-# is for, without a GPU, by tests/test_kernel_report.py: no spills, tensor cores, and shared memory below the 99 KiB of small chips.
+# (matrix unit, queries per block): the smallest block that holds all queries is taken, so that features are read once, else the largest.
+# "fma": float32 on NVIDIA, where a thread keeps whole rows and columns of the depth in registers. tests/test_kernel_report.py compiles
+# every row for its architectures, without a GPU: no spills, tensor cores, and shared memory below the 99 KiB of small chips.
 C = Config
 CONFIGS = {
     ("half", 16): Configs(C(128, 64, 4, 3), C(128, 32, 4, 3)),
@@ -113,7 +113,7 @@ def _scores(scores, queries, features, lengths, offsets, batch):
 
 
 def _pool(out, weights, features, lengths, offsets, batch, rows, product):
-    """``out``: (H, parts of ``rows`` rows, slots, d); ``product``: the dtype of what is multiplied."""
+    """Pools features into ``out``, (H, parts of ``rows`` rows, slots, d). ``product``: the dtype of the matmul's operands."""
     heads, parts, slots, width = out.shape
     options = _tuned("pool", pool_options, features.device, product, heads * slots)
     triton_kernels.label_cross_attention_pool_kernel[cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts,](
@@ -146,7 +146,7 @@ def block_of_queries(unit: str, queries: int) -> int:
 
 
 def unit_of(device: torch.device, dtype: torch.dtype) -> str:
-    """What multiplies, in ``dtype``."""
+    """Returns the unit that multiplies in ``dtype``."""
     if device_of(device)[0] == "gfx942":
         return "amd"
     return "fma" if dtype == torch.float32 else "half"
@@ -161,5 +161,5 @@ def _options(config):
 
 
 def _strides(features):
-    """Of rows of the batch and of tokens."""
+    """Returns the strides of rows of the batch and of tokens."""
     return features.stride(0) if features.ndim == 3 else 0, features.stride(-2)

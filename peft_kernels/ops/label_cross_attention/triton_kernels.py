@@ -1,10 +1,10 @@
-"""GPU kernels: two products with the features, each of which reads them once, and between them a softmax over the tokens.
+"""Triton kernels: two matmuls with the features, each of which reads them once, and between them a softmax over the tokens.
 
     forward:   scores = F A^T,   weights = softmax(scale * scores),           pooled = weights^T F
     backward:  dP = F dPooled^T, dS = scale * weights (dP - sum(weights dP)), dA = dS^T F
 
-A query is a slot of a head, query q slot q % slots of head q // slots. Weights, and whatever lies as they do, have a row for every token:
-(B * n, queries), with offsets (total, queries), float32. Tokens and columns are the tall side of every product, so that 16 queries
+A query is a slot of a head: query q is slot q % slots of head q // slots. Weights, scores and their gradients have a row for every token:
+(B * n, queries), with offsets (total, queries), float32. Tokens and columns are the tall side of every matmul, so that 16 queries
 are enough for tensor cores. Prefixes: o_ offsets, m_ masks, b_ blocks in registers.
 """
 
@@ -16,7 +16,7 @@ from ..shared_cross_attention.triton_tiles import LOG2E, rows_of_input, tile_of_
 
 @triton.jit
 def tokens_of_row(lengths, offsets, n, b):
-    """The first token of row b of the batch, as weights count them, how many there are, and how many of them are no padding."""
+    """Returns the first token of row b of the batch, as an index into weights, the number of tokens, and the number without padding."""
     first, tokens = rows_of_input(offsets, 1, n, b)
     given = tokens
     if lengths is not None:
@@ -26,7 +26,7 @@ def tokens_of_row(lengths, offsets, n, b):
 
 @triton.jit
 def features_of_row(features, offsets, first, b, stride_fb, stride_fn):
-    """Where the features of a row begin, whose first token is ``first``."""
+    """Returns the pointer to the features of a row whose first token is ``first``."""
     if offsets is None:
         p = features + b.to(tl.int64) * stride_fb
     else:
@@ -36,10 +36,10 @@ def features_of_row(features, offsets, first, b, stride_fb, stride_fn):
 
 @triton.jit
 def as_factor(b_f, dtype: tl.constexpr, BLACKWELL: tl.constexpr):
-    """Features in ``dtype``, to be multiplied.
+    """Returns features in ``dtype``, as an operand of a matmul.
 
-    On Blackwell, Triton 3.6 multiplies float32 in TF32 whatever precision is asked for, if it finds that an operand was loaded with fewer
-    bits; 3.8 does not. It looks through casts of every kind, but not through a reduction, and that of an axis of one element costs little.
+    On Blackwell, Triton 3.6 multiplies float32 in TF32, whatever the requested precision, if it finds that an operand was loaded with fewer
+    bits; 3.8 does not. It sees through casts of every kind, but not through a reduction, and reducing an axis of one element costs little.
     """
     b_factor = b_f.to(dtype)
     if BLACKWELL and b_f.dtype != dtype:
@@ -53,7 +53,10 @@ def label_cross_attention_scores_kernel(
     n, batch, slots, queries, d, stride_qh, stride_qb, stride_fb, stride_fn,
     BLACKWELL: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of queries, then tiles of tokens. ``queries_of`` is (H, B, slots, d) of these strides; slots and columns are dense."""
+    """Computes a tile of scores. Grid: blocks of queries, then tiles of tokens.
+
+    ``queries_of`` is (H, B, slots, d) with these strides; slots and columns are dense.
+    """
     blocks = tl.cdiv(queries, BQ)
     b, first, tokens = tile_of_rows(offsets, 1, n, batch, tl.program_id(0) // blocks, BN)
     row, _, given = tokens_of_row(lengths, offsets, n, b)
@@ -77,14 +80,14 @@ def label_cross_attention_scores_kernel(
 
 @triton.jit
 def block_of_weights(first, start, o_n, o_q, tokens, queries):
-    """Where the weights of tokens lie that begin ``start`` behind the first of the row, and which there are, [BN, BQ]."""
+    """Returns offsets and mask, [BN, BQ], of the weights of the tokens from ``start`` on, counted from the row's first token."""
     o_t = start + o_n
     return (first + o_t)[:, None] * queries + o_q[None, :], (o_t < tokens)[:, None] & (o_q < queries)[None, :]
 
 
 @triton.jit(do_not_specialize=["n", "queries"])
 def label_cross_attention_softmax_kernel(scores, lengths, offsets, n, queries, scale, BN: tl.constexpr, BQ: tl.constexpr):
-    """Grid: blocks of queries, then rows of the batch. Scores become weights where they lie, 0 in the padding."""
+    """Turns scores into weights in place, 0 in the padding. Grid: blocks of queries, then rows of the batch."""
     blocks = tl.cdiv(queries, BQ)
     first, tokens, given = tokens_of_row(lengths, offsets, n, tl.program_id(0) // blocks)
     o_n, o_q = tl.arange(0, BN), tl.program_id(0) % blocks * BQ + tl.arange(0, BQ)
@@ -95,7 +98,7 @@ def label_cross_attention_softmax_kernel(scores, lengths, offsets, n, queries, s
         o, m = block_of_weights(first, start, o_n, o_q, given, queries)
         b_scores = tl.where(m, tl.load(scores + o, mask=m, other=0.0) * scale, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_scores, 0))
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)[None, :]  # that of queries beyond the last
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)[None, :]  # queries beyond the last have a maximum of -inf
         b_sum = b_sum * tl.exp2(b_max[None, :] - b_shift) + tl.exp2(b_scores - b_shift)
         b_max = b_new
     b_sum = tl.sum(b_sum, 0)
@@ -109,7 +112,7 @@ def label_cross_attention_softmax_kernel(scores, lengths, offsets, n, queries, s
 
 @triton.jit(do_not_specialize=["n", "queries"])
 def label_cross_attention_softmax_bwd_kernel(grad_weights, weights, lengths, offsets, n, queries, scale, BN: tl.constexpr, BQ: tl.constexpr):
-    """Grid: blocks of queries, then rows of the batch. Gradients of weights become those of scores where they lie, but for the padding."""
+    """Turns gradients of weights into gradients of scores in place, except in the padding. Grid: blocks of queries, then rows of the batch."""
     blocks = tl.cdiv(queries, BQ)
     first, _, given = tokens_of_row(lengths, offsets, n, tl.program_id(0) // blocks)
     o_n, o_q = tl.arange(0, BN), tl.program_id(0) % blocks * BQ + tl.arange(0, BQ)
@@ -130,9 +133,10 @@ def label_cross_attention_pool_kernel(
     n, batch, rows, slots, queries, d, stride_oh, stride_op, stride_fb, stride_fn,
     WIDE: tl.constexpr, BLACKWELL: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of queries, tiles of columns, then parts of ``rows`` rows of the batch, which are added up in their order.
+    """Pools a tile of columns over ``rows`` rows of the batch, which are added up in order.
 
-    ``out`` is (H, parts, slots, d) of these strides; slots and columns are dense. WIDE: the product is of float32.
+    Grid: blocks of queries, tiles of columns, then parts of the batch. ``out`` is (H, parts, slots, d) with these strides; slots and
+    columns are dense. WIDE: the matmul is in float32.
     """
     blocks, tiles = tl.cdiv(queries, BQ), tl.cdiv(d, BD)
     o_q = tl.program_id(0) % blocks * BQ + tl.arange(0, BQ)

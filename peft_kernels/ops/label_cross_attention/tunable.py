@@ -1,4 +1,4 @@
-"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+"""The configs that `peft-kernels tune` searches, and the calls in which it times them."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ KERNELS = {
 
 
 def targets(setting: Setting):
-    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     unit, size = triton.unit_of(setting.device, setting.dtype), setting.dtype.itemsize
     blocks = [block for of_unit, block in triton.CONFIGS if of_unit == unit]
     for block in blocks:
@@ -30,7 +30,7 @@ def targets(setting: Setting):
 
 
 def _pool_inputs(setting, queries):
-    """Of one head: queries (1, 1, S, d), features (B, n, d), the gradient of what is pooled (1, B, S, d)."""
+    """Draws, for one head, queries (1, 1, S, d), features (B, n, d) and the gradient of the pooled features (1, B, S, d)."""
     random, sizes = RandomInputs.of(setting), setting.sizes
     features = random.normal(sizes.batch, sizes.tokens, sizes.width)
     return random.normal(1, 1, queries, sizes.width), features, random.normal(1, sizes.batch, queries, sizes.width)

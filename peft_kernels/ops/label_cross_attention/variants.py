@@ -13,11 +13,11 @@ KERNELS = {
 
 
 def variants():
-    """mixed: bf16 features, float32 queries; pool_float: the pool of a backward pass, whose result is float32."""
+    """Yields every kernel. mixed: bf16 features, float32 queries; pool_float: the pool of a backward pass, whose result is float32."""
     for architecture in ARCHITECTURES:
         for kernel in ("softmax", "softmax_backward"):
             function = KERNELS[kernel]
-            # weights have a row of any number of queries, so no access is wide
+            # a row of weights has any number of queries, so no access is wide
             yield Variant(architecture, OPERATOR, kernel, "fp32", function, implementation.SOFTMAX, TYPES, Expected(load=4))
         for dtype in ("fp32", "mixed", "bf16"):
             for unit, queries in implementation.CONFIGS:
@@ -37,7 +37,7 @@ def product(architecture, kernel, dtype, queries):
         options = {**blackwell, **implementation.scores_options(unit, queries)}
     else:
         options = {"WIDE": exact, **blackwell, **implementation.pool_options(unit, queries)}
-    # a block of 16 bfloat16 columns to a token may be 8 bytes to a thread
+    # a block of 16 bfloat16 columns per token may give a thread 8 bytes
     expected = Expected(matrix_unit(architecture, exact), load=8 if dtype == "mixed" else 16)
     return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel.removesuffix("_float")], options, types, expected)
 

@@ -49,8 +49,7 @@ def prototype_scores(
         impl: ``"auto"``, or ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
-        (N, C), without an (N, C, D) temporary. The gradient of a distance of 0 is 0. A feature whose projection is 0 is not normalised, and
-        its projection gets no gradient.
+        (N, C), without an (N, C, D) temporary. The gradient of a distance of 0 is 0. A feature projected to 0 stays 0 and gets no gradient.
 
     Gradients go to ``features``, ``projection``, ``prototypes`` and ``radius``, not to ``scores``.
 
