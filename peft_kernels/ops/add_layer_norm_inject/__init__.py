@@ -1,4 +1,4 @@
-"""The residual add and the norm between two transformer layers, with the next layer's vectors of special tokens in the same pass."""
+"""The residual add and the norm between two transformer layers, fused with the addition of the next layer's special-token vectors."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from ..special_tokens import check_injection, check_injection_values
 
 __all__ = ["add_inject_layer_norm", "add_layer_norm_inject"]
 
-# Each has forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep) -> out, sum, mean, rstd;
-# and backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
-# need_vectors) -> gradient of x and residual, gradient of vectors. What is not asked for is None. weight, bias and vectors are float32
-# (float64 where x is), and contiguous. mean is None with rms; with keep=False mean and rstd are, and sum unless pre.
+# Each implementation has forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep) -> out, sum,
+# mean, rstd; and backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
+# need_vectors) -> gradient of x and residual, gradient of vectors. A gradient that is not needed is None. weight, bias and vectors are
+# float32 (float64 if x is), and contiguous. mean is None with rms. With keep=False mean and rstd are None, and so is sum unless pre.
 implementations = Implementations(__name__)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -41,7 +41,7 @@ def add_layer_norm_inject(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """What ends a post-norm layer, and begins the next: ``special_token_add(layer_norm(x + residual), vectors, slots)`` in one pass.
+    """Add, norm and inject between two post-norm layers: ``special_token_add(layer_norm(x + residual), vectors, slots)`` in one pass.
 
     Layer normalisation: arXiv 1607.06450; RMS norm: arXiv 1910.07467; the vectors: special token adaptation (PASTA), arXiv 2210.04382.
 
@@ -51,24 +51,24 @@ def add_layer_norm_inject(
         weight: (d,), in ``x``'s dtype or float32.
         bias: (d,), or None.
         vectors: (P, d) or (K, P, d), as in ``special_token_add``. None: nothing is added.
-        slots: (B, k), as in ``special_token_add``; given where ``vectors`` are.
+        slots: (B, k), as in ``special_token_add``; required with ``vectors``.
         eps: added to the variance, or to the mean square.
-        rms: divide by the root of the mean square, without taking the mean away.
-        dropout_p: as in ``special_token_add``: of the vectors, not of ``x``.
+        rms: divide by the root mean square, without subtracting the mean.
+        dropout_p: as in ``special_token_add``; applies to the vectors, not to ``x``.
         seed: as in ``special_token_add``.
         adapter_ids: as in ``special_token_add``.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
-        (B, S, d), contiguous. The sum is rounded to ``x``'s dtype, as in two operations; everything after it is float32 (float64 where
-        ``x`` is) up to the result.
+        (B, S, d) in ``x``'s dtype, contiguous. The sum is rounded to ``x``'s dtype, as in separate operations; everything after it is
+        float32 (float64 for a float64 ``x``) until the result is rounded.
 
-    For backward the sum is kept, with a mean and a factor of every row. A frozen ``weight`` or ``bias`` costs nothing. Gradients are
-    summed in a fixed order.
+    Backward saves the sum, and the mean and reciprocal standard deviation of every row. A frozen ``weight`` or ``bias`` costs nothing.
+    Gradients are summed in a fixed order.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit, or a named implementation that cannot run, with the reason.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        TypeError: invalid dtypes.
     """
     return _apply("add_layer_norm_inject", x, residual, weight, bias, vectors, slots, eps, rms, False, dropout_p, seed, adapter_ids, impl)[0]
 
@@ -88,7 +88,7 @@ def add_inject_layer_norm(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The same between two pre-norm layers: ``h = special_token_add(x + residual, vectors, slots)``; returns ``layer_norm(h)`` and ``h``.
+    """Add, inject and norm between two pre-norm layers: ``h = special_token_add(x + residual, vectors, slots)``; returns ``layer_norm(h), h``.
 
     Arguments, gradients and errors as in ``add_layer_norm_inject``.
     """
@@ -149,7 +149,7 @@ def _backward(
     grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x, need_weight,
     need_bias, need_vectors, impl,
 ):  # fmt: skip
-    """Of x and residual, of weight, bias and vectors; one that is not wanted has no element."""
+    """Returns the gradients of x and residual (one tensor), weight, bias and vectors; one that is not needed is empty."""
     implementation = implementations.resolve("add_layer_norm_inject", impl, grad.device.type, grad.dtype)
     weight = weight.contiguous()
     grad_x, grad_vectors = None, None

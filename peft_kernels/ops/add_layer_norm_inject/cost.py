@@ -4,8 +4,8 @@ from torch import Tensor
 
 from ..cost import Cost, gradient_bytes, nbytes
 
-FORWARD_OPERATIONS = 8  # of an element: the sum, mean and variance, scaling, weight and bias
-BACKWARD_OPERATIONS = 11  # the two means over a row and their subtraction, from the sum again
+FORWARD_OPERATIONS = 8  # per element: the sum, mean and variance, scaling, weight and bias
+BACKWARD_OPERATIONS = 11  # per element: the two means over a row and their subtraction, recomputed from the sum
 
 
 def add_layer_norm_inject(
@@ -19,7 +19,7 @@ def add_layer_norm_inject(
     adapter_ids: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """``x`` and ``residual`` read, the result written. Backward reads its gradient and writes one for both ``x`` and ``residual``."""
+    """``x`` and ``residual`` are read, the result is written. Backward reads its gradient and writes one for both ``x`` and ``residual``."""
     return _cost(x, residual, (weight, bias, vectors), (slots, adapter_ids), 1, backward)
 
 
@@ -34,7 +34,7 @@ def add_inject_layer_norm(
     adapter_ids: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """The same with two results, the norm and the sum, and a gradient of each."""
+    """The cost of ``add_layer_norm_inject`` with two results, the norm and the sum, and a gradient of each."""
     return _cost(x, residual, (weight, bias, vectors), (slots, adapter_ids), 2, backward)
 
 

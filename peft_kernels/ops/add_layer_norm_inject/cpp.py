@@ -22,7 +22,7 @@ def backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapte
         grad_x, injected = torch.ops.peft_kernels.add_layer_norm_inject_backward_cpu.default(
             grad, None if grad_sum is None else _dense(grad_sum), sum, mean, rstd, weight, slots if injects else None, adapter_ids, adapters
         )
-        if injects:  # their rows, side by side
+        if injects:  # only the rows of special tokens, packed
             rows, columns = injected, torch.arange(slots.shape[1]).expand(slots.shape).masked_fill(slots < 0, -1)
     grad_vectors = None
     if need_vectors:

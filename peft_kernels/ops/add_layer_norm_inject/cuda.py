@@ -7,7 +7,7 @@ from ..special_tokens import cuda as special_tokens
 
 __all__ = ["backward", "forward", "unavailable"]
 
-MAX_WIDTH = 16384  # of a row in registers
+MAX_WIDTH = 16384  # limit for a row in registers
 
 
 def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep):

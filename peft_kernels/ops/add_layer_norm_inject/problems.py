@@ -1,4 +1,4 @@
-"""The add, norm and injection between two layers in one pass, against the same as separate operations.
+"""Benchmarks of the fused add, norm and injection between two layers, against separate operations.
 
 weight and bias are frozen; x, residual and vectors take gradients.
 """
@@ -26,7 +26,7 @@ def pre_norm(weight, bias, one_hot):
 
 
 def of(name, separate, results, title, about):
-    """The problem of one of the two forms."""
+    """Returns the operator of one of the two forms."""
 
     def problem(shape, variant, dtype, device, backward) -> Problem:
         batch, length, width, count = (shape[letter] for letter in "BSdk")
@@ -44,7 +44,7 @@ def of(name, separate, results, title, about):
             return getattr(cost, name)(x, residual, weight, bias, vectors, slots, backward=backward)
 
         def roofline():
-            """The same tensors read and new ones written: a CPU pays for the pages of those."""
+            """Reads the same tensors and writes new ones: a CPU pays for their page faults."""
             torch.add(x, residual)
             for grad in grads[1:] + (grads if backward else []):
                 grad.clone()

@@ -1,4 +1,4 @@
-"""The mathematics in plain PyTorch: the oracle. Any device, any dtype."""
+"""The reference in plain PyTorch, which tests compare with. Any device, any dtype."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
+"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
 
 from functools import cache
 
@@ -18,9 +18,9 @@ except ModuleNotFoundError as error:
 
 __all__ = ["backward", "forward", "unavailable"]
 
-SLOTS = 16  # compared at a time
-# Elements to a program, in whole rows, and to a warp of it: more would leave fewer warps to a processor for their registers.
-# Compiled for every architecture, without a GPU, by tests/test_kernel_report.py.
+SLOTS = 16  # slots compared at a time
+# Elements per program, in whole rows, and per warp: with more, registers would limit an SM to fewer warps.
+# tests/test_kernel_report.py compiles the configs for every architecture, without a GPU.
 ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
 MAX_ROWS = 32
@@ -62,7 +62,7 @@ def backward(
 
 
 def _rows(grad, grad_sum, total, mean, rstd, weight, slots, need_x, need_slots):
-    """The gradient of the sum: all of it, and that of special tokens in float32."""
+    """Returns the gradient of the sum, and its rows at special tokens in float32."""
     batch, length, width = grad.shape
     slots_per_row = slots.shape[1] if need_slots else 0
     grad_sum = grad_sum if grad_sum is None else dense(grad_sum)

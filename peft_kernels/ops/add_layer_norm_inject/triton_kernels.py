@@ -1,6 +1,6 @@
-"""GPU kernels: a program keeps BR whole rows of d columns, a token each, in registers between reading and writing them.
+"""Triton kernels: a program keeps BR whole rows of d columns, one token each, in registers between reading and writing them.
 
-Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Products with strides are in 64 bits.
+Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Offsets computed from strides are 64-bit.
 """
 
 import triton
@@ -11,7 +11,7 @@ from ..special_tokens.triton_kernels import adapters_of, load_vectors
 
 @triton.jit
 def _slots_of(slots, o_row, o_s, mask, slots_per_row, stride_sb, stride_sj, BK: tl.constexpr):
-    """Which slot of its row a token is, [BR]; -1: none."""
+    """Returns the slot of each token in its row, [BR]; -1: none."""
     b_slot = o_row * 0 - 1
     for start in range(0, slots_per_row, BK):
         o_j = start + tl.arange(0, BK)
@@ -38,7 +38,7 @@ def add_layer_norm_inject_fwd_kernel(
     stride_xb, stride_xs, stride_rb, stride_rs, stride_sb, stride_sj, stride_k,
     RMS: tl.constexpr, PRE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tokens of the batch, BR at a time. What is None is neither read nor written."""
+    """Computes BR rows of the result. Grid: blocks of BR tokens of the batch. Arguments that are None are neither read nor written."""
     o_t = tl.program_id(0) * BR + tl.arange(0, BR)
     o_row, o_s, o_d = o_t // length, o_t % length, tl.arange(0, BD)
     m_t, m_d = o_t < tokens, o_d < d
@@ -79,9 +79,9 @@ def add_layer_norm_inject_bwd_kernel(
     tokens, length, slots_per_row, d, stride_gb, stride_gs, stride_tb, stride_ts, stride_sb, stride_sj,
     LISTED: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tokens of the batch, BR at a time; LISTED: (B, k), those that the slots list alone.
+    """Computes BR rows of the gradient of the sum. Grid: blocks of BR tokens of the batch; LISTED: of BR slots, (B, k), alone.
 
-    grad_x, (B, S, d), gets every row of the gradient, and grad_slots, (B, k, d) float32, those of special tokens, before rounding.
+    grad_x, (B, S, d), gets every row of the gradient; grad_slots, (B, k, d) float32, gets the rows of special tokens before rounding.
     """
     o_t = tl.program_id(0) * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD)

@@ -1,4 +1,4 @@
-"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+"""The configs that `peft-kernels tune` searches, and the calls in which it times them."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ KERNELS = {
 
 
 def targets(setting: Setting):
-    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     for width in setting.sizes.norm_widths:
         shipped = triton.row_options(width)
         for kernel, make in (("forward", _norm_forward), ("backward", _norm_backward)):
@@ -25,7 +25,7 @@ def targets(setting: Setting):
 
 
 def _norm_inputs(setting, width):
-    """As many elements whatever the width."""
+    """Draws inputs with the same number of elements for every width."""
     random, sizes = RandomInputs.of(setting), setting.sizes
     x, residual = (random.normal(sizes.batch, max(sizes.specials, sizes.tokens * sizes.width // width), width) for _ in range(2))
     weight, bias = (random.normal(width, dtype=torch.float32) for _ in range(2))

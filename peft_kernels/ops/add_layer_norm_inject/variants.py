@@ -19,7 +19,7 @@ KERNELS = {
 
 
 def variants():
-    """Forward and backward with everything they can have."""
+    """Yields forward and backward with every optional argument."""
     for architecture in ARCHITECTURES:
         for dtype in ("fp32", "bf16"):
             types = {**OTHERS, **dict.fromkeys(IN_STORAGE, f"*{dtype}")}

@@ -35,7 +35,7 @@ def label_cross_attention(
 
 
 def _explicit(tokens, rows, batch, per_row, width, heads, needs):
-    small = 2 * rows * width**2  # one product of a weight with the slots
+    small = 2 * rows * width**2  # one matmul of a weight with the slots
     large = 2 * tokens * width**2
     attend = 2 * tokens * per_row * width
     forward = small + 2 * large + 2 * attend
@@ -53,5 +53,5 @@ def _absorbed(tokens, rows, batch, per_row, width, heads, needs):
     if needs is None:
         return forward
     query, key, value, slots, w_q = needs
-    scores = 2 * attend + of_pooled if query or key else 0  # gradients of the pooled, the scores, the queries
+    scores = 2 * attend + of_pooled if query or key else 0  # gradients of the pooled features, the scores and the queries
     return forward + (slots + w_q + query + key) * of_queries + value * of_pooled + scores

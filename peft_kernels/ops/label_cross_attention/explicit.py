@@ -1,4 +1,4 @@
-"""With keys and values, by library products in the weights' dtype: for so many slots that those of the absorbed form would be larger."""
+"""Keys and values with library matmuls in the weights' dtype: for so many slots that the matmuls of the absorbed form would be larger."""
 
 import torch
 from torch.nn.functional import linear

@@ -1,4 +1,4 @@
-"""The logits of a few label words at one position of every text, without those of the vocabulary."""
+"""The logits of a few label words at one position of every text, without computing those of the whole vocabulary."""
 
 import os
 
@@ -9,8 +9,8 @@ from ..implementations import Implementations, no_second_derivative, without_aut
 
 __all__ = ["label_logits"]
 
-# Each has forward(hidden, weight, label_ids, bias, positions) -> (B, C, w) logits of the words in at least float32, -inf where
-# label_ids is -1; and backward(grad_words, weight, label_ids) -> (B, H) gradient of the gathered rows in grad_words' dtype.
+# Each implementation has forward(hidden, weight, label_ids, bias, positions) -> (B, C, w) logits of the words in at least float32, -inf
+# where label_ids is -1; and backward(grad_words, weight, label_ids) -> (B, H) gradient of the gathered rows in grad_words' dtype.
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 REDUCTIONS = ("max", "mean", "logsumexp")
@@ -30,31 +30,31 @@ def label_logits(
     reduce: str = "max",
     impl: str = "auto",
 ) -> Tensor:
-    """For every class the logit of its label words: ``reduce over w of hidden[b, positions[b]] . weight[label_ids[c, w]] + bias[...]``.
+    """Compute a logit per class from its label words: ``reduce over w of hidden[b, positions[b]] . weight[label_ids[c, w]] + bias[...]``.
 
-    Decoder tuning (DecT), arXiv 2212.08408, section 3.1, takes the largest.
+    Decoder tuning (DecT), arXiv 2212.08408, section 3.1, reduces by the maximum.
 
     Args:
         hidden: (B, S, H) with ``positions``, or (B, H); float32, float16, bfloat16 or float64.
         weight: (V, H), the output embedding, in ``hidden``'s dtype.
-        label_ids: (C, w) int32 or int64 in [-1, V): the words of each class, at least one; -1: none.
+        label_ids: (C, w) int32 or int64 in [-1, V): the words of each class, at least one per class; -1: no word.
         bias: (V,) in ``hidden``'s dtype or float32, or None.
-        positions: (B,) int32 or int64 in [0, S): the row of each text, that of the mask.
-        reduce: over the words of a class: ``"max"``, ``"mean"`` or ``"logsumexp"``.
+        positions: (B,) int32 or int64 in [0, S): the position of the mask token in each text.
+        reduce: reduction over the words of a class: ``"max"``, ``"mean"`` or ``"logsumexp"``.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
-        (B, C) float32 (float64 where ``hidden`` has it). Neither (B, S, V) nor (B, V) is made.
+        (B, C) float32 (float64 for float64 inputs), without a (B, S, V) or (B, V) temporary.
 
-    Gradients go to ``hidden``, ``weight`` and ``bias``; a frozen table costs nothing. Of words that share the largest logit, the
+    Gradients go to ``hidden``, ``weight`` and ``bias``; a frozen table costs nothing. If several words share the largest logit, the
     first takes the gradient.
 
-    Values of ``label_ids`` and ``positions`` are checked on the CPU; on a GPU, where that would wait for the device, only when the
-    environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``label_ids`` and ``positions`` are checked on the CPU. On a GPU the check would synchronize with the device, so it runs
+    only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit, a class without words, or a named implementation that cannot run.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes, devices or values, a class without words, or a named implementation that cannot run here.
+        TypeError: invalid dtypes.
     """
     name = "label_logits"
     implementations.check(name, impl)
@@ -100,7 +100,7 @@ def _check(name, hidden, weight, label_ids, bias, positions):
 
 
 def _check_values(hidden, weight, label_ids, positions):
-    """In Python: for so few numbers every call of a tensor function would cost as much as the logits."""
+    """Checks the values in Python: for so few numbers, a single call of a tensor function would cost as much as the logits."""
     classes = label_ids.tolist()
     for c, words in enumerate(classes):
         if max(words) < 0:

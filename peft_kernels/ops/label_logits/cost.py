@@ -1,4 +1,4 @@
-"""The cost of label words' logits."""
+"""The cost of the logits of label words."""
 
 from torch import Tensor
 
@@ -8,9 +8,9 @@ from ..cost import Cost, gradient_bytes, nbytes
 def label_logits(
     hidden: Tensor, weight: Tensor, label_ids: Tensor, *, bias: Tensor | None = None, positions: Tensor | None = None, backward: bool = False
 ) -> Cost:
-    """One row of ``hidden`` per text and one of ``weight`` per word; backward a product for each that requires a gradient.
+    """One row of ``hidden`` per text and one of ``weight`` per word; backward, a matmul for each of them that requires a gradient.
 
-    Gradients are dense: they have the whole of their tensors' sizes.
+    Gradients are dense: they have the full size of their tensors.
     """
     batch, width = hidden.shape[0], hidden.shape[-1]
     words = int((label_ids >= 0).sum())

@@ -1,4 +1,4 @@
-"""Label words' logits at the mask's row of every text. The output embedding is frozen, hidden states take gradients."""
+"""Benchmarks of label-word logits at the mask position of every text. The output embedding is frozen, hidden states take gradients."""
 
 import torch
 

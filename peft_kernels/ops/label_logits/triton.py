@@ -1,4 +1,4 @@
-"""GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
+"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
 
 from functools import cache
 from typing import NamedTuple
@@ -20,15 +20,15 @@ __all__ = ["backward", "forward", "unavailable"]
 
 
 class Config(NamedTuple):
-    """Words and columns to a block."""
+    """Words and columns per block."""
 
     words: int
     columns: int
     num_warps: int
 
 
-# Forward: the first that holds all words, else the last. Every row is compiled for every architecture, without a GPU, by
-# tests/test_kernel_report.py.
+# Forward takes the first config that holds all words, else the last. tests/test_kernel_report.py compiles every row for every
+# architecture, without a GPU.
 FORWARD = (Config(2, 1024, 4), Config(8, 256, 4))
 BACKWARD = Config(4, 512, 4)
 

@@ -1,7 +1,7 @@
-"""GPU kernels: few words against one row of every text. A text's results depend on no other text, so not on the batch either.
+"""Triton kernels: dot products of a few words with one row of every text. The result of a text does not depend on the rest of the batch.
 
-Multiplied in float32, without tensor cores: the rows of a few words are read in less time than a tile of theirs is filled.
-Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements, and products with them in 64 bits.
+They multiply in float32, without tensor cores: reading the rows of a few words takes less time than filling a tensor-core tile with them.
+Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements; offsets computed from them are 64-bit.
 """
 
 import triton
@@ -10,13 +10,13 @@ import triton.language as tl
 
 @triton.jit
 def load_ids(label_ids, o_w, words):
-    """[BW]: the ids of words, -1 where there is none."""
+    """Loads the ids of words, [BW]; -1 past the last word."""
     return tl.load(label_ids + o_w, mask=o_w < words, other=-1).to(tl.int64)
 
 
 @triton.jit
 def load_words(weight, b_id, o_d, d, stride_wv, stride_wd):
-    """Their rows of the table, [BW, BD]; 0 for -1."""
+    """Loads the rows of the words ``b_id``, [BW, BD], as float32; 0 for -1."""
     p = weight + b_id[:, None] * stride_wv + o_d.to(tl.int64)[None, :] * stride_wd
     return tl.load(p, mask=(b_id >= 0)[:, None] & (o_d < d)[None, :], other=0.0).to(tl.float32)
 
@@ -27,7 +27,7 @@ def label_logits_fwd_kernel(
     words, d, stride_hb, stride_hs, stride_hd, stride_wv, stride_wd, stride_b, stride_p,
     BW: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of words, then texts. ``out`` is (B, words)."""
+    """Computes the logits of BW words in one text. Grid: blocks of words, then texts. ``out`` is (B, words)."""
     blocks = tl.cdiv(words, BW)
     text = (tl.program_id(0) // blocks).to(tl.int64)
     o_w = tl.program_id(0) % blocks * BW + tl.arange(0, BW)
@@ -52,7 +52,10 @@ def label_logits_bwd_kernel(
     words, d, stride_wv, stride_wd,
     BW: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of columns, then texts. ``grad_rows`` is (B, d), ``grad_words`` (B, words)."""
+    """Computes BD columns of the gradient of one text's row. Grid: tiles of columns, then texts.
+
+    ``grad_rows`` is (B, d), ``grad_words`` (B, words).
+    """
     tiles = tl.cdiv(d, BD)
     text = (tl.program_id(0) // tiles).to(tl.int64)
     o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)

@@ -1,4 +1,4 @@
-"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+"""The configs that `peft-kernels tune` searches, and the calls in which it times them."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ KERNELS = {
 
 
 def targets(setting: Setting):
-    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     size = setting.dtype.itemsize
     for config in triton.FORWARD:
         yield "forward", (size, config.words), triton.launch_options(config), partial(_logits_forward, words=config.words)

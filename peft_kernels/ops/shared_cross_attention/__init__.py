@@ -10,15 +10,15 @@ from .layout import token_major
 
 __all__ = ["shared_cross_attention"]
 
-# Each has forward and backward.
+# Each implementation has forward and backward.
 implementations = Implementations(__name__, "reference", "sdpa", "matmul", "cpp", "triton")
 MAX_HEAD_DIM = 256
 
-# Without the native library a CPU takes PyTorch's flash attention or two matrix products on folded rows, whichever
-# `peft-kernels bench shared_cross_attention` showed faster: products in these dtypes, while the scores of one head of one input stay in the cache.
+# Without the native library a CPU takes PyTorch's flash attention or two matmuls on folded rows, whichever
+# `peft-kernels bench shared_cross_attention` showed to be faster: matmuls in these dtypes, while the scores of one head and input fit in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
-AMX_ROWS = 64  # query rows of an input from which the library's bfloat16 products on AMX tiles are faster than vectors
+AMX_ROWS = 64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles are faster than our vector kernels
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -45,16 +45,16 @@ def shared_cross_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from N decoder streams to the keys and values of b encoder inputs, each stored once.
 
-    ``softmax(scale * query @ key[e].T) @ value[e]`` per head, with ``e`` the input of the stream: what ordinary
-    cross-attention gives on ``key.repeat_interleave(M, 0)``, without the repetition. Non-causal; no mask is built.
-    Prompt-in-Decoder, arXiv 2403.13112, section 3.
+    The result is ``softmax(scale * query @ key[e].T) @ value[e]`` per head, where ``e`` is the input of the stream. Ordinary
+    cross-attention gives the same on ``key.repeat_interleave(M, 0)``, with M copies in memory. Non-causal; no mask is built.
+    Prompt-in-Decoder (PiD), arXiv 2403.13112, section 3.
 
     Args:
         query: (N, H, t, D), float32, float16, bfloat16 or float64, any strides. D at most 256.
         key: (b, H, n, D), same dtype and device, any strides.
         value: (b, H, n, D), as ``key``.
-        key_lengths: (b,) int32 or int64 in [0, n]: input i has keys [0, key_lengths[i]); None: all n. What lies beyond is never
-            used, whatever it holds. A row without keys gives output 0, log-sum-exp -inf and gradient 0.
+        key_lengths: (b,) int32 or int64 in [0, n]: input i has keys [0, key_lengths[i]); None: all n. Keys and values beyond them
+            never affect a result, even if they are NaN. A row without keys gives output 0, log-sum-exp -inf and gradient 0.
         encoder_index: (N,) int32 or int64, non-decreasing, in [0, b): the input that each stream belongs to. None: N = b*M
             and stream u belongs to input u // M.
         scale: factor on the scores; ``D ** -0.5`` by default (T5: 1.0).
@@ -62,15 +62,15 @@ def shared_cross_attention(
         impl: ``"auto"``, or ``"reference"``, ``"sdpa"``, ``"matmul"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
-        (N, H, t, D) in ``query``'s dtype, in memory (N, t, H, D), so that ``out.transpose(1, 2)`` is contiguous. With
+        (N, H, t, D) in ``query``'s dtype, laid out in memory as (N, t, H, D), so that ``out.transpose(1, 2)`` is contiguous. With
         ``return_lse``, also (N, H, t) in float32 (float64 for float64 inputs).
 
-    Values of ``key_lengths`` and ``encoder_index`` are checked on the CPU. On a GPU that would wait for the device: they are checked
-    there only when the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``key_lengths`` and ``encoder_index`` are checked on the CPU. On a GPU the check would synchronize with the device, so
+    it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit, or a named implementation that cannot run, with the reason.
-        TypeError: dtypes that do not fit.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        TypeError: invalid dtypes.
     """
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
@@ -88,9 +88,9 @@ def shared_cross_attention(
 
 
 def choose(query: Tensor, key: Tensor) -> str:
-    """What ``impl="auto"`` takes, forward and backward: the first row that holds.
+    """Returns the implementation behind ``impl="auto"``, forward and backward: the first row that applies.
 
-    | where and what                                 | implementation                             |
+    | case                                           | implementation                             |
     | ---------------------------------------------- | ------------------------------------------ |
     | float64                                        | reference                                  |
     | CPU with AMX, bfloat16, AMX_ROWS or more       | sdpa                                       |
@@ -115,7 +115,7 @@ def _choose_library(query, key):
 
 
 def _rows(query, key):
-    """Query rows of an input: a mean where streams are ragged."""
+    """Returns the query rows per input; the mean if streams are ragged."""
     return query.shape[0] * query.shape[2] // max(key.shape[0], 1)
 
 

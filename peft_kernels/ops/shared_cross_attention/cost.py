@@ -14,9 +14,9 @@ def shared_cross_attention(
     encoder_index: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """Two products of every query row with the keys of its input; backward one for each of dP, dQ, dK and dV.
+    """Two matmuls of every query row with the keys of its input; backward, one for each of dP, dQ, dK and dV.
 
-    Keys past an input's length are not read. Their gradients are 0 and written.
+    Keys past an input's length are not read. Their gradients are written as 0.
     """
     streams, heads, tokens, width = query.shape
     inputs, _, n, _ = key.shape

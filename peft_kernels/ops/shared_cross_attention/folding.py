@@ -1,4 +1,4 @@
-"""What the CPU library implementations share: the streams of an input folded into query rows, inputs of one shape taken together."""
+"""Shared code of the CPU library implementations: an input's streams are folded into query rows, and inputs of one shape are batched."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ def unavailable(device: str) -> str | None:
 
 
 def groups(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index: Tensor | None) -> list[Group]:
-    """Every stream once, in order; inputs without streams are left out."""
+    """Returns groups that cover every stream once, in order; inputs without streams are left out."""
     inputs, n = key.shape[0], key.shape[2]
     streams = [query.shape[0] // max(inputs, 1)] * inputs if encoder_index is None else torch.bincount(encoder_index, minlength=inputs).tolist()
     lengths = [n] * inputs if key_lengths is None else key_lengths.tolist()
@@ -38,13 +38,13 @@ def groups(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index
 
 
 def fold(x: Tensor, inputs: int) -> Tensor:
-    """(g*M, H, t, ...) -> (g, H, M*t, ...) for g inputs; a view where ``x`` is token-major."""
+    """Folds (g*M, H, t, ...) into (g, H, M*t, ...) for g inputs; a view if ``x`` is token-major."""
     x = x.transpose(1, 2)
     return x.reshape(inputs, x.shape[0] // inputs * x.shape[1], *x.shape[2:]).transpose(1, 2)
 
 
 def unfold(x: Tensor, tokens: int) -> Tensor:
-    """(g, H, M*t, ...) -> (g*M, H, t, ...), token-major."""
+    """Unfolds (g, H, M*t, ...) into (g*M, H, t, ...), token-major."""
     x = x.transpose(1, 2)
     return x.reshape(-1, tokens, *x.shape[2:]).transpose(1, 2)
 
@@ -52,7 +52,7 @@ def unfold(x: Tensor, tokens: int) -> Tensor:
 def forward(attend, query, key, value, key_lengths, encoder_index, scale, need_lse) -> tuple[Tensor, Tensor | None]:
     """Run ``attend(query, key, value, scale, need_lse) -> out, lse`` on every group."""
     streams, heads, tokens, _ = query.shape
-    if key_lengths is None and encoder_index is None and query.numel() and key.numel():  # no plan, no slices: a call costs microseconds
+    if key_lengths is None and encoder_index is None and query.numel() and key.numel():  # no plan, no slices: they cost microseconds
         out, lse = attend(fold(query, key.shape[0]), key, value, scale, need_lse)
         return unfold(out, tokens), unfold(lse, tokens) if need_lse else None
     out = token_major(*query.shape, like=query)
@@ -84,7 +84,7 @@ def backward(attend_backward, grad_out, grad_lse, query, key, value, out, lse, k
         keys = (None if x is None else as_token_major(x) for x in (grad_key, grad_value))
         return unfold(grad_query, tokens) if needs[0] else None, *keys
     grads = [token_major(*x.shape, like=x) if needed else None for x, needed in zip((query, key, value), needs)]
-    unasked = 0  # the inputs from here to a group have no streams
+    unasked = 0  # the inputs from here to the next group have no streams
     for group in plan:
         grad_query, *rest = of(group) if group.length else (0, 0, 0)
         if needs[0]:

@@ -1,11 +1,11 @@
-"""Two batched matrix products over folded rows, a few heads at a time so that their scores stay in the cache (CPU)."""
+"""Two batched matmuls over folded rows, a few heads at a time so that their scores stay in the cache (CPU)."""
 
 import torch
 from torch import Tensor
 
 from . import folding
 
-SCORE_BYTES = 8 << 20  # of one block of heads
+SCORE_BYTES = 8 << 20  # size of the scores of one block of heads
 
 
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
@@ -21,7 +21,7 @@ def backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encod
 
 
 def _blocks(query: Tensor, key: Tensor):
-    """Slices of the flattened (input, head) axis, and score and probability buffers for the largest."""
+    """Returns slices of the flattened (input, head) axis, and a buffer for the scores of the largest slice."""
     heads, rows, n = query.shape[0], query.shape[1], key.shape[1]
     step = max(1, min(heads, SCORE_BYTES // (rows * n * query.element_size())))
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)], query.new_empty((step, rows, n))

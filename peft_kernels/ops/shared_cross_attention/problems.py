@@ -1,8 +1,8 @@
-"""Shared cross-attention against every published way to compute it.
+"""Benchmarks of shared cross-attention against every published way to compute it.
 
-Queries lie in memory as (N, t, H, D), as a model's projection leaves them; keys and values as (b, H, n, D), as its cache does. "expanded"
-baselines get their keys and values repeated beforehand, as the library's cache holds them, and leave their gradients repeated;
-varlen_attn gets its own layout beforehand. "ragged": lengths of 50 to 100 %.
+Queries are laid out as (N, t, H, D), as a model's projection produces them; keys and values as (b, H, n, D), as its cache stores them.
+"expanded" baselines get keys and values that are repeated before the timing, as the library's cache holds them, and return repeated
+gradients; varlen_attn gets its own layout, also before the timing. "ragged": lengths of 50 to 100 %.
 """
 
 import torch
@@ -51,12 +51,12 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
 
 
 def fold(query, inputs):
-    """(b * M, H, t, D) as (b, H, M * t, D): a view of what is token-major in memory."""
+    """Returns (b * M, H, t, D) as (b, H, M * t, D): a view of a token-major tensor."""
     return query.transpose(1, 2).unflatten(0, (inputs, -1)).flatten(1, 2).transpose(1, 2)
 
 
 def folded(attention, inputs):
-    """``attention`` on (b, H, M * t, D) queries."""
+    """Returns ``attention`` applied to queries folded to (b, H, M * t, D)."""
 
     def attend(query, key, value):
         streams, heads, tokens, width = query.shape
@@ -66,7 +66,7 @@ def folded(attention, inputs):
 
 
 def two_matmuls(visible):
-    """Two products and a softmax in the dtype."""
+    """Two matmuls and a softmax in the dtype."""
 
     def attention(query, key, value):
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3))
@@ -78,7 +78,7 @@ def two_matmuls(visible):
 
 
 def expanded(attend, leaves, streams) -> Candidate:
-    """Keys and values repeated per stream; gradients of the copies are summed for the check only."""
+    """A candidate on keys and values repeated per stream; gradients of the copies are summed for the check only."""
     query, key, value = leaves
 
     def restore(results):
@@ -89,7 +89,7 @@ def expanded(attend, leaves, streams) -> Candidate:
 
 
 def eager(visible, streams, dtype):
-    """As transformers' eager_attention_forward: an additive mask, softmax in float32."""
+    """Attention like transformers' eager_attention_forward: an additive mask, softmax in float32."""
     mask = None if visible is None else torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype).repeat_interleave(streams, 0)
 
     def attend(query, key, value):
@@ -121,7 +121,7 @@ def flex(leaves, inputs, lengths) -> Candidate:
 
 
 def varlen(leaves, inputs, lengths, backward) -> Candidate:
-    """Inputs as sequences of M * t queries: ``seqused_k`` in inference, keys packed in training."""
+    """A candidate with inputs as sequences of M * t queries: ``seqused_k`` in inference, packed keys in training."""
     query, key, value = leaves
     if query.device.type != "cuda":
         raise ValueError("CUDA only")

@@ -31,7 +31,7 @@ def _attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, nee
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, query, key, value, out, lse, 0.0, False, scale=scale)
 
     dq, dk, dv = library(grad_out)
-    if grad_lse is not None:  # d lse / dS = P: its pull to the queries is an attention over the keys, its pull to the keys a value gradient
+    if grad_lse is not None:  # d lse / dS = P: its gradient for the queries is an attention with values K, its gradient for the keys a value gradient
         weight = scale * grad_lse[..., None].to(query.dtype)
         dq = dq + weight * _attend(query, key, key, scale, False)[0]
         dk = dk + library(weight * query)[2]
@@ -39,5 +39,5 @@ def _attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, nee
 
 
 def _rows_contiguous(*tensors):
-    """The library takes the last stride to be 1 without looking."""
+    """Makes the last stride 1, which the library assumes without a check."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -1,8 +1,8 @@
-"""GPU kernels: the rows of all streams of an input are folded into tiles, so its keys and values are read once for many streams.
+"""Launchers and default configs of the Triton kernels, which fold the rows of all streams of an input into tiles.
 
-Rows are addressed by one stride, as (streams, tokens, heads, D) in memory has it; a query or gradient that is laid out otherwise, and
-a key or value whose D is not contiguous, is copied first, as are lengths and indices of other strides than 1. Nothing waits for the
-device, and no launch depends on a value there.
+Many streams thus read the keys and values of their input once. Rows are addressed by one stride, as in a (streams, tokens, heads, D)
+layout. A query or gradient in another layout is copied first; so are a key or value whose D is not contiguous, and lengths or indices
+with a stride other than 1. No launch synchronizes with the device or depends on a value there.
 """
 
 from contextlib import nullcontext
@@ -25,15 +25,15 @@ except ModuleNotFoundError as error:
 
 __all__ = ["backward", "forward", "unavailable"]
 
-MAX_STRIDE = (1 << 31) // 128  # of rows and keys: offsets inside a tile are int32
+MAX_STRIDE = (1 << 31) // 128  # limit for rows and keys: offsets inside a tile are int32
 MAX_SPLITS = 64
 SPLIT_KEYS = 256  # a split of fewer keys costs more in the merge than it saves
-FMA_DEPTH = 16  # columns at a time where there are no tensor cores
-ROW_HEADS = 16  # (row, head) pairs to a program where nothing is multiplied
+FMA_DEPTH = 16  # columns at a time without tensor cores
+ROW_HEADS = 16  # (row, head) pairs per program in kernels without a matmul
 
 
 class Config(NamedTuple):
-    """Rows and keys to a block."""
+    """Rows and keys per block."""
 
     rows: int
     keys: int
@@ -42,9 +42,10 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """``forward`` in ascending order of rows: the first that holds the rows of a mean input is taken, else the last.
+    """The configs of one head width.
 
-    With ``apart`` the gradients of keys and of values are computed one after the other, since both do not fit in the registers.
+    ``forward`` is in ascending order of rows: the launcher takes the first that holds the rows of a mean input, else the last. With
+    ``apart`` the gradients of keys and of values are computed one after the other, since together they do not fit in registers.
     """
 
     forward: tuple[Config, ...]
@@ -53,9 +54,9 @@ class Configs(NamedTuple):
     apart: bool = False
 
 
-# (family, bytes of an element, BLOCK_D; 64 also for less). Every row is compiled without a GPU by
-# tests/test_kernel_report.py: no spills, tensor cores of the family, shared memory that fits. sm_80 also serves
-# the families that are not named, whose shared memory may be smaller: it stays below 99 KiB.
+# (family, bytes per element, BLOCK_D; 64 also for less). tests/test_kernel_report.py compiles every row without a GPU:
+# no spills, tensor cores of the family, shared memory that fits. sm_80 also serves the families without rows, whose
+# shared memory may be smaller: it stays below 99 KiB.
 C = Config
 CONFIGS = {
     ("sm_80", 2, 64): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 2), C(128, 64, 8, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)),
@@ -92,7 +93,7 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
     lse = token_major(streams, heads, tokens, like=query, dtype=torch.float32) if need_lse else None
     if not query.numel():
         return out, lse
-    if scale < 0:  # the kernel takes the greatest score before it scales
+    if scale < 0:  # the kernel takes the maximum score before it scales
         query, scale = -query, -scale
     query, key, value = _rows(query), _keys(key), _keys(value)
     key_lengths, encoder_index = contiguous(key_lengths, encoder_index)
@@ -166,7 +167,7 @@ def backward(
 
 
 def num_splits(programs: int, n: int, processors: int) -> int:
-    """Ranges of keys for each tile, so that two programs run on every processor."""
+    """Returns the number of key ranges per tile, so that every SM runs two programs."""
     return max(1, min(2 * processors // programs, n // SPLIT_KEYS, MAX_SPLITS))
 
 
@@ -184,7 +185,7 @@ def table_d(head_dim: int) -> int:
 
 @cache
 def launch_options(config: Config, family: str, size: int, head_dim: int) -> dict[str, int]:
-    """The constants and options of a kernel of blocks."""
+    """Returns the constants and options of a kernel with blocks of rows and keys."""
     depth = FMA_DEPTH if size == 4 and family.startswith("sm") else block_d(head_dim)
     blocks = {"D": head_dim, "BLOCK_D": block_d(head_dim), "BM": config.rows, "BN": config.keys, "BK": min(depth, block_d(head_dim))}
     return {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
@@ -197,13 +198,13 @@ def _tuned(kernel: str, config: Config, query: Tensor, *bucket: int) -> dict[str
 
 
 def row_options(head_dim: int) -> dict[str, int]:
-    """Those of the kernels that multiply nothing."""
+    """Returns the constants and options of the kernels without a matmul."""
     return {"D": head_dim, "BLOCK_D": block_d(head_dim), "BR": ROW_HEADS, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @cache
 def device_of(device: torch.device) -> tuple[str, int]:
-    """The family whose configurations fit, and the number of processors."""
+    """Returns the family whose configs fit the device, and its number of SMs."""
     if device.type == "cpu":
         return "sm_80", 4
     properties = torch.cuda.get_device_properties(device)
@@ -222,7 +223,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _row_strides(x: Tensor) -> tuple[int, int]:
-    """Of (stream, token) rows and of heads."""
+    """Returns the strides of (stream, token) rows and of heads."""
     return x.stride(0 if x.shape[2] == 1 else 2), x.stride(1)
 
 
@@ -231,7 +232,7 @@ def _keys(x: Tensor) -> Tensor:
 
 
 def _cu_streams(encoder_index: Tensor | None, inputs: int) -> Tensor | None:
-    """(b + 1,) where the streams of each input begin; None where every input has equally many."""
+    """Returns the first stream of each input, (b + 1,); None if every input has the same number of streams."""
     if encoder_index is None:
         return None
     return torch.searchsorted(encoder_index, torch.arange(inputs + 1, dtype=encoder_index.dtype, device=encoder_index.device), out_int32=True)

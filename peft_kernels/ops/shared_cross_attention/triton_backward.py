@@ -1,6 +1,6 @@
-"""Backward kernels. A program writes whole what it owns, so there are no atomics and repeats are bit-equal.
+"""Backward kernels. One program computes each element of a gradient completely, so there are no atomics and repeats are bit-equal.
 
-The formulas of reference.py, with the probabilities made again from lse:
+The formulas of reference.py, with the probabilities recomputed from lse:
     P = exp(scale Q K^T - lse),  dS = P (dO V^T - delta),  delta = rowsum(dO O) - dlse
     dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K
 """
@@ -17,7 +17,7 @@ def shared_cross_attention_bwd_delta_kernel(
     stride_gr, stride_gh, stride_or, stride_oh, stride_ln, stride_lh, stride_lt,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """``delta`` (rows, heads) in float32; ``grad_lse`` (N, heads, tokens) of any strides, or None."""
+    """Computes ``delta``, (rows, heads) in float32; ``grad_lse`` is (N, heads, tokens) with any strides, or None."""
     index = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     m_r = index < row_heads
     row, h = index // heads, index % heads
@@ -39,10 +39,10 @@ def shared_cross_attention_bwd_key_value_kernel(
     stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gr, stride_gh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (inputs * blocks of keys, heads): the gradients of one block of keys from all rows of its input's streams.
+    """Computes the gradients of one block of keys from all rows of its input's streams. Grid: (inputs * blocks of keys, heads).
 
     ``grad_k`` and ``grad_v`` are (inputs, n, heads, D); one that is None is not computed. Scores are transposed, keys by rows,
-    so that the block of keys is the tall side of every product.
+    so that the block of keys is the tall side of every matmul.
     """
     h, heads = tl.program_id(1), tl.num_programs(1)
     blocks = tl.cdiv(n, BN)
@@ -71,7 +71,7 @@ def shared_cross_attention_bwd_key_value_kernel(
         m_m = o_m < rows - done
         p_q, p_g = q + o_m * stride_qr, grad_out + o_m * stride_gr  # [BM]
         b_q = load_tile(p_q, m_m, 0, D, BLOCK_D, True)  # [BM, BLOCK_D]
-        b_lse = tl.load(lse + o_m * heads, mask=m_m, other=float("inf"))  # [BM], a row that is not there has P = 0
+        b_lse = tl.load(lse + o_m * heads, mask=m_m, other=float("inf"))  # [BM], a masked row gets P = 0
         b_s = dot_over_d(b_k, p_k, m_n, b_q, p_q, m_m, D, BLOCK_D, BK, True)  # [BN, BM]
         b_p = tl.exp2(b_s * qk_scale - (b_lse * LOG2E)[None, :])
         b_g = load_tile(p_g, m_m, 0, D, BLOCK_D, True)  # [BM, BLOCK_D]
@@ -90,7 +90,7 @@ def shared_cross_attention_bwd_key_value_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_grad = ((i.to(tl.int64) * n + start) * heads + h) * D + o_n[:, None] * (heads * D) + o_d[None, :]  # [BN, BLOCK_D]
     m_grad = (o_n < n - start)[:, None] & (o_d < D)[None, :]
-    # Padded keys were loaded as 0, which gives their rows some P; what they hold is thrown away here.
+    # Padded keys were loaded as 0, which gives their rows a nonzero P; these rows are replaced by 0 here.
     if grad_k is not None:
         tl.store(grad_k + o_grad, tl.where(m_n[:, None], b_grad_k * scale, 0.0).to(grad_k.dtype.element_ty), mask=m_grad)
     if grad_v is not None:
@@ -118,7 +118,7 @@ def shared_cross_attention_bwd_query_kernel(
     stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gr, stride_gh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows, heads). ``grad_q`` is (rows, heads, D)."""
+    """Computes the gradient of a tile of query rows. Grid: (tiles of rows, heads). ``grad_q`` is (rows, heads, D)."""
     h, heads = tl.program_id(1), tl.num_programs(1)
     i, row, rows = tile_of_rows(cu_streams, tokens, rows_per_input, inputs, tl.program_id(0), BM)
     if rows <= 0:

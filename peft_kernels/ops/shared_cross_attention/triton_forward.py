@@ -1,4 +1,4 @@
-"""Forward kernels: a tile of rows against a range of the input's keys, and the merge of several ranges."""
+"""Forward kernels: attention of a tile of rows over a range of the input's keys, and the merge of several ranges."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from .triton_tiles import LN2, LOG2E, dot_over_d, length_of_input, load_tile, ti
 def _attend_block(
     b_q, p_q, m_m, b_out, b_max, b_sum, p_k, p_v, m_n, qk_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr
 ):
-    """One block of keys in the online softmax, in base 2: exp2 is the hardware's exponential."""
+    """Adds one block of keys to the online softmax, in base 2: exp2 is the hardware's exponential."""
     b_k = load_tile(p_k, m_n, 0, D, BLOCK_D, MASKED)  # [BN, BLOCK_D]
     b_s = dot_over_d(b_q, p_q, m_m, b_k, p_k, m_n, D, BLOCK_D, BK, MASKED)  # [BM, BN]
     if MASKED:
@@ -18,7 +18,7 @@ def _attend_block(
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)  # [BM]
     b_p = tl.exp2(b_s * qk_scale - b_new[:, None])
     if MASKED:
-        b_p = tl.where(m_n[None, :], b_p, 0.0)  # again: with scale 0 a masked score is not -inf any more
+        b_p = tl.where(m_n[None, :], b_p, 0.0)  # masked again: with scale 0 a masked score is not -inf any more
     b_alpha = tl.exp2(b_max - b_new)
     b_v = load_tile(p_v, m_n, 0, D, BLOCK_D, MASKED)  # [BN, BLOCK_D]
     b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_alpha[:, None], input_precision="ieee")  # [BM, BLOCK_D]
@@ -32,13 +32,16 @@ def shared_cross_attention_fwd_kernel(
     stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows, heads, splits). ``out`` is (splits, rows, heads, D), ``lse`` (splits, rows, heads) or None."""
+    """Attends from a tile of rows to one split of the keys. Grid: (tiles of rows, heads, splits).
+
+    ``out`` is (splits, rows, heads, D), ``lse`` (splits, rows, heads) or None.
+    """
     h, split = tl.program_id(1), tl.program_id(2)
     heads, splits = tl.num_programs(1), tl.num_programs(2)
     i, row, rows = tile_of_rows(cu_streams, tokens, rows_per_input, inputs, tl.program_id(0), BM)
     if rows <= 0:
         return
-    # The blocks the input really has are shared out evenly, whatever the longest input is.
+    # The input's own blocks are divided evenly over the splits, independent of the longest input.
     length = length_of_input(key_lengths, n, i)
     blocks = tl.cdiv(length, BN)
     begin = blocks * split // splits * BN
@@ -46,7 +49,7 @@ def shared_cross_attention_fwd_kernel(
 
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     m_m = o_m < rows
-    p_q = q + row * stride_qr + h.to(tl.int64) * stride_qh + o_m * stride_qr  # [BM], one pointer to a row
+    p_q = q + row * stride_qr + h.to(tl.int64) * stride_qh + o_m * stride_qr  # [BM], one pointer per row
     b_q = load_tile(p_q, m_m, 0, D, BLOCK_D, True)  # [BM, BLOCK_D]
     k += i.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh + begin.to(tl.int64) * stride_kn
     v += i.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh + begin.to(tl.int64) * stride_vn
@@ -56,7 +59,7 @@ def shared_cross_attention_fwd_kernel(
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_out = tl.zeros([BM, BLOCK_D], tl.float32)
-    # Many rows are bound by arithmetic: only the last block pays for masks, in a loop of its own. Few rows are bound by loads.
+    # Tiles of many rows are compute-bound: only the last block pays for masks, in a loop of its own. Tiles of few rows are memory-bound.
     MASK_ALL: tl.constexpr = BM < 64 or BK < BLOCK_D
     whole = begin if MASK_ALL else begin + (end - begin) // BN * BN
     if not MASK_ALL:
@@ -86,7 +89,7 @@ def shared_cross_attention_fwd_kernel(
 def shared_cross_attention_fwd_merge_kernel(
     partial_out, partial_lse, out, lse, row_heads, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr
 ):
-    """Weigh the splits' (splits, row_heads, D) outputs by their shares of the softmax. A split without keys has lse -inf."""
+    """Combines the outputs of the splits, (splits, row_heads, D), weighted by their shares of the softmax. A split without keys has lse -inf."""
     first = tl.program_id(0).to(tl.int64) * BR
     o_r, o_d = tl.arange(0, BR), tl.arange(0, BLOCK_D)
     m_r = o_r < row_heads - first

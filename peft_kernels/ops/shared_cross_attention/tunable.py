@@ -1,4 +1,4 @@
-"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+"""The configs that `peft-kernels tune` searches, and the calls in which it times them."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ KERNELS = {
 
 
 def targets(setting: Setting):
-    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     dtype, device, sizes = setting
     family, _ = triton.device_of(device)
     size = dtype.itemsize
@@ -27,7 +27,7 @@ def targets(setting: Setting):
             return triton.launch_options(config, family, size, head_dim)
 
         for config in configs.forward:
-            rows = config.rows * (4 if config is configs.forward[-1] else 1)  # the last is taken for all that are more
+            rows = config.rows * (4 if config is configs.forward[-1] else 1)  # the last config also serves all larger row counts
             yield "forward", (*key, config.rows), shipped(config), partial(_attention_forward, head_dim=head_dim, rows=rows)
         grad = partial(_attention_backward, head_dim=head_dim)
         yield "query_grad", key, shipped(configs.query_grad), partial(grad, needs=(True, False, False))
@@ -35,7 +35,7 @@ def targets(setting: Setting):
 
 
 def _attention_inputs(setting, head_dim, rows):
-    """One token to a stream. In memory (streams, tokens, heads, D), as projections leave it."""
+    """Draws query, key, value and gradient with one token per stream, laid out as (streams, tokens, heads, D), as projections produce them."""
     random, sizes = RandomInputs.of(setting), setting.sizes
     heads = max(1, sizes.width // head_dim)
     query, grad = (random.normal(sizes.documents * rows, 1, heads, head_dim).transpose(1, 2) for _ in range(2))

@@ -18,7 +18,7 @@ KERNELS = {
 
 
 def variants():
-    """Every row of the table, and D 80 in the row of 128."""
+    """Yields every row of the table, and D = 80 with the row of 128."""
     for (architecture, size, block_d), configs in implementation.CONFIGS.items():
         for d in (80, 128) if (size, block_d) == (2, 128) else (block_d,):
             dtype = "fp32" if size == 4 else "fp16" if d == 80 else "bf16"
@@ -33,8 +33,8 @@ def variants():
 def products(architecture, kernel, dtype, d, config):
     types = types_of(dtype)
     if kernel == "attend":
-        types["out"] = "*fp32" if config.rows <= 32 else types["out"]  # few rows: the keys are split
-    tall = config.rows if kernel == "attend" else 64  # scores are transposed where the block of rows is short
+        types["out"] = "*fp32" if config.rows <= 32 else types["out"]  # with few rows the keys are split
+    tall = config.rows if kernel == "attend" else 64  # scores are transposed if the block of rows is short
     types |= {"key_grad": {"grad_v": None}, "value_grad": {"grad_k": None}}.get(kernel, {})
     options = implementation.launch_options(config, architecture, 4 if dtype == "fp32" else 2, d)
     return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel], options, types, Expected(matrix_unit(architecture, dtype == "fp32", tall)))
