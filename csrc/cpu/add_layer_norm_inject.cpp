@@ -46,7 +46,7 @@ void for_tokens(int64_t tokens, int64_t scratch, const F& f) {
   for_each_task(tasks, [&](int64_t begin, const int64_t*) { f(begin, std::min(begin + kNormTokens, tokens), norm_scratch.at_least(scratch)); });
 }
 
-// What is not asked for has no element.
+// Returns the result, sum, mean and rstd; one that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& vectors,
     const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids, double eps, bool rms, bool pre, double dropout_p,
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {out, sum, mean, rstd};
 }
 
-// The gradient of x, and with slots, of what was injected before the norm: (B, k, d), 0 where nothing was.
+// Returns the gradient of x and, with slots, the gradient of the vectors injected before the norm: (B, k, d), 0 for unused slots.
 std::tuple<Tensor, Tensor> backward(
     const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& sum, const std::optional<Tensor>& mean, const Tensor& rstd,
     const Tensor& weight, const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids, int64_t adapters) {

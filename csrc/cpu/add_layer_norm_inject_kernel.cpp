@@ -1,7 +1,6 @@
 // Rows of the norm and of its gradient, compiled once per instruction set with -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// A row is read from memory once and written once; between that it lies in the nearest cache, in float32, filled up with zeros to
-// whole vectors.
+// A row is read from memory once and written once; in between it stays in L1, in float32, padded with zeros to whole vectors.
 
 #include "add_layer_norm_inject.h"
 #include "injection_kernel.h"
@@ -11,7 +10,7 @@
 
 namespace {
 
-constexpr int kSums = 4;  // of a reduction, side by side: one would wait for itself
+constexpr int kSums = 4;  // independent sums per reduction, which hide the latency of an addition
 using Sums = Float<kWidth>[kSums];
 
 inline float total_of(const Sums& sums) {
@@ -23,11 +22,11 @@ inline float total_of(const Sums& sums) {
   return lanes[0];
 }
 
-// The columns [at, at + kWidth) of a row, or those that there are.
+// The columns [at, at + kWidth) of a row, clipped at its end.
 template <bool FULL>
 struct Columns {
   int64_t at, width;
-  int sum;  // of kSums
+  int sum;  // index among kSums
 
   template <class Element>
   Float<kWidth> load(const Element* row) const {  // 0 past the end
@@ -66,7 +65,7 @@ const Element* row_of(const NormRows& rows, int64_t token, int64_t length) {
   return static_cast<const Element*>(rows.data) + token / length * rows.batch_stride + token % length * rows.token_stride;
 }
 
-// `total` has room for whole vectors. The row after it is fetched meanwhile: one is too short to hide the memory behind.
+// `total` has room for whole vectors. The next row is prefetched meanwhile, since one row is too short to hide the memory latency.
 template <class Element>
 void forward_row(const NormForward& f, int64_t token, int64_t next, float* total) {
   const int64_t width = f.width, slot = f.slot_of ? f.slot_of[token] : -1;

@@ -1,4 +1,4 @@
-// Products of bfloat16 by AMX, whose registers are tiles of 16 rows by 16 lanes; a lane holds two neighbouring elements (simd.h).
+// bfloat16 matmuls with AMX, whose registers are tiles of 16 rows by 16 lanes; a lane holds two adjacent elements (simd.h).
 
 #pragma once
 
@@ -51,13 +51,13 @@ __attribute__((target("amx-tile,amx-bf16"))) void amx_tile(Packed weights, Packe
   if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, corner, out_bytes);
 }
 
-// out[row][d] = sum over lanes of weights[row][lane] * values[lane][d], added to what is there if `add`. Whole tiles are read and written:
-// lanes, rows and columns count in multiples of 16.
+// out[row][d] = sum over lanes of weights[row][lane] * values[lane][d]; with `add`, the sum is added to out. Whole tiles are read and
+// written: lanes, rows and columns are multiples of 16.
 __attribute__((target("amx-tile,amx-bf16"), noinline)) void amx_products(
     Packed weights, Packed values, int64_t lanes, bool add, float* out, int64_t rows, int64_t columns, int64_t out_stride) {
   const AmxConfig config;
   _tile_loadconfig(&config);
-  asm volatile("" ::: "memory");  // gcc does not know that a tile's load reads memory
+  asm volatile("" ::: "memory");  // gcc does not know that a tile load reads memory
   for (int64_t c = 0; c < columns; c += 2 * kAmxTile) {
     const bool two_columns = columns - c > kAmxTile;
     const Packed part{values.data + c, values.stride};

@@ -13,7 +13,7 @@ struct Part {
   int64_t tensor;
 };
 
-// One int64 for each contiguous tensor: of its bytes in order, whatever the number of threads.
+// Returns one int64 per contiguous tensor: the checksum of its bytes in order, independent of the number of threads.
 Tensor checksums(const std::vector<Tensor>& tensors) {
   std::vector<Part> parts;
   for (size_t i = 0; i < tensors.size(); ++i) {

@@ -8,9 +8,9 @@
 namespace {
 
 thread_local Buffer update_scratch;
-thread_local Buffer low_rank_partials;  // of the calling thread, written by all
+thread_local Buffer low_rank_partials;  // the calling thread's buffer, written by all
 
-// The rows of the batch, those of one adapter side by side, before them those of none (-1).
+// The rows of the batch grouped by adapter; rows without one (-1) come first.
 struct Groups {
   std::vector<int64_t> rows, first;
 
@@ -114,7 +114,7 @@ Tensor forward(
   e.out = out.mutable_data_ptr();
   struct Task {
     EmbeddingTask tokens;
-    int64_t row;  // whose prompt it is, or -1
+    int64_t row;  // the row whose prompt the task writes, or -1
   };
   std::vector<Task> tasks;
   for (int64_t adapter = -1; adapter < adapters; ++adapter) {
@@ -124,7 +124,7 @@ Tensor forward(
     for_parts(0, e.length, [&](int64_t begin, int64_t end) { tasks.push_back({{adapter, rows, count, begin, end}, -1}); });
     for (const int64_t* row = rows; row != rows + count; ++row) {
       tasks.push_back({{adapter, row, 1, 0, 0}, *row});
-      if (adapter >= 0) {  // what stands before the offset
+      if (adapter >= 0) {  // the tokens before the offset
         for_parts(0, shifts[*row], [&](int64_t begin, int64_t end) { tasks.push_back({{-1, row, 1, begin, end}, -1}); });
       }
     }
@@ -155,7 +155,7 @@ void low_rank_backward(
     l.b = parameter(*b, {adapters, g.width, l.lanes}, "b");
     l.grad_a = static_cast<float*>(grad_a.mutable_data_ptr());
   }
-  // Positions are divided only where there are fewer adapters than threads want.
+  // Positions are split only if there are too few adapters for the threads.
   int64_t used = 0;
   for (int64_t adapter = 0; adapter < adapters; ++adapter) used += groups.count(adapter) > 0;
   const int64_t wanted = (2 * torch::stable::get_num_threads() + used) / std::max<int64_t>(used, 1);
@@ -183,7 +183,7 @@ void low_rank_backward(
   });
 }
 
-// A gradient that is not wanted has no element. With a, (K, s, r), comes b's gradient; with b, transposed as (K, d, r filled up), a's.
+// A gradient that is not needed is empty. b's gradient needs a, (K, s, r); a's gradient needs b, transposed as (K, d, r padded).
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions, int64_t rank, const std::optional<Tensor>& a,
     const std::optional<Tensor>& b, double scale, const std::optional<Tensor>& offsets, bool insert_after_first,

@@ -1,4 +1,4 @@
-// What the operator hands to a kernel: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per instruction set.
 
 #pragma once
 
@@ -6,19 +6,19 @@
 
 #include "storage.h"
 
-// One forward call. Everything is contiguous but the rows of the table.
+// One forward call. Everything is contiguous except the table, whose rows may be apart.
 struct Embedding {
   const int64_t* ids;  // (batch, length)
   const void* weight;  // rows weight_stride elements apart
   int64_t weight_stride;
   const float* prompt;  // (adapters, virtual_tokens, width)
   const float* a;       // (adapters, positions, rank), or null
-  const float* b;       // (adapters, rank, columns), width filled up with 0 to a multiple of kColumnMultiple
+  const float* b;       // (adapters, rank, columns), width padded with 0 to a multiple of kColumnMultiple
   const float* delta;   // (adapters, positions, width), or null
   const int64_t* offsets;  // (batch)
   void* out;               // (batch, virtual_tokens + length, width)
   int64_t length, virtual_tokens, width, columns, positions, rank;
-  int64_t first;  // tokens that stand before the prompt
+  int64_t first;  // tokens before the prompt
   float scale, embed_scale;
   Storage storage;
 };
@@ -26,14 +26,14 @@ struct Embedding {
 constexpr int64_t kColumnMultiple = 16;
 constexpr int64_t kMaxRank = 512;
 
-// Positions [begin, end) of one adapter in all its rows; or, with adapter -1, tokens [begin, end) of those rows without an update.
+// Positions [begin, end) of one adapter in all its rows; or, with adapter -1, tokens [begin, end) of the rows, without an update.
 struct EmbeddingTask {
   int64_t adapter;
   const int64_t* rows;
   int64_t row_count, begin, end;
 };
 
-// One backward call: sums over the batch of the rows of a gradient.
+// One backward call: sums of gradient rows over the batch.
 struct GradientRows {
   const void* grad;  // rows of width elements, strides in elements
   int64_t batch_stride, column_stride;
@@ -52,17 +52,17 @@ struct GradientTask {
   int64_t row_count, begin, end;
 };
 
-// One backward call's low-rank side: gradients of a and b without that of the update in memory.
+// The low-rank part of a backward call: gradients of a and b without the gradient of the update in memory.
 struct LowRank {
-  const float* a;  // (adapters, positions, rank), or null where b gets no gradient
-  const float* b;  // (adapters, width, lanes), transposed, rank filled up with 0 to a multiple of kColumnMultiple; or null where a gets none
+  const float* a;  // (adapters, positions, rank), or null if b gets no gradient
+  const float* b;  // (adapters, width, lanes), transposed, rank padded with 0 to a multiple of kColumnMultiple; or null if a gets no gradient
   float* grad_a;   // (adapters, positions, rank)
   int64_t rank, lanes;
-  int64_t columns;  // width filled up likewise
+  int64_t columns;  // width, padded likewise
   float scale;
 };
 
-// Positions [begin, end) of one adapter over all its rows: their share of b's gradient goes to `partial`, (rank, columns), unscaled.
+// Positions [begin, end) of one adapter over all its rows: their contribution to b's gradient goes to `partial`, (rank, columns), unscaled.
 struct LowRankTask {
   int64_t adapter;
   const int64_t* rows;
@@ -81,7 +81,7 @@ struct EmbeddingKernels {
 };
 
 constexpr int64_t kTaskPositions = 12;
-constexpr int64_t kLowRankPositions = 24;  // summed at a time
+constexpr int64_t kLowRankPositions = 24;  // positions summed at a time
 
 extern const EmbeddingKernels kEmbeddingKernelsDefault;
 extern const EmbeddingKernels kEmbeddingKernelsAVX2;

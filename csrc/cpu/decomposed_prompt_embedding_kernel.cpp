@@ -1,19 +1,19 @@
 // Rows of the result and sums of its gradient, compiled once per instruction set with -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// A task takes a few positions of one adapter: their rows of scale * a @ b are computed once, into the nearest cache, and added to the
-// table's rows of every batch row that has the adapter. Nothing but the result is written to memory.
+// A task takes a few positions of one adapter: it computes their rows of scale * a @ b once, into L1, and adds them to the table's rows
+// of every batch row that has the adapter. Only the result is written to memory.
 
 #include "decomposed_prompt_embedding.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int64_t kBlockColumns = 1024;  // of the update at a time: kTaskPositions rows of them lie in the nearest cache
+constexpr int64_t kBlockColumns = 1024;  // columns of the update at a time: kTaskPositions rows of them fit in L1
 static_assert(kColumnMultiple % kWidth == 0 && kBlockColumns % kColumnMultiple == 0);
 
-constexpr int kAhead = 3;  // rows of the table to fetch ahead: they lie anywhere, and one is too short to hide the memory behind
+constexpr int kAhead = 3;  // rows of the table to prefetch: their addresses are random, and one row is too short to hide the memory latency
 
-// to = factor * row + update (or without update), while `ahead` is fetched.
+// to = factor * row + update (or without update), while `ahead` is prefetched.
 template <bool UPDATED, class Element>
 void write_row(const Element* row, const Element* ahead, float factor, const float* update, int64_t count, Element* __restrict to) {
   constexpr int64_t line = 64 / sizeof(Element);
@@ -38,7 +38,7 @@ const Element* table_row(const Embedding& e, int64_t row, int64_t token) {
   return static_cast<const Element*>(e.weight) + e.ids[row * e.length + token] * e.weight_stride;
 }
 
-// scale * a @ b for some positions and `count` columns, filled up to `stride`; the table's rows of the first batch row are fetched meanwhile.
+// scale * a @ b for a task's positions and `stride` columns; the table's rows of the first batch row are prefetched meanwhile.
 template <class Element>
 void low_rank_update(const Embedding& e, const EmbeddingTask& task, int64_t column, int64_t stride, float* update) {
   constexpr int64_t step = kTileVectors * kWidth;
@@ -56,7 +56,7 @@ void low_rank_update(const Embedding& e, const EmbeddingTask& task, int64_t colu
   for (int64_t i = 0; i < positions * stride; ++i) update[i] *= e.scale;
 }
 
-// The result of some positions and columns of one row, its update straight from the registers: products and memory overlap.
+// The result at some positions and columns of one row, with the update taken from registers: the matmul overlaps with memory accesses.
 template <class Element, int ROWS, int VECTORS>
 void row_tile(const Embedding& e, const EmbeddingTask& task, int64_t position, int64_t column) {
   const int64_t row = task.rows[0], token = position + e.offsets[row];
@@ -87,7 +87,7 @@ constexpr RowTile<Element> kRowTiles[kTileRows] = {
     row_tile<Element, 4, VECTORS>, row_tile<Element, 5, VECTORS>, row_tile<Element, 6, VECTORS>,
 };
 
-// All of a task of one row; its width is a multiple of kWidth.
+// A whole task of one row, if the width is a multiple of kWidth.
 template <class Element>
 void row_of(const Embedding& e, const EmbeddingTask& task) {
   const int64_t end = least(task.end, e.length - e.offsets[task.rows[0]]);
@@ -172,9 +172,9 @@ void sum_of(const GradientRows& g, const GradientTask& task) {
   }
 }
 
-constexpr int64_t kSumColumns = 256;  // of a gradient at a time: kLowRankPositions rows of them lie in the nearest cache
+constexpr int64_t kSumColumns = 256;  // columns of a gradient at a time: kLowRankPositions rows of them fit in L1
 
-// sums[p][d] over the batch for `count` columns, the rest up to `columns` 0; whether any row took part.
+// sums[p][d] over the batch for `count` columns, and 0 for the rest up to `columns`; returns whether any row contributed.
 template <class Element>
 bool sum_block(const GradientRows& g, const LowRankTask& task, int64_t begin, int64_t end, int64_t column, int64_t count, int64_t columns, float* sums) {
   bool any = false;
@@ -193,8 +193,8 @@ bool sum_block(const GradientRows& g, const LowRankTask& task, int64_t begin, in
   return any;
 }
 
-// The update's gradient exists a block at a time: kLowRankPositions rows, kSumColumns columns. What it gives to a is kept until all
-// columns are through, what it gives to b is added up in `partial`.
+// The update's gradient exists one block at a time: kLowRankPositions rows, kSumColumns columns. Its contribution to a's gradient is kept
+// until all columns are done, and its contribution to b's gradient is added to `partial`.
 template <class Element>
 void low_rank_of(const GradientRows& g, const LowRank& l, const LowRankTask& task, float* scratch) {
   float* const sums = scratch;

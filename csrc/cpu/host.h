@@ -1,4 +1,4 @@
-// What the native CPU operators share: the choice of the kernel for this processor, memory, threads, tensors.
+// Shared code of the native CPU operators: selection of the kernel for this CPU, memory, threads, tensors.
 
 #pragma once
 
@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 
 enum Capability { kDefault, kAVX2, kAVX512, kAVX512BF16 };
 
-// PEFT_KERNELS_CPU_CAPABILITY=default, avx2, avx512 or avx512bf16 takes a lesser one, for tests.
+// PEFT_KERNELS_CPU_CAPABILITY=default, avx2, avx512 or avx512bf16 selects a lower one, for tests.
 Capability find_capability() {
   const char* wanted = std::getenv("PEFT_KERNELS_CPU_CAPABILITY");
   [[maybe_unused]] const auto may = [&](std::string_view name) { return !wanted || name == wanted; };
@@ -37,7 +37,7 @@ Capability find_capability() {
   return kDefault;
 }
 
-// Of kernels compiled once per instruction set (setup.py), those for this processor.
+// Selects, among kernels compiled once per instruction set (setup.py), those for this CPU.
 #ifdef HAVE_X86_KERNELS
 #define KERNELS_FOR_THIS_CPU(name) choose_kernels({&name##Default, &name##AVX2, &name##AVX512, &name##AVX512BF16})
 #else
@@ -50,7 +50,7 @@ const Kernels& choose_kernels(std::initializer_list<const Kernels*> by_capabilit
   return *by_capability.begin()[capability];
 }
 
-// Memory kept between calls: pages fresh from the system would cost a decode step a tenth of its time.
+// Memory kept between calls: page faults of fresh memory would cost a decode step a tenth of its time.
 class Buffer {
  public:
   float* at_least(int64_t floats) {
@@ -85,7 +85,7 @@ inline std::vector<int64_t> to_vector(const Tensor& x, int64_t count, const char
   return values;
 }
 
-// An uninitialised tensor in memory (batch, tokens, heads, ...).
+// Returns an uninitialised tensor laid out in memory as (batch, tokens, heads, ...).
 inline Tensor token_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
   const int64_t width = sizes.size() == 4 ? sizes[3] : 1;
   const int64_t strides[] = {sizes[1] * sizes[2] * width, width, sizes[1] * width, 1};
@@ -101,8 +101,8 @@ inline void copy_strides(const Tensor& x, int64_t* strides) {
   std::copy(from.begin(), from.end(), strides);
 }
 
-// f(task, the task that this thread is likely to take next, or null). Every thread takes the next task when it is done with one:
-// inputs differ in length. Who computes a task does not change it.
+// Calls f(task, the task that this thread is likely to take next, or null). Every thread takes the next task when it finishes one,
+// because inputs differ in length. The result of a task does not depend on the thread.
 template <class Task, class F>
 void for_each_task(const std::vector<Task>& tasks, const F& f) {
   const int64_t count = tasks.size(), threads = torch::stable::get_num_threads();

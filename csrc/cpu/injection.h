@@ -1,4 +1,4 @@
-// Vectors added to special tokens: what the operators hand to their kernels.
+// Vectors added to special tokens, as the operators pass them to their kernels.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// An Injection from tensors.
+// Conversion of tensors to an Injection.
 
 #pragma once
 
@@ -9,12 +9,12 @@
 
 namespace {
 
-// What Injection points into.
+// The memory that an Injection points into.
 struct Slots {
   std::vector<int64_t> positions, adapters;
 };
 
-// (batch, columns) int32 or int64
+// Returns a (batch, columns) matrix of int32 or int64 as int64.
 inline std::vector<int64_t> to_matrix(const Tensor& x, int64_t batch, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(0) == batch, name, " must be a CPU tensor of ", batch, " rows");
   const bool is_long = x.scalar_type() == ScalarType::Long;
@@ -28,7 +28,7 @@ inline std::vector<int64_t> to_matrix(const Tensor& x, int64_t batch, const char
   return values;
 }
 
-// `adapters` and `count` are those of the vectors, (adapters, count, width).
+// `adapters`, `count` and `width` are the sizes of the vectors.
 inline Injection make_injection(
     const Tensor& slots, const std::optional<Tensor>& adapter_ids, double dropout_p, const std::optional<Tensor>& seed, int64_t batch, int64_t length,
     int64_t adapters, int64_t count, int64_t width, Slots& storage) {

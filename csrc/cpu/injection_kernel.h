@@ -21,7 +21,7 @@ inline uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
   return c0;
 }
 
-// sums[d] += x(d), as dropout leaves it
+// sums[d] += x(d) after dropout
 template <class X>
 void add_kept(const Injection& injection, int64_t row, int64_t slot, int64_t begin, int64_t end, const X& x, float* __restrict sums) {
   if (injection.threshold == 0) {

@@ -1,4 +1,4 @@
-// What is between the small products of label_cross_attention on the CPU, forward and backward: checks and division into tasks.
+// The part of label_cross_attention between its small matmuls, on the CPU, forward and backward: checks and division into tasks.
 
 #include "host.h"
 #include "label_cross_attention.h"
@@ -14,10 +14,10 @@
 
 namespace {
 
-thread_local Buffer label_scratch;    // of every thread
-thread_local Buffer packed_of_row;    // of every thread
-thread_local Buffer packed_of_call;   // of the calling thread, read by all
-thread_local Buffer sums_of_groups;   // of the calling thread, written by all
+thread_local Buffer label_scratch;    // used by every thread
+thread_local Buffer packed_of_row;    // used by every thread
+thread_local Buffer packed_of_call;   // the calling thread's buffer, read by all
+thread_local Buffer sums_of_groups;   // the calling thread's buffer, written by all
 
 Storage storage_of(const Tensor& x, const char* name) {
   const bool fits = x.is_cpu() && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16);
@@ -25,7 +25,7 @@ Storage storage_of(const Tensor& x, const char* name) {
   return x.scalar_type() == ScalarType::Float ? Storage::float32 : Storage::bfloat16;
 }
 
-// Linux lends AMX's registers to a process that asks for them.
+// Requests permission for AMX's registers, which Linux grants per process.
 bool get_amx() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr int kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -38,11 +38,11 @@ bool get_amx() {
 #endif
 }
 
-// A call's sizes, its rows and where each row's weights begin.
+// A call's sizes, its rows, and the first token of each row's weights.
 struct Problem {
   LabelAttention attention;
   std::vector<LabelRow> rows;
-  std::vector<int64_t> first_token, tokens;  // of every row, padding included
+  std::vector<int64_t> first_token, tokens;  // per row, padding included
   int64_t longest = 0;
 
   int64_t queries() const { return attention.heads * attention.slots; }
@@ -81,7 +81,8 @@ Problem check(
   return p;
 }
 
-// pooled (heads, B, slots, d) as the queries are; weights (B, n, heads * slots) or (total, heads * slots), float32, without keep of no element.
+// Returns pooled (heads, B, slots, d) in the queries' dtype, and weights (B, n, heads * slots) or (total, heads * slots), float32, empty
+// without keep.
 std::tuple<Tensor, Tensor> forward(
     const Tensor& queries, const Tensor& features, const std::optional<Tensor>& lengths, const std::optional<Tensor>& offsets, double scale,
     bool keep) {
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor> forward(
   return {pooled, weights};
 }
 
-// Rows whose gradients are added up by one task, in order: [begin, end), of about equal numbers of tokens.
+// Rows [begin, end) whose gradients one task adds up, in order. Groups have about equal numbers of tokens.
 struct Group {
   int64_t begin, end;
   float* sums;
@@ -140,7 +141,7 @@ std::vector<Group> groups_of(const Problem& p, bool shared) {
   return groups;
 }
 
-// The gradient of the queries: (heads, B, slots, d), or their sum (heads, 1, slots, d) where the rows share them; float32.
+// Returns the gradient of the queries in float32: (heads, B, slots, d), or its sum (heads, 1, slots, d) if the rows share the queries.
 Tensor backward(
     const Tensor& grad_pooled, const Tensor& features, const Tensor& weights, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& offsets, double scale, bool shared) {

@@ -1,9 +1,9 @@
 // The attention of a few dozen queries over the features of one row of the batch, compiled once per instruction set with
 // -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// Scores lie as [token][query]: queries are the vector dimension, each element of a feature is broadcast, so features are read as they
-// lie in memory and the softmax has no sum across lanes. What is pooled has the features' width as vector dimension.
-// Long sums are taken in parts: the rounding errors of one long chain would be larger than PyTorch's.
+// Scores are laid out as [token][query]: queries are the vector dimension and each element of a feature is broadcast, so features are read
+// in their memory layout and the softmax has no sum across lanes. Pooling has the features' width as vector dimension.
+// Long sums are computed in parts: the rounding errors of one long chain would be larger than PyTorch's.
 
 #include <math.h>  // not <cmath>: its inline functions would be shared between instruction sets
 
@@ -13,14 +13,14 @@
 
 namespace {
 
-constexpr int64_t kStreams = 2 * kAmxTile;             // tokens read side by side: as many as the hardware fetches ahead
-constexpr int64_t kTokens = 128;                       // pooled at a time
-constexpr int64_t kSumLanes = 128;                     // of a part of a score's sum
-constexpr int64_t kPanel = kTileVectors * kWidth;      // columns pooled at a time: those of kTokens features are in the nearest cache
+constexpr int64_t kStreams = 2 * kAmxTile;             // tokens read in parallel, each a prefetch stream of the hardware
+constexpr int64_t kTokens = 128;                       // tokens pooled at a time
+constexpr int64_t kSumLanes = 128;                     // lanes per part of a score's sum
+constexpr int64_t kPanel = kTileVectors * kWidth;      // columns pooled at a time: those of kTokens features fit in L1
 
-// x[i][j] becomes x[j][i].
+// Transposes x: x[i][j] becomes x[j][i].
 inline void transpose(Float<kWidth>* x) {
-  Bits<kWidth> low, high;  // which lanes of (a, b) side by side
+  Bits<kWidth> low, high;  // lane indices into the concatenation of two vectors
   for (int i = 0; i < kWidth; ++i) {
     low[i] = i / 2 + (i % 2) * kWidth;
     high[i] = low[i] + kWidth / 2;
@@ -42,7 +42,7 @@ inline void transpose(Float<kWidth>* x) {
   }
 }
 
-// One lane of a row of `width` elements; what lies beyond the last is 0.
+// One lane of a row of `width` elements; elements past the last are 0.
 template <class Lanes, class Element>
 float lane_of(const Element* row, int64_t lane, int64_t width) {
   if constexpr (Lanes::kElements == 1) {
@@ -80,7 +80,7 @@ struct Scratch {
   }
 };
 
-// Element: of the features. Query: of queries and what they pool. Lanes: how sums over both are taken.
+// Element: type of the features. Query: type of queries and pooled features. Lanes: how sums over both are computed.
 template <class Element, class Query, class Lanes>
 class Attend {
  public:
@@ -160,7 +160,7 @@ class Attend {
 
   const Element* feature(const LabelRow& row, int64_t token) const { return static_cast<const Element*>(row.features) + token * row.token_stride; }
 
-  // `count` features as lanes along their width; not copied where they lie so.
+  // `count` features as lanes along their width; not copied if memory already has that layout.
   Packed rows_of(const LabelRow& row, int64_t token, int64_t count, float* to) const {
     constexpr bool same_lanes = sizeof(Element) * Lanes::kElements == sizeof(float);
     const bool whole = !a.amx || count % kAmxTile == 0;  // AMX reads whole tiles
@@ -176,7 +176,7 @@ class Attend {
     return {to, lanes};
   }
 
-  // out[token][query], the sums over the width.
+  // out[token][query] = sums over the width.
   void products(const LabelRow& row, const float* packed, float* out, const Scratch& scratch) const {
     for (int64_t token = 0; token < row.length; token += kStreams) {
       const int64_t count = least(kStreams, row.length - token);
@@ -195,7 +195,7 @@ class Attend {
     }
   }
 
-  // Over the tokens.
+  // Softmax over the tokens, in place.
   void softmax(float* scores, int64_t length) const {
     for (int64_t q = 0; q < padded; q += kWidth) {
       float* column = scores + q;
@@ -211,7 +211,7 @@ class Attend {
     }
   }
 
-  // Rows of weights as lanes across them, in place; for AMX with the lanes inner.
+  // Packs the weights of two tokens into each lane, in place; for AMX, transposed so that lanes are contiguous.
   void pair(const LabelRow& row, const Scratch& scratch) const {
     if constexpr (Lanes::kElements == 2) {
       float* weights = scratch.scores;
@@ -234,10 +234,10 @@ class Attend {
     }
   }
 
-  // Of a query's weights as AMX takes them.
+  // Lanes of a query's weights, padded to whole AMX tiles.
   int64_t lanes_of_row(const LabelRow& row) const { return round_up(lanes_of<Lanes>(row.length), kAmxTile); }
 
-  // sums[query][column] of weights (lane, query) and columns of the features; `fresh`: not added to what is there.
+  // sums[query][column] += weights (lane, query) times columns of the features; with `fresh`, sums are overwritten.
   void pool(
       const LabelRow& row, const float* weights, int64_t column, int64_t count, float* sums, int64_t stride, bool fresh, const Scratch& scratch) const {
     for (int64_t token = 0; token < row.length; token += kTokens) {
@@ -262,7 +262,7 @@ class Attend {
     if (fresh && row.length == 0) std::memset(sums, 0, queries * stride * sizeof(float));
   }
 
-  // `given` elements of a row, or pairs with those of the `next` (null after the last), filled up to `count` with 0.
+  // `given` elements of a row, or their pairs with those of `next` (null after the last row), padded with 0 to `count`.
   static void pack_columns(const Element* row, const Element* next, int64_t given, int64_t count, float* to) {
     int64_t i = 0;
     if constexpr (Lanes::kElements == 1) {

@@ -8,13 +8,13 @@
 
 namespace {
 
-constexpr int64_t kTaskWork = 1 << 19;  // multiplications that are worth waking a thread
+constexpr int64_t kTaskWork = 1 << 19;  // multiplications per task that are worth waking a thread
 
 struct Texts {
   int64_t begin, end;
 };
 
-// f(begin, end) of a few texts.
+// Calls f(begin, end) in parallel, each for a few texts.
 template <class F>
 void for_texts(int64_t batch, int64_t work_per_text, const F& f) {
   const int64_t per_task = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work_per_text));
@@ -23,7 +23,7 @@ void for_texts(int64_t batch, int64_t work_per_text, const F& f) {
   for_each_task(tasks, [&](const Texts& texts, const Texts*) { f(texts.begin, texts.end); });
 }
 
-// (C, w) ids, row after row, each in [-1, rows of the table).
+// Returns the (C, w) ids, row by row; each must lie in [-1, rows of the table).
 std::vector<int64_t> word_ids(const Tensor& label_ids, int64_t table_rows) {
   const bool is_long = label_ids.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(label_ids.is_cpu() && label_ids.dim() == 2, "label_ids must be a (C, w) CPU tensor");

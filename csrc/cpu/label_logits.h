@@ -1,4 +1,4 @@
-// What the operators hand to their kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once per instruction set.
 
 #pragma once
 
@@ -16,8 +16,8 @@ struct WordRows {
 };
 
 struct LabelLogitKernels {
-  void (*logits)(const WordRows&, const void* const* hidden, int64_t texts, const float* bias, float* to);  // to[text][word]; bias by word or null
-  void (*backward)(const WordRows&, const float* grads, float* to);                                         // to[column], of one text
+  void (*logits)(const WordRows&, const void* const* hidden, int64_t texts, const float* bias, float* to);  // to[text][word]; bias[word] or null
+  void (*backward)(const WordRows&, const float* grads, float* to);                                         // to[column], for one text
 };
 
 extern const LabelLogitKernels kLabelLogitKernelsDefault;

@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int kWords = kRegisters == 32 ? 4 : 2;  // that share what is loaded of a text
-constexpr int kSums = 4;                          // so that a multiplication need not wait for the one before
+constexpr int kWords = kRegisters == 32 ? 4 : 2;  // words that share the loads of a text
+constexpr int kSums = 4;                          // independent sums, which hide the latency of an FMA
 
 template <class Element>
 const Element* word_row(const WordRows& words, int64_t word) {
@@ -43,7 +43,7 @@ void dots(const Element* hidden, const Element* const* rows, int64_t width, floa
   }
 }
 
-// Words outside, texts inside: a few rows of the table stay in the nearest cache, all of them might not.
+// Words are the outer loop and texts the inner one: a few rows of the table stay in L1, while all of them might not fit.
 template <class Element>
 void logits_of(const WordRows& words, const void* const* hidden, int64_t texts, const float* bias, float* to) {
   for (int64_t first = 0; first < words.words; first += kWords) {
@@ -52,7 +52,7 @@ void logits_of(const WordRows& words, const void* const* hidden, int64_t texts, 
       const auto from = static_cast<const Element*>(hidden[text]);
       float* const of_text = to + text * words.words + first;
       const Element* rows[kWords];
-      for (int64_t i = 0; i < count; ++i) rows[i] = words.ids[first + i] < 0 ? from : word_row<Element>(words, first + i);  // no word: any row
+      for (int64_t i = 0; i < count; ++i) rows[i] = words.ids[first + i] < 0 ? from : word_row<Element>(words, first + i);  // no word: any valid row
       if (count == kWords) {
         dots<kWords>(from, rows, words.width, of_text);
       } else {

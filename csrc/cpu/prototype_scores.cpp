@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kTaskWork = 1 << 16;  // multiplications that are worth a thread
+constexpr int64_t kTaskWork = 1 << 16;  // multiplications per task that are worth a thread
 
 struct Range {
   int64_t begin, end;
@@ -35,7 +35,7 @@ const float* floats(const Tensor& x, std::initializer_list<int64_t> sizes, const
   return static_cast<const float*>(x.const_data_ptr());
 }
 
-// Everything that scores are made of, with room for what a gradient takes from them.
+// The inputs of the scores, and the intermediate results that the gradient reuses.
 struct Problem {
   Prototypes prototypes;
   const float *projected, *radius, *scores;
@@ -73,7 +73,7 @@ struct Problem {
     return scores ? q + weight * scores[i * prototypes.count + k] : q;
   }
 
-  // The gradient of what was projected; `pulls` holds gradients of scores and afterwards those over the distances.
+  // Computes the gradient of the projected row; `pulls` holds gradients of scores and is divided by the distances in place.
   void backward(const PrototypeKernels& kernel, int64_t i, float* pulls, float* grad) {
     for (int64_t k = 0; k < prototypes.count; ++k) pulls[k] = distance(i)[k] == 0 ? 0 : pulls[k] / distance(i)[k];
     kernel.backward(prototypes, normal(i), pulls, inverse_lengths[i], grad);
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(
   return {loss, grad_projected, grad_radius};
 }
 
-// torch.optim.Adam's defaults but for the rate; `step` counts from 1.
+// One step of torch.optim.Adam with its defaults but for the rate; `step` counts from 1.
 void adam(Tensor parameter, const Tensor& grad, Tensor mean, Tensor square, double lr, int64_t step) {
   const int64_t count = parameter.numel();
   for (const Tensor* x : std::initializer_list<const Tensor*>{&parameter, &grad, &mean, &square}) {

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Sum over d of term(loader at d), where a loader reads the lanes of a row from d on; two sums at a time, so that none waits.
+// Sum over d of lanes(d), kWidth terms at a time, and of one(d) for the rest; two independent sums hide the latency of an addition.
 template <class Lanes, class One>
 float sum_over(int64_t width, const Lanes& lanes, const One& one) {
   Float<kWidth> sums[2]{};
@@ -67,7 +67,7 @@ void backward(const Prototypes& prototypes, const float* normal, const float* pu
   for (int64_t d = 0; d < width; ++d) grad[d] = (grad[d] - along * normal[d]) * inverse_length;
 }
 
-// Sum over i of pulls[i * stride] * away(i), in parts of kPart: errors then grow with the number of parts.
+// Sum over i of pulls[i * stride] * away(i), in parts of kPart, so that rounding errors grow only with the number of parts.
 template <class Sum, class Away>
 Sum sum_of_pulls(const float* pulls, int64_t texts, int64_t stride, const Away& away) {
   constexpr int64_t kPart = 32;
@@ -91,8 +91,8 @@ void prototype_backward(const float* prototype, const float* normals, const floa
   }
 }
 
-// sqrt(x) for x >= 0, within some units in the last place: a guess from the exponent and Newton's iteration for 1 / sqrt(x), since
-// the instruction takes longer than all the rest of Adam.
+// sqrt(x) for x >= 0, within some units in the last place: a first guess from the exponent and Newton's iteration for 1 / sqrt(x),
+// since the square root instruction takes longer than the rest of Adam.
 Float<kWidth> square_root(Float<kWidth> x) {
   Float<kWidth> inverse = (Float<kWidth>)(0x5f3759df - ((Bits<kWidth>)x >> 1));
   for (int i = 0; i < 3; ++i) inverse *= 1.5f - 0.5f * x * inverse * inverse;

@@ -7,10 +7,10 @@
 
 namespace {
 
-thread_local Buffer task_scratch;    // of every thread
-thread_local Buffer split_partials;  // of the calling thread, written by all
+thread_local Buffer task_scratch;    // used by every thread
+thread_local Buffer split_partials;  // the calling thread's buffer, written by all
 
-// first[i] .. first[i + 1]: the streams of input i.
+// Streams first[i] to first[i + 1] belong to input i.
 std::vector<int64_t> first_streams(const std::optional<Tensor>& encoder_index, int64_t streams, int64_t inputs) {
   std::vector<int64_t> first(inputs + 1, streams);
   if (!encoder_index) {
@@ -28,7 +28,7 @@ std::vector<int64_t> first_streams(const std::optional<Tensor>& encoder_index, i
   return first;
 }
 
-// The sizes of a call, and which streams and keys belong to each input.
+// The sizes of a call, and the streams and keys of each input.
 struct Problem {
   int64_t streams, heads, tokens, head_dim, inputs, keys;
   ScalarType dtype;
@@ -56,7 +56,7 @@ Problem check(
   return p;
 }
 
-// out and lse are the caller's to add.
+// Describes a call; the caller adds out and lse.
 Attention describe(const Problem& p, const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   Attention a{};
   a.query = query.const_data_ptr();
@@ -72,7 +72,7 @@ Attention describe(const Problem& p, const Tensor& query, const Tensor& key, con
   return a;
 }
 
-// The work of a call. Rows of one head are divided before keys are: a task packs its keys once for all its rows.
+// The tasks of a call. Rows of one head are split before keys, because a task packs its keys once for all its rows.
 struct Plan {
   struct Merge {
     Task task;  // its first split
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> forward(
   return {out, lse};
 }
 
-// A gradient that is not wanted has no element.
+// A gradient that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
     const Tensor& lse, const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& encoder_index, double scale, bool need_query,

@@ -1,4 +1,4 @@
-// What the operator hands to a kernel: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per instruction set.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include "storage.h"
 
-// One call. Strides in elements; a query row is (stream, token), a stream belongs to one input.
+// One call. Strides are in elements; a query row is a (stream, token) pair, and a stream belongs to one input.
 struct Attention {
   const void* query;  // (streams, heads, tokens, head_dim)
   const void* key;    // (inputs, heads, keys, head_dim)
@@ -20,40 +20,40 @@ struct Attention {
   Storage storage;
 };
 
-// A head of one input: some of its rows against some of its keys. Row r is token r % tokens of stream first_stream + r / tokens.
+// Attention of some rows over some keys of one head and input. Row r is token r % tokens of stream first_stream + r / tokens.
 struct Task {
   int64_t input, head, first_stream;
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
-  float* partial;  // where keys are split: (rows, head_dim + 2), sums, largest score, sum of weights; else null
+  float* partial;  // if keys are split: (rows, head_dim + 2), sums, largest score, sum of weights; else null
 };
 
-// One row in the results of its key splits, `stride` floats apart.
+// The results of one row's key splits, `stride` floats apart.
 struct Partials {
   const float* first;
   int64_t splits, stride;
 };
 
-// A task has at most this many rows: their sums stay in the second-level cache.
+// A task has at most this many rows, whose sums stay in L2.
 constexpr int64_t kMaxTaskRows = 256;
 constexpr int64_t kMaxHeadDim = 256;
 
 struct Kernels {
   int64_t (*scratch_floats)(const Attention&);
-  // `following`, or null: a task likely to be next, whose first keys are fetched ahead. scratch: 64-byte aligned.
+  // `following`, or null: the task that is likely to be next, whose first keys are prefetched. scratch: 64-byte aligned.
   void (*attend)(const Attention&, const Task&, const Task* following, float* scratch);
   void (*merge)(const Attention&, const Partials&, int64_t stream, int64_t head, int64_t token);
 };
 
-// One backward call. A gradient that is not wanted is null.
+// One backward call. A gradient that is not needed is null.
 struct AttentionGradients {
-  Attention attention;  // out and lse are read
+  Attention attention;  // its out and lse are read
   const void* grad_out;   // (streams, heads, tokens, head_dim)
   const float* grad_lse;  // (streams, heads, tokens), or null
-  void* grad_query;       // head_dim dense, as are those below
+  void* grad_query;       // head_dim dense, also in the two below
   void* grad_key;
   void* grad_value;
-  int64_t keys;  // of an input, those beyond its length too
+  int64_t keys;  // per input, including those past its length
   int64_t grad_out_stride[4], grad_lse_stride[3], grad_query_stride[4], grad_key_stride[4], grad_value_stride[4];
 };
 

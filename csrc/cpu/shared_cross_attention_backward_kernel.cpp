@@ -1,8 +1,8 @@
 // The gradients of one head of one input, compiled once per instruction set with -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// For a tile of query rows and a block of keys the scores are computed again, P = exp(S - lse), and dS = P (dP - delta) beside them.
-// Both lie as [key][row]: read along the keys they weigh K for dQ, read along the rows they weigh Q and dO for dK and dV, so nothing is
-// transposed. One task owns a head of an input: its dK and dV are summed over all streams without a buffer per stream, in a fixed order.
+// For a tile of query rows and a block of keys, P = exp(S - lse) is recomputed and dS = P (dP - delta) is computed beside it. Both are
+// laid out as [key][row]: read along the keys they weight K for dQ, read along the rows they weight Q and dO for dK and dV, so nothing is
+// transposed. One task owns a head of an input: it sums dK and dV over all streams in a fixed order, without a buffer per stream.
 
 #include "shared_cross_attention_tiles.h"
 
@@ -10,10 +10,10 @@ namespace {
 
 constexpr int64_t kMaxPaddedRows = kMaxTaskRows + 32;
 
-// Query rows that one score tile takes, and their gradients.
+// The query rows of one score tile, and their gradients.
 struct RowTile {
   int64_t row, rows, width;
-  bool first;                           // of the keys' sums
+  bool first;                           // the first tile in the keys' sums
   float *queries, *grads;             // [lanes][width]
   float *query_columns, *grad_columns;  // [lanes of rows][columns]
   float *lse, *delta;                 // [width]
@@ -23,14 +23,14 @@ struct RowTile {
 struct KeyBlock {
   Packed keys, values, key_columns;
   int64_t count;
-  bool first;                    // of the row's sums
+  bool first;                    // the first block in the rows' sums
   float *grad_key, *grad_value;  // [count][columns]
 };
 
 struct Scratch {
-  float *queries, *grads, *query_columns, *grad_columns, *lse, *delta, *grad_query;  // of a chunk of rows
-  float *keys, *values, *key_columns, *scores, *grad_scores, *pairs;                 // of a block of keys
-  float *grad_key, *grad_value;                                                      // of a block, or of all keys
+  float *queries, *grads, *query_columns, *grad_columns, *lse, *delta, *grad_query;  // for a chunk of rows
+  float *keys, *values, *key_columns, *scores, *grad_scores, *pairs;                 // for a block of keys
+  float *grad_key, *grad_value;                                                      // for a block, or for all keys
 
   Scratch(float* memory, int64_t lanes, int64_t columns, int64_t keys_kept)
       : queries(memory), grads(queries + kMaxPaddedRows * lanes), query_columns(grads + kMaxPaddedRows * lanes),
@@ -61,7 +61,7 @@ void softmax_backward(const RowTile& tile, float* scores, float* grad_scores, fl
     Float<W> ds[elements][VECTORS] = {};
     for (int64_t e = 0; e < least(elements, count - k); ++e) {
       for (int v = 0; v < VECTORS; ++v) {
-        const int64_t from = (k + e) * width + v * W, to = from / elements;  // in place: what lies there has been read
+        const int64_t from = (k + e) * width + v * W, to = from / elements;  // in place: the overwritten values have been read
         const Float<W> p = exp<W>(load<W>(scores + from) - load<W>(tile.lse + v * W));
         ds[e][v] = p * (load<W>(grad_scores + from) - load<W>(tile.delta + v * W)) * scale;
         Lanes::template store_elements<W>(scores + to, p);
@@ -106,13 +106,13 @@ class AttendBackward {
       }
       if (g.grad_query) for_tiles(scratch, begin, rows, [&](const RowTile& tile) { finish(task, tile); });
     }
-    const int64_t unused = task.row_end ? task.key_end : 0;  // the first key that nothing attends to
+    const int64_t unused = task.row_end ? task.key_end : 0;  // the first key that no row attends to
     if (g.grad_key) clear(task, unused, g.grad_key, g.grad_key_stride);
     if (g.grad_value) clear(task, unused, g.grad_value, g.grad_value_stride);
   }
 
  private:
-  // Of the keys, whose gradients are kept in float32: all, where rows come in several chunks.
+  // Number of keys whose gradients are kept in float32: all keys if rows come in several chunks.
   static int64_t keys_kept(int64_t rows, int64_t keys) { return rows > kMaxTaskRows ? keys : kKeyBlock; }
 
   template <class F>
@@ -169,7 +169,7 @@ class AttendBackward {
   }
 
   float dot(const Element* x, int64_t x_stride, const Element* y, int64_t y_stride) const {
-    float sums[kWidth] = {};  // of every kWidth-th product: one chain of additions would wait for itself
+    float sums[kWidth] = {};  // each of every kWidth-th product, to hide the latency of the additions
     for (int64_t begin = 0; begin < a.head_dim; begin += kWidth) {
       const int64_t count = least(kWidth, a.head_dim - begin);
       for (int64_t d = 0; d < count; ++d) sums[d] += widen(x[(begin + d) * x_stride]) * widen(y[(begin + d) * y_stride]);
@@ -189,7 +189,7 @@ class AttendBackward {
     return block;
   }
 
-  // Where the gradients of a block will be written, as rows to fetch before.
+  // The rows that the gradients of a block will be written to, for prefetching.
   Ahead results_of(const Task& task, int64_t key, int64_t count) const {
     if (!g.grad_key || !g.grad_value) return {};
     constexpr int64_t bytes = sizeof(Element);

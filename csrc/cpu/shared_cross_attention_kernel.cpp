@@ -1,9 +1,9 @@
 // The attention of one task, compiled once per instruction set with -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// Rows are the vector dimension of the scores: a tile of 8 to 32 query rows, transposed once, meets a key at a time, each
-// of its elements broadcast, so K is read as it lies in memory. The softmax is then elementwise, without a sum across lanes.
-// The output has D as vector dimension, each weight broadcast, so V is read as it lies too.
-// Keys come in blocks that stay in the first-level cache, with a running maximum and sum per row (online softmax).
+// Rows are the vector dimension of the scores: a tile of 8 to 32 query rows, transposed once, is multiplied by one key at a time,
+// whose elements are broadcast, so K is read in its memory layout. The softmax is then elementwise, without a sum across lanes.
+// The output has D as vector dimension and the weights are broadcast, so V is read in its memory layout too.
+// Keys come in blocks that stay in L1, with a running maximum and sum per row (online softmax).
 
 #include "shared_cross_attention_tiles.h"
 
@@ -25,7 +25,7 @@ struct Scratch {
 };
 static_assert(kMaxPaddedRows % 16 == 0 && kKeyBlock % 16 == 0 && kMaxTileWidth <= 32);
 
-// Rows that one score tile takes, and the running state of their softmax.
+// The query rows of one score tile, and the running state of their softmax.
 struct RowTile {
   int64_t row, rows, width;
   float* queries;  // [lanes][width]
@@ -39,7 +39,7 @@ struct KeyBlock {
   int64_t count;
 };
 
-// Online softmax of one block of scores: scores become weights, in lanes of Lanes; returns through `rescale` the factor of older sums.
+// Online softmax of one block: turns scores into weights, in lanes of Lanes, and writes the factor of the older sums to `rescale`.
 template <class Lanes, int W, int VECTORS>
 void softmax(const RowTile& tile, float* scores, int64_t count, const Float<W>* block_largest, float* rescale) {
   constexpr int width = W * VECTORS;
@@ -81,7 +81,7 @@ void attend_tile(const RowTile& tile, const KeyBlock& block, const Ahead& ahead,
   accumulate<Lanes>(weights, block.values, lanes_of<Lanes>(block.count), rescale, tile.sums, tile.rows, columns);
 }
 
-// Element: of the tensors. Lanes: how sums over it are taken.
+// Element: the tensors' element type. Lanes: how sums over elements are computed.
 template <class Element, class Lanes>
 class Attend {
  public:
@@ -110,7 +110,7 @@ class Attend {
     for_tiles(scratch, rows, [&](const RowTile& tile) { task.partial ? keep(task, tile) : finish(task, tile); });
   }
 
-  // One row from the sums of its key splits.
+  // Computes one row from the sums of its key splits.
   void merge(const Partials& partials, int64_t stream, int64_t head, int64_t token) const {
     const auto split = [&](int64_t s) { return partials.first + s * partials.stride; };
     float largest = -INFINITY, total = 0, sums[kMaxHeadDim] = {};

@@ -1,4 +1,4 @@
-// What the kernels of both directions are made of: packing, and products of a tile of query rows and a block of keys.
+// Building blocks of the forward and backward kernels: packing, and matmuls of a tile of query rows with a block of keys.
 
 #pragma once
 
@@ -9,11 +9,11 @@
 
 namespace {
 
-constexpr int kTileKeys = kRegisters == 32 ? 12 : 6;  // by 2 row vectors: the sums of a score tile, in registers
-constexpr int64_t kKeyBlock = 96;  // a multiple of kTileKeys; at D = 64, V and the scores of a block are in the nearest cache
+constexpr int kTileKeys = kRegisters == 32 ? 12 : 6;  // times 2 row vectors: the sums of a score tile, in registers
+constexpr int64_t kKeyBlock = 96;  // a multiple of kTileKeys; at D = 64, V and the scores of a block fit in L1
 
 template <class Lanes>
-constexpr int64_t kSumLanes = Lanes::kElements == 1 ? 16 : 64;  // of float32, of pairs of bfloat16
+constexpr int64_t kSumLanes = Lanes::kElements == 1 ? 16 : 64;  // lanes of float32, lanes of bfloat16 pairs
 constexpr int kMaxTileWidth = 2 * kWidth;
 constexpr int kNarrowWidth = kWidth > 8 ? kWidth / 2 : kWidth;
 
@@ -27,7 +27,7 @@ const Element* at(const void* data, const int64_t* stride, int64_t i, int64_t he
   return static_cast<const Element*>(data) + i * stride[0] + head * stride[1] + token * stride[2];
 }
 
-// elements[0], elements[stride], ... in lanes of Lanes, the last one filled up with 0, lane i to to[i * to_stride].
+// Packs elements[0], elements[stride], ... into lanes, the last one padded with 0; lane i goes to to[i * to_stride].
 template <class Lanes, class Element>
 void pack(const Element* elements, int64_t stride, int64_t count, float* to, int64_t to_stride) {
   if constexpr (Lanes::kElements == 1) {
@@ -44,7 +44,7 @@ void pack(const Element* elements, int64_t stride, int64_t count, float* to, int
   }
 }
 
-// Row `first` of V, or its neighbour `second` paired with it (null after the last), as to[d]. Columns from head_dim on are 0.
+// Packs row `first` of V, or its pairs with the next row `second` (null after the last), into to[d]. Columns from head_dim on are 0.
 template <class Lanes, class Element>
 void pack_value(const Element* first, const Element* second, int64_t stride, int64_t head_dim, int64_t columns, float* to) {
   if constexpr (Lanes::kElements == 1) {
@@ -65,7 +65,7 @@ void pack_value(const Element* first, const Element* second, int64_t stride, int
   for (int64_t d = head_dim; d < columns; ++d) to[d] = 0;
 }
 
-// `count` rows, each as lanes along its head_dim elements; not copied where they lie so.
+// `count` rows, each as lanes along its head_dim elements; not copied if memory already has that layout.
 template <class Lanes, class Element>
 Packed pack_rows(const Element* rows, const int64_t* stride, int64_t count, int64_t head_dim, float* to) {
   const int64_t row_stride = stride[2], element_stride = stride[3];
@@ -78,7 +78,7 @@ Packed pack_rows(const Element* rows, const int64_t* stride, int64_t count, int6
   return {to, lanes};
 }
 
-// The same rows as lanes across them: one lane of every column holds one element of a row, or of two rows. `columns` are filled up with 0.
+// The same rows with lanes across them: a lane holds one column's element of one row, or of two rows. Padded with 0 to `columns`.
 template <class Lanes, class Element>
 Packed pack_columns(const Element* rows, const int64_t* stride, int64_t count, int64_t head_dim, int64_t columns, float* to) {
   const int64_t row_stride = stride[2], element_stride = stride[3];
@@ -92,8 +92,8 @@ Packed pack_columns(const Element* rows, const int64_t* stride, int64_t count, i
   return {to, columns};
 }
 
-// scores[key][row] = factor * sum over lanes of keys[key][lane] * queries[lane][row]; `largest` follows them. Long sums are taken
-// in parts of kSumLanes, added up in `scores`: the rounding errors of one long chain would be larger than PyTorch's.
+// scores[key][row] = factor * sum over lanes of keys[key][lane] * queries[lane][row]; updates the maximum `largest`. Long sums are
+// computed in parts of kSumLanes, added up in `scores`: the rounding errors of one long chain would be larger than PyTorch's.
 // Not inlined: its sums need all registers.
 template <class Lanes, int W, int VECTORS, int KEYS>
 __attribute__((noinline)) void score_tile(
@@ -121,13 +121,13 @@ __attribute__((noinline)) void score_tile(
   });
 }
 
-// Narrow tiles where wide ones would be mostly empty.
+// Returns the tile width: narrow if a wide tile would be mostly empty.
 int64_t tile_width(int64_t rows) {
   if (rows > 3 * kWidth / 2) return 2 * kWidth;
   return rows <= kNarrowWidth ? kNarrowWidth : kWidth;
 }
 
-// f(row, count, width, first lane of the tile among those of all tiles)
+// Calls f(row, count, width, offset of the tile among all padded rows) for each tile.
 template <class F>
 void for_each_tile(int64_t rows, const F& f) {
   int64_t padded = 0;
@@ -140,8 +140,8 @@ void for_each_tile(int64_t rows, const F& f) {
   }
 }
 
-// The rows of K and V that come next, as they lie in memory. Fetched a few at a time between score tiles: a head's rows lie
-// apart, which the hardware does not follow, and all at once they would stall on the memory.
+// The next rows of K and V, in their memory layout. They are prefetched a few at a time between score tiles: a head's rows are not
+// adjacent, so the hardware prefetcher does not follow them, and fetching all at once would stall on memory.
 struct Ahead {
   const char *keys, *values;
   int64_t key_stride, value_stride, row_bytes;
@@ -168,7 +168,7 @@ Ahead ahead_of(const Attention& a, const Task& task, int64_t first) {
   };
 }
 
-// The scores of a block of keys, for W * VECTORS rows; `largest` follows them.
+// Computes the scores of a block of keys for W * VECTORS rows, and updates the maximum `largest`.
 template <class Lanes, int W, int VECTORS>
 void score_block(
     const float* queries, Packed keys, int64_t count, const Ahead& ahead, int64_t lanes, float factor, float* scores, Float<W>* largest) {
@@ -183,7 +183,7 @@ void score_block(
   for (; k < count; ++k) score(Constant<1>{}, k);
 }
 
-// f(a type of the tensors' elements, how sums over them are taken)
+// Calls f with the tensors' element type and the Lanes in which sums over elements are computed.
 template <class F>
 void with_storage(const Attention& a, const F& f) {
 #ifdef __AVX512BF16__

@@ -1,8 +1,8 @@
-// Vectors of 32-bit lanes in the compilers' own vector types (gcc, clang): the same source becomes SSE2, NEON, AVX2 or
-// AVX-512, by the flags that a file is compiled with.
+// Vectors of 32-bit lanes in the compilers' own vector types (gcc, clang): the same source compiles to SSE2, NEON, AVX2 or
+// AVX-512, depending on the flags of the file.
 //
-// A lane holds what one step of a sum reads: a float32, or two neighbouring bfloat16. Lanes are moved as float32 and only
-// multiply_add looks inside, so every loop around it is written once for both.
+// A lane holds the input of one step of a sum: a float32, or two adjacent bfloat16. Lanes are moved as float32 and only
+// multiply_add interprets them, so every loop around it is written once for both.
 
 #pragma once
 
@@ -49,7 +49,7 @@ inline void store(float* to, Float<W> lanes) {
   std::memcpy(to, &lanes, sizeof lanes);
 }
 
-// As integers: a pair of bfloat16 may have the bits of a signalling NaN, which arithmetic would change.
+// Copies lanes as integers: a pair of bfloat16 may have the bits of a signalling NaN, which arithmetic would change.
 template <int W>
 inline Float<W> broadcast(const float* from) {
   uint32_t bits;
@@ -93,7 +93,7 @@ inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
 }
 
 #ifdef __AVX512F__
-inline __m512i widen_halves(__m256i x) { return _mm512_maskz_cvtepu16_epi32(0xffff, x); }  // unmasked, gcc 12 warns
+inline __m512i widen_halves(__m256i x) { return _mm512_maskz_cvtepu16_epi32(0xffff, x); }  // gcc 12 warns about the unmasked form
 #endif
 
 // W elements, as float32.
@@ -161,7 +161,7 @@ struct Bfloat16Lanes {
     }
   }
 
-  // Rounded to nearest, W elements in W / 2 lanes.
+  // Stores W elements, rounded to nearest, in W / 2 lanes.
   template <int W>
   static void store_elements(void* to, Float<W> x) {
     if constexpr (W == 16) {

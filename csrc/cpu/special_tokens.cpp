@@ -16,7 +16,7 @@ HiddenRows hidden_rows(const Tensor& x, void* data, const char* name) {
   return {data, x.stride(0), x.stride(1), x.scalar_type() == ScalarType::Float ? Storage::float32 : Storage::bfloat16};
 }
 
-// A few rows are done before other threads have woken up. Drawing dropout's numbers is most of the work where there is any.
+// Runs tasks in parallel, but a few rows on one thread: they are done before other threads wake up. With dropout, most work is its draws.
 template <class Task, class F>
 void for_each(const std::vector<Task>& tasks, int64_t elements, const Injection& injection, const F& f) {
   constexpr int64_t kAlone = 1 << 17, kDraw = 8;
@@ -24,7 +24,7 @@ void for_each(const std::vector<Task>& tasks, int64_t elements, const Injection&
   for (const Task& task : tasks) f(task, nullptr);
 }
 
-// What has a vector added, row after row.
+// Calls f for every special token that gets a vector, row by row.
 template <class F>
 void for_each_occurrence(const Injection& injection, int64_t batch, const F& f) {
   for (int64_t row = 0; row < batch; ++row) {

@@ -1,4 +1,4 @@
-// What the operators hand to their kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once per instruction set.
 
 #pragma once
 

@@ -1,4 +1,4 @@
 #pragma once
 
-// What the elements of a tensor are.
+// The element type of a tensor.
 enum class Storage { float32, bfloat16 };

@@ -1,4 +1,4 @@
-// Matrix products on tiles small enough for the registers, and the conversions around them.
+// Matmuls on tiles that fit in registers, and the conversions around them.
 
 #pragma once
 
@@ -6,14 +6,14 @@
 
 namespace {
 
-constexpr int kTileRows = 6;  // by kTileVectors: the sums of an output tile, in registers
+constexpr int kTileRows = 6;  // times kTileVectors: the sums of an output tile, in registers
 constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// f(i, j) for all i < I and j < J, without a loop: what it indexes stays in registers.
+// Calls f(i, j) for all i < I and j < J, fully unrolled: arrays indexed by i and j stay in registers.
 template <int I, int J, class F>
 inline __attribute__((always_inline)) void unrolled(const F& f) {
 #pragma GCC unroll 16
@@ -39,7 +39,7 @@ struct Packed {
   int64_t stride;
 };
 
-// The first `count` of sums, to elements that lie side by side.
+// Writes the first `count` sums to contiguous elements.
 template <class Lanes, class Element>
 void narrow(const float* sums, int64_t count, Element* to) {
   int64_t d = 0;
@@ -49,7 +49,7 @@ void narrow(const float* sums, int64_t count, Element* to) {
   for (; d < count; ++d) narrow(sums[d], to + d);
 }
 
-// What the sums of an output tile read their weights from: [lane][row], or [row][lane] where LANES_INNER.
+// The weights of an output tile: [lane][row], or [row][lane] with LANES_INNER.
 template <bool LANES_INNER>
 struct Weights {
   const float* data;
@@ -66,14 +66,14 @@ inline __attribute__((always_inline)) void tile_sums(
   for (int64_t lane = 0; lane < lanes; ++lane) {
     Float<kWidth> value[VECTORS];
     for (int v = 0; v < VECTORS; ++v) value[v] = load<kWidth>(values.data + lane * values.stride + v * kWidth);
-    unrolled<ROWS, 1>([&](int r, int) {  // one weight at a time: all at once would not fit the registers beside the sums
+    unrolled<ROWS, 1>([&](int r, int) {  // one weight at a time: all of them would not fit in registers beside the sums
       const Float<kWidth> weight = broadcast<kWidth>(weights.at(r, lane));
       unrolled<1, VECTORS>([&](int, int v) { sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight, value[v]); });
     });
   }
 }
 
-// out[row][d] = rescale[row] * out[row][d] + sums[row][d]; without rescale the sums alone
+// out[row][d] = rescale[row] * out[row][d] + sums[row][d]; without rescale, out = sums
 template <class Lanes, bool LANES_INNER, int ROWS, int VECTORS>
 void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, const float* rescale, float* out, int64_t out_stride) {
   Float<kWidth> sums[ROWS][VECTORS];
@@ -104,7 +104,7 @@ OutputTile<LANES_INNER> choose_output_tile(int64_t rows, int64_t vectors) {
   return vectors == 2 ? kOutputTiles<Lanes, LANES_INNER, 2>[rows - 1] : kOutputTiles<Lanes, LANES_INNER, 1>[rows - 1];
 }
 
-// The same for any number of rows and columns, in tiles of nearly equal size; out has rows `stride` floats apart.
+// output_tile for any number of rows and columns, in tiles of nearly equal size; the rows of out are `stride` floats apart.
 template <class Lanes, bool LANES_INNER>
 void accumulate(
     Weights<LANES_INNER> weights, Packed values, int64_t lanes, const float* rescale, float* out, int64_t rows, int64_t columns, int64_t stride) {

@@ -1,4 +1,4 @@
-// add_layer_norm_inject on CUDA, forward and backward: checks, kernel, grid, stream. Nothing waits for the device.
+// add_layer_norm_inject on CUDA, forward and backward: checks, kernel, grid, stream. No synchronization.
 
 #include "add_layer_norm_inject.cuh"
 #include "injection_host.cuh"
@@ -26,7 +26,7 @@ void launch(Kernel kernel, const Arguments& n, int device) {
   check_cuda(cudaGetLastError(), "launch");
 }
 
-// The sum where it is wanted or pre, the mean without rms and the factor of every row where they are wanted; else one without elements.
+// Returns the result, sum, mean and rstd. Without `keep`, mean and rstd are empty, and so is sum unless pre; with rms, mean is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& vectors,
     const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids, double eps, bool rms, bool pre, double dropout_p,
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {out, sum, mean, rstd};
 }
 
-// The gradient of the sum, and that of special tokens, (B, k, d) float32, whose rows of slots without one are not written.
+// Returns the gradient of the sum, and its rows at special tokens, (B, k, d) float32; rows of unused slots are not written.
 std::tuple<Tensor, Tensor> backward(
     const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& sum, const std::optional<Tensor>& mean, const Tensor& rstd,
     const Tensor& weight, const std::optional<Tensor>& slots, bool need_x, bool need_slots) {

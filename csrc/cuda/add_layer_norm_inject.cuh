@@ -1,7 +1,7 @@
 // The kernels of add_layer_norm_inject on CUDA: plain CUDA, no torch.
 //
-// A group of warps owns a token: it reads the row of d columns once, keeps it in registers over the statistics, and writes it. One warp up to
-// 1024 columns, four such rows to a block; then a power of two of warps.
+// A group of warps owns a token: it reads the row of d columns once, keeps it in registers for the statistics, and writes it. Up to 1024
+// columns it is one warp, with four rows per block; above that, a power of two of warps.
 
 #pragma once
 
@@ -9,14 +9,14 @@
 
 namespace peft_kernels {
 
-constexpr int kElements = 32;  // of a row, to a thread
+constexpr int kElements = 32;  // of a row, per thread
 constexpr int kBlockWarps = 4;
-constexpr int kMaxWarps = 16;  // then a thread may have 128 registers
+constexpr int kMaxWarps = 16;  // which leaves 128 registers per thread
 constexpr int kMaxWidth = kMaxWarps * kLanes * kElements;
 
 struct Norm {
   void* out;  // (B, length, width)
-  void* sum;  // null where it is not wanted, as mean and rstd
+  void* sum;  // null if it is not needed; so are mean and rstd
   float* mean;
   float* rstd;  // (B, length)
   const void* x;
@@ -26,7 +26,7 @@ struct Norm {
   const float* bias;  // or null
   Injection injection;
   int tokens, length, width;
-  int log_warps;  // to a row: a power of two
+  int log_warps;  // log2 of the warps per row
   float eps;
   bool rms, pre;
 };
@@ -43,11 +43,11 @@ struct NormGradient {
   const float* weight;
   Slots slots;
   int tokens, length, width;
-  int log_warps;  // to a row: a power of two
-  bool listed;    // tokens are (B, slots.each): no others are looked at
+  int log_warps;  // log2 of the warps per row
+  bool listed;    // tokens are (B, slots.each): only those in slots are read
 };
 
-// Which part of which row a thread has: vectors 0 to count of V elements. The threads of a row are a power of two: no division.
+// A thread's share of a row: `count` vectors of V elements. The number of threads per row is a power of two, which avoids divisions.
 template <int V>
 struct Share {
   int token, thread, bits;
@@ -61,7 +61,7 @@ struct Share {
   __device__ int count(int width) const { return (max(0, width / V - thread) + (1 << bits) - 1) >> bits; }  // V divides width
 };
 
-// Sums over the threads of a row, the same bits in each. All threads of the block call it; what it shares serves one call.
+// Sums over the threads of a row, bit-equal in all of them. All threads of the block call it; `shared` serves one call.
 template <int C>
 __device__ void sum_over_row(float (&x)[C], int warps, float (&shared)[kMaxWarps][C]) {
 #pragma unroll
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i >= count) continue;
-    Row::unpack(Row::pack(y[i]), y[i]);  // as two operations would round it
+    Row::unpack(Row::pack(y[i]), y[i]);  // rounded as in two operations
     if (n.sum) store<T, V>(static_cast<T*>(n.sum) + int64_t(token) * n.width + column(i), y[i]);
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[0] += y[i][v];
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject_backw
   }
   if (n.grad_slots && !n.listed && position >= 0) slot = n.slots.find(row, position);
   const float mean = n.mean && count ? __ldg(n.mean + token) : 0, rstd = count ? __ldg(n.rstd + token) : 0;
-  // The normalised row and the gradient of it.
+  // The normalised row and its gradient.
   const auto unpack = [&](int i, float (&normal)[V], float (&scaled)[V]) {
     float weight[V];
     load_floats<V>(weight, n.weight + column(i));

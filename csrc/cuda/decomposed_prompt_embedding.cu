@@ -1,4 +1,4 @@
-// decomposed_prompt_embedding on CUDA, forward and backward: checks, kernel, grid, stream. Nothing waits for the device.
+// decomposed_prompt_embedding on CUDA, forward and backward: checks, kernel, grid, stream. No synchronization.
 
 #include "decomposed_prompt_embedding.cuh"
 #include "host.cuh"
@@ -9,7 +9,7 @@ namespace {
 
 using namespace peft_kernels;
 
-constexpr int kBlocksPerProcessor = 2;  // wanted at least, before a block takes several rows of the batch
+constexpr int kBlocksPerProcessor = 2;  // minimum per SM before a block takes several rows of the batch
 constexpr int kMaxRowsPerBlock = 16;
 
 template <class T, int V, int P>
@@ -31,7 +31,7 @@ void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
   constexpr int V = 16 / sizeof(T);
   if (!wide) {
     launch_forward<T, 1, 4>(e, device);
-  } else if (several_adapters) {  // the product is computed again whenever the adapter changes
+  } else if (several_adapters) {  // the matmul is computed again whenever the adapter changes
     launch_forward<T, V, 8>(e, device);
   } else {
     launch_forward<T, V, 4>(e, device);
@@ -97,7 +97,7 @@ Tensor forward(
   return out;
 }
 
-// A gradient that is not wanted has no element.
+// A gradient that is not needed is empty.
 std::tuple<Tensor, Tensor> backward(
     const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions, const std::optional<Tensor>& offsets, bool insert_after_first,
     const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
@@ -140,7 +140,7 @@ STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
 
 }  // namespace
 
-// Why this file's kernels do not run on the current device, or null.
+// Returns why this file's kernels do not run on the current device, or null.
 extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_problem() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, embedding_backward<float, 4>);

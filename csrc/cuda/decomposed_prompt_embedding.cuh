@@ -1,8 +1,8 @@
 // The kernels of decomposed_prompt_embedding on CUDA: plain CUDA, no torch.
 //
 // Forward: a block owns a tile of positions and columns for a few rows of the batch. It keeps the tile of scale * a @ b (or of delta, or of
-// the prompt) in registers for as long as the rows' adapter stays the same, so that tile costs no memory traffic: a (K, s, d) buffer would
-// move as many bytes as the output. Backward: a warp owns one row of a gradient and adds the rows of the batch in their order.
+// the prompt) in registers while the rows' adapter stays the same, so the tile costs no memory traffic: a (K, s, d) buffer would move as
+// many bytes as the output. Backward: a warp owns one row of a gradient and adds the rows of the batch in order.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace peft_kernels {
 
 constexpr int kWarps = 4;
-constexpr int kRanks = 32;  // of a, staged in shared memory at a time
+constexpr int kRanks = 32;  // ranks of a that are staged in shared memory at a time
 constexpr int kLoadsInFlight = 4;
 
 struct Embedding {
@@ -22,7 +22,7 @@ struct Embedding {
   const float* b;       // (K, rank, width)
   const float* delta;   // (K, positions, width)
   Integers ids, offsets, adapters;
-  int64_t ids_row_stride;  // in words
+  int64_t ids_row_stride;  // in 32-bit words
   int64_t weight_stride;
   int batch, length, virtual_tokens, positions, width, rank;
   int first;  // tokens before the prompt
@@ -38,18 +38,18 @@ struct Gradient {
   int64_t batch_stride, column_stride;
   int batch, length, virtual_tokens, width;
   int first;
-  int prompt_rows, delta_rows;  // 0 where the gradient is not wanted
+  int prompt_rows, delta_rows;  // 0 if the gradient is not needed
   int total_rows;               // K * (prompt_rows + delta_rows)
   int column_tiles;
 };
 
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-// update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; those without a column compute nothing.
+// update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; threads without a column compute nothing.
 template <int V, int P>
 __device__ void multiply(const Embedding& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
   constexpr int kTile = kWarps * P;
-  // a transposed, so that a thread reads its positions at once; 4 more: fewer bank conflicts
+  // a is transposed, so that a thread reads its positions at once; the padding of 4 reduces bank conflicts
   __shared__ float a_tile[kRanks][kTile + 4];
   const float* a = e.a + int64_t(adapter) * e.positions * e.rank;
   const float* b = e.b + int64_t(adapter) * e.rank * e.width + column;
@@ -85,7 +85,7 @@ __device__ void multiply(const Embedding& e, int adapter, int tile_position, int
   }
 }
 
-// update = those rows of delta or of the prompt.
+// update = `rows` rows of delta or of the prompt.
 template <int V, int P>
 __device__ void load_update(const float* from, int width, int rows, float (&update)[P][V]) {
 #pragma unroll
@@ -94,13 +94,13 @@ __device__ void load_update(const float* from, int width, int rows, float (&upda
   }
 }
 
-// Position p belongs to token p + offset; those past the end stand for the tokens before the offset, which get no update.
+// Position p maps to token p + offset; positions past the end map to the tokens before the offset, which get no update.
 __device__ inline int token_at(int position, int offset, int length) {
   const int token = position + offset;
   return token < length ? token : token - length;
 }
 
-// P positions to a thread: more make fewer loads of a product, and fewer threads.
+// A thread has P positions: a larger P means fewer loads per matmul, and fewer threads.
 template <class T, int V, int P>
 __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forward(const __grid_constant__ Embedding e) {
   constexpr int kTile = kWarps * P;
@@ -115,14 +115,14 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
   const int begin = blockIdx.x / e.column_tiles / e.tiles * e.rows_per_block;
   const int end = min(begin + e.rows_per_block, e.batch);
 
-  // Each lane finds the id of one position of the warp: one load, not one after the other.
+  // Each lane loads the id of one position of the warp, so the warp needs one load instead of P.
   const auto id_of = [&](int row) {
     if (is_prompt || lane >= rows) return 0;
     return __ldg(e.ids.data + row * e.ids_row_stride + token_at(position + lane, e.offsets.get(row), e.length) * e.ids.stride);
   };
   int id = id_of(begin);
   float update[P][V];
-  int current = -1;  // whose update it is
+  int current = -1;  // the adapter of `update`
   for (int row = begin; row < end; ++row) {
     const int adapter = e.adapters.get(row);
     T* out = static_cast<T*>(e.out) + int64_t(row) * (e.virtual_tokens + e.length) * e.width + column;
@@ -146,15 +146,15 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
     const int offset = e.offsets.get(row);
     const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
     const int64_t source = id * e.weight_stride;
-    if (row + 1 < end) id = id_of(row + 1);  // on its way while this row is written
+    if (row + 1 < end) id = id_of(row + 1);  // loaded while this row is written
     const auto embedding_of = [&](int p) { return static_cast<const T*>(e.weight) + __shfl_sync(~0u, source, p) + column; };
-    if (adapter != current && adapter >= 0) {  // the same in the whole block
+    if (adapter != current && adapter >= 0) {  // uniform over the block
       current = adapter;
       if (e.delta) {
         load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width, mine, update);
       } else {
 #pragma unroll
-        for (int p = 0; p < P; ++p) {  // the registers are full until the product is there
+        for (int p = 0; p < P; ++p) {  // to L2: the registers are full until the matmul is done
           const T* embedding = embedding_of(p);
           if (p < mine) prefetch(embedding);
         }
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __gri
 
   float sum[V] = {};
   for (int start = 0; start < g.batch; start += kLanes) {
-    int64_t source = -1;  // of a row of the batch for each lane: where its addend stands
+    int64_t source = -1;  // each lane: offset of the addend of one row of the batch
     const int b = start + lane;
     if (b < g.batch && g.adapters.get(b) == adapter) {
       if (is_prompt) {

@@ -1,4 +1,4 @@
-// What the launchers share: checks of tensors, the stream, the grid. Nothing waits for the device.
+// Shared code of the launchers: checks of tensors, the stream, the grid. No synchronization.
 
 #pragma once
 
@@ -24,7 +24,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// The stream is asked for in libtorch_cuda, which is looked up when it is first needed: so this file links against a torch without CUDA.
+// Returns the current stream from libtorch_cuda, which is looked up on first use, so that this file links against a torch without CUDA.
 inline cudaStream_t current_stream(int device) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
@@ -39,7 +39,7 @@ inline cudaStream_t current_stream(int device) {
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Counts are int in the kernels; products of them are not.
+// Converts a size to int, as the kernels take sizes; their products are 64-bit.
 inline int to_int(int64_t x, const char* name) {
   STD_TORCH_CHECK(0 <= x && x < (int64_t{1} << 30), name, " must be below 2^30, got ", x);
   return static_cast<int>(x);
@@ -76,7 +76,7 @@ inline dim3 grid(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-// f(an element of the storage), with the device of x current.
+// Calls f with a value of the storage type while x's device is current.
 template <class F>
 void dispatch(const Tensor& x, const char* name, const F& f) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

@@ -1,4 +1,4 @@
-// Vectors for special tokens: which slots a row has, whose vectors it takes, what is dropped of them. No torch.
+// Addition of vectors to special tokens: the slots and the adapter of a row, and the dropout of its vectors. No torch.
 
 #pragma once
 
@@ -7,16 +7,16 @@
 
 namespace peft_kernels {
 
-constexpr unsigned kWarp = ~0u;  // every lane of it
+constexpr unsigned kWarp = ~0u;  // mask of all lanes
 
 struct Slots {
-  const int* data;  // (B, each), words of int32 or the low words of int64; -1: none
-  int64_t row_stride, stride;  // in words
+  const int* data;  // (B, each), int32 or the low words of int64; -1: none
+  int64_t row_stride, stride;  // in 32-bit words
   int each;
 
   __device__ int get(int64_t row, int slot) const { return __ldg(data + row * row_stride + slot * stride); }
 
-  // The slot of the row's token at a position, or -1. The whole warp asks for the same one.
+  // Returns the slot of the row's token at a position, or -1. The whole warp calls it with the same arguments.
   __device__ int find(int64_t row, int position) const {
     for (int start = 0; start < each; start += kLanes) {
       const int slot = start + static_cast<int>(threadIdx.x % kLanes);
@@ -34,7 +34,7 @@ struct Injection {
   Dropout dropout;
   int each, width;
 
-  // x[i] += the V elements from column(i) on of what a slot of a row gets.
+  // x[i] += V elements, from column(i) on, of the vector for a slot of a row.
   template <int N, int V, class Column>
   __device__ void add(float (&x)[N][V], int row, int slot, int adapter, const Column& column) const {
     const float* vector = vectors + (int64_t(adapter) * each + min(slot, each - 1)) * width;
@@ -42,7 +42,7 @@ struct Injection {
     if (dropout.seed) {
       static_assert(N * V <= 32);
       kept = 0;
-#pragma unroll 1  // one copy of the generator in place of N * V
+#pragma unroll 1  // keeps one copy of the generator in the code instead of N * V
       for (int i = 0; i < N * V; ++i) kept |= unsigned{dropout.keeps(column(i / V) + i % V, slot, row)} << i;
     }
     const float scale = dropout.seed ? dropout.scale : 1;

@@ -1,4 +1,4 @@
-// Checks of the arguments that put vectors onto special tokens.
+// Checks and conversion of the arguments for the vectors of special tokens.
 
 #pragma once
 
@@ -20,7 +20,7 @@ inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const Ten
   const bool fits = 0 < p && p < 1 && seed && seed->is_cuda() && seed->get_device_index() == like.get_device_index() &&
       seed->scalar_type() == ScalarType::Long && seed->numel() == 1;
   STD_TORCH_CHECK(fits, "dropout_p must lie in [0, 1), with one int64 for a seed");
-  const double threshold = std::min(std::nearbyint(std::ldexp(p, 32)), 4294967295.0);  // halves to even, as Python rounds
+  const double threshold = std::min(std::nearbyint(std::ldexp(p, 32)), 4294967295.0);  // rounds halves to even, as Python does
   return {static_cast<const int64_t*>(seed->const_data_ptr()), static_cast<unsigned>(threshold), static_cast<float>(1 / (1 - p))};
 }
 

@@ -1,4 +1,4 @@
-// Elements of a row as a thread moves them: 16 bytes at a time, computed with in float32. And vectors of integers. No torch.
+// Loads and stores of row elements, 16 bytes per thread, with arithmetic in float32; and vectors of integers. No torch.
 
 #pragma once
 
@@ -11,15 +11,15 @@ namespace peft_kernels {
 
 constexpr int kLanes = 32;
 
-// A vector of int32, or of the low words of int64: -1 and what indexes memory fit. Or none.
+// A vector of int32, or of the low words of int64, which hold -1 and every index. Null: all elements are 0.
 struct Integers {
   const int* data;
-  int64_t stride;  // in words
+  int64_t stride;  // in 32-bit words
 
   __device__ int get(int64_t i) const { return data ? __ldg(data + i * stride) : 0; }
 };
 
-// V elements as they lie in memory: 16 bytes, or one element where those are not aligned.
+// V elements in their storage format: 16 bytes, or one element if the row is not aligned.
 template <class T, int V>
 struct Packed;
 
@@ -81,7 +81,7 @@ __device__ typename Packed<T, V>::Type load(const T* from) {
   return __ldg(reinterpret_cast<const typename Packed<T, V>::Type*>(from));
 }
 
-// What is read once leaves the first cache to what is read again.
+// Loads data that is read once without an allocation in L1, which stays free for data that is read again.
 template <class T, int V>
 __device__ typename Packed<T, V>::Type load_once(const T* from) {
   if constexpr (V == 1) {
@@ -96,7 +96,7 @@ __device__ typename Packed<T, V>::Type load_once(const T* from) {
 template <class T, int V>
 __device__ void store(T* to, const float (&x)[V]) {
   const auto packed = Packed<T, V>::pack(x);
-  if constexpr (sizeof(packed) == 16) {  // as an assignment it becomes four stores
+  if constexpr (sizeof(packed) == 16) {  // an assignment compiles to four stores
     const uint4& words = reinterpret_cast<const uint4&>(packed);
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
   } else {

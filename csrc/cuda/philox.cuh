@@ -8,8 +8,8 @@ namespace peft_kernels {
 
 struct Dropout {
   const int64_t* seed;  // null: nothing is dropped
-  unsigned threshold;   // of a kept element's draw
-  float scale;          // of a kept element
+  unsigned threshold;   // an element is kept if its draw is at least this
+  float scale;          // factor of a kept element
 
   __device__ bool keeps(unsigned column, unsigned slot, unsigned row) const {
     unsigned c0 = column, c1 = slot, c2 = row, c3 = 0;

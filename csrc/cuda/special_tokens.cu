@@ -1,4 +1,4 @@
-// special_tokens on CUDA: checks, kernel, grid, stream. Nothing waits for the device.
+// special_tokens on CUDA: checks, kernel, grid, stream. No synchronization.
 
 #include "special_tokens.cuh"
 #include "injection_host.cuh"
@@ -9,8 +9,8 @@ namespace {
 
 using namespace peft_kernels;
 
-constexpr int64_t kBlocks = 512;  // of backward, until which more parts of the batch are worth a second sum
-constexpr int64_t kAddends = 32;  // of a part, at least
+constexpr int64_t kBlocks = 512;  // backward splits the batch into more parts, which cost a second sum, up to this many blocks
+constexpr int64_t kAddends = 32;  // minimum addends per part
 
 Ids ids(const Tensor& x, const Tensor& like, const char* name) {
   integers(x, like, name);
@@ -87,7 +87,7 @@ void launch_backward(VectorGradient& g, int device) {
   check_cuda(cudaGetLastError(), "launch");
 }
 
-// (parts, K, P, d), to be summed: as many parts as sizes alone say, so that the order of the sum depends on nothing else.
+// Returns partial sums, (parts, K, P, d). The number of parts depends on sizes alone, and so does the order of the sum.
 Tensor backward(
     const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors, bool by_slot, double dropout_p,
     const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {

@@ -1,7 +1,7 @@
 // The kernels of special_tokens on CUDA: plain CUDA, no torch.
 //
-// Slots: a warp reads a row of ids and keeps the count of special tokens so far. Add: a block owns columns of one slot of one row, and ends
-// at once where that holds none. Backward: a warp owns columns of one vector for a part of the batch and adds its rows in their order.
+// Slots: a warp reads a row of ids and keeps a running count of special tokens. Add: a block owns columns of one slot of one row, and returns
+// at once if the slot is unused. Backward: a warp owns columns of one vector for a part of the batch and adds its rows in order.
 
 #pragma once
 
@@ -15,7 +15,7 @@ constexpr int kSumWarps = 4;
 constexpr int kIdsInFlight = 8;
 constexpr int kAddendsInFlight = 4;
 
-// int32 or int64, whole.
+// int32 or int64, read at full width.
 struct Ids {
   const void* data;
   int64_t row_stride, stride;
@@ -27,9 +27,9 @@ struct Ids {
   }
 };
 
-// Of any dtype: 0 where none of the bits that count is set, which of a float are all but its sign.
+// An attention mask of any dtype. An element is 0 if no bit of `bits` is set; floats leave out the sign bit, so -0.0 counts as padding.
 struct Mask {
-  const void* data;  // null: everything is seen
+  const void* data;  // null: no padding
   int64_t row_stride, stride;
   int bytes;
   uint64_t bits;
@@ -69,7 +69,7 @@ struct VectorGradient {
   Slots slots;
   Integers adapter_ids;
   Dropout dropout;
-  int batch, rows, adapters, each, width;  // rows: of a part
+  int batch, rows, adapters, each, width;  // rows: per part
   int parts, column_tiles;
   bool by_slot;
 };
@@ -126,13 +126,13 @@ template <class T, int V>
 __global__ void __launch_bounds__(kSumWarps* kLanes) special_token_add_backward(const __grid_constant__ VectorGradient g) {
   using Addend = typename Packed<T, V>::Type;
   const int lane = threadIdx.x % kLanes;
-  const int item = blockIdx.x / g.column_tiles * kSumWarps + threadIdx.x / kLanes;  // of (parts, adapters, each)
+  const int item = blockIdx.x / g.column_tiles * kSumWarps + threadIdx.x / kLanes;  // index into (parts, adapters, each)
   if (item >= g.parts * g.adapters * g.each) return;
   const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
   const bool inside = column < g.width;
   const int vector = item % g.each, adapter = item / g.each % g.adapters;
   const int begin = item / g.each / g.adapters * g.rows;
-  // The last vector is that of every slot from its own on.
+  // The last vector also serves all later slots.
   const int slots = vector >= g.slots.each ? 0 : vector == g.each - 1 ? g.slots.each - vector : 1;
   const int64_t addends = int64_t(min(begin + g.rows, g.batch) - begin) * slots;
   const T* grad = static_cast<const T*>(g.grad) + column;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kSumWarps* kLanes) special_token_add_backward(
   float sum[V] = {};
   for (int64_t start = 0; start < addends; start += kLanes) {
     int row = 0, slot = 0;
-    int64_t source = -1;  // of a row and a slot for each lane: where the addend stands
+    int64_t source = -1;  // each lane: offset of the addend of one row and slot
     if (start + lane < addends) {
       row = begin + static_cast<int>((start + lane) / slots);
       slot = vector + static_cast<int>((start + lane) % slots);
