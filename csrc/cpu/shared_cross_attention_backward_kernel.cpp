@@ -169,7 +169,7 @@ class AttendBackward {
   }
 
   float dot(const Element* x, int64_t x_stride, const Element* y, int64_t y_stride) const {
-    float sums[kWidth] = {};  // each of every kWidth-th product, to hide the latency of the additions
+    float sums[kWidth] = {};  // each adds every kWidth-th product: several chains hide the latency of the additions
     for (int64_t begin = 0; begin < a.head_dim; begin += kWidth) {
       const int64_t count = least(kWidth, a.head_dim - begin);
       for (int64_t d = 0; d < count; ++d) sums[d] += widen(x[(begin + d) * x_stride]) * widen(y[(begin + d) * y_stride]);

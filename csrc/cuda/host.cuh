@@ -39,7 +39,7 @@ inline cudaStream_t current_stream(int device) {
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Converts a size to int, as the kernels take sizes; their products are 64-bit.
+// Converts a size to int, the type of sizes in the kernels; products of sizes are 64-bit there.
 inline int to_int(int64_t x, const char* name) {
   STD_TORCH_CHECK(0 <= x && x < (int64_t{1} << 30), name, " must be below 2^30, got ", x);
   return static_cast<int>(x);

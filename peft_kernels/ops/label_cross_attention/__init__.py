@@ -162,7 +162,7 @@ def _check_values(features, lengths, offsets):
 
 @torch.library.impl(_lib, "label_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
-    """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty where they do not exist."""
+    """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty if the form has none."""
     _check_values(features, lengths, offsets)
     impl, implementation = _resolve(impl, query, features, num_heads)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
