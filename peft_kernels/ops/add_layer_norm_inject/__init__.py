@@ -63,8 +63,8 @@ def add_layer_norm_inject(
         (B, S, d) in ``x``'s dtype, contiguous. The sum is rounded to ``x``'s dtype, as in separate operations; everything after it is
         float32 (float64 for a float64 ``x``) until the result is rounded.
 
-    Backward saves the sum, and the mean and reciprocal standard deviation of every row. A frozen ``weight`` or ``bias`` costs nothing.
-    Gradients are summed in a fixed order.
+    The sum, and the mean and reciprocal standard deviation of every row, are saved for backward. A frozen ``weight`` or ``bias`` costs
+    nothing. Gradients are summed in a fixed order.
 
     Raises:
         ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
