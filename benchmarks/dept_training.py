@@ -16,7 +16,7 @@ from rich.console import Console
 
 from peft_kernels import DePTConfig, dept
 from peft_kernels.dept import layer
-from peft_kernels.perf.bench.problems.decomposed_prompt_embedding import official_formulation
+from peft_kernels.ops.decomposed_prompt_embedding.problems import official_formulation
 from peft_kernels.perf.measure import interleaved, peak_memory
 from peft_kernels.perf.pid_baselines import t5_base, twin
 from peft_kernels.perf.results import OURS, compared, measured

@@ -11,7 +11,8 @@ from functools import lru_cache
 import pytest
 import torch
 
-from peft_kernels.perf.bench import problems as cases
+from peft_kernels import ops
+from peft_kernels.ops.registry import operator
 from peft_kernels.perf.bench.runner import Case, candidates, cases_of, checked, truth
 from peft_kernels.perf.results import OURS, first_line
 
@@ -20,19 +21,19 @@ def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     device, quick = option("--benchmark-device"), option("--benchmark-quick")
     found = []
-    for operator in map(cases.operator, cases.NAMES):
-        small = {v: Case(operator, operator.quick_shapes[0], v, operator.dtypes[0], False).problem(device) for v in operator.variants}
-        for case in cases_of(operator, operator.quick_shapes if quick else operator.shapes, operator.default_dtypes, [False, True]):
+    for one in map(operator, ops.__all__):
+        small = {v: Case(one, one.quick_shapes[0], v, one.dtypes[0], False).problem(device) for v in one.variants}
+        for case in cases_of(one, one.quick_shapes if quick else one.shapes, one.default_dtypes, [False, True]):
             # the names of the candidates do not depend on the shape
             found += [pytest.param(case, candidate, device, id=f"{case}, {candidate}") for candidate in candidates(case, small[case.variant], device)]
     metafunc.parametrize(("case", "candidate", "device"), found)
 
 
 @lru_cache(maxsize=1)
-def solved(operator: str, shape: tuple, variant: str, dtype: str, backward: bool, device: str):
+def solved(name: str, shape: tuple, variant: str, dtype: str, backward: bool, device: str):
     """The problem of a group and its truth."""
     torch.compiler.reset()
-    case = Case(cases.operator(operator), dict(shape), variant, dtype, backward)
+    case = Case(operator(name), dict(shape), variant, dtype, backward)
     problem = case.problem(device)
     return problem, truth(problem, backward), candidates(case, problem, device)
 

@@ -6,7 +6,8 @@ compute-sanitizer --tool memcheck python3 scripts/every_kernel.py --device cuda
 import argparse
 import sys
 
-from peft_kernels.perf.bench.problems import NAMES, operator
+from peft_kernels.ops import __all__ as NAMES
+from peft_kernels.ops.registry import operator
 from peft_kernels.perf.bench.runner import TOLERANCE, candidates, cases_of, prepared, truth, worst_error
 from peft_kernels.perf.results import OURS, first_line
 

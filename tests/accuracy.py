@@ -30,26 +30,28 @@ Bit-equality is for what promises it (one call twice, ``disable`` after ``enable
 bit too, and ``assert_no_near_tie`` shows that rounding cannot decide them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
-__all__ = ["FACTOR", "Rounding", "WithinRounding", "assert_no_near_tie", "assert_within_rounding", "scatter_of"]
+__all__ = ["FACTOR", "Rounding", "WithinRounding", "assert_no_near_tie", "assert_same_tokens", "assert_within_rounding", "scatter_of"]
 
 FACTOR = 2
 RUNS = 4
 GROUP = 16  # numbers in a group at least, where the tensor has them
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
+INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # experts count their tokens in floats
 EXACT = {  # operations that do not round
     "_to_copy", "_unsafe_index", "abs", "amax", "amin", "bernoulli", "bernoulli_", "cat", "ceil", "clamp", "clamp_min", "clone",
-    "constant_pad_nd", "copy", "copy_", "embedding", "eq", "exponential_", "fill", "fill_", "flip", "floor", "gather", "ge", "gt", "index",
-    "index_fill", "index_select", "le", "lift_fresh", "lt", "masked_fill", "masked_fill_", "masked_scatter", "max", "maximum", "min",
-    "minimum", "multinomial", "nan_to_num", "native_dropout_mask", "ne", "neg", "normal_", "pad", "relu", "relu_", "repeat", "roll",
-    "round", "scatter", "select_backward", "select_scatter", "sign", "slice_backward", "slice_scatter", "sort", "stack",
-    "threshold_backward", "topk", "tril", "triu", "uniform_", "unsafe_split", "where", "zero_",
+    "constant_pad_nd", "copy", "copy_", "embedding", "eq", "exponential_", "fill", "fill_", "flip", "floor", "gather", "ge", "gt",
+    "histc", "index", "index_copy_", "index_fill", "index_select", "le", "lift_fresh", "lt", "masked_fill", "masked_fill_",
+    "masked_scatter", "max", "maximum", "min", "minimum", "multinomial", "nan_to_num", "native_dropout_mask", "ne", "neg", "normal_",
+    "pad", "relu", "relu_", "repeat", "roll", "round", "scatter", "select_backward", "select_scatter", "sign", "slice_backward",
+    "slice_scatter", "sort", "stack", "threshold_backward", "topk", "tril", "triu", "uniform_", "unsafe_split", "where", "zero_",
 }  # fmt: skip
 
 
@@ -57,29 +59,30 @@ class Rounding(TorchDispatchMode):
     """Within, operations round otherwise: each in its result's dtype, ``times`` as much as it may.
 
     It sees the operations below autograd, so those of a backward pass too. The draws depend on ``seed`` alone and leave PyTorch's own
-    generators as they are.
+    generators as they are. ``dtype``: a narrower one, to which operands and results of products round instead, and nothing else, as under autocast.
     """
 
-    def __init__(self, seed: int = 0, times: float = 1.0):
+    def __init__(self, seed: int = 0, times: float = 1.0, dtype: torch.dtype | None = None):
         super().__init__()
-        self.seed, self.times, self.generators = seed, times, {}
+        self.seed, self.times, self.dtype, self.generators = seed, times, dtype, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.overloadpacket.__name__
-        aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-        operands = [x for x in tree_leaves((args, kwargs)) if _is_float(x)]
-        if aliases or name in EXACT or not operands:
+        kwargs = kwargs or {}
+        how = None if kwargs.get("dtype") in INTEGERS else _how(function)
+        operands = [] if how is None else _floats((*args, *kwargs.values()))
+        if not operands or self.dtype is not None and how not in ("product", "attention"):
             return function(*args, **kwargs)
-        if torch.Tag.pointwise not in function.tags:
-            of_product = name in PRODUCTS and operands[-2].ndim
+        if how != "each":
+            of_product = how == "product" and operands[-2].ndim
             terms = operands[-2].shape[-1] if of_product else max((n for x in operands for n in x.shape), default=1)
-            writes = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
-            if terms > 1 and not writes:
-                moved = lambda x: self.moved(x, math.sqrt(terms / 2)) if _is_float(x) and x.element_size() >= 4 else x  # noqa: E731
-                args, kwargs = tree_map_only(torch.Tensor, moved, (args, kwargs))
+            if terms > 1:
+                roundings = math.sqrt(terms / 2) if self.dtype is None else 1
+                moved = lambda x: self.moved(x, roundings) if _is_float(x) and x.element_size() >= 4 else x  # noqa: E731
+                shallow = lambda x: [moved(y) for y in x] if isinstance(x, (list, tuple)) else moved(x)  # noqa: E731
+                args, kwargs = [shallow(x) for x in args], {name: shallow(x) for name, x in kwargs.items()}
         out = function(*args, **kwargs)
-        for x in tree_leaves(out):
-            if _is_float(x) and x.numel():
+        for x in _floats((out,)):
+            if x.numel():
                 x.copy_(self.moved(x, 1))
         return out
 
@@ -87,10 +90,21 @@ class Rounding(TorchDispatchMode):
         """``x`` times 1 +- eps/2 * ``roundings``; numbers near the end of the range, which stand for infinity in masks, stay."""
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
-        info, wide = torch.finfo(x.dtype), torch.promote_types(x.dtype, torch.float32)
-        draw = torch.rand(x.shape, generator=self.generators[x.device], device=x.device, dtype=wide).mul_(2).sub_(1)
-        moved = x.to(wide).addcmul(x.to(wide), draw, value=self.times * info.eps / 2 * roundings).to(x.dtype)
+        info, wide, eps = torch.finfo(x.dtype), torch.promote_types(x.dtype, torch.float32), torch.finfo(self.dtype or x.dtype).eps
+        draw = torch.empty(x.shape, device=x.device, dtype=wide).uniform_(-1, 1, generator=self.generators[x.device])
+        moved = x.to(wide).addcmul(x.to(wide), draw, value=self.times * eps / 2 * roundings).to(x.dtype)
         return torch.where(x.abs() < info.max / 4, moved, x)
+
+
+@functools.cache
+def _how(function) -> str | None:
+    """Where an operator rounds: "each" result, in the sums of a "product", of "attention", in other "sums", or nowhere."""
+    name, schema = function.overloadpacket.__name__, function._schema
+    if name in EXACT or any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+        return None
+    if torch.Tag.pointwise in function.tags or any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+        return "each"
+    return "product" if name in PRODUCTS else "attention" if "scaled_dot_product" in name else "sums"
 
 
 class WithinRounding:
@@ -101,12 +115,15 @@ class WithinRounding:
             order of evaluation is compared. Called without arguments, several times, with ``Rounding``; gradients are computed inside.
             Results are tensors, or lists, tuples, dictionaries or model outputs of them.
         truth: the same results in float64. Without them results are compared with ``function()`` itself.
+        runs: with ``Rounding``. Fewer take less time and widen the bound of small groups, as ``draws`` say.
+        dtype: a narrower one, to which products may round, as under autocast; ``function()`` itself is the truth then.
     """
 
-    def __init__(self, function: Callable, truth=None):
+    def __init__(self, function: Callable, truth=None, runs: int = RUNS, dtype: torch.dtype | None = None):
         self.expected = _leaves(function() if truth is None else truth)
-        self.factor = FACTOR * (1 if truth is not None else math.sqrt(2))
-        self.samples = [_leaves(x) for x in scatter_of(function)]
+        self.factor = FACTOR * (1 if truth is not None or dtype is not None else math.sqrt(2))
+        self.samples = [_leaves(x) for x in scatter_of(function, runs, dtype=dtype)]
+        self.eps = 0.0 if dtype is None else torch.finfo(dtype).eps
         assert list(self.expected) == list(self.samples[0]), "function and truth must return the same"
 
     def check(self, got, partial: bool = False) -> None:
@@ -117,48 +134,63 @@ class WithinRounding:
             f"expected {list(self.expected)}, got {list(got)}"
         )
         for name, mine in got.items():
-            _assert_leaf(name, mine, self.expected[name], [sample[name] for sample in self.samples], self.factor)
+            _assert_leaf(name, mine, self.expected[name], [sample[name] for sample in self.samples], self.factor, self.eps)
 
 
-def assert_within_rounding(got, function: Callable, truth=None) -> None:
-    """``WithinRounding(function, truth).check(got)``"""
-    WithinRounding(function, truth).check(got)
+def assert_within_rounding(got, function: Callable, truth=None, **options) -> None:
+    """``WithinRounding(function, truth, **options).check(got)``"""
+    WithinRounding(function, truth, **options).check(got)
 
 
-def scatter_of(function: Callable, runs: int = RUNS, times: float = 1.0) -> list:
+def scatter_of(function: Callable, runs: int = RUNS, times: float = 1.0, dtype: torch.dtype | None = None) -> list:
     """The results of ``function()`` under ``runs`` different roundings."""
     results = []
     for seed in range(runs):
-        with Rounding(seed, times):
+        with Rounding(seed, times, dtype):
             results.append(function())
     return results
 
 
-def assert_no_near_tie(function: Callable, expected: torch.Tensor, times: float = 16.0) -> None:
+def assert_no_near_tie(function: Callable, expected: torch.Tensor, times: float = 16.0, rounding=None) -> None:
     """``function()`` gives the same tokens when everything rounds ``times`` as much: no order of summation decides one.
 
-    A test that fails here is not about the code under test: its seed, scale or dtype has to change.
+    A test that fails here is not about the code under test: its seed, scale or dtype has to change. ``rounding``: a context that moves
+    numbers as far and costs less than ``Rounding``.
     """
-    with Rounding(times=times):
+    with rounding or Rounding(times=times):
         tokens = function()
     assert torch.equal(tokens, expected), f"near-tie: rounding decides the tokens, {tokens.tolist()} or {expected.tolist()}"
 
 
+def assert_same_tokens(got: torch.Tensor, function: Callable) -> None:
+    """``got`` are the tokens that ``function()`` gives by another route, and rounding decides none of them."""
+    expected = function()
+    assert torch.equal(got, expected), f"got {got.tolist()}, expected {expected.tolist()}"
+    assert_no_near_tie(function, expected)
+
+
 def _is_float(x) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point()
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.layout == torch.strided  # oneDNN's packed weights cannot be moved
+
+
+def _floats(values) -> list:
+    """The tensors of floats in ``values``, also those in lists there."""
+    flat = (y for x in values for y in (x if isinstance(x, (list, tuple)) else (x,)))
+    return [x for x in flat if _is_float(x)]
 
 
 def _leaves(x) -> dict:
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(x)[0] if isinstance(leaf, torch.Tensor)}
 
 
-def _assert_leaf(name, got, expected, samples, factor):
+def _assert_leaf(name, got, expected, samples, factor, least_eps):
     if not _is_float(expected):  # tokens, say
         assert all(torch.equal(x, expected) for x in samples), f"{name}: rounding decides {expected}: another seed, scale or dtype is needed"
         assert torch.equal(got, expected), f"{name}: got {got}, expected {expected}"
         return
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     eps, tiny = (max(getattr(torch.finfo(x.dtype), name) for x in (got, samples[0])) for name in ("eps", "tiny"))
+    eps = max(eps, least_eps)
     got, expected, *samples = (x.detach().double().cpu() for x in (got, expected, *samples))
     finite = expected.isfinite()
     assert torch.equal(got.isfinite(), finite), f"{name}: finite where it should not be, or the reverse"

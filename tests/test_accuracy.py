@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from accuracy import Rounding, WithinRounding, assert_no_near_tie, assert_within_rounding
+from accuracy import Rounding, WithinRounding, assert_no_near_tie, assert_same_tokens, assert_within_rounding
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from peft_kernels.ops import label_cross_attention, shared_cross_attention
@@ -134,6 +134,24 @@ def test_a_model(model, against):
     caught(expected, results_of(scaled))
 
 
+@torch.no_grad()
+def test_autocast(model):
+    """Products round to bfloat16 and nothing else does; a layer that is left out is more than that."""
+    ids = torch.randint(4, 99, (3, 11), generator=torch.Generator().manual_seed(1))
+    expected = WithinRounding(lambda: model(input_ids=ids).logits, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected.check(model(input_ids=ids).logits)
+    shallow = copy.deepcopy(model)
+    del shallow.bert.encoder.layer[2]
+    caught(expected, shallow(input_ids=ids).logits)
+
+
+def test_counts_do_not_round():
+    """Experts count their tokens in floats, and where each begins is an integer again."""
+    experts = torch.tensor([0, 2, 2, 1, 0, 2, 2]).float()
+    assert_within_rounding(torch.tensor([2, 3, 7]), lambda: experts.histc(3, 0, 2).cumsum(0, dtype=torch.int64))
+
+
 def test_other_roundings_pass(model):
     """Those of twenty machines more."""
     problem = Attention()
@@ -173,6 +191,9 @@ def test_infinities_and_shapes():
 def test_near_ties():
     x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     assert_no_near_tie(lambda: (x * 3).argmax(1), x.argmax(1))
+    assert_same_tokens(x.argmax(1), lambda: (x * 3).argmax(1))
+    with pytest.raises(AssertionError, match="expected"):
+        assert_same_tokens(x.argmin(1), lambda: x.argmax(1))
     x[1, 7] = x[1].max() * (1 + 1e-7)
     with pytest.raises(AssertionError, match="near-tie"):
         for _ in range(20):

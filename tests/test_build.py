@@ -4,11 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from test_imports import PYTHONS
 
 from peft_kernels.ops import native_library
 
@@ -130,6 +136,52 @@ def test_a_compiler_that_is_not_there(tree):
     assert "/no/g++ does not run: No such file or directory" in files["_native.txt"]
 
 
+def sources() -> list[str]:
+    """What git tracks; in an unpacked sdist, which has no git, every file in it."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        return [name for name in listed if (ROOT / name).is_file()]
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    built = ("PKG-INFO", "setup.cfg", "peft_kernels.egg-info", "__pycache__")
+    return [str(path) for path in paths if not set(built) & set(path.parts) and not path.name.startswith("_native")]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The folder of an unpacked sdist, built from a copy that has what a build in place leaves."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in sources():
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    for name in ("peft_kernels/_native.so", "peft_kernels/_native_cuda.txt", "tests/__pycache__/test_build.pyc"):
+        (folder / "tree" / name).parent.mkdir(exist_ok=True)
+        (folder / "tree" / name).touch()
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=gztar", "-d", str(folder)]
+    done = subprocess.run(command, cwd=folder / "tree", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / path.name.removesuffix(".tar.gz")
+
+
+def test_sdist_holds_the_sources_and_nothing_built(sdist):
+    files = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    assert {name for name in sources() if not name.startswith(".")} <= files
+    assert not [name for name in files if name.endswith((".so", ".pyc")) or Path(name).name.startswith("_native")]
+
+
+def test_sdist_builds_a_wheel_with_types_texts_and_page(sdist, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=sdist, env={**os.environ, "PEFT_KERNELS_BUILD": "skip"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with ZipFile(next(tmp_path.iterdir())) as archive:
+        names = set(archive.namelist())
+    package = [name for name in sources() if name.startswith("peft_kernels/")]
+    assert set(package) <= names
+    assert "peft_kernels/py.typed" in package
+
+
 def test_unknown_wish(tree):
     done = tree.setup("build_ext", PEFT_KERNELS_BUILD="yes")
     assert done.returncode != 0 and "PEFT_KERNELS_BUILD must be require, skip or unset, got 'yes'" in done.stderr
@@ -150,6 +202,45 @@ def test_unknown_wish(tree):
 )
 def test_last_error(build, output, line):
     assert build.last_error(output) == line
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_make_env_pins_runs_on_every_python(python):
+    """Where a release needs a newer one, its line says so and pip takes an older release."""
+    pinned = [Requirement(line.split("#")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("#")[0].strip()]
+    too_new = []
+    for one in pinned:
+        with suppress(PackageNotFoundError):
+            found = metadata(one.name)
+            needs = SpecifierSet(found["Requires-Python"] or "")
+            here = str(one.specifier) == f"=={found['Version']}" and (one.marker is None or one.marker.evaluate({"python_version": python}))
+            if here and python not in needs:
+                too_new.append(f"{one} needs Python {needs}")
+    assert pinned and too_new == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    "made_with, asked_for, anew",
+    [
+        ("torch==2.11.0", [], False),
+        ("torch==2.13.0", [], True),
+        ("torch==2.13.0", ["TORCH=torch==2.13.0"], False),
+        ("torch==2.11.0", ["TORCH=torch==2.13.0"], True),
+        ("", [], True),
+        (None, [], True),
+    ],
+)
+def test_the_oldest_environment_is_made_anew_for_another_torch(made_with, asked_for, anew, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "constraints-oldest.txt", "csrc/op.cpp", ".venv/.ready", ".venv-oldest/.ready"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    ready = tmp_path / ".venv-oldest/.ready"
+    ready.unlink() if made_with is None else ready.write_text(made_with + "\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "TORCH")}
+    done = subprocess.run(["make", "-n", ".venv-oldest/.ready", *asked_for], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and ("venv --clear .venv-oldest" in done.stdout) == anew, done.stdout
 
 
 def test_reason_of_a_library_that_is_not_built(tmp_path):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from tools.kernel_report.variant import Expected
+
 from peft_kernels.ops.cuda_library import LIBRARY
 from tools.kernel_report import check, page, table
 from tools.kernel_report.architectures import ARCHITECTURES, blocks_per_processor
-from tools.kernel_report.variant import Expected
 
 NAME = "sm_90 shared_cross_attention attend bf16 BM=64"
 ROW = {

@@ -1,5 +1,6 @@
-"""The commands of ``peft-kernels``."""
+"""The commands of ``peft-kernels``. What is checked without torch is checked before torch is imported, which takes over a second."""
 
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -9,12 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..ops.tuned import KERNELS
-from ..perf.files import folder_or_hub_id, text_of, writable_file, writable_folder
+from ..perf.files import folder_or_hub_id, text_of, with_configuration, writable_file, writable_folder
+from ..version import __version__
 
+OPERATORS = Path(__file__).parents[1] / "ops"
 LARGEST = 1 << 20  # of a number on the command line: beyond it stand mistypes
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 class Dtype(str, Enum):
@@ -39,8 +41,14 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+def _version(wanted: bool):
+    if wanted:
+        typer.echo(f"peft-kernels {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main():
+def main(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)] = False):
     """Fused kernels for parameter-efficient adaptation: what runs here, and what it brings."""
 
 
@@ -87,8 +95,6 @@ def demo(
     PiE: every prompt is encoded with the text, stock generate. PiD repeated: encoded once, encoder outputs repeated per prompt, stock
     generate. Ours: pid.enable and pid.generate, every input's keys and values computed and kept once.
     """
-    import torch
-
     from ..perf.workloads import chosen, dialogues
 
     _check(device)
@@ -103,10 +109,15 @@ def demo(
                 folder_or_hub_id(name, option)
         texts = chosen(input, prompts) if data is None else dialogues(data, 16 if limit is None else limit, batch_size or 8)
         writable_folder(out)
+        if model is not None:
+            with_configuration(model, "--model")
 
-        from ..demo import prepare, run
+    import torch
 
-        where = {"dtype": getattr(torch, dtype.value), "device": device.value}
+    from ..demo import prepare, run
+
+    where = {"dtype": getattr(torch, dtype.value), "device": device.value}
+    with _refusing():
         workload, loaded = prepare(texts, model, tokenizer, input_tokens, new_tokens, **where)
     agree = run(workload, loaded, model, new_tokens=new_tokens, repeats=repeats, out=out, console=Console(), **where)
     raise typer.Exit(0 if agree else 1)
@@ -129,17 +140,24 @@ def bench(
     ] = None,
 ):
     """Every operator against every baseline: checked against float64, timed turn by turn, held against the roofline of this machine."""
+    _check(device)
+    console = Console()
+    with _refusing():
+        for name in operators or []:
+            if name not in (known := _operator_names()):
+                raise ValueError(f"expected an operator, one of {', '.join(known)}; got {name!r}")
+        if out is not None:
+            writable_folder(out)
+
     from ..perf.bench.command import asked, run
     from ..perf.bench.revision import found
     from ..perf.results import default_folder
 
-    _check(device)
-    console = Console()
     with _refusing():
-        cases_of = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
-        out = writable_folder(out or default_folder(device.value))
+        cases = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
+        out = out or writable_folder(default_folder(device.value))
         checkout = None if against is None else found(against)
-    raise typer.Exit(0 if run(cases_of, device.value, repeats, quick, out, console, checkout) else 1)
+    raise typer.Exit(0 if run(cases, device.value, repeats, quick, out, console, checkout) else 1)
 
 
 @contextmanager
@@ -152,13 +170,20 @@ def _refusing() -> Iterator[None]:
 
 
 def _check(device: Device):
-    import torch
+    if device == Device.cuda:
+        import torch
 
-    if device == Device.cuda and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
+        if not torch.cuda.is_available():
+            raise typer.BadParameter("torch sees no CUDA or ROCm device here", param_hint="--device")
 
 
-Operator = Enum("Operator", {name: name for name in KERNELS}, type=str)
+def _operator_names() -> list[str]:
+    """``ops.__all__``, read from the source: its import takes longer than the answer to a mistyped name may."""
+    tree = ast.parse((OPERATORS / "__init__.py").read_text(encoding="utf-8"))
+    return next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
+
+
+Operator = Enum("Operator", {path.parent.name: path.parent.name for path in sorted(OPERATORS.glob("*/tunable.py"))}, type=str)
 
 
 @app.command()
@@ -179,13 +204,14 @@ def tune(
 
     The kernels in CUDA C++, which "auto" takes where they are built, have their launch constants compiled in and are not tuned.
     """
+    with _refusing():
+        if out is not None:
+            writable_file(out)
+
     import torch
 
     from ..perf.tune.search import run
 
-    with _refusing():
-        if out is not None:
-            writable_file(out)
     run([one.value for one in operators or ()], [getattr(torch, one.value) for one in dtype], out, quick, Console())
 
 
@@ -221,18 +247,22 @@ def profile(
 
     Stock and ours run turn by turn in one process, and what they say is compared: a disagreement in float32 fails. Chrome traces are written too.
     """
-    import torch
-
     from ..perf.profile.sweep import parsed
-    from ..perf.results import default_folder
 
     _check(device)
     sizes = parsed({"batch": batch, "streams": streams, "length": length, "new_tokens": new_tokens})
     with _refusing():
         folder_or_hub_id(model, "MODEL")
-        out = writable_folder(out or default_folder(device.value))
+        if out is not None:
+            writable_folder(out)
+
+    import torch
 
     from ..perf.profile.run import run
+    from ..perf.results import default_folder
+
+    with _refusing():
+        out = out or writable_folder(default_folder(device.value))
 
     how = {"dtype": getattr(torch, dtype.value), "device": device.value, "repeats": repeats, "train": train, "quick": quick, "out": out}
     agree = run(model, None if method is None else method.value, sizes, **how, console=Console())

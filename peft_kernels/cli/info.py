@@ -1,7 +1,8 @@
-"""What is here: versions, devices, and every operator's implementations."""
+"""What runs here: versions, devices, and one matrix of operators against implementations, with a footnote for each reason."""
 
 import os
 from importlib import import_module
+from itertools import zip_longest
 
 import torch
 from rich.console import Console
@@ -10,50 +11,55 @@ from rich.table import Table
 
 from .. import ops
 from ..ops import cuda_library, native_library, triton_runtime, tuned
+from ..ops.registry import packages
 from ..perf.measure import cpu_model, gpus, versions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ORDER = ("reference", "explicit", "sdpa", "matmul", "cpp", "cuda", "triton")
 
 
 def show(console: Console):
-    console.print(_versions())
-    console.print(_devices())
-    console.print(_launch_options())
-    for package in packages():
-        console.print(_implementations(package))
+    """On one screen of 80 columns and 40 lines."""
+    footnotes: dict[str, int] = {}
+    console.print(_facts(footnotes))
+    console.print(_matrix(footnotes))
+    notes = Table.grid(padding=(0, 1))
+    for reason, number in footnotes.items():
+        notes.add_row(f"[yellow]{number}[/yellow]", escape(reason))
+    console.print(notes)
 
 
-def _versions() -> Table:
-    table = Table("package", "version", title="Versions", title_justify="left")
-    for row in versions().items():
-        table.add_row(*row)
-    for what, reason in (("C++ kernels", native_library.problem()), ("CUDA kernels", cuda_library.problem())):
-        table.add_row(what, "built" if reason is None else escape(reason))
-    return table
-
-
-def _devices() -> Table:
-    table = Table("device", "what", title="Devices", title_justify="left")
+def _facts(footnotes: dict[str, int]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("versions", ", ".join(f"{package} {version}" for package, version in versions().items()))
+    problems = {"C++ kernels": native_library.problem(), "CUDA kernels": cuda_library.problem()}
+    built = {name: "built" if reason is None else f"[yellow]no[/yellow] {_number(reason, footnotes)}" for name, reason in problems.items()}
+    table.add_row("libraries", ", ".join(f"{name}: {answer}" for name, answer in built.items()))
     table.add_row("cpu", f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for what in gpus() or ["none that torch sees"]:
         table.add_row("gpu", what)
-    return table
-
-
-def _launch_options() -> Table:
-    table = Table("operator", "launch options", title="Triton kernels on the current GPU", title_justify="left")
     launches = torch.cuda.is_available() and triton_runtime.INSTALLED
-    for row in launch_options(torch.device("cuda", torch.cuda.current_device()) if launches else None).items():
-        table.add_row(*row)
+    operators: dict[str, list[str]] = {}
+    for operator, config in launch_options(torch.device("cuda", torch.cuda.current_device()) if launches else None).items():
+        operators.setdefault(config, []).append(operator)
+    *fewer, most = sorted(operators, key=lambda config: len(operators[config])) or [None]
+    for config in fewer:
+        table.add_row("launch configs", f"{', '.join(operators[config])}: {config}")
+    if most is not None:
+        table.add_row("launch configs", f"all others: {most}" if fewer else most)
     return table
 
 
 def launch_options(device: torch.device | None) -> dict[str, str]:
-    """operator -> whether its launches on a device take the shipped options or, for so many rows of its tables, tuned ones."""
+    """operator -> whether its launches on a GPU take the shipped options or, for so many rows of its tables, tuned ones; without one: none."""
+    if device is None:
+        return {}
     entries, otherwise = [], "shipped"
     if not tuned.enabled():
         otherwise = "shipped, because PEFT_KERNELS_TUNED is 0"
-    elif device is not None:
+    else:
         path = tuned.cache_file(device)
         try:
             entries = tuned.read(path, device)
@@ -61,27 +67,11 @@ def launch_options(device: torch.device | None) -> dict[str, str]:
             pass
         except (OSError, ValueError) as error:
             otherwise = f"shipped, [yellow]because the tuned ones cannot be used[/yellow]: {escape(str(error))}"
-    found = dict.fromkeys(tuned.KERNELS, otherwise)
-    for operator in tuned.KERNELS:
+    found = dict.fromkeys(tuned.kernels(), otherwise)
+    for operator in tuned.kernels():
         if dates := [entry.date for entry in entries if entry.site.operator == operator]:
             found[operator] = f"[green]tuned[/green] on {max(dates)[:10]}, rows: {len(dates)}, {escape(str(path))}"
     return found
-
-
-def packages() -> dict[str, list[str]]:
-    """Package of implementations -> its operators."""
-    found = {}
-    for name in ops.__all__:
-        found.setdefault(getattr(ops, name).__module__, []).append(name)
-    return found
-
-
-def _implementations(package: str) -> Table:
-    title = f"{', '.join(packages()[package])}: available here, or why not"
-    table = Table("impl", *device_types(), title=title, title_justify="left", show_lines=True)
-    for impl, cells in availability(package).items():
-        table.add_row(impl, *(_cell(reasons) for reasons in cells.values()))
-    return table
 
 
 def device_types() -> list[str]:
@@ -90,7 +80,7 @@ def device_types() -> list[str]:
 
 def availability(package: str) -> dict[str, dict[str, dict[torch.dtype, str | None]]]:
     """implementation -> device type -> dtype -> why it cannot run here, None where it can."""
-    implementations = import_module(package).implementations
+    implementations = import_module(f"{ops.__name__}.{package}").implementations
     return {
         impl: {device: {dtype: _reason(implementations, impl, device, dtype) for dtype in DTYPES} for device in device_types()}
         for impl in implementations.names
@@ -104,13 +94,47 @@ def _reason(implementations, impl: str, device: str, dtype: torch.dtype) -> str 
         return str(error)
 
 
-def _cell(reasons: dict[torch.dtype, str | None]) -> str:
-    """One line per answer; the dtypes are named only where they differ."""
-    by_answer: dict[str | None, list[str]] = {}
+def _matrix(footnotes: dict[str, int]) -> Table:
+    """A line for each operator and for each device of a package of implementations; reasons get their numbers in ``footnotes``."""
+    rows = {package: availability(package) for package in packages()}
+    names = sorted({impl for row in rows.values() for impl in row}, key=ORDER.index)
+    devices = ["gpu" if device == "cuda" else device for device in device_types()]
+    title = f"\nImplementations on {' and '.join(devices)} ({', '.join(map(_name, DTYPES))}; numbers: footnotes)"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("operator", no_wrap=True, min_width=max(map(len, ops.__all__)))
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for package, row in rows.items():
+        cells = [[_cell(reasons, footnotes) for reasons in row[impl].values()] if impl in row else ["-"] * len(devices) for impl in names]
+        for line in zip_longest(packages()[package], devices, *cells, fillvalue=""):
+            table.add_row(*line)
+    return table
+
+
+def _cell(reasons: dict[torch.dtype, str | None], footnotes: dict[str, int]) -> str:
+    """Whether some dtype runs, and the numbers of the reasons why others do not."""
+    dtypes_of: dict[str, list[torch.dtype]] = {}  # by a reason with a gap for the dtype
     for dtype, reason in reasons.items():
-        by_answer.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
-    lines = []
-    for reason, dtypes in by_answer.items():
-        answer = "[green]yes[/green]" if reason is None else f"[yellow]no[/yellow]: {escape(reason)}"
-        lines.append(answer if len(by_answer) == 1 else f"{', '.join(dtypes)}: {answer}")
-    return "\n".join(lines)
+        if reason is not None:
+            dtypes_of.setdefault(reason.replace(str(dtype), "{}"), []).append(dtype)
+    runs = None in reasons.values()
+    numbers = [_number(_footnote(reason, dtypes, runs), footnotes) for reason, dtypes in dtypes_of.items()]
+    answer = "[green]yes[/green]" if runs else "[yellow]no[/yellow]"
+    return f"{answer} {','.join(map(str, numbers))}" if numbers else answer
+
+
+def _number(reason: str, footnotes: dict[str, int]) -> int:
+    return footnotes.setdefault(reason, len(footnotes) + 1)
+
+
+def _footnote(reason: str, dtypes: list[torch.dtype], others_run: bool) -> str:
+    """The dtypes stand in the gap of the reason, or in front of a reason that does not name them."""
+    names = " and ".join(map(str, dtypes))
+    if "{}" in reason:
+        return reason.replace("{}", names)
+    return f"{names}: {reason}" if others_run else reason
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -11,7 +11,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..hf import durable
-from .estimator import BaseEstimator, ClassifierMixin, NotFittedError, array_of, labels_of, matrix_of, number, row_weights, same_features, vector_of
+from .estimator import (
+    BaseEstimator,
+    ClassifierMixin,
+    NotFittedError,
+    Values,
+    array_of,
+    labels_of,
+    matrix_of,
+    number,
+    row_weights,
+    same_features,
+    vector_of,
+)
 from .head import CALIBRATIONS, Head, calibrated, train
 
 FORMAT = "peft_kernels.dect classifier 1"
@@ -52,11 +64,11 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         classes: Sequence | None = None,
         class_weight: Mapping | str | None = None,
         seed: int = 0,
-    ):
+    ) -> None:
         self.dim, self.lr, self.epochs, self.score_weight, self.seed = dim, lr, epochs, score_weight, seed
         self.calibration, self.empty_scores, self.classes, self.class_weight = calibration, empty_scores, classes, class_weight
 
-    def fit(self, features, y, scores=None, sample_weight=None) -> "DecoderTuning":
+    def fit(self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None) -> "DecoderTuning":
         """Train on ``features`` (N, H), labels ``y`` (N,) of any kind and, if there are any, the model's ``scores`` (N, C).
 
         Tensors (trained on their device), arrays, tables or lists. ``sample_weight`` (N,), at least 0: a text of weight 2 counts as two,
@@ -84,8 +96,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         weights = None if sample_weight is None else row_weights(sample_weight, len(features))
         if weights is not None and not weights.all():
             kept = np.flatnonzero(weights)
-            labels, weights, kept = labels[kept], weights[kept], torch.from_numpy(kept).to(features.device)
-            features, scores = features[kept], None if scores is None else scores[kept]
+            labels, weights, rows = labels[kept], weights[kept], torch.from_numpy(kept).to(features.device)
+            features, scores = features[rows], None if scores is None else scores[rows]
         self.classes_ = self._classes(labels, scores)
         indices = self._indices(labels)
         counts = np.bincount(indices, minlength=len(self.classes_))
@@ -111,7 +123,7 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         )
         return self
 
-    def logits(self, features, scores=None) -> Tensor:
+    def logits(self, features: Values, scores: Values | None = None) -> Tensor:
         """q, (N, C) float32, on the device that the classifier was trained on.
 
         Raises:
@@ -130,21 +142,21 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         scores = scores if scores is None else matrix_of("scores", scores).to(device)
         return self.head_(features, self._calibrated(scores, len(features)), self.score_weight_)
 
-    def decision_function(self, features, scores=None) -> np.ndarray:
+    def decision_function(self, features: Values, scores: Values | None = None) -> np.ndarray:
         """q, (N, C) float32; of two classes the second's less the first's, (N,). Raises as ``logits`` does."""
         q = self.logits(features, scores).cpu().numpy()
         return q[:, 1] - q[:, 0] if q.shape[1] == 2 else q
 
-    def predict(self, features, scores=None) -> np.ndarray:
+    def predict(self, features: Values, scores: Values | None = None) -> np.ndarray:
         """(N,) of ``classes_``."""
         best = self.logits(features, scores).argmax(1).cpu().numpy()
         return self.classes_[best]
 
-    def predict_proba(self, features, scores=None) -> np.ndarray:
+    def predict_proba(self, features: Values, scores: Values | None = None) -> np.ndarray:
         """(N, C) float32"""
         return self.logits(features, scores).softmax(1).cpu().numpy()
 
-    def score(self, features, y, scores=None, sample_weight=None) -> float:
+    def score(self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None) -> float:
         """Accuracy."""
         predicted = self.predict(features, scores)
         right = predicted == labels_of(y, len(predicted))
@@ -213,7 +225,7 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
     def _classes(self, labels: np.ndarray, scores: Tensor | None) -> np.ndarray:
         columns = None if scores is None else scores.shape[1]
         if self.classes is None:
-            return np.unique(labels) if scores is None else np.arange(columns)
+            return np.unique(labels) if scores is None else np.arange(scores.shape[1])
         classes = np.asarray(list(self.classes))
         if len(np.unique(classes)) != len(classes) or columns not in (None, len(classes)):
             raise ValueError(f"DecoderTuning: classes must name {columns or 'all'} classes, each once, got {classes.tolist()}")

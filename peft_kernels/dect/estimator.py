@@ -7,6 +7,7 @@ from numbers import Real
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 try:
@@ -32,6 +33,9 @@ except ImportError:  # or one older than 1.6
 
         def __repr__(self) -> str:
             return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
+
+
+Values = Tensor | ArrayLike  # tables of pandas are array-like
 
 
 def array_of(x) -> np.ndarray:

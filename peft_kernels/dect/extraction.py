@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..hf.fingerprint import fingerprint
@@ -23,16 +24,22 @@ SAVE_SHARE = 20
 
 @dataclass(frozen=True)
 class Extraction:
-    """What a classifier is made from, in the order of the texts; float32, on the CPU."""
+    """The inputs of a classifier, in the order of the texts; float32, on the CPU.
 
-    features: Tensor  # (N, H)
-    scores: Tensor | None  # (N, C)
-    empty_scores: Tensor | None  # (C,), those of the empty text: what the model thinks of the template alone
+    Attributes:
+        features: (N, H), hidden states at the mask.
+        scores: (N, C), logits of the classes' label words; None: none were asked for.
+        empty_scores: (C,), scores of the empty text: what the model answers to the template alone.
+    """
+
+    features: Tensor
+    scores: Tensor | None
+    empty_scores: Tensor | None
 
 
 def extract(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     template: str,
     label_words: Sequence[Sequence[str] | str] | None,
@@ -67,12 +74,12 @@ def extract(
 
     Threads may extract from one model at once; while they do, it is in eval mode for all.
     """
-    model = frozen_model("DecT", model)
+    pretrained = frozen_model("DecT", model)
     texts = strings("DecT", "texts", texts)
     batch_size = whole("DecT", "batch_size", batch_size, 1)
-    filled = template_for(model, tokenizer, template, max_length)
+    filled = template_for(pretrained, tokenizer, template, max_length)
     label_ids = None if label_words is None else filled.label_ids(label_words)
-    row = MaskRow(model, label_ids, decoder_ids_for(model, filled))
+    row = MaskRow(pretrained, label_ids, decoder_ids_for(pretrained, filled))
     encoded = filled.encode([*texts, ""])
     # the empty text first, then what does not fit into memory
     order = [len(texts), *sorted(range(len(texts)), key=lambda i: -len(encoded[i].input_ids))]
@@ -80,11 +87,12 @@ def extract(
     if cache is not None:
         inputs = {"label_ids": label_ids, "decoder_ids": row.decoder_ids, "rows": [(e.input_ids, e.position) for e in encoded]}
         file = FeatureFile(cache, fingerprint(row.runs, row.base, inputs))
-    found = _run(model, row, [encoded[i] for i in order], batch_size, padding_id(tokenizer), file)
+    found = _run(pretrained, row, [encoded[i] for i in order], batch_size, padding_id(tokenizer), file)
     places = torch.tensor(order).argsort()
-    features, scores = (None if x is None else x[places] for x in (found["features"], found.get("scores")))
+    features, scores = found["features"][places], found.get("scores")
     if scores is None:
         return Extraction(features[:-1].clone(), None, None)
+    scores = scores[places]
     return Extraction(features[:-1].clone(), scores[:-1].clone(), scores[-1].clone())
 
 
@@ -97,7 +105,9 @@ def template_for(model, tokenizer, template: str, max_length: int | None) -> Tem
 
 def decoder_ids_for(model, template: Template) -> list[int] | None:
     """T5 predicts masked words behind the mask's name."""
-    return [model.config.decoder_start_token_id, template.mask_id] if is_encoder_decoder(model) else None
+    if not is_encoder_decoder(model) or template.mask_id is None:
+        return None
+    return [model.config.decoder_start_token_id, template.mask_id]
 
 
 def padding_id(tokenizer) -> int:

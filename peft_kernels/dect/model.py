@@ -1,12 +1,13 @@
 """A trained DecT as an ordinary transformers model for sequence classification."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -30,7 +31,10 @@ class DecTConfig(PreTrainedConfig):
         mask_id: the mask's token id; None: a causal model, whose last token predicts.
         last_mask: whether the last mask of a text counts, or the first.
         decoder_ids: what the decoder of T5 reads.
-        dim, calibration, score_weight: of ``DecoderTuning``.
+        dim: of ``DecoderTuning``.
+        calibration: of ``DecoderTuning``.
+        score_weight: of ``DecoderTuning``.
+        kwargs: anything of ``PreTrainedConfig``.
     """
 
     model_type = "dect"
@@ -47,8 +51,8 @@ class DecTConfig(PreTrainedConfig):
         dim: int = 128,
         calibration: str = "none",
         score_weight: float = 1.0,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         self.backbone_config, self.backbone_class, self.template = backbone_config, backbone_class, template
         self.label_ids, self.mask_id, self.last_mask, self.decoder_ids = label_ids, mask_id, last_mask, decoder_ids
         self.dim, self.calibration, self.score_weight = dim, calibration, score_weight
@@ -65,11 +69,13 @@ class DecTForSequenceClassification(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
 
-    def __init__(self, config: DecTConfig):
+    def __init__(self, config: DecTConfig) -> None:
         super().__init__(config)
+        if config.backbone_config is None or config.backbone_class is None:
+            raise ValueError("DecT: config must name backbone_config and backbone_class, as from_classifier writes them, got none")
         settings = dict(config.backbone_config)
         self.backbone = getattr(transformers, config.backbone_class)(CONFIG_MAPPING[settings.pop("model_type")](**settings))
-        classes, width = config.num_labels, self.backbone.config.hidden_size
+        classes, width = cast(int, config.num_labels), self.backbone.config.hidden_size
         self.projection = nn.Parameter(torch.zeros(config.dim, width))
         self.prototypes = nn.Parameter(torch.zeros(classes, config.dim))
         self.radius = nn.Parameter(torch.zeros(classes))
@@ -79,7 +85,7 @@ class DecTForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_classifier(
-        cls, classifier: DecoderTuning, backbone: PreTrainedModel, tokenizer, template: str, label_words: Sequence | None
+        cls, classifier: DecoderTuning, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str, label_words: Sequence | None
     ) -> "DecTForSequenceClassification":
         """Of a fitted classifier and what its features were extracted with. The backbone's weights are shared, not copied.
 
@@ -124,11 +130,11 @@ class DecTForSequenceClassification(PreTrainedModel):
         model.backbone = backbone
         device = next(backbone.parameters()).device
         for name, value in (*vars(classifier.head_).items(), ("empty_scores", classifier.empty_scores)):
-            value = torch.ones(config.num_labels) if value is None else torch.as_tensor(value, dtype=torch.float32)
+            value = torch.ones(len(names)) if value is None else torch.as_tensor(value, dtype=torch.float32)
             setattr(model, name, nn.Parameter(value.detach().clone().to(device), requires_grad=False))
         return model.eval()
 
-    def prepare(self, texts: Sequence[str], tokenizer) -> list[str]:
+    def prepare(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The texts in the template, their ends cut where they are too long: what a tokenizer or a pipeline takes."""
         texts = strings("DecT", "texts", texts)
         filled = template_for(self.backbone, tokenizer, self.config.template, None)

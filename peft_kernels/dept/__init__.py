@@ -3,11 +3,14 @@
 ``import peft_kernels`` is enough for ``PeftModel.from_pretrained`` to read one of its adapters.
 """
 
-from ..hf.peft_method import register
-from .checkpoints import convert_official, load_official
-from .config import DEPT, DePTConfig
-from .model import DePTModel
-from .training import param_groups
+from ..hf.extra import needed_by
+
+with needed_by("dept"):
+    from ..hf.peft_method import register
+    from .checkpoints import convert_official, load_official
+    from .config import DEPT, DePTConfig
+    from .model import DePTModel
+    from .training import param_groups
 
 register(DEPT, DePTConfig, DePTModel)
 

@@ -50,7 +50,7 @@ class DePTConfig(PeftConfig):
     # no field: PEFT looks for modules to replace, and these say that there are none
     target_modules = DUMMY_TARGET_MODULES
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DEPT
         for name, least in (("num_virtual_tokens", 0), ("r", 1), ("max_length", 1)):

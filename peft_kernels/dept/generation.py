@@ -44,21 +44,36 @@ class DePTGenerationMixin(Swapped):
         given = [name for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if GENERATION not in kwargs and hooks.layer.is_active() and inputs is None:
             settings = _Settings(kwargs, generation_config, self.generation_config)
+            ids = kwargs.get("input_ids") if len(given) == 1 else None
             takes_embeddings = hooks.encoder_decoder or "inputs_embeds" in inspect.signature(super().prepare_inputs_for_generation).parameters
             if given and (not takes_embeddings or self.config.model_type in _EMBEDS_BY_ITSELF):
                 raise ValueError(f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs")
             if kwargs.get("encoder_outputs") is not None:
                 kwargs |= hooks.encoded(kwargs)
             elif hooks.encoder_decoder and len(given) == 1:
-                kwargs = self._dept_encoder_inputs(kwargs, settings)
+                kwargs = self._dept_encoder_inputs(kwargs)
             elif given and not hooks.encoder_decoder:
                 kwargs = self._dept_causal_inputs(kwargs, settings)
+            outer = hooks.given_to_generate.get()
+            hooks.given_to_generate.set((ids, kwargs.get("inputs_embeds")))
+            try:
+                return super().generate(None, generation_config, *args, **kwargs)
+            finally:
+                hooks.given_to_generate.set(outer)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
+    def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, **kwargs):
+        """Processors that compare with the input get its tokens; transformers would hand them the embeddings in their place."""
+        ids, embeddings = self.dept_hooks.given_to_generate.get() or (None, None)
+        if ids is not None and embeddings is not None:
+            if encoder_input_ids is embeddings:
+                encoder_input_ids = ids
+            elif reading := [name for name, off in _READ_INPUT_IDS.items() if getattr(generation_config, name, None) not in (None, off)]:
+                self._dept_refuse(reading, "compare other rows than those of input_ids")
+        return super()._get_logits_processor(generation_config, *args, encoder_input_ids=encoder_input_ids, **kwargs)
+
     @torch.no_grad()
-    def _dept_encoder_inputs(self, kwargs, settings):
-        if kwargs.get("input_ids") is not None:
-            self._dept_refuse([name for name, off in _READ_INPUT_IDS.items() if settings.get(name) not in (None, off)], "see no input_ids")
+    def _dept_encoder_inputs(self, kwargs):
         inputs, *_ = self.dept_hooks.widened(kwargs)
         return {k: v for k, v in (kwargs | inputs).items() if k != "input_ids"}
 
@@ -68,10 +83,9 @@ class DePTGenerationMixin(Swapped):
         counting = [name for name in _COUNT_INPUT_IDS if settings.get(name) not in (None, False)]
         counting += ["cache_implementation='paged'"] if settings.get("cache_implementation") == "paged" else []
         self._dept_refuse(counting, "not count the prompt's columns")
-        self._dept_refuse([name for name, off in _READ_INPUT_IDS.items() if settings.get(name) not in (None, off)], "see no input_ids")
         if cache_of(kwargs) is not None and cache_of(kwargs).get_seq_length():
             raise ValueError("DePT: generate must start from an empty cache, got past_key_values that have seen an input")
-        if kwargs.get("attention_mask") is None:
+        if kwargs.get("attention_mask") is None and "attention_mask" in hooks.argument_names:
             kwargs["attention_mask"] = _mask_of(ids if embeds is None else None, embeds, settings)
         length = (ids if embeds is None else embeds).shape[1]
         inputs, _, selection, offsets = hooks.widened(kwargs if embeds is None else kwargs | {"input_ids": None})

@@ -34,6 +34,7 @@ class Hooks:
     def __init__(self, module: nn.Module, layer: DePTLayer):
         self.module, self.layer = module, layer
         self.inserted = CallState()  # the insertion, from the hook before a forward to the one after it
+        self.given_to_generate = CallState()  # the tokens of its input and the embeddings made of them, within a generate
         self.encoder_decoder = family.is_encoder_decoder(module)
         self.causal = family.is_causal(module)
         self.takes_position_ids = family.takes_position_ids(module)
@@ -103,8 +104,10 @@ class Hooks:
         return (), kwargs | inputs
 
     def before_part(self, part, args, kwargs):
-        """The model itself hands embeddings to its parts."""
-        if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active() and not probe.probing.get():
+        """The model itself hands embeddings to its parts, or ids whose embeddings are at hand."""
+        if self.embeddings.get() is not None or probe.probing.get():
+            return
+        if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active():
             raise ValueError(f"DePT: {type(part).__name__} alone has no prompt; call {type(self.module).__name__}, which it is a part of")
 
     def after(self, module, args, output):

@@ -1,7 +1,9 @@
 """The tuner: how PEFT puts adapters on a model and takes them off again."""
 
+from typing import Any, cast
+
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from ..hf.class_swap import put_on, take_off
 from ..hf.peft_method import AddedLayerTuner, freeze, is_encoder_decoder, unwrapped
@@ -22,15 +24,22 @@ class DePTModel(AddedLayerTuner):
         " embedding table has one row per token."
     )
 
-    def __init__(self, model, *args, **kwargs):
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         _refuse_prompts_below(model)
         super().__init__(model, *args, **kwargs)
 
     def adapter_layer(self) -> DePTLayer:
         return unwrapped(self.model).dept
 
-    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
-        config, pretrained = self.peft_config[adapter_name], unwrapped(model)
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config, pretrained = cast(DePTConfig, self.peft_config[adapter_name]), unwrapped(model)
         if not hasattr(pretrained, "dept"):
             self._attach(pretrained)
         _complete(config, pretrained.dept_hooks.module)
@@ -46,7 +55,7 @@ class DePTModel(AddedLayerTuner):
         if pretrained.can_generate():
             put_on(pretrained, DePTGenerationMixin)
 
-    def detach(self):
+    def detach(self) -> None:
         pretrained = unwrapped(self.model)
         if isinstance(pretrained, DePTGenerationMixin):
             take_off(pretrained, DePTGenerationMixin)
@@ -54,9 +63,9 @@ class DePTModel(AddedLayerTuner):
             handle.remove()
         del pretrained.dept, pretrained.dept_hooks
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses where prompt learning of PEFT lies on top: its prompt enters by a method that PEFT puts on what it wraps directly."""
-        outer = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        outer: Any = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
         learned = isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning
         if learned and not (is_encoder_decoder(unwrapped(self.model)) and kwargs.get("inputs_embeds") is not None):
             kind = outer.active_peft_config.peft_type.value

@@ -143,7 +143,9 @@ def _call(module, table, *, reach=None, add=0.0, **inputs):
 def _arguments(module, input_ids=None, inputs_embeds=None):
     x = inputs_embeds if input_ids is None else input_ids
     names = inspect.signature(module.forward).parameters
-    given = {"input_ids": input_ids} if input_ids is not None else {"inputs_embeds": inputs_embeds.clone()}  # CTRL scales it in place
+    given = {"input_ids": input_ids}  # None beside embeddings, as in every forward: some cannot be called without it
+    if inputs_embeds is not None:
+        given["inputs_embeds"] = inputs_embeds.clone()  # CTRL scales it in place
     ones = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
     others = {"attention_mask": ones, "decoder_input_ids": ones, "use_cache": False}
     if keeps_rope_deltas(module):

@@ -11,13 +11,20 @@ def param_groups(
     ``Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": param_groups(model), "lr": 5e-4}))``, or
     ``Seq2SeqTrainer(..., optimizers=(torch.optim.AdamW(param_groups(model)), None))``, which knows no other way. The paper trains T5 with
     AdamW, a prompt rate of 0.3 to 0.4, a low-rank rate of 1e-4 to 5e-3 and no weight decay. Encoders such as BERT, whose embeddings
-    are a hundred times smaller, want rates smaller by as much. ``lr_head``: None, that of A and B.
+    are a hundred times smaller, want rates smaller by as much.
+
+    Args:
+        model: one with a DePT adapter.
+        lr_prompt: rate of the prompts.
+        lr_low_rank: rate of A and B.
+        weight_decay: of all groups.
+        lr_head: rate of the rest; None: that of A and B.
 
     Raises:
         ValueError: nothing of DePT in ``model`` is trainable.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = {"prompt": [], "low_rank": [], "head": []}
+    groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": [], "head": []}
     for name, p in trainable:
         groups["prompt" if ".dept_prompt." in name else "low_rank" if ".dept_a." in name or ".dept_b." in name else "head"].append(p)
     if not groups["prompt"]:

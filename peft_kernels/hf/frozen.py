@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from .peft_method import check_pretrained
 
+Default = TypeVar("Default")
 UNLIMITED = 10**6  # a tokenizer without a limit names a huge number
 
 
-def frozen_model(method: str, model: nn.Module) -> nn.Module:
+def frozen_model(method: str, model: nn.Module) -> Any:
     """The transformers model that runs, with the adapters that are active in it: without what PEFT or ``torch.compile`` puts around.
 
     Raises:
@@ -64,7 +66,7 @@ def _is_pair(x) -> bool:
     return ordered(x) and hasattr(x, "__getitem__") and len(x) == 2 and all(isinstance(y, str) for y in x)
 
 
-def max_length_of(model, tokenizer, default: int | None) -> int | None:
+def max_length_of(model, tokenizer, default: Default) -> int | Default:
     """Tokens of a text that both the tokenizer and the table of positions allow; ``default`` where neither has a limit."""
     limits = [n for n in (tokenizer.model_max_length,) if n < UNLIMITED]
     positions = getattr(model.config, "max_position_embeddings", None)

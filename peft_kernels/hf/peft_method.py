@@ -1,6 +1,7 @@
 """What the methods share as methods of PEFT: a place among its types, a layer with parameters, a tuner that adds that layer."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -47,7 +48,7 @@ def check_pretrained(method: str, model: nn.Module) -> None:
         raise ValueError(f"{method}: model must embed its tokens by a table, but {what} has none") from error
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """The model of transformers below other methods of PEFT, also while one is put on, when ``peft_config`` may name the one above."""
     while isinstance(model, PeftModel):
         below = model.base_model

@@ -8,17 +8,18 @@ from .prototype_scores import prototype_cross_entropy, prototype_objective, prot
 from .shared_cross_attention import shared_cross_attention
 from .special_tokens import special_token_add, special_token_add_, special_token_slots
 
+# by method: PiD, DePT, PASTA, DecT, Y-Tuning
 __all__ = [
-    "add_inject_layer_norm",
-    "add_layer_norm_inject",
-    "decomposed_prompt_embedding",
-    "label_cross_attention",
-    "label_logits",
-    "prototype_cross_entropy",
-    "prototype_objective",
-    "prototype_scores",
     "shared_cross_attention",
+    "decomposed_prompt_embedding",
+    "special_token_slots",
     "special_token_add",
     "special_token_add_",
-    "special_token_slots",
+    "add_layer_norm_inject",
+    "add_inject_layer_norm",
+    "label_logits",
+    "prototype_scores",
+    "prototype_cross_entropy",
+    "prototype_objective",
+    "label_cross_attention",
 ]

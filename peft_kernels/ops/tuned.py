@@ -28,46 +28,15 @@ class Kernel(NamedTuple):
     tiles: int = 1  # of its largest, in registers at once
 
 
-_ATTENTION = {"BM": (16, 128), "BN": (16, 128)}
-_ROWS = {"BR": (1, 64)}
-# bytes: of an element. The other sizes of a key are those of the shipped table's row.
-KERNELS = {
-    "shared_cross_attention": {
-        "forward": Kernel(("bytes", "head_dim", "rows"), _ATTENTION),
-        "query_grad": Kernel(("bytes", "head_dim"), _ATTENTION),
-        "key_value_grad": Kernel(("bytes", "head_dim"), _ATTENTION, tiles=2),
-    },
-    "decomposed_prompt_embedding": {
-        "product": Kernel(("bytes",), {"BP": (16, 128), "BD": (16, 512), "BR": (16, 64)}, tiles=3),
-        "delta": Kernel(("bytes",), {"BP": (1, 128), "BD": (16, 1024)}, tiles=2),
-        "backward": Kernel(("bytes",), {"BN": (1, 64), "BD": (16, 1024)}),
-    },
-    "special_tokens": {
-        "slots": Kernel((), {"BS": (128, 4096)}),
-        "add": Kernel(("bytes",), {"BD": (64, 4096)}),
-        "backward": Kernel(("bytes",), {"BN": (1, 64), "BD": (32, 1024)}),
-    },
-    "add_layer_norm_inject": {
-        "forward": Kernel(("bytes", "columns"), _ROWS),
-        "backward": Kernel(("bytes", "columns"), _ROWS),
-    },
-    "label_logits": {
-        "forward": Kernel(("bytes", "words"), {"BW": (1, 32), "BD": (64, 4096)}),
-        "backward": Kernel(("bytes",), {"BW": (1, 32), "BD": (64, 2048)}),
-    },
-    "prototype_scores": {
-        "forward": Kernel(("columns",), _ROWS),
-        "backward": Kernel(("columns",), _ROWS),
-        "prototypes": Kernel(("columns",), _ROWS),
-        "cross_entropy": Kernel(("columns",), _ROWS),
-    },
-    "label_cross_attention": {
-        "scores": Kernel(("bytes", "queries"), {"BN": (16, 256), "BK": (16, 128)}),
-        "pool": Kernel(("bytes", "queries"), {"BD": (16, 256), "BN": (16, 128)}),
-        "softmax": Kernel((), {"BN": (16, 1024), "BQ": (1, 64)}),
-        "softmax_backward": Kernel((), {"BN": (16, 1024), "BQ": (1, 64)}),
-    },
-}
+@cache
+def kernels() -> dict[str, dict[str, Kernel]]:
+    """Package of operators -> its kernels that may be tuned: ``KERNELS`` of its module ``tunable``.
+
+    A key's ``bytes`` is the size of an element; its other sizes are those of the row in the table of default configs.
+    """
+    from .registry import declared
+
+    return {package: module.KERNELS for package, module in declared("tunable").items()}
 
 
 class Site(NamedTuple):
@@ -171,14 +140,14 @@ def write(path: Path, device: torch.device, found: Iterable[Entry]):
 
 
 def _named(site: Site) -> dict:
-    return {**site._asdict(), "key": dict(zip(KERNELS[site.operator][site.kernel].key, site.key))}
+    return {**site._asdict(), "key": dict(zip(kernels()[site.operator][site.kernel].key, site.key))}
 
 
 def _entry(item: dict) -> Entry:
     operator, name = item["operator"], item["kernel"]
-    if name not in KERNELS.get(operator, ()):
+    if name not in kernels().get(operator, ()):
         raise ValueError(f"no kernel {name!r} of {operator!r} can be tuned")
-    kernel = KERNELS[operator][name]
+    kernel = kernels()[operator][name]
     if tuple(item["key"]) != kernel.key or not all(type(size) is int for size in item["key"].values()):
         raise ValueError(f"{operator}, {name}: expected a key of {kernel.key}, integers, got {item['key']!r}")
     allowed = {**kernel.blocks, "num_warps": WARPS, "num_stages": STAGES}

@@ -45,7 +45,7 @@ class PASTAConfig(PeftConfig):
     # no field: PEFT looks for modules to replace, and these say that there are none
     target_modules = DUMMY_TARGET_MODULES
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PASTA
         if not isinstance(self.num_special_tokens, int) or self.num_special_tokens < 1:

@@ -23,10 +23,13 @@ def adapted_module(model: nn.Module) -> nn.Module:
     module, what = model.base_model, type(model).__name__
     if is_encoder_decoder(module):
         raise ValueError(f"PASTA: model must be an encoder, but {what} has a decoder as well, which special tokens of the input do not reach")
-    if is_causal(model) or is_causal(module):
+    by_masks = getattr(module.config, "causal", None) is False  # XLM and Flaubert generate, but see all of a text
+    if not by_masks and (is_causal(model) or is_causal(module)):
         raise ValueError(f"PASTA: model must be an encoder, but {what} is a decoder, whose tokens see only what is before them")
     if module.config.model_type in _TRANSPOSED:
         raise ValueError(f"PASTA: the layers of {what} must take hidden states (B, S, d), but take (B, d, S)")
+    if (streams := getattr(module.config, "hc_mult", None)) is not None:
+        raise ValueError(f"PASTA: the layers of {what} must take hidden states (B, S, d), but take (B, S, {streams}, d)")
     if getattr(module.config, "quant_mode", False):
         raise ValueError(f"PASTA: the layers of {what} with quant_mode=True compute with integers, to which no vector can be added")
     return module

@@ -1,5 +1,8 @@
 """The tuner: how PEFT puts adapters on a model and takes them off again."""
 
+from typing import cast
+
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..hf.class_swap import put_on, take_off
@@ -28,8 +31,15 @@ class PASTAModel(AddedLayerTuner):
     def adapter_layer(self) -> PASTALayer:
         return unwrapped(self.model).pasta
 
-    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
-        config, adapted = self.peft_config[adapter_name], unwrapped(model)
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config, adapted = cast(PASTAConfig, self.peft_config[adapter_name]), unwrapped(model)
         module = family.adapted_module(adapted)
         _complete(config, adapted)
         if not isinstance(getattr(adapted, "pasta", None), PASTALayer):
@@ -46,7 +56,7 @@ class PASTAModel(AddedLayerTuner):
             layer.pasta_state, layer.pasta_indices = model.pasta_hooks.state, indices
             put_on(layer, InjectingLayer)
 
-    def detach(self):
+    def detach(self) -> None:
         model = unwrapped(self.model)
         for layer in indices_of(family.passes_of(model.base_model)):
             take_off(layer, InjectingLayer)

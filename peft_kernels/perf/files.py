@@ -80,3 +80,18 @@ def folder_or_hub_id(name: str, option: str) -> str:
     if not name.strip() or (is_path and not path.is_dir()) or path.is_file():
         raise ValueError(f"{option}: expected a folder or the id of a model on the hub, got {name!r}, {'a file' if path.is_file() else 'no folder'}")
     return name
+
+
+def with_configuration(name: str, option: str) -> str:
+    """What transformers finds a configuration of, which is looked for without torch.
+
+    Raises:
+        ValueError: there is none, in transformers' words.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {str(error).partition(chr(10))[0]}") from error
+    return name

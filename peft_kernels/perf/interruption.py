@@ -1,11 +1,12 @@
 """Ctrl-C, and errors, after something was measured: it is written first."""
 
+import signal
 from collections.abc import Sized
 
 import typer
 from rich.console import Console
 
-INTERRUPTED = 130  # 128 + SIGINT
+from .sigint import INTERRUPTED, end_at_once
 
 
 class Keeping:
@@ -21,6 +22,8 @@ class Keeping:
         self.found, self.stop = found, None
 
     def __enter__(self):
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def __exit__(self, kind, stop, trace) -> bool:

@@ -1,10 +1,11 @@
 """Rows as a table for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from .results import Row
@@ -21,22 +22,48 @@ COLUMNS = {
     "error": lambda row: None if row.error is None else f"{row.error:.0e}",
 }
 
+# left out from the front on in a terminal that is too narrow
+LEAST_WANTED = ("runs", "error", "kept MB", "spread", "{item}/s", "peak MB", "% of roofline")
+
 
 def table(rows: Sequence[Row]) -> Group:
     """Rows that were timed together; below them the roofline bound, and what was not timed and why."""
     first, shown = rows[0], [row for row in rows if row.missing is None]
     cells = {name: [cell(row) for row in shown] for name, cell in COLUMNS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
-    result = Table("candidate", box=box.SIMPLE_HEAD)
-    for name in cells:
-        result.add_column(name.format(item=first.item), justify="right", no_wrap=True)
-    for i, row in enumerate(shown):
-        result.add_row(escape(row.candidate), *(column[i] or "-" for column in cells.values()))
+    result = _Fitting([row.candidate for row in shown], cells, first.item)
     lines = [f"  roofline bound {seconds(first.roofline_s)}"] if first.roofline_s is not None else []
     if first.bytes is not None:
         lines[0] += f": {first.bytes / 1e6:,.1f} MB, {first.operations / 1e9:,.2f} GFLOP"
     lines += [f"  [yellow]missing[/yellow] {escape(row.candidate)}: {escape(row.missing)}" for row in rows if row.missing is not None]
     return Group(f"[bold]{escape(title(first))}[/bold]", result, *lines, "")
+
+
+class _Fitting:
+    """A column of candidates, whole, and beside it the columns that fit into the terminal; those that do not are named below."""
+
+    def __init__(self, candidates: Sequence[str], cells: Mapping[str, Sequence[str | None]], item: str):
+        self.candidates, self.cells, self.item = candidates, cells, item
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names, left_out = list(self.cells), []
+        for name in (name for name in LEAST_WANTED if name in self.cells):
+            if Measurement.get(console, options.update(max_width=10**6), self._table(names)).maximum <= options.max_width:
+                break
+            names.remove(name)
+            left_out.append(name.format(item=self.item))
+        yield self._table(names)
+        if left_out:
+            yield f"  [dim]no room for {', '.join(left_out)}[/dim]"
+
+    def _table(self, names: Sequence[str]) -> Table:
+        result = Table(box=box.SIMPLE_HEAD)
+        result.add_column("candidate", overflow="fold")
+        for name in names:
+            result.add_column(name.format(item=self.item), justify="right", no_wrap=True)
+        for i, candidate in enumerate(self.candidates):
+            result.add_row(escape(candidate), *(self.cells[name][i] or "-" for name in names))
+        return result
 
 
 def title(row: Row) -> str:

@@ -1,6 +1,9 @@
 """Prompt-in-Decoder (arXiv 2403.13112): encode an input once, decode many prompts in parallel on shared keys and values."""
 
-from .prompts import PiDOutput, forward, generate
-from .swap import disable, enable, is_enabled
+from ..hf.extra import needed_by
+
+with needed_by("pid"):
+    from .prompts import PiDOutput, forward, generate
+    from .swap import disable, enable, is_enabled
 
 __all__ = ["PiDOutput", "disable", "enable", "forward", "generate", "is_enabled"]

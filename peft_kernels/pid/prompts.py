@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class PiDOutput:
     output: Any
 
 
-def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention_mask: Tensor | None = None, **generate_kwargs) -> PiDOutput:
+def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> PiDOutput:
     """Encode every input once and continue each of its prompts. Prompt-in-Decoder, arXiv 2403.13112, section 3.
 
     A prompt is a forced prefix of the decoder; the decoder's start token is put in front. Prompts of different length are padded on
@@ -78,7 +78,8 @@ def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention
         streams["encoder_index"] = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
     want_scores = config.output_scores
-    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **streams, **{**generate_kwargs, "return_dict_in_generate": True})
+    arguments = {**generate_kwargs, "return_dict_in_generate": True}
+    output = cast(Any, model).generate(input_ids=input_ids, attention_mask=attention_mask, **streams, **arguments)
     repeats = config.num_return_sequences or 1
     tails = _generated(output.sequences[:, longest:], config.eos_token_id, config.pad_token_id)
     scores = None
@@ -95,8 +96,8 @@ def forward(
     targets: Sequence[Sequence[Sequence[int]]],
     *,
     attention_mask: Tensor | None = None,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> Any:
     """One training forward: the loss over the target tokens of every stream, given its input, its prompt and the tokens before.
 
     ``-sum log p(y_t | E, prompt, y_<t)`` over all streams, divided by the number of target tokens as transformers does.

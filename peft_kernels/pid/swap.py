@@ -15,7 +15,7 @@ def enable(model: nn.Module, *, pack_weights: bool = True) -> nn.Module:
 
     Afterwards ``model.generate`` with beams, ``num_return_sequences`` or more decoder rows than encoder rows computes and keeps the
     keys and values of every input once, and ``model(input_ids=(b, n), labels=(N, T))`` trains N streams on b encoded inputs: streams
-    [i*N/b, (i+1)*N/b) belong to input i, or those that ``encoder_index`` (N,) names. Tokens, losses and gradients are those of
+    ``[i*N/b, (i+1)*N/b)`` belong to input i, or those that ``encoder_index`` (N,) names. Tokens, losses and gradients are those of
     repeated encoder outputs. No module is replaced, so adapters on the projections keep working.
 
     Args:
@@ -69,6 +69,7 @@ def disable(model: nn.Module) -> nn.Module:
 
 
 def is_enabled(model: nn.Module) -> bool:
+    """Whether ``enable`` has changed ``model``, or the model that PEFT wraps."""
     return isinstance(_base(model), PiDGenerationMixin)
 
 

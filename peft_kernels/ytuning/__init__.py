@@ -7,12 +7,15 @@ vectors; a block is post-norm, with self-attention, cross-attention and a feed-f
 last states of its slot and the task's; the triplet loss is the sum of the hinges over all wrong labels.
 """
 
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from ..hf.extra import needed_by
 
-from .cache import cache_features
-from .config import YTuningConfig
-from .dataset import CachedFeatures, FeatureCollator
-from .model import YTuningForSequenceClassification
+with needed_by("ytuning"):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from .cache import cache_features
+    from .config import YTuningConfig
+    from .dataset import CachedFeatures, FeatureCollator
+    from .model import YTuningForSequenceClassification
 
 AutoConfig.register(YTuningConfig.model_type, YTuningConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(YTuningConfig, YTuningForSequenceClassification, exist_ok=True)

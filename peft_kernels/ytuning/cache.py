@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..hf import durable
@@ -29,8 +30,8 @@ logger = logging.get_logger(__name__)
 
 
 def cache_features(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | Sequence[tuple[str, str]],
     folder: str | Path,
     *,
@@ -52,6 +53,8 @@ def cache_features(
             active. It runs as it is, in eval mode, on its device.
         tokenizer: the model's.
         texts: strings, or pairs of strings, in any iterable that has an order.
+        folder: where shards and index are written; made where there is none.
+        batch_size: texts of one forward pass.
         dtype: what is stored: ``torch.bfloat16`` or ``torch.float32``.
         layer: which hidden states, counted as in ``hidden_states``; -1: the last.
         max_length: tokens of a text; longer ones are cut. None: what model and tokenizer allow.
@@ -126,7 +129,7 @@ def read_index(folder: Path) -> dict | None:
 
 def checksum_of_text(features: Tensor) -> int:
     """CRC-32 of (n, d): cheap enough for every read."""
-    return zlib.crc32(features.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
 
 
 def checksum(path: Path) -> str | None:
@@ -176,7 +179,8 @@ def _encode(tokenizer, texts, max_length):
 
 def _shards(lengths) -> list[list[int]]:
     """Texts by length, in shards of about SHARD_TOKENS."""
-    shards, tokens = [], 0
+    shards: list[list[int]] = []
+    tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not shards or tokens + lengths[i] > SHARD_TOKENS:
             shards.append([])

@@ -1,5 +1,7 @@
 """``YTuningConfig``."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 LOSSES = ("triplet", "cross_entropy")
@@ -9,7 +11,7 @@ PROBLEMS = (None, "single_label_classification")
 class YTuningConfig(PreTrainedConfig):
     """Y-Tuning (arXiv 2202.09817). The number of labels is ``num_labels``, as everywhere.
 
-    Args:
+    Attributes:
         hidden_size: d, the width of the features and of the label blocks.
         num_blocks: label blocks, at least one.
         num_attention_heads: of both attentions of a block; divides ``hidden_size``.
@@ -40,7 +42,7 @@ class YTuningConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         for name in ("hidden_size", "num_blocks", "num_attention_heads", "intermediate_size"):
             value = getattr(self, name)

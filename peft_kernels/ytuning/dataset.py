@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -30,7 +31,7 @@ class CachedFeatures(Dataset):
             whose features are damaged raises it too.
     """
 
-    def __init__(self, folder: str | Path, labels: Sequence[int] | None = None, *, verify: bool = False):
+    def __init__(self, folder: str | Path, labels: Sequence[int] | None = None, *, verify: bool = False) -> None:
         self.folder = Path(folder)
         index = read_index(self.folder)
         if index is None:
@@ -48,7 +49,7 @@ class CachedFeatures(Dataset):
             found = checksum(self.folder / name) if verify else (self.folder / name).exists()
             if not found or (verify and found != index["done"][name]):
                 raise ValueError(f"CachedFeatures: {self.folder / name} is damaged or missing: run cache_features again, which repairs it")
-        self._shards = None
+        self._shards: list[Tensor] | None = None
         self._place = torch.zeros(index["texts"], 4, dtype=torch.long)  # shard, begin, end, checksum
         for number in range(len(self.names)):
             _, rows, offsets, sums = self._tensors(number)
@@ -66,7 +67,7 @@ class CachedFeatures(Dataset):
             raise ValueError(f"CachedFeatures: {self.folder / self.names[shard]} is damaged: run cache_features again, which repairs it")
         return item if self.labels is None else {**item, "labels": self.labels[i]}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {**self.__dict__, "_shards": None}  # a worker maps the files itself
 
     @property

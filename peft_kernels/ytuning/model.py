@@ -1,5 +1,7 @@
 """``YTuningForSequenceClassification``: label blocks over frozen features."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
@@ -84,9 +86,9 @@ class YTuningForSequenceClassification(PreTrainedModel):
     base_model_prefix = "ytuning"
     main_input_name = "features"
 
-    def __init__(self, config: YTuningConfig):
+    def __init__(self, config: YTuningConfig) -> None:
         super().__init__(config)
-        self.slots = nn.Parameter(torch.empty(1 + config.num_labels, config.hidden_size))
+        self.slots = nn.Parameter(torch.empty(1 + cast(int, config.num_labels), config.hidden_size))
         self.blocks = nn.ModuleList(LabelBlock(config) for _ in range(config.num_blocks))
         self.frozen_backbone = FrozenBackbone(config.backbone)
         self.post_init()

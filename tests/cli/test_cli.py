@@ -1,5 +1,6 @@
 """The command line and the benchmark scripts: that they run and say what is true, on tiny models; no figure is checked."""
 
+import itertools
 import json
 import runpy
 from dataclasses import replace
@@ -7,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from peft_kernels import cli, ops
+from peft_kernels import __version__, cli, ops
 from peft_kernels.cli import info
 from peft_kernels.cli.commands import app
+from peft_kernels.ops import native_library
 from peft_kernels.perf import pid_baselines
 from peft_kernels.perf.results import OURS, read
 from peft_kernels.perf.workloads import WordIds, built_in
@@ -69,16 +72,75 @@ def test_help_names_the_commands():
     assert all(name in text for name in ("info", "demo", "bench"))
 
 
+def test_version():
+    assert invoke("--version") == f"peft-kernels {__version__}\n"
+
+
+def test_shell_completion_is_offered():
+    """A shell asks with these variables set; Typer has the scripts."""
+    asked = {"_PEFT_KERNELS_COMPLETE": "complete_bash", "COMP_WORDS": "peft-kernels in", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, [], prog_name="peft-kernels", env=asked)
+    assert result.output.split() == ["info"]
+
+
 def test_info_names_every_implementation_or_the_reason():
     text = invoke("info")
     for word in ("peft_kernels", "torch", torch.__version__, "triton", "cpu", "reference"):
         assert word in text
-    assert sum(info.packages().values(), []) == ops.__all__
+    assert [*itertools.chain(*info.packages().values())] == ops.__all__
+    assert all(operator in text for operator in ops.__all__)
+    words = " ".join(text.split())
     for name in info.packages():
         for impl, devices in info.availability(name).items():
             assert impl in text
             assert set(devices) == set(info.device_types())
+            for reason in [reason for reasons in devices.values() for reason in reasons.values() if reason is not None]:
+                assert " ".join(reason.split("torch.")[0].split()) in words
         assert info.availability(name)["reference"]["cpu"][torch.float32] is None
+
+
+def test_info_says_nothing_of_launches_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = invoke("info")
+    assert "none that torch sees" in text and "launch" not in text and "shipped" not in text
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_info_fits_on_a_screen(gpu, monkeypatch):
+    """80 columns and 40 lines, with the longest message of a compiler, and with a GPU whose launches are tuned."""
+    error = "csrc/cpu/x.cpp:7: error: 'y' was not declared in this scope" + 12 * " word"
+    reason = f"the native library is not built (g++ failed (exit status 1): {error})"
+    monkeypatch.setattr(native_library, "problem", lambda: reason)
+    if gpu:
+        tuned_ones = {**dict.fromkeys(info.packages(), "shipped"), "label_logits": f"tuned on 2026-01-02, rows: 3, /{'long/' * 12}gpu.json"}
+        monkeypatch.setattr(info, "device_types", lambda: ["cpu", "cuda"])
+        monkeypatch.setattr(info, "gpus", lambda: ["CUDA 0: NVIDIA H100 80GB HBM3, sm_90, 80 GiB"])
+        monkeypatch.setattr(info, "launch_options", lambda device: tuned_ones)
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as captured:
+        info.show(console)
+    lines = captured.get().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert reason in " ".join(captured.get().split()) and "…" not in captured.get()
+    for package, operators in info.packages().items():
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"{operators[0]} "))
+        assert lines[first].split()[1:3] == ["cpu", "yes"], package
+        assert not gpu or "gpu yes" in lines[first + 1]
+
+
+def test_info_keeps_the_names_of_operators_at_60_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = invoke("info").splitlines()
+    assert all(any(line.split()[:1] == [operator] for line in lines) for operator in ops.__all__)
+
+
+def test_a_footnote_names_the_dtypes_that_a_reason_holds_for():
+    half, wide, brain = torch.float16, torch.float32, torch.bfloat16
+    footnotes = {}
+    assert info._cell({wide: None, brain: f"not {brain}", half: f"not {half}"}, footnotes) == "[green]yes[/green] 1"
+    assert info._cell({wide: "no GPU", brain: f"not {brain}", half: f"not {half}"}, footnotes) == "[yellow]no[/yellow] 2,1"
+    assert info._cell({wide: None, brain: "wrong there", half: None}, footnotes) == "[green]yes[/green] 3"
+    assert [*footnotes] == ["not torch.bfloat16 and torch.float16", "no GPU", "torch.bfloat16: wrong there"]
 
 
 def test_demo_on_a_checkpoint(checkpoint, files, tmp_path):
@@ -124,6 +186,7 @@ def test_demo_fails_where_a_token_differs(checkpoint, files, tmp_path, monkeypat
 
 def test_one_clear_line_without_the_extra(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit, match=r'^peft-kernels: rich not installed.*pip install "peft_kernels\[cli\]"$'):
         cli.app()
 

@@ -70,6 +70,7 @@ _DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_po
 _MODERNBERT = dict(_SMALL, local_attention=8, global_attn_every_n_layers=2, decoder_bias=True)
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "eos_token_id": 1}
+_T5["relative_attention_max_distance"] = 100  # with 128, rounding decides the bucket of distance 16
 _GEMMA2 = dict(_SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0)
 
 # name -> (prefix of its classes, what follows it, settings, tokenizer)

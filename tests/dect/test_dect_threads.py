@@ -1,10 +1,14 @@
-"""One model used by many threads, as a server does: every answer is that of a single thread, and the model stays as it was."""
+"""One model used by many threads, as a server does: every answer is that of a single thread, and the model stays as it was.
+
+Up to rounding: libraries may share a sum among as many threads as are free.
+"""
 
 import gc
 import threading
 
 import pytest
 import torch
+from accuracy import WithinRounding
 from dect_models import TEXTS, WORDS, make
 from test_dect_model import trained
 
@@ -38,17 +42,17 @@ def untouched(model):
 def test_a_classifier_serves_threads(name):
     model, t, _ = trained(name)
     rows = [t(text, return_tensors="pt")["input_ids"] for text in model.prepare(TEXTS, t)]
-    expected = [model(ids).logits for ids in rows]
+    expected = [WithinRounding(lambda ids=ids: model(ids).logits) for ids in rows]
     stock = {"input_ids": rows[0]} | ({"decoder_input_ids": rows[0]} if name == "t5" else {})
-    logits = model.backbone(**stock).logits
+    logits = WithinRounding(lambda: model.backbone(**stock).logits)
     calls = 125 if name == "bert" else 20
 
     def serve(number):
         for step in range(calls):
             i = (number + step) % len(rows)
             if number == 0:  # somebody uses the backbone itself
-                torch.testing.assert_close(model.backbone(**stock).logits, logits)
-            torch.testing.assert_close(model(rows[i]).logits, expected[i])
+                logits.check(model.backbone(**stock).logits)
+            expected[i].check(model(rows[i]).logits)
 
     serve(1)
     gc.collect()
@@ -63,13 +67,16 @@ def test_extraction_in_threads():
     model, t, template = make("bert")
     model.train()
     texts = [TEXTS[number:] + TEXTS[:number] for number in range(6)]
-    expected = [extract(model, t, of, template, WORDS) for of in texts]
+
+    def answer(of, **options):
+        got = extract(model, t, of, template, WORDS, **options)
+        return got.features, got.scores
+
+    expected = [WithinRounding(lambda of=of: answer(of)) for of in texts]
 
     def work(number):
         for _ in range(3):
-            got = extract(model, t, texts[number], template, WORDS, batch_size=2)
-            torch.testing.assert_close(got.features, expected[number].features)
-            torch.testing.assert_close(got.scores, expected[number].scores)
+            expected[number].check(answer(texts[number], batch_size=2))
 
     assert not in_threads(6, work)
     assert untouched(model) and all(m.training for m in model.modules())

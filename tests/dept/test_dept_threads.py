@@ -1,4 +1,7 @@
-"""One adapted model, called by several threads at once, as servers do."""
+"""One adapted model, called by several threads at once, as servers do.
+
+What one thread gives is what all give, up to rounding: libraries may share a sum among as many threads as are free.
+"""
 
 import gc
 import threading
@@ -7,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import dept_models as models
 import pytest
 import torch
+from accuracy import WithinRounding, assert_no_near_tie, assert_within_rounding
 
 THREADS = 8
 
@@ -34,10 +38,25 @@ def _answer(model, request, generates):
         return str(error)
 
 
-def _same(got, expected):
-    if isinstance(got, str) or isinstance(expected, str):
-        return got == expected
-    return len(got) == len(expected) and all(torch.equal(a, b) for a, b in zip(got, expected))
+class _Expected:
+    """The answer of one thread alone: an error, numbers up to rounding, or tokens that rounding does not decide."""
+
+    def __init__(self, model, request, generates=False):
+        self.answer = _answer(model, request, generates)
+        if isinstance(self.answer, str):
+            return
+        if generates:
+            assert_no_near_tie(lambda: _answer(model, request, True)[0], self.answer[0])
+        else:
+            self.numbers = WithinRounding(lambda: _answer(model, request, False))
+
+    def check(self, got):
+        if isinstance(self.answer, str):
+            assert got == self.answer
+        elif hasattr(self, "numbers"):
+            self.numbers.check(got)
+        else:
+            assert torch.equal(got[0], self.answer[0])
 
 
 @torch.no_grad()
@@ -54,21 +73,19 @@ def test_threads(name):
     ways = [False, True] if model.base_model.model.can_generate() else [False]
     calls = [(request, generates) for request in requests for generates in ways]
     with torch.no_grad():
-        expected = [_answer(model, *call) for call in calls]
-    assert sum(isinstance(e, str) for e in expected) == 2 * len(ways)
-    wrong, barrier = [], threading.Barrier(THREADS)
+        expected = [_Expected(model, *call) for call in calls]
+    assert sum(isinstance(e.answer, str) for e in expected) == 2 * len(ways)
+    barrier = threading.Barrier(THREADS)
 
     @torch.no_grad()
     def serve(number):
         barrier.wait()
         for step in range(1000 // (THREADS * 4)):
             i = (5 * number + step) % len(calls)
-            if not _same(_answer(model, *calls[i]), expected[i]):
-                wrong.append((number, step))
+            expected[i].check(_answer(model, *calls[i]))
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(serve, range(THREADS)))
-    assert not wrong
 
 
 def test_gradients_in_threads():
@@ -80,10 +97,10 @@ def test_gradients_in_threads():
     def gradients(x):
         return torch.autograd.grad(model(**x, labels=x["input_ids"]).loss, models.parameters(model))
 
-    expected = [gradients(x) for x in requests]
+    expected = [WithinRounding(lambda x=x: gradients(x)) for x in requests]
     with ThreadPoolExecutor(THREADS) as pool:
         for got, one in zip(pool.map(gradients, requests), expected):
-            assert _same(got, one)
+            one.check(got)
 
 
 def test_memory_does_not_grow():
@@ -119,7 +136,7 @@ def test_calls_within_generate():
         return scores
 
     assert torch.equal(model.generate(**x, **kwargs, logits_processor=[processor]), alone)
-    assert len(within) == 3 and all(_same(got, expected) for got in within)
+    assert len(within) == 3 and all(torch.equal(a, b) for got in within for a, b in zip(got, expected, strict=True))
 
 
 def test_an_error_in_the_middle_leaves_nothing_behind():
@@ -137,5 +154,5 @@ def test_an_error_in_the_middle_leaves_nothing_behind():
     handle.remove()
     assert pretrained.dept_hooks.inserted.get() is None
     with model.disable_adapter():
-        assert torch.equal(model(**x).logits, models.stock("gpt2")(**x).logits)
+        assert_within_rounding(model(**x).logits, lambda: models.stock("gpt2")(**x).logits)
     assert torch.equal(model(**x).logits, expected)

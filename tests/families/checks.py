@@ -3,10 +3,12 @@
 import copy
 import inspect
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 import transformers
+from accuracy import WithinRounding
 from peft import get_peft_model
 from tiny import BOS, EOS, MASK, PAD
 from torch import nn
@@ -14,10 +16,8 @@ from torch import nn
 from peft_kernels import DePTConfig, PASTAConfig
 
 M, R, S = 3, 2, 16  # DePT: prompt rows, rank, max_length
+RUNS = 2  # that a bound is made of: there are hundreds of models
 FILLER = 40  # an ordinary token
-# Two layers of width 32: each of the few dozen roundings on the way from embedding to logit costs half an eps of the largest value, and
-# norms and softmax pass it on enlarged. A model that reads its inputs wrongly is off by a tenth of it at least.
-BOUND = 2000 * torch.finfo(torch.float32).eps
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")  # these decode their own input
 _ENDINGS = ("logits", "last_hidden_state", "start_logits", "prediction_logits", "pooler_output", "text_embeds")
 
@@ -55,6 +55,8 @@ def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dic
     names = inspect.signature(model.forward).parameters
     if "attention_mask" in names:
         x["attention_mask"] = mask
+    if type(model).__name__ == "LongformerForQuestionAnswering":  # would look for three separators
+        x["global_attention_mask"] = (ids == BOS).long()
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names and not type(model).__name__.endswith(HEADS):
         x["decoder_input_ids"] = torch.randint(10, 90, (rows, 5), generator=generator)
     return x
@@ -63,6 +65,8 @@ def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dic
 def labels(model, x: dict) -> dict:
     kind = type(model).__name__
     names = inspect.signature(model.forward).parameters
+    if model.config.model_type == "git":  # takes labels of text for as many logits behind those of its image
+        return {}
     if "labels" not in names or getattr(model.config, "is_encoder_decoder", False) or not kind.endswith(("CausalLM", "MaskedLM", "LMHeadModel")):
         return {}
     return {"labels": x["input_ids"].masked_fill(x.get("attention_mask", torch.ones(())) == 0, -100)}
@@ -76,19 +80,16 @@ def outputs(output) -> dict[str, torch.Tensor]:
     return found or {k: v for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
-def assert_equal(got: dict, expected: dict, shown: torch.Tensor | None, what: str):
-    assert got.keys() == expected.keys(), f"{what}: outputs {list(got)} instead of {list(expected)}"
-    for name in expected:
-        a, b = got[name], expected[name]
-        assert a.shape == b.shape, f"{what}: {name} {tuple(a.shape)} instead of {tuple(b.shape)}"
-        if shown is not None and a.shape[:2] == shown.shape:
-            a, b = a[shown], b[shown]
-        if not torch.isfinite(b).all():
-            finite = torch.isfinite(b)
-            assert torch.equal(finite, torch.isfinite(a)), f"{what}: {name} is finite elsewhere"
-            a, b = a[finite], b[finite]
-        error, bound = (a - b).abs().max().item() if b.numel() else 0.0, BOUND * b.abs().max().item() if b.numel() else 0.0
-        assert error <= bound + 1e-30, f"{what}: {name} is off by {error:.2g} of {b.abs().max().item():.2g}"
+def assert_equal(got: dict, function: Callable, shown: torch.Tensor | None, what: str):
+    """``got`` is what ``function()`` returns, up to rounding, at the tokens that are ``shown``."""
+
+    def read(output):
+        return {name: x if shown is None or x.shape[:2] != shown.shape else x[shown] for name, x in output.items()}
+
+    try:
+        WithinRounding(lambda: read(function()), runs=RUNS).check(read(got))
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
 
 
 def run(model, x: dict) -> dict:
@@ -123,9 +124,9 @@ def dept_that_changes_nothing(base):
     x = inputs(base)
     shown = x["attention_mask"].bool() if "attention_mask" in x else None
     x |= labels(base, x)
-    expected = stock_of(base, x)
+    stock_of(base, x)
     model = adapt(base, DePTConfig(num_virtual_tokens=0, r=R, max_length=S))
-    assert_equal(run(model, x), expected, shown, "B = 0")
+    assert_equal(run(model, x), lambda: run(base, x), shown, "B = 0")
     if base.can_generate() and type(base).generate is transformers.GenerationMixin.generate:
         generate(base, model)
 
@@ -168,9 +169,13 @@ def dept_by_formula(base):
     model = adapt(base, DePTConfig(num_virtual_tokens=M, r=R, max_length=S))
     prompt, update = filled(model)
     first = int(model.peft_config["default"].insert_after_first)
-    with prompted(base, prompt, update, first, scale_after(base), decoded_by(base, x)):
-        expected = run(base, x)
-    assert_equal(run(model, x), expected, x["attention_mask"].bool() if "attention_mask" in x else None, "formula")
+    scale, decoded = scale_after(base), decoded_by(base, x)
+
+    def formula():
+        with prompted(base, prompt, update, first, scale, decoded):
+            return run(base, x)
+
+    assert_equal(run(model, x), formula, x["attention_mask"].bool() if "attention_mask" in x else None, "formula")
 
 
 @torch.no_grad()
@@ -275,9 +280,9 @@ def scale_after(base) -> float:
 def pasta(base):
     x = inputs(base)
     shown = x["attention_mask"].bool() if "attention_mask" in x else None
-    expected = stock_of(base, x)
+    stock_of(base, x)
     model = adapt(base, PASTAConfig(num_special_tokens=2, special_token_ids=[BOS, EOS], init="zero", dropout=0.0))
-    assert_equal(run(model, x), expected, shown, "v = 0")
+    assert_equal(run(model, x), lambda: run(base, x), shown, "v = 0")
     layer = model.base_model.model.pasta
     v = layer.pasta_vectors["default"]  # [L, P, d]
     v.copy_(torch.randn(v.shape, generator=torch.Generator().manual_seed(7)) * 0.5)
@@ -286,25 +291,29 @@ def pasta(base):
     from peft_kernels.pasta import family
 
     passes = family.passes_of(base.base_model)
-    remaining = iter(range(len(passes)))
 
-    def hook(module, args, kwargs):
-        i = next(remaining)
-        assert passes[i] is module
-        hidden = args[0] if args else kwargs["hidden_states"]
-        addition = nn.functional.pad(one_hot @ v[i], (0, 0, 0, hidden.shape[1] - one_hot.shape[1]))
-        if args:
-            return (hidden + addition, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": hidden + addition}
+    def formula():
+        remaining = iter(range(len(passes)))
 
-    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in dict.fromkeys(passes)]
-    try:
-        expected = run(base, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert next(remaining, None) is None
-    assert_equal(run(model, x), expected, shown, "formula")
+        def hook(module, args, kwargs):
+            i = next(remaining)
+            assert passes[i] is module
+            hidden = args[0] if args else kwargs["hidden_states"]
+            addition = nn.functional.pad(one_hot @ v[i], (0, 0, 0, hidden.shape[1] - one_hot.shape[1]))
+            if args:
+                return (hidden + addition, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": hidden + addition}
+
+        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in dict.fromkeys(passes)]
+        try:
+            output = run(base, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert next(remaining, None) is None
+        return output
+
+    assert_equal(run(model, x), formula, shown, "formula")
 
 
 @torch.no_grad()
@@ -312,5 +321,9 @@ def is_causal(base) -> bool:
     """Whether another last token leaves the first token's output as it is."""
     x = {name: value[:1] for name, value in inputs(base).items()}  # not padded
     y = x | {"input_ids": torch.cat([x["input_ids"][:, :-1], x["input_ids"][:, -1:] + 1], 1)}
-    pairs = [(a, b) for a, b in zip(run(base.base_model, x).values(), run(base.base_model, y).values()) if a.ndim == 3]
-    return all((a[:, 0] - b[:, 0]).abs().max() <= BOUND * a.abs().max() for a, b in pairs)
+    first = lambda given: {name: value[:, 0] for name, value in run(base.base_model, given).items() if value.ndim == 3}  # noqa: E731
+    try:
+        WithinRounding(lambda: first(x), runs=RUNS).check(first(y))
+    except AssertionError:
+        return False
+    return True

@@ -52,11 +52,20 @@ _IMAGE_VOCABULARY = {"<image>": 110, "<|extra_200|>": 111, "<|image start|>": 11
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # by configuration class: what no rule knows
 OVERRIDES = {
+    "Apertus1p5Config": {"image_token_id": 50, "audio_token_id": 51, "image_token_offset": 60, "audio_token_offset": 70},
+    "Apertus1p5VisionTokenizerConfig": {"codebook_size": 10},
     "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": _IMAGE_VOCABULARY},
     "CohereCompassTextConfig": {"layer_types": ["sliding_attention", "full_attention"]},
     "DbrxConfig": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "DoryConfig": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "Dots1Config": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "Emu3Config": {"vocabulary_map": _IMAGE_VOCABULARY},
     "EsmConfig": {"mask_token_id": MASK},
@@ -84,7 +93,11 @@ OVERRIDES = {
         name: {"rope_parameters": _SECTIONS | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
         for name in ("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmImageTextConfig", "GlmOcrTextConfig")
     },
-    **{name: {"rope_parameters": _SECTIONS} for name in ("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5_VLTextConfig")},
+    **{
+        name: {"rope_parameters": _SECTIONS} for name in ("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5OmniTextConfig", "Qwen2_5_VLTextConfig")
+    },
+    # stock reads it, and has it in the configuration of the whole model alone
+    **{name: {"vision_start_token_id": 113} for name in ("Qwen2_5OmniThinkerConfig", "Qwen3OmniMoeThinkerConfig")},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {
         "attn_layers": ["local", "lsh"],
@@ -95,6 +108,8 @@ OVERRIDES = {
         "num_buckets": 2,
         "hash_seed": 3,
     },
+    "Step3p7TextConfig": {"sliding_window": 8},
+    "WavTokenizerEncoderConfig": {"codebook_dim": WIDTH, "codebook_size": 10},
     "XmodConfig": {"default_language": "en_XX"},
     "ZambaConfig": {
         "num_hidden_layers": 4,
@@ -102,6 +117,7 @@ OVERRIDES = {
         "attention_head_dim": 16,
         "num_key_value_heads": 4,
     },
+    "xLSTMConfig": {"hidden_size": 128},
 }
 
 

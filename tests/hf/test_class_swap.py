@@ -14,6 +14,12 @@ from peft_kernels.hf.class_swap import Swapped, put_on, take_off
 
 
 class Stock(nn.Linear):
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.mul_(10).round_()  # sums of integers are exact in any order
+
     def forward(self, x):
         return super().forward(x)
 

@@ -120,6 +120,17 @@ def test_parity(impl, case, dtype, insert_after_first, device):
     compare(of(impl), table, trained, scale=0.7, embed_scale=1.6, insert_after_first=insert_after_first, **where)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("insert_after_first", [False, True], ids=["before", "after-first"])
+def test_the_reference_is_the_formula(case, insert_after_first, device):
+    """In float64, where it is the truth of other tests."""
+    table, trained, where = make(CASES[case], torch.float64, device)
+    options = {"scale": 0.7, "embed_scale": 1.6, "insert_after_first": insert_after_first, **where}
+    grad = torch.randn_like(by_hand(*table, *trained, **options))
+    got = results(of("reference"), table, trained, grad, **options)
+    assert_within_rounding(got, lambda: results(by_hand, table, trained, grad, **options))
+
+
 @pytest.mark.parametrize("case", ["plain", "adapters-offsets"])
 def test_float32_parameters_under_a_bfloat16_table(impl, case, device):
     table, trained, where = make(CASES[case], torch.bfloat16, device, parameters=torch.float32)

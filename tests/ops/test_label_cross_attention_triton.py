@@ -7,7 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from special_tokens_on_gpu import DTYPES, check, poisoned, widened  # noqa: F401
+from accuracy import WithinRounding
+from against_reference import assert_like, expected_of
+from special_tokens_on_gpu import DTYPES, poisoned  # noqa: F401
+from test_label_cross_attention import by_hand
 
 from peft_kernels.ops import label_cross_attention
 from peft_kernels.ops.label_cross_attention import matmul, triton
@@ -75,52 +78,50 @@ def all_results(impl, problem, shared):
     return pooled, weights, impl.pool_backward(grad, features, weights, lengths, offsets, scale, shared)
 
 
+def pool(impl, *arguments):
+    return impl.pool(*arguments)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [*DTYPES, "mixed"])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_no_worse_than_torch(problem, dtype, shared, device):
     dtype, wide = (torch.float16, torch.float32) if dtype == "mixed" else (dtype, None)
     given = PROBLEMS[problem].make(dtype, device, shared, wide)
-    ours, plain = all_results(triton, given, shared), all_results(matmul, given, shared)
-    truth = all_results(matmul, (widened(given[0]), *widened(given[1:])), shared)
-    for name, mine, theirs, right in zip(("pooled", "weights", "grad"), ours, plain, truth):
-        assert mine.is_contiguous(), name
-        check(mine, theirs, right, name)
+    for name, x in zip(("pooled", "weights", "grad"), assert_like(matmul, triton, all_results, given, shared)):
+        assert x.is_contiguous(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_blackwell_multiplies_the_same(dtype, device, monkeypatch):
     """What hides the width of features from the compiler there."""
     given = PROBLEMS["padded"].make(dtype, device, True, torch.float32)
-    expected = all_results(triton, given, True)
     monkeypatch.setattr(triton, "on_blackwell", lambda device: True)
-    assert all(torch.equal(x, y) for x, y in zip(all_results(triton, given, True), expected))
+    assert_like(matmul, triton, all_results, given, True)
 
 
 def test_without_weights(device):
     (queries, _), *rest = PROBLEMS["ragged"].make(torch.float32, device)
-    pooled, weights = triton.pool(queries, *rest, 0.2, False)
-    assert weights is None and torch.equal(pooled, triton.pool(queries, *rest, 0.2, True)[0])
+    assert_like(matmul, triton, pool, queries, *rest, 0.2, False)
+    assert triton.pool(queries, *rest, 0.2, False)[1] is None
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7, 100.0])
 def test_any_scale(scale, device):
     (queries, _), *rest = PROBLEMS["padded"].make(torch.float32, device)
-    ours, plain = (impl.pool(queries, *rest, scale, True) for impl in (triton, matmul))
-    truth = matmul.pool(queries.double(), *widened(rest), scale, True)
-    for i, results in enumerate(zip(ours, plain, truth)):
-        check(*results, i)
+    assert_like(matmul, triton, pool, queries, *rest, scale, True)
 
 
 def test_a_row_does_not_depend_on_the_others(device):
     """Nor on where its tokens begin."""
     (queries, grad), features, _, offsets = PROBLEMS["ragged"].make(torch.float32, device, shared=False)
-    pooled, weights, grads = all_results(triton, ((queries, grad), features, None, offsets), False)
+    expected = expected_of(all_results, matmul, ((queries, grad), features, None, offsets), False)
+    alone = []
     for b, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
-        alone = (queries[:, b : b + 1].contiguous(), grad[:, b : b + 1].contiguous()), features[None, begin:end], None, None
-        results = all_results(triton, alone, False)
-        assert torch.equal(results[0], pooled[:, b : b + 1]) and torch.equal(results[1][0], weights[begin:end])
-        assert torch.equal(results[2], grads[:, b : b + 1])
+        row = (queries[:, b : b + 1].contiguous(), grad[:, b : b + 1].contiguous()), features[None, begin:end], None, None
+        alone.append(all_results(triton, row, False))
+    pooled, weights, grads = zip(*alone)
+    expected.check((torch.cat(pooled, 1), torch.cat(weights, 1)[0], torch.cat(grads, 1)))
 
 
 @pytest.mark.parametrize("problem", [Problem((5, 0, 70)), Problem((9, 20), 20)])
@@ -139,8 +140,7 @@ def test_empty(problem, shared, device):
         given = (torch.randn(2, 1, 3, 24, device=device), grad), features, None, None if problem.tokens else torch.tensor([0], device=device)
     else:
         given = problem.make(torch.float32, device, shared)
-    for result, expected in zip(all_results(triton, given, shared), all_results(matmul, given, shared), strict=True):
-        assert result.shape == expected.shape and torch.equal(result, expected)
+    assert_like(matmul, triton, all_results, given, shared)
 
 
 def test_rows_more_than_two_gibi_elements_apart(device):
@@ -155,9 +155,8 @@ def test_rows_more_than_two_gibi_elements_apart(device):
         batch = len(dense) if given[2] is None else 3
         strides = (24, apart, 1) if len(dense) == 1 and dense.ndim == 3 else (apart, 24, 1) if dense.ndim == 3 else (apart, 1)
         spread = memory.as_strided(dense.shape, strides).copy_(dense)
-        expected = all_results(triton, ((queries, grad[:, :batch].contiguous()), dense, *given[1:]), True)
-        for result, right in zip(all_results(triton, ((queries, grad[:, :batch].contiguous()), spread, *given[1:]), True), expected):
-            assert torch.equal(result, right)
+        expected = expected_of(all_results, matmul, ((queries, grad[:, :batch].contiguous()), dense, *given[1:]), True)
+        expected.check(all_results(triton, ((queries, grad[:, :batch].contiguous()), spread, *given[1:]), True))
 
 
 @pytest.mark.parametrize("per_row", [True, False])
@@ -166,15 +165,16 @@ def test_through_the_operator(per_row, device):
     grad = torch.randn(4, 3, 24, device=device)
     leaves = [torch.randn(*shape, device=device) / 5 for shape in ((4, 3, 24)[not per_row :], (24, 24), (24, 24), (24, 24))]
 
-    def results(impl, dtype):
-        slots, *weights = (x.detach().clone().to(dtype).requires_grad_() for x in leaves)
-        out = label_cross_attention(slots, features.to(dtype), *weights, lengths=lengths, num_heads=2, impl=impl)
-        out.backward(grad.to(dtype))
-        return out.detach(), slots.grad, *(x.grad for x in weights)
+    def of_triton(slots, w_q, w_k, w_v, features, **options):
+        return label_cross_attention(slots, features, w_q, w_k, w_v, **options, impl="triton")
 
-    compared = results("triton", torch.float32), results("matmul", torch.float32), results("matmul", torch.float64)
-    for i, result in enumerate(zip(*compared)):
-        check(*result, i)
+    def results(function, dtype):
+        given = [x.to(dtype, copy=True).requires_grad_() for x in leaves]
+        out = function(*given, features.to(dtype), lengths=lengths, num_heads=2)
+        return out.detach(), *torch.autograd.grad(out, given, grad.to(dtype))
+
+    expected = WithinRounding(lambda: results(by_hand, torch.float32), results(by_hand, torch.float64))
+    expected.check(results(of_triton, torch.float32))
 
 
 @pytest.mark.parametrize("unit, queries, block", [("half", 1, 16), ("half", 36, 64), ("half", 129, 128), ("fma", 65, 64), ("amd", 17, 32)])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from against_reference import assert_like, expected_of
 from special_tokens_on_gpu import DTYPES
 from test_label_logits import (  # noqa: F401
     CASES,
@@ -19,7 +20,7 @@ from test_label_logits import (  # noqa: F401
 )
 
 from peft_kernels.ops import triton_runtime
-from peft_kernels.ops.label_logits import triton
+from peft_kernels.ops.label_logits import reference, triton
 
 
 @pytest.fixture
@@ -45,15 +46,23 @@ def test_ten_repeats_are_bit_equal(impl, device):
         assert all(torch.equal(x, first) for x in rest)
 
 
+def forward(impl, *arguments):
+    return impl.forward(*arguments)
+
+
+def backward(impl, *arguments):
+    return impl.backward(*arguments)
+
+
 @pytest.mark.parametrize("words", [1, 2, 3, 8, 17])
 def test_a_text_is_on_its_own(words, impl, device):
     hidden, weight = torch.randn(5, 3, 67, device=device), torch.randn(40, 67, device=device)
     label_ids, positions = torch.randint(-1, 40, (1, words), device=device), torch.tensor([2, 0, 1, 1, 2], device=device)
-    grad = torch.randn(5, 1, words, device=device)
-    out, rows = triton.forward(hidden, weight, label_ids, None, positions), triton.backward(grad, weight, label_ids)
-    for i in range(5):
-        assert torch.equal(triton.forward(hidden[i : i + 1], weight, label_ids, None, positions[i : i + 1])[0], out[i])
-        assert torch.equal(triton.backward(grad[i : i + 1], weight, label_ids)[0], rows[i])
+    grad = torch.randn(5, 1, words, device=device).masked_fill(label_ids < 0, 0)
+    alone = torch.cat([triton.forward(h[None], weight, label_ids, None, at[None]) for h, at in zip(hidden, positions)])
+    expected_of(forward, reference, hidden, weight, label_ids, None, positions).check(alone)
+    alone = torch.cat([triton.backward(g[None], weight, label_ids) for g in grad])
+    expected_of(backward, reference, grad, weight, label_ids).check(alone)
 
 
 def test_words_that_are_none_have_no_gradient(impl, device):
@@ -71,13 +80,12 @@ def test_rows_more_than_two_gibi_elements_apart(impl, device):
     else:
         memory = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)
     rows = torch.randn(3, 24, device=device).half()
-    label_ids, grad = torch.tensor([[2, 0], [1, -1]], device=device), torch.randn(3, 2, 2, device=device)
+    label_ids, grad = torch.tensor([[2, 0], [1, 1]], device=device), torch.randn(3, 2, 2, device=device)
     spread = memory.as_strided((3, 24), (apart, 1)).copy_(rows)
-    expected = triton.forward(rows, rows, label_ids, None, None)
-    assert torch.equal(triton.forward(spread, spread, label_ids, None, None), expected)
+    expected_of(forward, reference, rows, rows, label_ids, None, None).check(triton.forward(spread, spread, label_ids, None, None))
     positions = torch.tensor([2, 1, 0], device=device)
-    assert torch.equal(triton.forward(spread.expand(3, 3, 24), rows, label_ids, None, positions), expected.flip(0))
-    assert torch.equal(triton.backward(grad, spread, label_ids), triton.backward(grad, rows, label_ids))
+    assert_like(reference, triton, forward, spread.expand(3, 3, 24), rows, label_ids, None, positions)
+    expected_of(backward, reference, grad, rows, label_ids).check(triton.backward(grad, spread, label_ids))
 
 
 @pytest.mark.parametrize("device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")])

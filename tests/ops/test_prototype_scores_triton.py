@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from special_tokens_on_gpu import check, widened
+from against_reference import assert_like
 from test_prototype_scores import poisoned_memory, test_no_length_and_no_distance, test_strides, test_strides_of_the_gradient  # noqa: F401
 
 from peft_kernels.ops.prototype_scores import reference, triton
@@ -35,10 +35,7 @@ def test_no_worse_than_torch(texts, width, classes, with_scores, impl, device):
     """Blocks of every number of rows, and parts of the texts."""
     (projected, prototypes, radius, scores, labels), grad = make(texts, width, classes, device)
     arguments = projected, prototypes, radius, scores if with_scores else None, labels
-    ours, plain = all_results(triton, arguments, grad), all_results(reference, arguments, grad)
-    truth = all_results(reference, widened(arguments), grad.double())
-    for i, results in enumerate(zip(ours, plain, truth)):
-        check(*results, i)
+    assert_like(reference, triton, all_results, arguments, grad)
 
 
 def test_ten_repeats_are_bit_equal(impl, device):
@@ -50,8 +47,7 @@ def test_ten_repeats_are_bit_equal(impl, device):
 def test_the_loss_of_a_score_of_minus_infinity(impl, device):
     (projected, prototypes, radius, scores, labels), _ = make(6, 9, 3, device)
     scores[:2, 0], scores[2:4, 2], labels[:] = -torch.inf, -torch.inf, 1
-    results, expected = (impl.cross_entropy(projected, prototypes, radius, scores, 1.0, labels) for impl in (triton, reference))
-    torch.testing.assert_close(results, expected)
+    assert_like(reference, triton, lambda impl, *given: impl.cross_entropy(*given), projected, prototypes, radius, scores, 1.0, labels)
 
 
 def test_no_texts(impl, device):

@@ -103,6 +103,15 @@ def test_no_worse_than_plain(case, dtype, through_lse, impl, device):
     assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(tensors[0], through_lse))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_the_formula(case, device):
+    """In float64, where it is the truth of other tests."""
+    tensors, where = make(CASES[case], torch.float64, device)
+    grads = grads_of(tensors[0])
+    got = results(attention("reference"), tensors, grads, **where)
+    assert_within_rounding(got, lambda: results(by_hand, tensors, grads, **where))
+
+
 @pytest.mark.parametrize("scale", [1.0, -0.3, 0.0])
 def test_scale(scale, impl, device):
     tensors, where = make(CASES["ragged-lengths"], device=device)

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from accuracy import WithinRounding
+from against_reference import assert_like, expected_of, widened
+from test_shared_cross_attention import by_hand
+
 from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.shared_cross_attention import reference, shared_cross_attention
 from peft_kernels.ops.shared_cross_attention import triton as implementation
@@ -68,23 +72,14 @@ PROBLEMS = {
 }
 
 
-def check(ours, plain, truth, what, floor=1):
-    finite = truth.isfinite()
-    assert torch.equal(finite, ours.isfinite()), what
-    error, allowed = ((x.double() - truth)[finite].abs().sum().item() for x in (ours, plain))
-    floor = floor * torch.finfo(ours.dtype).eps * truth[finite].abs().sum().item()
-    assert error <= 2 * allowed + floor, f"{what}: error {error:.3g}, plain {allowed:.3g}, floor {floor:.3g}"
+NAMES = "out", "lse", "grad_query", "grad_key", "grad_value"
 
 
-def all_results(impl, tensors, scale, with_grad_lse=True):
+def all_results(impl, tensors, scale, with_grad_lse=True, needs=(True, True, True)):
     query, key, value, grad_out, grad_lse, lengths, index = tensors
     out, lse = impl.forward(query, key, value, lengths, index, scale)
-    grads = impl.backward(grad_out, grad_lse if with_grad_lse else None, query, key, value, out, lse, lengths, index, scale, True, True, True)
-    return dict(zip(("out", "lse", "grad_query", "grad_key", "grad_value"), (out, lse, *grads)))
-
-
-def widen(tensors):
-    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+    grads = impl.backward(grad_out, grad_lse if with_grad_lse else None, query, key, value, out, lse, lengths, index, scale, *needs)
+    return dict(zip(NAMES, (out, lse, *grads)))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -94,12 +89,8 @@ def test_no_worse_than_torch(problem, dtype, splits, device, monkeypatch):
     monkeypatch.setattr(implementation, "num_splits", lambda programs, n, processors: splits)
     tensors = PROBLEMS[problem].make(dtype, device)
     scale = PROBLEMS[problem].head_dim ** -0.5
-    ours, plain = (all_results(impl, tensors, scale, with_grad_lse=splits == 1) for impl in (implementation, reference))
-    truth = all_results(reference, widen(tensors), scale, with_grad_lse=splits == 1)
-    for name, result in ours.items():
-        assert result.shape == truth[name].shape and result.dtype == plain[name].dtype, name
+    for name, result in assert_like(reference, implementation, all_results, tensors, scale, splits == 1).items():
         assert result.transpose(1, 2).is_contiguous(), name
-        check(result, plain[name], truth[name], name)
 
 
 def test_padding_and_inputs_without_streams_have_gradient_zero(device):
@@ -115,30 +106,30 @@ def test_padding_and_inputs_without_streams_have_gradient_zero(device):
 def test_only_what_is_asked_for(needs, apart, device, monkeypatch):
     configs_of = implementation.configs_of
     monkeypatch.setattr(implementation, "configs_of", lambda *a: configs_of(*a)._replace(apart=apart))
-    query, key, value, grad_out, grad_lse, lengths, index = Problem((2, 1), 3, 19, 16, lengths=(17, 19)).make(torch.float32, device)
-    out, lse = implementation.forward(query, key, value, lengths, index, 0.3)
-    arguments = grad_out, grad_lse, query, key, value, out, lse, lengths, index, 0.3
-    everything = implementation.backward(*arguments, True, True, True)
-    for grad, whole, needed in zip(implementation.backward(*arguments, *needs), everything, needs):
-        assert torch.equal(grad, whole) if needed else grad is None
+    tensors = Problem((2, 1), 3, 19, 16, lengths=(17, 19)).make(torch.float32, device)
+    results = assert_like(reference, implementation, all_results, tensors, 0.3, True, needs)
+    assert [results[name] is not None for name in NAMES[2:]] == list(needs)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, -0.7])
 def test_any_scale(scale, device):
     tensors = Problem((3, 2), 1, 21, 16, lengths=(21, 4)).make(torch.float32, device)
-    truth, plain = all_results(reference, widen(tensors), scale), all_results(reference, tensors, scale)
-    for name, result in all_results(implementation, tensors, scale).items():
-        check(result, plain[name], truth[name], name)
+    assert_like(reference, implementation, all_results, tensors, scale)
 
 
 def test_large_scores(device):
+    """A weight computed again from its score and the log-sum-exp inherits the rounding of both, and so does what does not cancel any more."""
     query, key, value, *rest = Problem((3, 2), 1, 21, 16, lengths=(21, 4)).make(torch.float32, device)
     tensors = 100 * query, 100 * key, value, *rest  # most weights underflow
-    truth, plain = all_results(reference, widen(tensors), 1.0), all_results(reference, tensors, 1.0)
-    # A weight computed again from its score and the log-sum-exp inherits the rounding of both, and so does what does not cancel any more.
-    score = truth["lse"][truth["lse"].isfinite()].abs().max().item()
-    for name, result in all_results(implementation, tensors, 1.0).items():
-        check(result, plain[name], truth[name], name, floor=score if name.startswith("grad") else 1)
+
+    def plain(tensors):
+        *leaves, grad_out, grad_lse, lengths, index = tensors
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        results = by_hand(*leaves, key_lengths=lengths, encoder_index=index, scale=1.0)
+        grads = torch.autograd.grad(results, leaves, (grad_out, grad_lse.to(grad_out.dtype)))
+        return dict(zip(NAMES, (*(x.detach() for x in results), *grads)))
+
+    WithinRounding(lambda: plain(tensors), plain(widened(tensors))).check(all_results(implementation, tensors, 1.0))
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -154,36 +145,31 @@ def test_repeats_are_bit_equal(splits, device, monkeypatch):
 @pytest.mark.parametrize("streams, tokens, keys", [((0, 0), 3, 5), ((2, 2), 0, 5), ((2, 2), 3, 0), ((), 3, 5), ((1, 3), 2, 0)])
 def test_empty(streams, tokens, keys, device):
     tensors = Problem(streams, tokens, keys, 16).make(torch.float32, device)
-    results, expected = all_results(implementation, tensors, 1.0), all_results(reference, tensors, 1.0)
-    for name, result in results.items():
-        assert torch.equal(result, expected[name]), name
+    assert_like(reference, implementation, all_results, tensors, 1.0)
 
 
 def test_lengths_and_index_of_either_width(device):
-    query, key, value, _, _, lengths, index = Problem((3, 1), 2, 21, 16, lengths=(21, 4)).make(torch.float32, device)
-    wide, narrow = (implementation.forward(query, key, value, lengths.to(d), index.to(d), 1.0) for d in (torch.int64, torch.int32))
-    assert torch.equal(wide[0], narrow[0]) and torch.equal(wide[1], narrow[1])
+    *tensors, lengths, index = Problem((3, 1), 2, 21, 16, lengths=(21, 4)).make(torch.float32, device)
+    for dtype in (torch.int64, torch.int32):
+        assert_like(reference, implementation, all_results, (*tensors, lengths.to(dtype), index.to(dtype)), 1.0)
 
 
 def test_strides_of_zero(device):
     query, key, value, grad_out, _, lengths, index = Problem((3, 2), 2, 21, 16).make(torch.float32, device)
     spread = [x[:1, :, :1].expand(x.shape) for x in (query, key, value)] + [grad_out[:1, :1, :1, :1].expand(grad_out.shape)]
-    results = all_results(implementation, (*spread, None, lengths, index), 1.0)
-    expected = all_results(implementation, (*(x.clone() for x in spread), None, lengths, index), 1.0)
-    for name, result in results.items():
-        assert torch.equal(result, expected[name]), name
+    assert_like(reference, implementation, all_results, (*spread, None, lengths, index), 1.0)
 
 
 def test_through_the_operator(device):
-    query, key, value, grad_out, *_, lengths, index = Problem((3, 2), 2, 21, 16, lengths=(21, 4)).make(torch.float32, device)
+    tensors = Problem((3, 2), 2, 21, 16, lengths=(21, 4)).make(torch.float32, device)
+    expected = expected_of(all_results, reference, tensors, 0.25, False)
+    query, key, value, grad_out, *_, lengths, index = tensors
     query.requires_grad_()
     value.requires_grad_()
     out = shared_cross_attention(query, key, value, key_lengths=lengths, encoder_index=index, impl="triton")
     out.backward(grad_out)
-    lse = implementation.forward(query.detach(), key, value.detach(), lengths, index, 0.25)[1]
-    arguments = grad_out, None, query.detach(), key, value.detach(), out.detach(), lse, lengths, index, 0.25
-    expected = implementation.backward(*arguments, True, False, True)
-    assert torch.equal(query.grad, expected[0]) and torch.equal(value.grad, expected[2]) and key.grad is None
+    expected.check({"out": out, "grad_query": query.grad, "grad_value": value.grad}, partial=True)
+    assert key.grad is None
 
 
 @pytest.mark.parametrize("rows", [(7,), (0, 5, 0, 1), (40, 0, 0, 129, 16, 1, 15), (1,) * 50])

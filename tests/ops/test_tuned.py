@@ -8,6 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from against_reference import expected_of
+
 from peft_kernels.ops import tuned
 from peft_kernels.ops.label_logits import reference
 from peft_kernels.ops.label_logits import triton as logits
@@ -170,15 +172,15 @@ class Spy:
 def test_reaches_the_launch_and_results_stay_right(device, monkeypatch):
     if reason := logits.unavailable(device.type, torch.float32):
         pytest.skip(reason)
-    spy = Spy(logits.triton_kernels.forward_kernel)
-    monkeypatch.setattr(logits.triton_kernels, "forward_kernel", spy)
+    spy = Spy(logits.triton_kernels.label_logits_fwd_kernel)
+    monkeypatch.setattr(logits.triton_kernels, "label_logits_fwd_kernel", spy)
     hidden, weight = torch.randn(3, 300, device=device), torch.randn(20, 300, device=device)
     ids = torch.randint(20, (1, 8), device=device)
-    expected = reference.forward(hidden, weight, ids, None, None)
-    torch.testing.assert_close(logits.forward(hidden, weight, ids, None, None), expected)
+    expected = expected_of(lambda impl, *given: impl.forward(*given), reference, hidden, weight, ids, None, None)
+    expected.check(logits.forward(hidden, weight, ids, None, None))
     tuned.entries.cache_clear()
     tuned.write(tuned.cache_file(hidden.device), hidden.device, [ENTRY._replace(options={"BW": 2, "BD": 64, "num_warps": 2})])
-    torch.testing.assert_close(logits.forward(hidden, weight, ids, None, None), expected)
+    expected.check(logits.forward(hidden, weight, ids, None, None))
     (grid, shipped), (tuned_grid, found) = spy.launches
     assert (grid, tuned_grid) == ((3,), (12,))
     assert found == {**shipped, "BW": 2, "BD": 64, "num_warps": 2}

@@ -47,6 +47,8 @@ REFUSED = [
     (lambda: _model("BertLMHeadModel", **_BERT, is_decoder=True), "is a decoder"),
     (lambda: _model("RobertaForSequenceClassification", **_BERT, is_decoder=True), "is a decoder"),
     (lambda: _model("XLMModel", **_XLM), r"must have one ModuleList of 2 layers that take hidden_states first, got none"),
+    (lambda: _model("XLMWithLMHeadModel", "XLM", **_XLM), r"XLMModel must have one ModuleList of 2 layers that take hidden_states first, got none"),
+    (lambda: _model("XLMWithLMHeadModel", "XLM", **_XLM, causal=True), "is a decoder"),
     (lambda: _model("SqueezeBertModel", **_BERT, embedding_size=32), r"must take hidden states \(B, S, d\), but take \(B, d, S\)"),
     (lambda: _shared_layers(), "every layer of BertModel must be a module of its own, but encoder.layer has 1 for 3 passes"),
 ]

@@ -1,4 +1,7 @@
-"""One adapted model, called by several threads at once, as servers and DataParallel do."""
+"""One adapted model, called by several threads at once, as servers and DataParallel do.
+
+What one thread gives is what all give, up to rounding: libraries may share a sum among as many threads as are free.
+"""
 
 import copy
 import gc
@@ -8,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pasta_models as models
 import pytest
 import torch
+from accuracy import WithinRounding
 from peft.utils.other import ModulesToSaveWrapper
 
 from peft_kernels import pasta
@@ -48,8 +52,11 @@ def _answer(model, request):
         return str(error)
 
 
-def _same(got, expected):
-    return got == expected if isinstance(expected, str) else isinstance(got, torch.Tensor) and torch.equal(got, expected)
+@torch.no_grad()
+def _expected(model, request):
+    """The answer of one thread alone: an error, or numbers up to rounding."""
+    answer = _answer(model, request)
+    return answer if isinstance(answer, str) else WithinRounding(lambda: _answer(model, request))
 
 
 @pytest.mark.parametrize(
@@ -59,22 +66,23 @@ def test_threads(family, fused, calls):
     model, requests = _two_adapters(family), _requests()
     if fused:
         pasta.fuse(model)
-    with torch.no_grad():
-        expected = [_answer(model, request) for request in requests]
+    expected = [_expected(model, request) for request in requests]
     assert sum(isinstance(e, str) for e in expected) == 3
-    wrong, barrier = [], threading.Barrier(THREADS)
+    barrier = threading.Barrier(THREADS)
 
     @torch.no_grad()
     def serve(number):
         barrier.wait()
         for call in range(calls // THREADS):
             i = (5 * number + call) % len(requests)
-            if not _same(_answer(model, requests[i]), expected[i]):
-                wrong.append((number, call))
+            got = _answer(model, requests[i])
+            if isinstance(expected[i], str):
+                assert got == expected[i]
+            else:
+                expected[i].check(got)
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(serve, range(THREADS)))
-    assert not wrong
 
 
 def test_gradients_in_threads():
@@ -86,10 +94,10 @@ def test_gradients_in_threads():
     def gradient(x):
         return torch.autograd.grad(model(**x).logits.square().sum(), models.vectors(model))[0]
 
-    expected = [gradient(x) for x in requests]
+    expected = [WithinRounding(lambda x=x: gradient(x)) for x in requests]
     with ThreadPoolExecutor(THREADS) as pool:
         for got, one in zip(pool.map(gradient, requests), expected):
-            assert torch.equal(got, one)
+            one.check(got)
 
 
 def _replica(module):
@@ -106,17 +114,15 @@ def test_data_parallel(family, fused):
     if fused:
         pasta.fuse(model)
     x = models.inputs(b=8)
-    expected = model(**x).logits
-    expected.square().sum().backward()
-    gradient, model.base_model.model.pasta.pasta_vectors["default"].grad = models.vectors(model).grad, None
+
+    def results(logits):
+        return logits.detach(), *torch.autograd.grad(logits.square().sum(), models.vectors(model))
+
+    expected = WithinRounding(lambda: results(model(**x).logits))
     parts = [{k: v[i : i + 2] for k, v in x.items()} for i in range(0, 8, 2)]
     replicas = [_replica(model) for _ in parts]
     with ThreadPoolExecutor(len(parts)) as pool:
-        got = torch.cat(list(pool.map(lambda pair: pair[0](**pair[1]).logits, zip(replicas, parts))))
-    # rows are computed in other matrix shapes: a few roundings of sums over 32 numbers through 3 layers
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
-    got.square().sum().backward()
-    torch.testing.assert_close(models.vectors(model).grad, gradient, atol=2e-4, rtol=2e-4)
+        expected.check(results(torch.cat(list(pool.map(lambda pair: pair[0](**pair[1]).logits, zip(replicas, parts))))))
 
 
 def _tensors():

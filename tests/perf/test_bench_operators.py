@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from peft_kernels import ops
 from peft_kernels.cli.commands import app
+from peft_kernels.ops import registry as cases
+from peft_kernels.ops.problem import Candidate
 from peft_kernels.perf import measure, results
 from peft_kernels.perf.bench import command as operators_command
-from peft_kernels.perf.bench import problems as cases
 from peft_kernels.perf.bench import revision
-from peft_kernels.perf.bench.case import Candidate
 from peft_kernels.perf.bench.runner import Case, checked, compare, truth
 
 ROOT = Path(__file__).parents[2]
@@ -76,14 +76,14 @@ def case(name, backward=False, dtype="float32", variant=""):
 
 
 def test_every_public_operator_has_cases():
-    assert sorted(cases.NAMES) == sorted(ops.__all__) == sorted(TINY)
-    for name in cases.NAMES:
+    assert sorted(ops.__all__) == sorted(TINY)
+    for name in ops.__all__:
         operator = cases.operator(name)
         assert operator.name == name and operator.quick_shapes
         assert all(list(shape) == operator.letters for shape in operator.shapes + operator.quick_shapes)
 
 
-@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize("name", ops.__all__)
 def test_every_way_is_right_and_in_the_files(name, tmp_path):
     output, rows = bench(name, tmp_path)
     operator = cases.operator(name)
@@ -147,7 +147,7 @@ def test_a_shape_that_does_not_fit_costs_no_other_row(tmp_path):
 
 
 def test_a_wrong_baseline_is_missing(tmp_path, monkeypatch):
-    module = import_module("peft_kernels.perf.bench.problems.special_tokens")
+    module = import_module("peft_kernels.ops.special_tokens.problems")
     official = module.official_add
     monkeypatch.setattr(module, "official_add", lambda *args: wrong(official(*args)))
     output, rows = bench("special_token_add", tmp_path, "--dtype", "float32", "--phase", "forward")

@@ -1,10 +1,13 @@
 """Tiny random models of every family, and what stock transformers makes of them: the truth that the swap is held against."""
 
+import copy
 import inspect
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 import transformers
+from accuracy import assert_no_near_tie
 from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel
 
 transformers.logging.set_verbosity_error()
@@ -29,7 +32,7 @@ _BART = dict(
     decoder_start_token_id=2,
     bos_token_id=3,
     forced_eos_token_id=None,
-    init_std=0.7,
+    init_std=0.4,
     dropout=0.0,
     attention_dropout=0.0,
     encoder_layerdrop=0.0,
@@ -81,7 +84,7 @@ def _bert2bert(width, attention, changes):
         "num_attention_heads": 4,
         "intermediate_size": 48,
         "max_position_embeddings": 64,
-        "initializer_range": 0.7,
+        "initializer_range": 0.35,
     }
     bert |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=attention, **changes)
     encoder = BertModel(BertConfig(hidden_size=width, **bert), add_pooling_layer=False)
@@ -119,6 +122,56 @@ def inputs(b: int = 3, n: int = 9, mask: str = "right", seed: int = 1) -> dict[s
     return {"input_ids": ids, "attention_mask": keep}
 
 
+_rounding_of_logits: dict[str, float] = {}
+
+
+def rounding_of_logits(model) -> float:
+    """The root mean square by which logits are off those of float64, as a share of theirs; measured once per configuration."""
+    key = f"{type(model)} {model.config.to_dict()}"
+    if key not in _rounding_of_logits:
+        name, generator = model.main_input_name, torch.Generator().manual_seed(1)
+        x = inputs() if name == "input_ids" else {name: torch.randn(3, 8, 40, generator=generator) * 3}
+        ids = torch.randint(4, VOCAB, (3, 12), generator=generator)
+
+        with torch.no_grad():
+            logits = model(**x, decoder_input_ids=ids).logits
+            x = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+            truth = copy.deepcopy(model).double()(**x, decoder_input_ids=ids).logits
+        _rounding_of_logits[key] = float((logits - truth).norm() / truth.norm())
+    return _rounding_of_logits[key]
+
+
+@contextmanager
+def moved_logits(model, times: float = 16.0):
+    """Within, every logit moves by ``times`` what rounding moves it, at random."""
+    share, generator = times * rounding_of_logits(model), torch.Generator().manual_seed(0)
+
+    def move(module, args, logits):
+        draw = torch.randn(logits.shape, generator=generator).to(logits.dtype)
+        return logits + draw * share * logits.square().mean(-1, keepdim=True).sqrt()
+
+    handle = model.get_output_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def decided(model, generate, of=lambda output: output):
+    """What ``generate()`` gives, once it is shown that rounding decides none of its tokens, those of ``of`` its result.
+
+    All that rounding changes on the way to a token comes out at the logits. To move those, by 16 times what they are off those of float64,
+    takes one more run; ``Rounding`` in every operation takes as long as eight.
+    """
+    before = torch.get_rng_state()
+    output = generate()
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert_no_near_tie(lambda: of(generate()), of(output), rounding=moved_logits(model))
+    torch.set_rng_state(after)
+    return output
+
+
 def start_of(model) -> int:
     return model.generation_config.decoder_start_token_id
 
@@ -137,7 +190,8 @@ def stock_streams(model, x: dict, per_input: list[list[list[int]]], **kwargs) ->
 
     def one(i, prompt):
         ids = torch.tensor([[start_of(model), *prompt]])
-        rows = model.generate(**{k: v[i : i + 1] for k, v in x.items()}, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids), **kwargs)
+        row = {k: v[i : i + 1] for k, v in x.items()} | {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+        rows = decided(model, lambda: model.generate(**row, **kwargs))
         tails = [tail(row) for row in rows[:, ids.shape[1] :].tolist()]
         return tails if len(tails) > 1 else tails[0]
 

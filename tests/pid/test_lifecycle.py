@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accuracy import assert_within_rounding
-from models import TEXT_FAMILIES, build, inputs
+from models import TEXT_FAMILIES, build, decided, inputs
 from peft import LoraConfig, TaskType, get_peft_model
 
 from peft_kernels import pid
@@ -45,7 +45,7 @@ def test_disable_undoes_everything(family, attention):
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_enable_and_disable_as_often_as_you_like(family):
     model, x = build(family), inputs()
-    stock = model.generate(**x, **BEAMS)
+    stock = decided(model, lambda: model.generate(**x, **BEAMS))
     assert pid.disable(model) is model
     for _ in range(2):
         pid.enable(model)
@@ -71,7 +71,7 @@ def test_the_class_keeps_its_name(family):
 @pytest.mark.parametrize("family", ["t5", "umt5", "bart", "encoder-decoder"])
 def test_deep_copies_are_independent(family):
     model, x = pid.enable(build(family)), inputs()
-    tokens = model.generate(**x, **BEAMS)
+    tokens = decided(model, lambda: model.generate(**x, **BEAMS))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -90,7 +90,7 @@ def test_deep_copies_are_independent(family):
 @pytest.mark.parametrize("family", ["t5", "bart", "bigbird_pegasus", "encoder-decoder"])
 def test_saved_models_are_stock(family, tmp_path):
     model, x = build(family), inputs()
-    stock = model.generate(**x, **BEAMS)
+    stock = decided(model, lambda: model.generate(**x, **BEAMS))
     pid.enable(model).save_pretrained(tmp_path)
     assert "peft_kernels" not in (tmp_path / "config.json").read_text()
     loaded = type(model).__bases__[1].from_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_adapters(family, order):
         ours = with_adapter(build(family), family)
         assert pid.enable(ours if order == "wrap first" else ours.get_base_model()) is not None
     assert pid.is_enabled(ours)
-    tokens = stock.generate(**x, **BEAMS)
+    tokens = decided(stock, lambda: stock.generate(**x, **BEAMS))
     assert not torch.equal(tokens, build(family).generate(**x, **BEAMS))
     assert torch.equal(ours.generate(**x, **BEAMS), tokens)
     generated = pid.generate(ours, prompts=prompts, **x, max_new_tokens=6).sequences

@@ -8,16 +8,19 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import accelerate
 import pytest
 import torch
-from combinations import FROZEN, SEQ_2_SEQ, SEQ_CLS, assert_same, bert, build, inputs, put_on, repeated, result, t5
+from accuracy import WithinRounding, assert_same_tokens, assert_within_rounding
+from combinations import FROZEN, SEQ_2_SEQ, SEQ_CLS, Expected, assert_same, bert, build, inputs, put_on, repeated, result, t5
 from peft import PeftModel
 
 ROWS = [*SEQ_2_SEQ, *SEQ_CLS, *FROZEN]
 ADAPTED = [row for row in ROWS if row not in ("PiD", *FROZEN)]
 OURS = ("PiD", "DePT", "PASTA", "fuse")
+SEEDS = 1, 2, 3, 4
 OF_PEFT = {
     "pickle": ["PiD, prompt tuning"],  # generate leaves a method on the model that unpickles into itself
     "torch.save": ["PiD, prompt tuning"],
@@ -25,12 +28,24 @@ OF_PEFT = {
 }
 
 
+@cache
+def expected_of(row, folder, seed=1):
+    """What a model gives to which nothing happens."""
+    return Expected(build(row, folder), inputs(row, seed))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("PiD")])
 def test_equals_the_stock_model(row, tmp_path):
     x = inputs(row)
     stock, ours = build(row, tmp_path, without=("PiD",)), build(row, tmp_path)
-    expected = {"tokens": result(stock, x | {"labels": x["labels"][:2]})["tokens"], "loss": result(stock, repeated(x))["loss"]}
-    assert_same(result(ours, x), expected)
+    got = result(ours, x)
+    Expected(stock, x | {"labels": x["labels"][:2]}).check_tokens(got["tokens"])
+    assert_within_rounding(got["loss"], lambda: result(stock, repeated(x), tokens=False)["loss"])
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -54,30 +69,29 @@ def test_train_then_use(row, tmp_path):
     assert losses[-1] < losses[0]
     fresh = build(row, tmp_path)
     fresh.load_state_dict(model.state_dict())
-    assert_same(result(model.eval(), x), result(fresh, x))
+    assert_same(result(model.eval(), x), fresh, x)
 
 
 @pytest.mark.parametrize("row", ADAPTED)
-def test_merge(row, tmp_path):
+def test_merge(row, tmp_path, shared):
     """LoRA and IA3 on top merge and unmerge; what cannot be merged says so."""
-    model, x = build(row, tmp_path), inputs(row)
-    expected = result(model, x)
+    model, x, expected = build(row, tmp_path), inputs(row), expected_of(row, shared)
+    expected.check(result(model, x))
     top = [name for name in row.split(", ") if name not in ("PiD", "fuse")][-1]
     if top in ("LoRA", "IA3"):
         model.merge_adapter()
-        merged = result(model, x)
+        expected.check(result(model, x))
         model.unmerge_adapter()
-        assert_same(merged, expected, lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4))
-        assert_same(result(model, x), expected, lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4))
+        expected.check(result(model, x))
     elif "tuning" not in top:
         for merge in (model.merge_adapter, model.merge_and_unload):
             with pytest.raises((NotImplementedError, ValueError), match=rf"{top[:4]}.* cannot be merged"):
                 merge()
-        assert_same(result(model, x), expected)
+        expected.check(result(model, x))
 
 
 @pytest.mark.parametrize("row", ADAPTED)
-def test_save_and_load(row, tmp_path):
+def test_save_and_load(row, tmp_path, shared):
     """The adapter on top, saved and loaded on what is below it."""
     model, x = build(row, tmp_path), inputs(row)
     names = row.removesuffix(" on BERT").split(", ")
@@ -87,7 +101,7 @@ def test_save_and_load(row, tmp_path):
     loaded = PeftModel.from_pretrained(below, tmp_path / "adapter").eval()
     if "fuse" in names:
         put_on(loaded, "fuse")
-    assert_same(result(loaded, x), result(model, x))
+    expected_of(row, shared).check(result(loaded, x))
 
 
 def saved(model):
@@ -102,46 +116,51 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("row", ROWS)
-def test_copies(row, how, tmp_path):
+def test_copies(row, how, tmp_path, shared):
     model, x = build(row, tmp_path), inputs(row)
-    expected = result(model, x)
+    result(model, x)
     if row in OF_PEFT.get(how, []):
         stock, x = build(row, tmp_path, without=OURS), x | {"labels": x["labels"][:2]}
         result(stock, x)
         with pytest.raises(RecursionError):
             result(COPIES[how](stock), x)
         return
-    twin = COPIES[how](model)
-    assert_same(result(twin, x), expected)
+    twin, expected = COPIES[how](model), expected_of(row, shared)
+    expected.check(result(twin, x))
     with torch.no_grad():
         for p in twin.parameters():
             p.zero_()
-    assert_same(result(model, x), expected)
+    expected.check(result(model, x))
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_threads(row, tmp_path):
+def test_threads(row, tmp_path, shared):
+    """What one thread gives, up to rounding: libraries may share a sum among as many threads as are free."""
     model = build(row, tmp_path)
-    xs = [inputs(row, seed) for seed in range(4)]
-    expected = [result(model, x) for x in xs]
+    xs = [inputs(row, seed) for seed in SEEDS]
     with ThreadPoolExecutor(4) as pool:
         for i, got in enumerate(pool.map(lambda i: result(model, xs[i % 4]), range(24))):
-            assert_same(got, expected[i % 4])
+            expected_of(row, shared, SEEDS[i % 4]).check(got)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_autocast(row, tmp_path):
-    """Losses and logits within the rounding of bfloat16: 8 bits, through a few layers."""
+    """Losses and logits within the rounding of bfloat16; of tokens the number."""
     model, x = build(row, tmp_path), inputs(row)
-    expected = {k: v for k, v in result(model, x).items() if k != "tokens"}
+
+    @torch.no_grad()
+    def numbers():
+        output = model(**x)
+        return output.loss, output.logits
+
     with torch.autocast("cpu", torch.bfloat16):
-        got = result(model, x)
-    got.pop("tokens", None)
-    assert_same(got, expected, lambda a, b: torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05 * float(b.abs().max())))
+        got, tokens = numbers(), result(model, x, numbers=False).get("tokens")
+    assert tokens is None or tokens.shape == (2, 6)
+    assert_within_rounding(got, numbers, dtype=torch.bfloat16, runs=8)
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_offload(row, tmp_path):
+def test_offload(row, tmp_path, shared):
     model, x = build(row, tmp_path), inputs(row)
     if row in OF_PEFT["offload"]:
         stock, x = build(row, tmp_path, without=OURS), x | {"labels": x["labels"][:2]}
@@ -149,9 +168,9 @@ def test_offload(row, tmp_path):
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             result(stock, x)
         return
-    expected = result(model, x)
+    result(model, x)
     accelerate.cpu_offload(model, torch.device("cpu"))
-    assert_same(result(model, x), expected)
+    expected_of(row, shared).check(result(model, x))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -159,10 +178,10 @@ def test_compile(row, tmp_path):
     """One forward with a loss. PiD's reads the values of a padding mask once."""
     model, x = build(row, tmp_path), inputs(row)
     with torch.no_grad():
-        expected = model(**x).loss
+        expected = WithinRounding(lambda: model(**x).loss)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=row == "Y-Tuning")
-        torch.testing.assert_close(compiled(**x).loss, expected)
+        expected.check(compiled(**x).loss)
 
 
 @pytest.mark.parametrize("row", [row for row in ADAPTED if not row.endswith(("IA3", "prompt tuning", "prefix tuning"))])
@@ -181,15 +200,20 @@ def test_mixed_batch(row, tmp_path):
                 other[name] = p
     assert other
     alone = {}
-    for adapter in ("other", "default"):
-        model.set_adapter(adapter)
-        alone[adapter] = model(**x).logits if row in SEQ_CLS else result(model, x)["tokens"]
+
+    def separate():
+        for adapter in ("other", "default"):
+            model.set_adapter(adapter)
+            alone[adapter] = model(**x).logits.detach() if row in SEQ_CLS else result(model, x, numbers=False)["tokens"]
+        return torch.stack([alone["other"][0], alone["default"][1]])
+
     if row in SEQ_CLS:
         got = model(**{k: v for k, v in x.items() if k != "labels"}, adapter_names=["other", "default"]).logits
+        assert_within_rounding(got, separate)
     else:
         asked = {k: x[k] for k in ("input_ids", "attention_mask")}
         got = model.generate(**asked, num_beams=2, max_new_tokens=5, min_new_tokens=5, adapter_names=["other", "default"])
-    torch.testing.assert_close(got, torch.stack([alone["other"][0], alone["default"][1]]))
+        assert_same_tokens(got, separate)
     assert not torch.equal(alone["other"], alone["default"])
 
 
@@ -239,4 +263,4 @@ def test_nothing_is_left_of_a_refusal():
     with pytest.raises(ValueError, match="PASTA: model must be an encoder"):
         put_on(model, "PASTA")
     x = inputs("PiD")
-    assert_same(result(put_on(model, "PiD"), x), result(put_on(t5(), "PiD"), x))
+    assert_same(result(put_on(model, "PiD"), x), put_on(t5(), "PiD"), x)

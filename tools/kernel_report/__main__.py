@@ -15,27 +15,44 @@ import os
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 
 os.environ.pop("TRITON_INTERPRET", None)  # it is read when kernels are decorated, Triton's own among them: before the first import
 import triton
 
-from . import binary, check, compiling, page, table, variants
-from .variant import Expected
+from peft_kernels.ops.registry import declared
+from peft_kernels.ops.variant import Expected, Variant
+
+from . import binary, check, compiling, page, table
+
+
+@cache
+def triton_variants() -> dict[str, Variant]:
+    """Every Triton kernel of every operator, by name."""
+    variants = [variant for module in declared("variants").values() for variant in module.variants()]
+    named = {variant.name: variant for variant in variants}
+    assert len(named) == len(variants), "two variants have the same name"
+    return named
+
+
+def cuda_kernels() -> dict[str, str]:
+    """Kernel of CUDA C++ -> the package of its operator."""
+    return {kernel: package for package, module in declared("variants").items() for kernel in getattr(module, "CUDA_KERNELS", ())}
 
 
 def compile_named(name: str) -> tuple[str, dict, Expected]:
-    variant = variants.triton_variants()[name]
+    variant = triton_variants()[name]
     return name, compiling.row_of(variant), variant.expected
 
 
 def triton_rows(only: str, processes: int):
-    names = [name for name in variants.triton_variants() if re.search(only, name)]
+    names = [name for name in triton_variants() if re.search(only, name)]
     with ProcessPoolExecutor(processes) as pool:
         yield from pool.map(compile_named, names)
 
 
 def cuda_rows(only: str):
-    for architecture, operator, kernel, dtype, constants, row in binary.of_cuda_library(variants.CUDA_KERNELS):
+    for architecture, operator, kernel, dtype, constants, row in binary.of_cuda_library(cuda_kernels()):
         configuration = " ".join(map("{}={}".format, "VP", constants)) or "-"
         name = f"{architecture} {operator} {kernel} {dtype} {configuration}"
         scalar = configuration.startswith(("-", "V=1"))

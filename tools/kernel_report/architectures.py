@@ -9,7 +9,6 @@ class Architecture(NamedTuple):
     backend: str
     arch: int | str
     lanes: int  # of a warp
-    matrix_unit: str  # its instruction for tiles of 64 rows and more
     warps: int  # of a processor, at most
     blocks: int  # of a processor, at most
     registers: int  # of 32 bits, of each lane, of a scheduler
@@ -29,10 +28,10 @@ class Architecture(NamedTuple):
 # lane with the accumulation registers among them, 800 scalar registers in units of 16 and 16 for the trap handler, 8 wavefronts to a SIMD,
 # 64 KiB of LDS, 16 workgroups of several wavefronts.
 ARCHITECTURES = {
-    "sm_80": Architecture("cuda", 80, 32, "mma", 64, 32, 512, 8, 164 << 10, 99 << 10, 128, 1 << 10),
-    "sm_90": Architecture("cuda", 90, 32, "wgmma", 64, 32, 512, 8, 228 << 10, 227 << 10, 128, 1 << 10),
-    "sm_100": Architecture("cuda", 100, 32, "tcgen05", 64, 32, 512, 8, 228 << 10, 227 << 10, 128, 1 << 10, 512),
-    "gfx942": Architecture("hip", "gfx942", 64, "mfma", 32, 16, 512, 8, 64 << 10, 64 << 10, 512, 0, scalars=800),
+    "sm_80": Architecture("cuda", 80, 32, 64, 32, 512, 8, 164 << 10, 99 << 10, 128, 1 << 10),
+    "sm_90": Architecture("cuda", 90, 32, 64, 32, 512, 8, 228 << 10, 227 << 10, 128, 1 << 10),
+    "sm_100": Architecture("cuda", 100, 32, 64, 32, 512, 8, 228 << 10, 227 << 10, 128, 1 << 10, 512),
+    "gfx942": Architecture("hip", "gfx942", 64, 32, 16, 512, 8, 64 << 10, 64 << 10, 512, 0, scalars=800),
 }
 SCHEDULERS = 4
 SCALARS_OF_TRAP_HANDLER = 16
@@ -52,15 +51,6 @@ def blocks_per_processor(name: str, warps: int, registers: int, scalars: int, sh
     by_shared = has.shared // needed if needed else has.blocks
     by_tensor_memory = has.tensor_memory // tensor_memory if tensor_memory else has.blocks
     return min(has.blocks, by_warps, by_shared, by_tensor_memory)
-
-
-def matrix_unit(name: str, exact: bool, rows: int = 64) -> str:
-    """What multiplies tiles of ``rows`` rows. ``exact``: in float32, for which NVIDIA's tensor cores are too coarse; AMD's are not."""
-    if name == "gfx942":
-        return "mfma"
-    if exact:
-        return "fma"
-    return ARCHITECTURES[name].matrix_unit if rows >= 64 else "mma"
 
 
 def _up(count: int, multiple: int) -> int:

@@ -1,8 +1,9 @@
 """What is wrong with a kernel, in itself and beside its row of the table."""
 
+from peft_kernels.ops.variant import Expected
+
 from .architectures import ARCHITECTURES
 from .table import WORST, with_occupancy
-from .variant import Expected
 
 
 def problems(name: str, row: dict, expected: Expected) -> list[str]:

@@ -4,9 +4,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from peft_kernels.ops.variant import Variant
+
 from . import binary
 from .architectures import ARCHITECTURES
-from .variant import Variant
 
 FLOATS = ("scale", "embed_scale", "eps")
 DENSE = ("stride_hd", "stride_wd")  # of columns

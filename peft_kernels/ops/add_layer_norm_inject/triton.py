@@ -36,12 +36,12 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
     rstd = weight.new_empty(batch, length) if keep else None
     if batch * length:
         options = _tuned("forward", x)
-        vectors_each = 0 if vectors is None else vectors.shape[1]
-        slots_each = 0 if slots is None else slots.shape[1]
+        vectors_per_adapter = 0 if vectors is None else vectors.shape[1]
+        slots_per_row = 0 if slots is None else slots.shape[1]
         with guard(x.device):
-            triton_kernels.forward_kernel[cdiv(batch * length, options["BR"]),](
+            triton_kernels.add_layer_norm_inject_fwd_kernel[cdiv(batch * length, options["BR"]),](
                 out, total, mean, rstd, x, residual, weight, bias, vectors, slots, adapter_ids, seed,
-                batch * length, length, slots_each, vectors_each, width, eps, *dropout(dropout_p),
+                batch * length, length, slots_per_row, vectors_per_adapter, width, eps, *dropout(dropout_p),
                 *x.stride()[:2], *residual.stride()[:2], *strides(slots, 2), *strides(adapter_ids, 1),
                 RMS=rms, PRE=pre, **options,
             )  # fmt: skip
@@ -64,17 +64,17 @@ def backward(
 def _rows(grad, grad_sum, total, mean, rstd, weight, slots, need_x, need_slots):
     """The gradient of the sum: all of it, and that of special tokens in float32."""
     batch, length, width = grad.shape
-    slots_each = slots.shape[1] if need_slots else 0
+    slots_per_row = slots.shape[1] if need_slots else 0
     grad_sum = grad_sum if grad_sum is None else dense(grad_sum)
     grad_x = grad.new_empty(grad.shape) if need_x else None
-    grad_slots = weight.new_empty(batch, slots_each, width) if need_slots else None
-    tokens = batch * (length if need_x else slots_each)
+    grad_slots = weight.new_empty(batch, slots_per_row, width) if need_slots else None
+    tokens = batch * (length if need_x else slots_per_row)
     if tokens * width:
         options = _tuned("backward", grad)
         with guard(grad.device):
-            triton_kernels.backward_kernel[cdiv(tokens, options["BR"]),](
+            triton_kernels.add_layer_norm_inject_bwd_kernel[cdiv(tokens, options["BR"]),](
                 grad_x, grad_slots, grad, grad_sum, total, mean, rstd, weight, slots,
-                tokens, length, slots_each, width, *grad.stride()[:2], *strides(grad_sum, 3)[:2], *strides(slots, 2),
+                tokens, length, slots_per_row, width, *grad.stride()[:2], *strides(grad_sum, 3)[:2], *strides(slots, 2),
                 LISTED=not need_x, **options,
             )  # fmt: skip
     return grad_x, grad_slots

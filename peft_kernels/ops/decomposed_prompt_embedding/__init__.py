@@ -80,10 +80,10 @@ def decomposed_prompt_embedding(
     check_numbers(_NAME, scale=scale, embed_scale=embed_scale)
     _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    prompt, a, b, delta = (_stacked(x, wide) for x in (prompt, a, b, delta))
+    parameters = [_stacked(x, wide) for x in (prompt, a, b, delta)]
     insert_after_first = insert_after_first and input_ids.shape[1] > 0
     return torch.ops.peft_kernels.decomposed_prompt_embedding.default(
-        input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl
+        input_ids, weight, *parameters, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl
     )
 
 

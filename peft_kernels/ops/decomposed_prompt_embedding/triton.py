@@ -66,7 +66,7 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
     programs_per_row = _cdiv(width, options["BD"]) * (_cdiv(virtual, options["BP"]) + _cdiv(length, options["BP"]))
     rows = rows_per_program(batch, programs_per_row, processors)
     with _guard(weight.device):
-        triton_kernels.forward_kernel[programs_per_row * _cdiv(batch, rows),](
+        triton_kernels.decomposed_prompt_embedding_fwd_kernel[programs_per_row * _cdiv(batch, rows),](
             out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
             batch, length, virtual, positions, rank, width, rows, scale, embed_scale,
             *input_ids.stride(), weight.stride(0), _stride(offsets), _stride(adapter_ids),
@@ -91,7 +91,7 @@ def backward(
     shipped = backward_options(CONFIGS[vendor, grad.element_size()].backward, insert_after_first)
     options = tuned.options("decomposed_prompt_embedding", "backward", grad.device, shipped, grad.element_size())
     with _guard(grad.device):
-        triton_kernels.backward_kernel[_cdiv(width, options["BD"]) * adapters * (prompt_rows + delta_rows),](
+        triton_kernels.decomposed_prompt_embedding_bwd_kernel[_cdiv(width, options["BD"]) * adapters * (prompt_rows + delta_rows),](
             grad, grad_prompt, grad_delta, offsets, adapter_ids,
             batch, columns - virtual, virtual, prompt_rows, delta_rows, width,
             *grad.stride()[:2], _stride(offsets), _stride(adapter_ids),

@@ -53,7 +53,7 @@ def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o
 
 
 @triton.jit(do_not_specialize=["batch", "length", "virtual", "positions", "rank", "rows", "stride_ib", "stride_il", "stride_o", "stride_k"])
-def forward_kernel(
+def decomposed_prompt_embedding_fwd_kernel(
     out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
     batch, length, virtual, positions, rank, d, rows, scale, embed_scale,
     stride_ib, stride_il, stride_w, stride_o, stride_k,
@@ -113,7 +113,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "length", "virtual", "prompt_rows", "delta_rows", "stride_o", "stride_k"])
-def backward_kernel(
+def decomposed_prompt_embedding_bwd_kernel(
     grad, grad_prompt, grad_delta, offsets, adapter_ids,
     batch, length, virtual, prompt_rows, delta_rows, d,
     stride_gb, stride_gl, stride_o, stride_k,

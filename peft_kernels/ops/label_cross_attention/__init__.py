@@ -51,7 +51,9 @@ def label_cross_attention(
     Args:
         slots: (S, d), the same for every row, or (B, S, d); float32 or in ``features``'s dtype.
         features: (B, n, d), or with ``offsets`` (total, d); float32, float16, bfloat16 or float64. They are constants.
-        w_q, w_k, w_v: (d, d) as in ``nn.Linear`` without bias, in ``slots``'s dtype. A bias of the keys would change nothing.
+        w_q: (d, d) as in ``nn.Linear`` without bias, in ``slots``'s dtype.
+        w_k: (d, d), as ``w_q``. A bias of the keys would change nothing.
+        w_v: (d, d), as ``w_q``.
         lengths: (B,) int32 or int64 in [0, n]: the features of each row; what comes after them is never read. None: all.
         offsets: (B + 1,) int32 or int64, from 0 to total: row b has the features ``offsets[b]:offsets[b + 1]``. Not with ``lengths``.
         num_heads: divides d.

@@ -69,7 +69,7 @@ def pool(queries, features, lengths, offsets, scale, keep) -> tuple[Tensor, Tens
             if weights.numel():
                 _scores(weights, queries, features, lengths, offsets, batch)
                 options = tuned.options("label_cross_attention", "softmax", weights.device, SOFTMAX)
-                triton_kernels.softmax_kernel[cdiv(heads * slots, options["BQ"]) * batch,](
+                triton_kernels.label_cross_attention_softmax_kernel[cdiv(heads * slots, options["BQ"]) * batch,](
                     weights, lengths, offsets, features.shape[-2], heads * slots, scale, **options
                 )
             _pool(pooled, weights, features, lengths, offsets, batch, 1, queries.dtype)
@@ -93,7 +93,7 @@ def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, share
             if weights.numel():
                 _scores(grad_scores, grad_pooled, features, lengths, offsets, batch)
                 options = tuned.options("label_cross_attention", "softmax_backward", weights.device, SOFTMAX)
-                triton_kernels.softmax_backward_kernel[cdiv(heads * slots, options["BQ"]) * batch,](
+                triton_kernels.label_cross_attention_softmax_bwd_kernel[cdiv(heads * slots, options["BQ"]) * batch,](
                     grad_scores, weights, lengths, offsets, features.shape[-2], heads * slots, scale, **options
                 )
             _pool(grad, grad_scores, features, lengths, offsets, batch, rows, grad_pooled.dtype)
@@ -105,7 +105,7 @@ def _scores(scores, queries, features, lengths, offsets, batch):
     n = features.shape[-2]
     options = _tuned("scores", scores_options, features.device, queries.dtype, heads * slots)
     tiles = batch * cdiv(n, options["BN"]) if offsets is None else n // options["BN"] + batch
-    triton_kernels.scores_kernel[cdiv(heads * slots, options["BQ"]) * tiles,](
+    triton_kernels.label_cross_attention_scores_kernel[cdiv(heads * slots, options["BQ"]) * tiles,](
         scores, queries, features, lengths, offsets,
         n, batch, slots, heads * slots, width, queries.stride(0), queries.stride(1) if given > 1 else 0, *_strides(features),
         BLACKWELL=on_blackwell(features.device), **options,
@@ -116,7 +116,7 @@ def _pool(out, weights, features, lengths, offsets, batch, rows, product):
     """``out``: (H, parts of ``rows`` rows, slots, d); ``product``: the dtype of what is multiplied."""
     heads, parts, slots, width = out.shape
     options = _tuned("pool", pool_options, features.device, product, heads * slots)
-    triton_kernels.pool_kernel[cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts,](
+    triton_kernels.label_cross_attention_pool_kernel[cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts,](
         out, weights, features, lengths, offsets,
         features.shape[-2], batch, rows, slots, heads * slots, width, *out.stride()[:2], *_strides(features),
         WIDE=product == torch.float32, BLACKWELL=on_blackwell(features.device), **options,

@@ -48,7 +48,7 @@ def as_factor(b_f, dtype: tl.constexpr, BLACKWELL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "batch", "slots", "queries"])
-def scores_kernel(
+def label_cross_attention_scores_kernel(
     scores, queries_of, features, lengths, offsets,
     n, batch, slots, queries, d, stride_qh, stride_qb, stride_fb, stride_fn,
     BLACKWELL: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
@@ -83,7 +83,7 @@ def block_of_weights(first, start, o_n, o_q, tokens, queries):
 
 
 @triton.jit(do_not_specialize=["n", "queries"])
-def softmax_kernel(scores, lengths, offsets, n, queries, scale, BN: tl.constexpr, BQ: tl.constexpr):
+def label_cross_attention_softmax_kernel(scores, lengths, offsets, n, queries, scale, BN: tl.constexpr, BQ: tl.constexpr):
     """Grid: blocks of queries, then rows of the batch. Scores become weights where they lie, 0 in the padding."""
     blocks = tl.cdiv(queries, BQ)
     first, tokens, given = tokens_of_row(lengths, offsets, n, tl.program_id(0) // blocks)
@@ -108,7 +108,7 @@ def softmax_kernel(scores, lengths, offsets, n, queries, scale, BN: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["n", "queries"])
-def softmax_backward_kernel(grad_weights, weights, lengths, offsets, n, queries, scale, BN: tl.constexpr, BQ: tl.constexpr):
+def label_cross_attention_softmax_bwd_kernel(grad_weights, weights, lengths, offsets, n, queries, scale, BN: tl.constexpr, BQ: tl.constexpr):
     """Grid: blocks of queries, then rows of the batch. Gradients of weights become those of scores where they lie, but for the padding."""
     blocks = tl.cdiv(queries, BQ)
     first, _, given = tokens_of_row(lengths, offsets, n, tl.program_id(0) // blocks)
@@ -125,7 +125,7 @@ def softmax_backward_kernel(grad_weights, weights, lengths, offsets, n, queries,
 
 
 @triton.jit(do_not_specialize=["n", "batch", "rows", "slots", "queries"])
-def pool_kernel(
+def label_cross_attention_pool_kernel(
     out, weights, features, lengths, offsets,
     n, batch, rows, slots, queries, d, stride_oh, stride_op, stride_fb, stride_fn,
     WIDE: tl.constexpr, BLACKWELL: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,

@@ -41,7 +41,7 @@ def forward(hidden, weight, label_ids, bias, positions):
         config = forward_config(words)
         options = tuned.options("label_logits", "forward", weight.device, launch_options(config), weight.element_size(), config.words)
         with guard(hidden.device):
-            triton_kernels.forward_kernel[cdiv(words, options["BW"]) * batch,](
+            triton_kernels.label_logits_fwd_kernel[cdiv(words, options["BW"]) * batch,](
                 out, hidden, weight, label_ids, bias, positions,
                 words, width, hidden.stride(0), hidden.stride(-2), hidden.stride(-1), *weight.stride(), *strides(bias, 1), *strides(positions, 1),
                 **options,
@@ -56,7 +56,7 @@ def backward(grad_words, weight, label_ids):
     if grad_rows.numel():
         options = tuned.options("label_logits", "backward", weight.device, launch_options(BACKWARD), weight.element_size())
         with guard(weight.device):
-            triton_kernels.backward_kernel[cdiv(width, options["BD"]) * batch,](
+            triton_kernels.label_logits_bwd_kernel[cdiv(width, options["BD"]) * batch,](
                 grad_rows, grad_words, weight, label_ids, label_ids.numel(), width, *weight.stride(), **options
             )
     return grad_rows

@@ -22,7 +22,7 @@ def load_words(weight, b_id, o_d, d, stride_wv, stride_wd):
 
 
 @triton.jit(do_not_specialize=["words", "stride_b", "stride_p"])
-def forward_kernel(
+def label_logits_fwd_kernel(
     out, hidden, weight, label_ids, bias, positions,
     words, d, stride_hb, stride_hs, stride_hd, stride_wv, stride_wd, stride_b, stride_p,
     BW: tl.constexpr, BD: tl.constexpr,
@@ -47,7 +47,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["words"])
-def backward_kernel(
+def label_logits_bwd_kernel(
     grad_rows, grad_words, weight, label_ids,
     words, d, stride_wv, stride_wd,
     BW: tl.constexpr, BD: tl.constexpr,

@@ -111,10 +111,11 @@ def prototype_objective(
     _check_labels(name, "prototypes", prototypes, labels, labels.shape)
     _check_values(name, labels, len(prototypes))
     implementation = implementations.resolve(name, impl, prototypes.device.type, prototypes.dtype)
-    prototypes, scores, labels = (x if x is None else x.detach().contiguous() for x in (prototypes, scores, labels))
+    prototypes, labels = prototypes.detach().contiguous(), labels.detach().contiguous()
+    scores = None if scores is None else scores.detach().contiguous()
 
     @torch.no_grad()
-    def objective(projected, radius):
+    def objective(projected: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return implementation.cross_entropy(projected, prototypes, radius, scores, weight, labels)
 
     return objective

@@ -36,7 +36,7 @@ def forward(projected, prototypes, radius, scores, weight):
     if texts:
         options = _tuned("forward", projected)
         with guard(projected.device):
-            triton_kernels.forward_kernel[cdiv(texts, options["BR"]),](
+            triton_kernels.prototype_scores_fwd_kernel[cdiv(texts, options["BR"]),](
                 out, projected, prototypes, radius, scores, weight, texts, classes, width, **options
             )
     return out
@@ -50,10 +50,10 @@ def backward(grad, projected, prototypes):
     with guard(projected.device):
         if texts:
             options = _tuned("backward", projected)
-            triton_kernels.backward_kernel[cdiv(texts, options["BR"]),](
+            triton_kernels.prototype_scores_bwd_kernel[cdiv(texts, options["BR"]),](
                 grad_projected, grad, projected, prototypes, texts, classes, width, **options
             )  # fmt: skip
-        triton_kernels.prototypes_kernel[parts * classes,](
+        triton_kernels.prototype_scores_bwd_prototypes_kernel[parts * classes,](
             partial, grad, projected, prototypes, texts, rows, classes, width, **_tuned("prototypes", projected)
         )  # fmt: skip
     return grad_projected, partial[0] if parts == 1 else partial.sum(0)
@@ -68,7 +68,7 @@ def cross_entropy(projected, prototypes, radius, scores, weight, labels):
     grad_projected = torch.empty_like(projected)
     if texts:
         with guard(projected.device):
-            triton_kernels.cross_entropy_kernel[blocks,](
+            triton_kernels.prototype_cross_entropy_fwd_kernel[blocks,](
                 losses, grad_projected, partial, projected, prototypes, radius, scores, labels,
                 weight, texts, classes, width,
                 **options,

@@ -54,7 +54,7 @@ def store_grad(grad_projected, b_grad, b_normal, b_inverse, o_i, m_i, o_d, d):
 
 
 @triton.jit(do_not_specialize=["texts", "classes"])
-def forward_kernel(out, projected, prototypes, radius, scores, weight, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
+def prototype_scores_fwd_kernel(out, projected, prototypes, radius, scores, weight, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
     """Grid: blocks of rows."""
     o_i, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_i = o_i < texts
@@ -68,7 +68,7 @@ def forward_kernel(out, projected, prototypes, radius, scores, weight, texts, cl
 
 
 @triton.jit(do_not_specialize=["texts", "classes"])
-def backward_kernel(grad_projected, grad, projected, prototypes, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
+def prototype_scores_bwd_kernel(grad_projected, grad, projected, prototypes, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
     """Grid: blocks of rows."""
     o_i, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_i = o_i < texts
@@ -84,7 +84,7 @@ def backward_kernel(grad_projected, grad, projected, prototypes, texts, classes,
 
 
 @triton.jit(do_not_specialize=["texts", "rows", "classes"])
-def prototypes_kernel(partial, grad, projected, prototypes, texts, rows, classes, d, BR: tl.constexpr, BD: tl.constexpr):
+def prototype_scores_bwd_prototypes_kernel(partial, grad, projected, prototypes, texts, rows, classes, d, BR: tl.constexpr, BD: tl.constexpr):
     """Grid: classes, then parts of ``rows`` texts, BR at a time and in their order. ``partial`` is (parts, C, d)."""
     k = tl.program_id(0) % classes
     begin = tl.program_id(0) // classes * rows
@@ -102,7 +102,7 @@ def prototypes_kernel(partial, grad, projected, prototypes, texts, rows, classes
 
 
 @triton.jit(do_not_specialize=["texts", "classes"])
-def cross_entropy_kernel(
+def prototype_cross_entropy_fwd_kernel(
     losses, grad_projected, partial, projected, prototypes, radius, scores, labels,
     weight, texts, classes, d,
     BR: tl.constexpr, BD: tl.constexpr,

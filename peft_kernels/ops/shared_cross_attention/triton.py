@@ -109,14 +109,14 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
         if splits > 1:
             part_out = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=query.device)
             part_lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=query.device)
-        triton_forward.attend_kernel[tiles, heads, splits](
+        triton_forward.shared_cross_attention_fwd_kernel[tiles, heads, splits](
             query, key, value, part_out, part_lse, key_lengths, cu_streams,
             tokens, rows // inputs, rows, inputs, n, scale,
             *_row_strides(query), *key.stride()[:3], *value.stride()[:3],
             **options,
         )  # fmt: skip
         if splits > 1:
-            triton_forward.merge_kernel[_cdiv(rows * heads, ROW_HEADS),](
+            triton_forward.shared_cross_attention_fwd_merge_kernel[_cdiv(rows * heads, ROW_HEADS),](
                 part_out, part_lse, out, lse, rows * heads, splits,
                 **row_options(head_dim),
             )  # fmt: skip
@@ -140,7 +140,7 @@ def backward(
     with _guard(query.device):
         delta = torch.empty((rows, heads), dtype=torch.float32, device=query.device) if need_query or need_key else None
         if delta is not None and delta.numel():
-            triton_backward.delta_kernel[_cdiv(rows * heads, ROW_HEADS),](
+            triton_backward.shared_cross_attention_bwd_delta_kernel[_cdiv(rows * heads, ROW_HEADS),](
                 grad_out, out, grad_lse, delta, rows * heads, tokens, heads,
                 *_row_strides(grad_out), *_row_strides(out), *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
                 **row_options(head_dim),
@@ -148,7 +148,7 @@ def backward(
         cu_streams = _cu_streams(encoder_index, inputs)
         if rows * heads and need_query:
             options = _tuned("query_grad", configs.query_grad, query)
-            triton_backward.query_grad_kernel[_tiles(options["BM"], rows, inputs, cu_streams), heads](
+            triton_backward.shared_cross_attention_bwd_query_kernel[_tiles(options["BM"], rows, inputs, cu_streams), heads](
                 query, key, value, grad_out, lse, delta, grad_query, key_lengths, cu_streams,
                 tokens, rows // inputs, inputs, n, scale, *strides,
                 **options,
@@ -157,7 +157,7 @@ def backward(
             options = _tuned("key_value_grad", configs.key_value_grad, query)
             for grads in ((grad_key, None), (None, grad_value)) if configs.apart else ((grad_key, grad_value),):
                 if any(grad is not None for grad in grads):
-                    triton_backward.key_value_grad_kernel[inputs * _cdiv(n, options["BN"]), heads](
+                    triton_backward.shared_cross_attention_bwd_key_value_kernel[inputs * _cdiv(n, options["BN"]), heads](
                         query, key, value, grad_out, lse, delta, *grads, key_lengths, cu_streams,
                         tokens, rows // inputs, n, scale, *strides,
                         **options,

@@ -12,7 +12,7 @@ from .triton_tiles import LOG2E, dot_over_d, length_of_input, load_tile, rows_of
 
 
 @triton.jit(do_not_specialize=["row_heads", "tokens"])
-def delta_kernel(
+def shared_cross_attention_bwd_delta_kernel(
     grad_out, out, grad_lse, delta, row_heads, tokens, heads,
     stride_gr, stride_gh, stride_or, stride_oh, stride_ln, stride_lh, stride_lt,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr,
@@ -33,7 +33,7 @@ def delta_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "rows_per_input", "n"])
-def key_value_grad_kernel(
+def shared_cross_attention_bwd_key_value_kernel(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, key_lengths, cu_streams,
     tokens, rows_per_input, n, scale,
     stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gr, stride_gh,
@@ -112,7 +112,7 @@ def _query_grad_block(
 
 
 @triton.jit(do_not_specialize=["tokens", "rows_per_input", "inputs", "n"])
-def query_grad_kernel(
+def shared_cross_attention_bwd_query_kernel(
     q, k, v, grad_out, lse, delta, grad_q, key_lengths, cu_streams,
     tokens, rows_per_input, inputs, n, scale,
     stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gr, stride_gh,

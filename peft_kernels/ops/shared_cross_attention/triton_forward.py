@@ -26,7 +26,7 @@ def _attend_block(
 
 
 @triton.jit(do_not_specialize=["tokens", "rows_per_input", "total_rows", "inputs", "n"])
-def attend_kernel(
+def shared_cross_attention_fwd_kernel(
     q, k, v, out, lse, key_lengths, cu_streams,
     tokens, rows_per_input, total_rows, inputs, n, scale,
     stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -83,7 +83,9 @@ def attend_kernel(
 
 
 @triton.jit(do_not_specialize=["row_heads", "splits"])
-def merge_kernel(partial_out, partial_lse, out, lse, row_heads, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr):
+def shared_cross_attention_fwd_merge_kernel(
+    partial_out, partial_lse, out, lse, row_heads, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr
+):
     """Weigh the splits' (splits, row_heads, D) outputs by their shares of the softmax. A split without keys has lse -inf."""
     first = tl.program_id(0).to(tl.int64) * BR
     o_r, o_d = tl.arange(0, BR), tl.arange(0, BLOCK_D)

@@ -45,7 +45,7 @@ def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Te
     counts = input_ids.new_empty(batch, dtype=torch.int32)
     if batch:
         with guard(input_ids.device):
-            triton_kernels.slots_kernel[batch,](
+            triton_kernels.special_token_slots_kernel[batch,](
                 found, counts, input_ids, special_ids, attention_mask,
                 length, len(special_ids), max_slots, *input_ids.stride(), special_ids.stride(0), *strides(attention_mask, 2),
                 **tuned.options("special_tokens", "slots", input_ids.device, slots_options()),
@@ -54,32 +54,32 @@ def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Te
 
 
 def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
-    (batch, slots_each), (_, vectors_each, width) = slots.shape, vectors.shape
-    if not batch * slots_each * width:
+    (batch, slots_per_row), (_, vectors_per_adapter, width) = slots.shape, vectors.shape
+    if not batch * slots_per_row * width:
         return
     (vectors,) = contiguous(vectors)
     options = tuned.options("special_tokens", "add", hidden.device, add_options(hidden.element_size()), hidden.element_size())
     with guard(hidden.device):
-        triton_kernels.add_kernel[cdiv(width, options["BD"]) * batch * slots_each,](
+        triton_kernels.special_token_add_kernel[cdiv(width, options["BD"]) * batch * slots_per_row,](
             hidden, vectors, slots, adapter_ids, seed,
-            slots_each, vectors_each, width, *dropout(dropout_p), *hidden.stride(), *slots.stride(), *strides(adapter_ids, 1),
+            slots_per_row, vectors_per_adapter, width, *dropout(dropout_p), *hidden.stride(), *slots.stride(), *strides(adapter_ids, 1),
             **options,
         )  # fmt: skip
 
 
 def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=False) -> Tensor:
     """``by_slot``: grad is (B, k, d), a row for every slot."""
-    (batch, slots_each), width = slots.shape, grad.shape[2]
+    (batch, slots_per_row), width = slots.shape, grad.shape[2]
     grad = dense(grad)
     options = tuned.options("special_tokens", "backward", grad.device, backward_options(grad.element_size(), by_slot), grad.element_size())
     programs = cdiv(width, options["BD"]) * adapters * vectors
-    parts, rows = partition(batch, max(1, slots_each - vectors + 1), programs)
+    parts, rows = partition(batch, max(1, slots_per_row - vectors + 1), programs)
     partial = grad.new_empty(parts, adapters, vectors, width, dtype=torch.float32)
     if partial.numel():
         with guard(grad.device):
-            triton_kernels.backward_kernel[parts * programs,](
+            triton_kernels.special_token_add_bwd_kernel[parts * programs,](
                 partial, grad, slots, adapter_ids, seed,
-                batch, rows, slots_each, adapters, vectors, width, *dropout(dropout_p),
+                batch, rows, slots_per_row, adapters, vectors, width, *dropout(dropout_p),
                 *grad.stride()[:2], *slots.stride(), *strides(adapter_ids, 1),
                 **options,
             )  # fmt: skip

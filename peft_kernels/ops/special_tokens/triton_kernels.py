@@ -26,9 +26,9 @@ def dropout_factors(seed, threshold, scale, o_row, o_slot, o_d):
 
 
 @triton.jit
-def load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_each, d, mask):
+def load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_per_adapter, d, mask):
     """What is added to the special tokens o_slot of the rows o_row, [BR, BD]."""
-    o_vector = b_adapter.to(tl.int64) * vectors_each + tl.minimum(o_slot, vectors_each - 1)
+    o_vector = b_adapter.to(tl.int64) * vectors_per_adapter + tl.minimum(o_slot, vectors_per_adapter - 1)
     b_added = tl.load(vectors + o_vector[:, None] * d + o_d[None, :], mask=mask, other=0.0)
     if seed is not None:
         b_added *= dropout_factors(seed, threshold, scale, o_row, o_slot, o_d)
@@ -36,7 +36,7 @@ def load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d,
 
 
 @triton.jit(do_not_specialize=["length", "specials", "max_slots", "stride_ib", "stride_ij", "stride_s", "stride_mb", "stride_mj"])
-def slots_kernel(
+def special_token_slots_kernel(
     slots, counts, input_ids, special_ids, attention_mask,
     length, specials, max_slots, stride_ib, stride_ij, stride_s, stride_mb, stride_mj,
     BS: tl.constexpr,
@@ -64,31 +64,33 @@ def slots_kernel(
     tl.store(counts + row, count)
 
 
-@triton.jit(do_not_specialize=["slots_each", "vectors_each", "threshold", "stride_sb", "stride_sj", "stride_k"])
-def add_kernel(
+@triton.jit(do_not_specialize=["slots_per_row", "vectors_per_adapter", "threshold", "stride_sb", "stride_sj", "stride_k"])
+def special_token_add_kernel(
     hidden, vectors, slots, adapter_ids, seed,
-    slots_each, vectors_each, d, threshold, scale, stride_hb, stride_hs, stride_hd, stride_sb, stride_sj, stride_k,
+    slots_per_row, vectors_per_adapter, d, threshold, scale, stride_hb, stride_hs, stride_hd, stride_sb, stride_sj, stride_k,
     BD: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of columns, then (B, k). A program without a special token ends at once."""
     tiles = tl.cdiv(d, BD)
-    o_row = tl.program_id(0) // tiles // slots_each + tl.arange(0, 1)
-    o_slot = tl.program_id(0) // tiles % slots_each + tl.arange(0, 1)
+    o_row = tl.program_id(0) // tiles // slots_per_row + tl.arange(0, 1)
+    o_slot = tl.program_id(0) // tiles % slots_per_row + tl.arange(0, 1)
     o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     b_position = tl.load(slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj).to(tl.int64)  # [1]
     b_adapter = adapters_of(adapter_ids, o_row, stride_k, o_row >= 0)
     if tl.max(tl.minimum(b_position, b_adapter.to(tl.int64)), 0) >= 0:
         mask = (o_d < d)[None, :]
         p = hidden + o_row.to(tl.int64)[:, None] * stride_hb + b_position[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
-        b_added = load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_each, d, mask)
+        b_added = load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_per_adapter, d, mask)
         b_hidden = tl.load(p, mask=mask, other=0.0).to(tl.float32) + b_added  # [1, BD]
         tl.store(p, b_hidden.to(hidden.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "slots_each", "adapters", "vectors_each", "threshold", "stride_sb", "stride_sj", "stride_k"])
-def backward_kernel(
+@triton.jit(
+    do_not_specialize=["batch", "rows", "slots_per_row", "adapters", "vectors_per_adapter", "threshold", "stride_sb", "stride_sj", "stride_k"]
+)
+def special_token_add_bwd_kernel(
     partial, grad, slots, adapter_ids, seed,
-    batch, rows, slots_each, adapters, vectors_each, d, threshold, scale, stride_gb, stride_gs, stride_sb, stride_sj, stride_k,
+    batch, rows, slots_per_row, adapters, vectors_per_adapter, d, threshold, scale, stride_gb, stride_gs, stride_sb, stride_sj, stride_k,
     BY_SLOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of columns, then (K, P), then parts of ``rows`` rows of the batch: BN rows and slots at a time, in their order.
@@ -99,11 +101,11 @@ def backward_kernel(
     o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     m_d = o_d < d
     item = (tl.program_id(0) // tiles).to(tl.int64)
-    adapter = (item % (adapters * vectors_each) // vectors_each).to(tl.int32)
-    vector = (item % vectors_each).to(tl.int32)
-    begin = (item // (adapters * vectors_each)).to(tl.int32) * rows
+    adapter = (item % (adapters * vectors_per_adapter) // vectors_per_adapter).to(tl.int32)
+    vector = (item % vectors_per_adapter).to(tl.int32)
+    begin = (item // (adapters * vectors_per_adapter)).to(tl.int32) * rows
     # The last vector is that of every slot from its own on.
-    taken = tl.where(vector == vectors_each - 1, slots_each - vector, tl.minimum(slots_each - vector, 1))
+    taken = tl.where(vector == vectors_per_adapter - 1, slots_per_row - vector, tl.minimum(slots_per_row - vector, 1))
     addends = (tl.minimum(begin + rows, batch) - begin) * tl.maximum(taken, 0)
     b_sum = tl.zeros([BN, BD], tl.float32)
     for start in range(0, addends, BN):

@@ -8,13 +8,14 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from ... import ops
+from ...ops.problem import Operator
+from ...ops.registry import operator
 from ..interruption import Keeping
 from ..measure import peaks
 from ..progress import progress_bar
 from ..results import Row, device_name, measured
 from ..tables import table
-from .case import Operator
-from .problems import NAMES, operator
 from .revision import Checkout, running
 from .runner import Case, cases_of, compare, failed, rate_dtype
 
@@ -58,7 +59,7 @@ def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], ph
     Raises:
         ValueError: an operator, shape or dtype that does not exist.
     """
-    operators = [operator(name) for name in dict.fromkeys(names or NAMES)]
+    operators = [operator(name) for name in dict.fromkeys(names or ops.__all__)]
     if shapes and len(operators) != 1:
         raise ValueError(f"--shapes needs exactly one operator, whose letters it uses; got {len(operators)} operators")
     found = []

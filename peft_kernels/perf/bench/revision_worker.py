@@ -1,10 +1,11 @@
-"""The process of ``revision.py``, run as a script: another revision's package with this revision's ``perf`` in it."""
+"""The process of ``revision.py``, run as a script: another revision's package with this revision's ``perf`` and problems in it."""
 
 import importlib.util
 import json
 import os
 import sys
 import time
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 
@@ -16,7 +17,7 @@ def main(tree: str, device: str, threads: str, pause: str):
     import torch
 
     torch.set_num_threads(int(threads))
-    take_this_perf()
+    sys.meta_path.insert(0, OfThisRevision())
     from peft_kernels.perf.measure import clock_of
 
     clock, function = clock_of(device), None
@@ -43,25 +44,27 @@ def main(tree: str, device: str, threads: str, pause: str):
             answer(missing=first_line(error))
 
 
-def take_this_perf():
-    """This revision's ``peft_kernels.perf``, whose relative imports find the other revision's operators."""
-    import peft_kernels
+class OfThisRevision(MetaPathFinder):
+    """Finds ``peft_kernels.perf`` and the operators' problems in this revision. Their relative imports find the other revision's operators."""
 
-    folder = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("peft_kernels.perf", folder / "__init__.py", submodule_search_locations=[str(folder)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = peft_kernels.perf = module
-    spec.loader.exec_module(module)
+    def __init__(self):
+        package = Path(__file__).parents[2]
+        self.files = {f"peft_kernels.ops.{name}": package / f"ops/{name}.py" for name in ("problem", "registry")}
+        self.files |= {f"peft_kernels.ops.{path.parent.name}.problems": path for path in package.glob("ops/*/problems.py")}
+        self.files["peft_kernels.perf"] = package / "perf/__init__.py"
+
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_file_location(name, self.files[name]) if name in self.files else None
 
 
 def prepare(device: str, operator: str, shape: dict[str, int], variant: str, dtype: str, backward: bool):
     from peft_kernels import ops
-    from peft_kernels.perf.bench import problems as cases
+    from peft_kernels.ops import registry
     from peft_kernels.perf.bench.runner import Case, checked, truth
 
     if operator not in ops.__all__:
         raise ValueError("this revision has no operator of that name")
-    case = Case(cases.operator(operator), shape, variant, dtype, backward)
+    case = Case(registry.operator(operator), shape, variant, dtype, backward)
     problem = case.problem(device)
     return checked(problem.ours("auto"), problem, truth(problem, backward), case, device)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops.problem import Candidate, Operator, Problem
 from ..measure import Peaks, Timing, captured, interleaved
 from ..results import OURS, Row, compared, first_line
-from .case import Candidate, Operator, Problem
 from .revision import Missing, Revision
 
 # Norm of the error over norm of the truth, of the output and of every gradient. Integers are exact.

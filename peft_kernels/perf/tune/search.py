@@ -53,7 +53,7 @@ def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | Non
     if reason := triton_runtime.unavailable("cuda", torch.float32):
         raise SystemExit(f"peft-kernels tune: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
-    tune(operators or list(tuned.KERNELS), dtypes, device, out or tuned.cache_file(device), on_gpu, 1 if quick else MAX_ROUNDS, console)
+    tune(operators or list(tuned.kernels()), dtypes, device, out or tuned.cache_file(device), on_gpu, 1 if quick else MAX_ROUNDS, console)
 
 
 def tune(operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, path: Path, timer: Timer, rounds: int, console: Console):
@@ -86,7 +86,7 @@ def search(target: Target, device: torch.device, timer: Timer, rounds: int) -> O
     """Go to the fastest neighbour as long as there is one that is faster, then time that once more beside the shipped options."""
     launches = tuned.entries(device)
     launches.pop(target.site, None)
-    kernel = tuned.KERNELS[target.site.operator][target.site.kernel]
+    kernel = tuned.kernels()[target.site.operator][target.site.kernel]
     expected, call = target.make()(), target.make()
 
     def launched(options, call):
@@ -190,7 +190,7 @@ def table(operator: str, outcomes: Sequence[Outcome]) -> Table:
     found.add_column("of them rejected")
     found.add_column("instead of the shipped options")
     for one in outcomes:
-        names = tuned.KERNELS[operator][one.target.site.kernel].key
+        names = tuned.kernels()[operator][one.target.site.kernel].key
         sizes = ", ".join(f"{name} {value}" for name, value in zip(names, one.target.site.key)) or "all"
         times = (f"{1e3 * timing.median:.4f}" for timing in (one.shipped, one.best))
         kinds = Counter(reason.partition(":")[0] for reason in one.rejected.values())

@@ -6,9 +6,9 @@ weight and bias are frozen; x, residual and vectors take gradients.
 import torch
 from torch.nn.functional import layer_norm
 
-from .... import ops
-from ..case import Candidate, Operator, Problem, RandomInputs, compiled, plain
-from .special_tokens import one_hot_of, special_positions
+from ... import ops
+from ..problem import Candidate, Operator, Problem, RandomInputs, compiled, plain
+from ..special_tokens.problems import one_hot_of, special_positions
 
 EPS = 1e-12
 
@@ -25,7 +25,7 @@ def pre_norm(weight, bias, one_hot):
     return inject
 
 
-def of(name, separate, results):
+def of(name, separate, results, title, about):
     """The problem of one of the two forms."""
 
     def problem(shape, variant, dtype, device, backward) -> Problem:
@@ -39,7 +39,7 @@ def of(name, separate, results):
             return Candidate(lambda x, residual, vectors: getattr(ops, name)(x, residual, weight, bias, vectors, slots, eps=EPS, impl=impl))
 
         def cost(x, residual, vectors, backward):
-            from ....ops.add_layer_norm_inject import cost
+            from . import cost
 
             return getattr(cost, name)(x, residual, weight, bias, vectors, slots, backward=backward)
 
@@ -62,6 +62,9 @@ def of(name, separate, results):
 
     return Operator(
         name=name,
+        title=title,
+        about=about,
+        published="separate operations",
         shapes=tuple(dict(zip("BSdk", size)) for size in ((32, 128, 768, 2), (32, 128, 1024, 2))),
         quick_shapes=({"B": 16, "S": 128, "d": 512, "k": 2},),
         problem=problem,
@@ -69,6 +72,19 @@ def of(name, separate, results):
 
 
 OPERATORS = {
-    "add_layer_norm_inject": of("add_layer_norm_inject", post_norm, results=1),
-    "add_inject_layer_norm": of("add_inject_layer_norm", pre_norm, results=2),
+    "add_layer_norm_inject": of(
+        "add_layer_norm_inject",
+        post_norm,
+        results=1,
+        title="Addition, layer norm and injection",
+        about="PASTA in a post-norm layer: residual, norm and the vectors of the next layer in one pass, for B rows of S tokens of width d with"
+        " k vectors.",
+    ),
+    "add_inject_layer_norm": of(
+        "add_inject_layer_norm",
+        pre_norm,
+        results=2,
+        title="Addition, injection and layer norm",
+        about="PASTA in a pre-norm layer: the same for models whose norm comes after the vectors.",
+    ),
 }

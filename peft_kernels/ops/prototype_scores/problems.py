@@ -3,8 +3,8 @@
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .... import ops
-from ..case import Candidate, Operator, Problem, RandomInputs, compiled, plain
+from ... import ops
+from ..problem import Candidate, Operator, Problem, RandomInputs, compiled, plain
 
 WEIGHT = 1 / 16
 
@@ -30,7 +30,7 @@ def scoring(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda *leaves: ops.prototype_scores(features, *leaves, scores, weight=WEIGHT, impl=impl))
 
     def cost(*leaves, backward):
-        from ....ops.prototype_scores import cost
+        from . import cost
 
         return cost.prototype_scores(features, *leaves, scores, backward=backward)
 
@@ -56,7 +56,7 @@ def loss(shape, variant, dtype, device, backward) -> Problem:
         )
 
     def cost(projection, radius, backward):
-        from ....ops.prototype_scores import cost
+        from . import cost
 
         return cost.prototype_cross_entropy(features, projection, prototypes, radius, scores, labels, backward=backward)
 
@@ -83,7 +83,7 @@ def objective(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda: function(projected, radius))
 
     def cost(backward):
-        from ....ops.prototype_scores import cost
+        from . import cost
 
         return cost.prototype_objective(projected, radius, prototypes, scores, labels, backward=backward)
 
@@ -118,7 +118,18 @@ def of(name, problem, **rest):
 
 
 OPERATORS = {
-    "prototype_scores": of("prototype_scores", scoring),
-    "prototype_cross_entropy": of("prototype_cross_entropy", loss),
-    "prototype_objective": of("prototype_objective", objective, has_backward=False),
+    "prototype_scores": of(
+        "prototype_scores",
+        scoring,
+        title="Prototype scores",
+        about="DecT: N features of width H projected to width D, their distances to C prototypes, and the model's own scores.",
+    ),
+    "prototype_cross_entropy": of("prototype_cross_entropy", loss, title="Prototype cross-entropy", about="DecT: the loss of prototype scores."),
+    "prototype_objective": of(
+        "prototype_objective",
+        objective,
+        title="Prototype objective",
+        about="DecT: loss and gradients of prototype scores in one call.",
+        has_backward=False,
+    ),
 }

@@ -1,18 +1,22 @@
-from peft_kernels.ops.label_cross_attention import triton as implementation
-from peft_kernels.ops.label_cross_attention import triton_kernels
-
-from ..architectures import ARCHITECTURES, matrix_unit
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant, matrix_unit
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "label_cross_attention"
 TYPES = {**dict.fromkeys(("scores", "weights", "grad_weights"), "*fp32"), **dict.fromkeys(("lengths", "offsets"), "*i64")}
+KERNELS = {
+    "scores": triton_kernels.label_cross_attention_scores_kernel,
+    "softmax": triton_kernels.label_cross_attention_softmax_kernel,
+    "softmax_backward": triton_kernels.label_cross_attention_softmax_bwd_kernel,
+    "pool": triton_kernels.label_cross_attention_pool_kernel,
+}
 
 
 def variants():
     """mixed: bf16 features, float32 queries; pool_float: the pool of a backward pass, whose result is float32."""
     for architecture in ARCHITECTURES:
         for kernel in ("softmax", "softmax_backward"):
-            function = getattr(triton_kernels, f"{kernel}_kernel")
+            function = KERNELS[kernel]
             # weights have a row of any number of queries, so no access is wide
             yield Variant(architecture, OPERATOR, kernel, "fp32", function, implementation.SOFTMAX, TYPES, Expected(load=4))
         for dtype in ("fp32", "mixed", "bf16"):
@@ -30,12 +34,12 @@ def product(architecture, kernel, dtype, queries):
     blackwell = {"BLACKWELL": architecture == "sm_100"}
     types = {**TYPES, "features": features, "queries_of": of_queries, "out": "*fp32" if kernel == "pool_float" else of_queries}
     if kernel == "scores":
-        function, options = triton_kernels.scores_kernel, {**blackwell, **implementation.scores_options(unit, queries)}
+        options = {**blackwell, **implementation.scores_options(unit, queries)}
     else:
-        function, options = triton_kernels.pool_kernel, {"WIDE": exact, **blackwell, **implementation.pool_options(unit, queries)}
+        options = {"WIDE": exact, **blackwell, **implementation.pool_options(unit, queries)}
     # a block of 16 bfloat16 columns to a token may be 8 bytes to a thread
     expected = Expected(matrix_unit(architecture, exact), load=8 if dtype == "mixed" else 16)
-    return Variant(architecture, OPERATOR, kernel, dtype, function, options, types, expected)
+    return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel.removesuffix("_float")], options, types, expected)
 
 
 def unit_of(architecture, dtype):

@@ -1,11 +1,13 @@
-from peft_kernels.ops.label_logits import triton as implementation
-from peft_kernels.ops.label_logits import triton_kernels
-
-from ..architectures import ARCHITECTURES
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "label_logits"
 OTHERS = {**dict.fromkeys(("out", "grad_rows", "grad_words"), "*fp32"), **dict.fromkeys(("label_ids", "positions"), "*i64")}
+KERNELS = {
+    "forward": triton_kernels.label_logits_fwd_kernel,
+    "backward": triton_kernels.label_logits_bwd_kernel,
+}
 
 
 def variants():
@@ -13,6 +15,6 @@ def variants():
         for dtype in ("fp32", "bf16"):
             types = {**OTHERS, **dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}")}
             for kernel, configs in (("forward", implementation.FORWARD), ("backward", (implementation.BACKWARD,))):
-                function = getattr(triton_kernels, f"{kernel}_kernel")
+                function = KERNELS[kernel]
                 for config in configs:
                     yield Variant(architecture, OPERATOR, kernel, dtype, function, implementation.launch_options(config), types, Expected())

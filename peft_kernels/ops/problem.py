@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +35,12 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """A public operator, and the problems on which it is measured."""
+    """A public operator, the problems on which it is measured, and how a report presents it."""
 
     name: str
+    title: str
+    about: str  # what the letters of its shapes are
+    published: str | None = None  # the baseline of a paper or a library: quoted beside the strongest
     shapes: tuple[dict[str, int], ...]  # the letters of the operator's docstring -> sizes
     quick_shapes: tuple[dict[str, int], ...]
     problem: Callable[[Mapping[str, int], str, torch.dtype, str, bool], Problem]  # shape, variant, dtype, device, backward
@@ -58,19 +61,50 @@ class Operator:
         return [dtype for dtype in self.dtypes if dtype != "float16"]
 
 
-class RandomInputs:
-    """Seeded, and drawn on the CPU: the same on every device."""
+class Sizes(NamedTuple):
+    """What a tuner's calls are as large as. The defaults: a step that fills a large GPU."""
 
-    def __init__(self, device: str, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator().manual_seed(0)
+    batch: int = 32
+    tokens: int = 512
+    width: int = 1024
+    vocabulary: int = 8192
+    prompt: int = 60  # virtual tokens
+    rank: int = 45
+    specials: int = 4  # special tokens in a row, and vectors
+    texts: int = 4096
+    classes: int = 16
+    documents: int = 8  # of attention: each is shared by many streams
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    norm_widths: tuple[int, ...] = (512, 1024, 2048, 4096)
+    prototype_widths: tuple[int, ...] = (64, 128, 256)
+
+
+class Setting(NamedTuple):
+    dtype: torch.dtype
+    device: torch.device
+    sizes: Sizes
+
+
+class RandomInputs:
+    """Seeded tensors, the same whenever they are drawn in the same order.
+
+    They are drawn on the CPU, so that every device gets the same ones; ``on_device``: there, which is faster for large ones.
+    """
+
+    def __init__(self, device: str | torch.device, dtype: torch.dtype, on_device: bool = False):
+        self.device, self.dtype, self.drawn_on = device, dtype, device if on_device else "cpu"
+        self.generator = torch.Generator(self.drawn_on).manual_seed(0)
+
+    @classmethod
+    def of(cls, setting: Setting) -> "RandomInputs":
+        return cls(setting.device, setting.dtype, on_device=True)
 
     def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(size, generator=self.generator).to(self.device, dtype or self.dtype)
+        return torch.randn(size, generator=self.generator, device=self.drawn_on).to(self.device, dtype or self.dtype)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
         """int64 in [low, high)"""
-        return torch.randint(low, high, size, generator=self.generator).to(self.device)
+        return torch.randint(low, high, size, generator=self.generator, device=self.drawn_on).to(self.device)
 
 
 def plain(compute: Callable[..., Any]) -> Callable[[], Candidate]:

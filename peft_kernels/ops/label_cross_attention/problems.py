@@ -6,8 +6,8 @@ Slots and all weights take gradients, features do not. "padded": lengths drawn f
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from .... import ops
-from ..case import Candidate, Operator, Problem, RandomInputs, plain
+from ... import ops
+from ..problem import Candidate, Operator, Problem, RandomInputs, plain
 
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
@@ -25,7 +25,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda *leaves: ops.label_cross_attention(**arguments(*leaves), impl=impl))
 
     def cost(*leaves, backward):
-        from ....ops.label_cross_attention import cost
+        from . import cost
 
         return cost.label_cross_attention(**arguments(*leaves), backward=backward)
 
@@ -72,6 +72,9 @@ def shapes(*sizes):
 OPERATORS = {
     "label_cross_attention": Operator(
         name="label_cross_attention",
+        title="Label cross-attention",
+        about="Y-Tuning: S label slots attend to the n frozen features of B rows of width d. Padded: rows of different length.",
+        published="keys and values, sdpa",
         shapes=shapes((32, 128, 1024, 16, 3), (32, 128, 1024, 16, 9), (32, 128, 384, 12, 3)),
         quick_shapes=shapes((8, 64, 512, 8, 3)),
         variants=("", "padded"),

@@ -6,8 +6,8 @@ Parameters are float32, tokens random; "16 adapters": every row of the batch has
 import torch
 from torch.nn.functional import embedding
 
-from .... import ops
-from ..case import Candidate, Operator, Problem, RandomInputs, compiled, fresh, plain
+from ... import ops
+from ..problem import Candidate, Operator, Problem, RandomInputs, compiled, fresh, plain
 
 VOCABULARY = 32_128
 SCALE = 1.5
@@ -27,7 +27,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda *leaves: ops.decomposed_prompt_embedding(ids, table, *leaves, scale=SCALE, adapter_ids=adapter_ids, impl=impl))
 
     def cost(prompt, a, b, backward):
-        from ....ops.decomposed_prompt_embedding import cost
+        from . import cost
 
         return cost.decomposed_prompt_embedding(ids, table, prompt, a, b, adapter_ids=adapter_ids, backward=backward)
 
@@ -89,6 +89,9 @@ def shapes(*sizes):
 OPERATORS = {
     "decomposed_prompt_embedding": Operator(
         name="decomposed_prompt_embedding",
+        title="Decomposed prompt embedding",
+        about="DePT: a soft prompt of m rows, then L embedded tokens with an update of rank r, for B rows of width d.",
+        published="official",
         shapes=shapes((16, 256, 60, 30, 768), (32, 256, 40, 45, 1024), (8, 1024, 60, 30, 4096)),
         quick_shapes=shapes((16, 128, 20, 30, 512)),
         variants=("", "16 adapters"),

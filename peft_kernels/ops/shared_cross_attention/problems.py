@@ -8,8 +8,8 @@ varlen_attn gets its own layout beforehand. "ragged": lengths of 50 to 100 %.
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .... import ops
-from ..case import Candidate, Operator, Problem, RandomInputs, plain
+from ... import ops
+from ..problem import Candidate, Operator, Problem, RandomInputs, plain
 
 HEADS = {"H": 12, "D": 64}
 
@@ -26,7 +26,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda query, key, value: ops.shared_cross_attention(query, key, value, key_lengths=lengths, impl=impl))
 
     def cost(query, key, value, backward):
-        from ....ops.shared_cross_attention import cost
+        from . import cost
 
         return cost.shared_cross_attention(query, key, value, key_lengths=lengths, backward=backward)
 
@@ -160,6 +160,10 @@ def shapes(*sizes, **rest):
 OPERATORS = {
     "shared_cross_attention": Operator(
         name="shared_cross_attention",
+        title="Shared cross-attention",
+        about="PiD: all streams of an input read its keys and values, which lie in memory once. b inputs of n keys, M streams each of t queries,"
+        " H heads of width D. Ragged: inputs of 50 to 100% of n.",
+        published="sdpa expanded",
         shapes=shapes((1, 30, 1, 512), (4, 30, 1, 512), (1, 8, 1, 2048), (4, 30, 16, 512), (8, 5, 64, 1024)),
         quick_shapes=shapes((2, 16, 1, 256), (2, 8, 8, 128)),
         variants=("", "ragged"),

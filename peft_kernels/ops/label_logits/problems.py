@@ -2,8 +2,8 @@
 
 import torch
 
-from .... import ops
-from ..case import Candidate, Operator, Problem, RandomInputs, compiled, plain
+from ... import ops
+from ..problem import Candidate, Operator, Problem, RandomInputs, compiled, plain
 
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
@@ -18,7 +18,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda hidden: ops.label_logits(hidden, weight, ids, bias=bias, positions=positions, impl=impl))
 
     def cost(hidden, backward):
-        from ....ops.label_logits import cost
+        from . import cost
 
         return cost.label_logits(hidden, weight, ids, bias=bias, positions=positions, backward=backward)
 
@@ -44,6 +44,9 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
 OPERATORS = {
     "label_logits": Operator(
         name="label_logits",
+        title="Logits of label words",
+        about="DecT: from states of width H, the logits of w words for each of C labels in B texts of S tokens, without those of all V words.",
+        published="full LM head",
         shapes=tuple(dict(zip("BSVHCw", size)) for size in ((64, 32, 50_265, 768, 2, 1), (64, 32, 50_265, 768, 14, 1))),
         quick_shapes=({"B": 16, "S": 32, "V": 8192, "H": 512, "C": 4, "w": 1},),
         problem=problem,

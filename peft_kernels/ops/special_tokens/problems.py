@@ -6,8 +6,8 @@ of the hidden states' shape and an addition.
 
 import torch
 
-from .... import ops
-from ..case import Candidate, Operator, Problem, RandomInputs, compiled, fresh, plain
+from ... import ops
+from ..problem import Candidate, Operator, Problem, RandomInputs, compiled, fresh, plain
 
 SPECIAL = 100, 101, 102, 103  # ids below ORDINARY
 ORDINARY = 1000
@@ -26,7 +26,7 @@ def finding(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda: ops.special_token_slots(ids, listed, max_slots=count, impl=impl))
 
     def cost(backward):
-        from ....ops.special_tokens import cost
+        from . import cost
 
         return cost.special_token_slots(ids, listed, max_slots=count, backward=backward)
 
@@ -61,7 +61,7 @@ def adding(shape, variant, dtype, device, backward) -> Problem:
         return Candidate(lambda hidden, vectors: ops.special_token_add(hidden, vectors, slots, impl=impl))
 
     def cost(hidden, vectors, backward):
-        from ....ops.special_tokens import cost
+        from . import cost
 
         return cost.special_token_add(hidden, vectors, slots, backward=backward)
 
@@ -101,7 +101,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
         return own(lambda target, vectors: ops.special_token_add_(target, vectors, slots, impl=impl))()
 
     def cost(vectors, backward):
-        from ....ops.special_tokens import cost
+        from . import cost
 
         return cost.special_token_add_(hidden, vectors, slots, backward=backward)
 
@@ -177,12 +177,29 @@ ADD = {"shapes": WIDE, "quick_shapes": QUICK}
 OPERATORS = {
     "special_token_slots": Operator(
         name="special_token_slots",
+        title="Slots of special tokens",
+        about="PASTA: where the special tokens of B rows of S tokens are, at most k in a row.",
+        published="official",
         shapes=({"B": 32, "S": 128, "k": 2}, {"B": 32, "S": 512, "k": 3}),
         quick_shapes=({"B": 16, "S": 128, "k": 2},),
         dtypes=("int64",),
         has_backward=False,
         problem=finding,
     ),
-    "special_token_add": Operator(name="special_token_add", **ADD, problem=adding),
-    "special_token_add_": Operator(name="special_token_add_", **ADD, problem=adding_in_place),
+    "special_token_add": Operator(
+        name="special_token_add",
+        title="Addition to special tokens",
+        about="PASTA: vectors of width d added to k special tokens in each of B rows of S tokens.",
+        published="official",
+        problem=adding,
+        **ADD,
+    ),
+    "special_token_add_": Operator(
+        name="special_token_add_",
+        title="Addition to special tokens, in place",
+        about="PASTA: the same without a copy; other tokens are not touched.",
+        published="official",
+        problem=adding_in_place,
+        **ADD,
+    ),
 }

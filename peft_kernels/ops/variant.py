@@ -1,6 +1,21 @@
-"""A kernel as it is shipped, and what is expected of its binary whatever the compiler."""
+"""A Triton kernel as it is launched on one architecture, and what its binary must hold, whatever the compiler."""
 
 from typing import Any, NamedTuple
+
+# architecture -> the instruction that multiplies tiles of 64 rows and more
+ARCHITECTURES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+def matrix_unit(name: str, exact: bool, rows: int = 64) -> str:
+    """The instruction that multiplies tiles of ``rows`` rows.
+
+    ``exact``: in float32, for which NVIDIA's tensor cores are too coarse; AMD's are not.
+    """
+    if name == "gfx942":
+        return "mfma"
+    if exact:
+        return "fma"
+    return ARCHITECTURES[name] if rows >= 64 else "mma"
 
 
 class Expected(NamedTuple):
@@ -8,7 +23,7 @@ class Expected(NamedTuple):
     load: int = 16  # bytes of its widest load, at least
     store: int = 1
     widest: int = 32  # bytes of an access, at most: rows of any alignment take no 16
-    warps: int = 1  # of a processor, at least: a kernel that waits for memory wants several blocks
+    warps: int = 1  # of an SM, at least: a kernel that waits for memory wants several blocks
 
 
 class Variant(NamedTuple):

@@ -1,8 +1,6 @@
-from peft_kernels.ops.shared_cross_attention import triton as implementation
-from peft_kernels.ops.shared_cross_attention import triton_backward, triton_forward
-
-from ..architectures import matrix_unit
-from ..variant import Expected, Variant
+from ..variant import Expected, Variant, matrix_unit
+from . import triton as implementation
+from . import triton_backward, triton_forward
 
 OPERATOR = "shared_cross_attention"
 IN_STORAGE = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
@@ -10,6 +8,13 @@ OTHERS = {
     **dict.fromkeys(("lse", "delta", "grad_lse", "partial_out", "partial_lse"), "*fp32"),
     "key_lengths": "*i64", "cu_streams": "*i32",
 }  # fmt: skip
+KERNELS = {
+    "attend": triton_forward.shared_cross_attention_fwd_kernel,
+    "merge": triton_forward.shared_cross_attention_fwd_merge_kernel,
+    "delta": triton_backward.shared_cross_attention_bwd_delta_kernel,
+    "query_grad": triton_backward.shared_cross_attention_bwd_query_kernel,
+    **dict.fromkeys(("key_grad", "value_grad", "key_value_grad"), triton_backward.shared_cross_attention_bwd_key_value_kernel),
+}
 
 
 def variants():
@@ -28,20 +33,15 @@ def variants():
 def products(architecture, kernel, dtype, d, config):
     types = types_of(dtype)
     if kernel == "attend":
-        function = triton_forward.attend_kernel
         types["out"] = "*fp32" if config.rows <= 32 else types["out"]  # few rows: the keys are split
-        tall = config.rows
-    else:
-        function = triton_backward.query_grad_kernel if kernel == "query_grad" else triton_backward.key_value_grad_kernel
-        tall = 64  # scores are transposed where the block of rows is short
+    tall = config.rows if kernel == "attend" else 64  # scores are transposed where the block of rows is short
     types |= {"key_grad": {"grad_v": None}, "value_grad": {"grad_k": None}}.get(kernel, {})
     options = implementation.launch_options(config, architecture, 4 if dtype == "fp32" else 2, d)
-    return Variant(architecture, OPERATOR, kernel, dtype, function, options, types, Expected(matrix_unit(architecture, dtype == "fp32", tall)))
+    return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel], options, types, Expected(matrix_unit(architecture, dtype == "fp32", tall)))
 
 
 def rows(architecture, kernel, dtype, d):
-    function = triton_forward.merge_kernel if kernel == "merge" else triton_backward.delta_kernel
-    return Variant(architecture, OPERATOR, kernel, dtype, function, implementation.row_options(d), types_of(dtype), Expected())
+    return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel], implementation.row_options(d), types_of(dtype), Expected())
 
 
 def types_of(dtype):

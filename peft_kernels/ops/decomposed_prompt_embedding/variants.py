@@ -1,8 +1,6 @@
-from peft_kernels.ops.decomposed_prompt_embedding import triton as implementation
-from peft_kernels.ops.decomposed_prompt_embedding import triton_kernels
-
-from ..architectures import ARCHITECTURES, matrix_unit
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant, matrix_unit
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "decomposed_prompt_embedding"
 CUDA_KERNELS = ("embedding_forward", "embedding_backward")
@@ -11,6 +9,10 @@ OTHERS = {
     **dict.fromkeys(("input_ids", "offsets", "adapter_ids"), "*i64"),
 }  # fmt: skip
 WARPS = 12  # three blocks of four warps
+KERNELS = {
+    "forward": triton_kernels.decomposed_prompt_embedding_fwd_kernel,
+    "backward": triton_kernels.decomposed_prompt_embedding_bwd_kernel,
+}
 
 
 def variants():
@@ -25,6 +27,15 @@ def variants():
                 unit = matrix_unit(architecture, dtype == "fp32", configs.forward.rows) if product else None
                 options, given = implementation.forward_options(configs.forward, True, product), {**types, **dict.fromkeys(absent)}
                 expected = Expected(unit, store=16, warps=WARPS)
-                yield Variant(architecture, OPERATOR, kernel, dtype, triton_kernels.forward_kernel, options, given, expected)
+                yield Variant(architecture, OPERATOR, kernel, dtype, KERNELS["forward"], options, given, expected)
             options = implementation.backward_options(configs.backward, True)
-            yield Variant(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, Expected(warps=WARPS))
+            yield Variant(
+                architecture,
+                OPERATOR,
+                "backward",
+                dtype,
+                KERNELS["backward"],
+                options,
+                types,
+                Expected(warps=WARPS),
+            )

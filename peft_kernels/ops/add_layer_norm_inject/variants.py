@@ -1,8 +1,6 @@
-from peft_kernels.ops.add_layer_norm_inject import triton as implementation
-from peft_kernels.ops.add_layer_norm_inject import triton_kernels
-
-from ..architectures import ARCHITECTURES
-from ..variant import Expected, Variant
+from ..variant import ARCHITECTURES, Expected, Variant
+from . import triton as implementation
+from . import triton_kernels
 
 OPERATOR = "add_layer_norm_inject"
 CUDA_KERNELS = ("add_layer_norm_inject", "add_layer_norm_inject_backward")
@@ -14,6 +12,10 @@ OTHERS = {
     "slots": "*i32",
 }
 IN_STORAGE = ("out", "total", "x", "residual", "grad", "grad_x", "grad_sum")
+KERNELS = {
+    "forward": triton_kernels.add_layer_norm_inject_fwd_kernel,
+    "backward": triton_kernels.add_layer_norm_inject_bwd_kernel,
+}
 
 
 def variants():
@@ -23,7 +25,7 @@ def variants():
             types = {**OTHERS, **dict.fromkeys(IN_STORAGE, f"*{dtype}")}
             for width, pre in (*((width, False) for width in WIDTHS), (WIDTHS[0], True)):
                 options = {"RMS": False, "PRE": pre, **implementation.row_options(width)}
-                yield Variant(architecture, OPERATOR, "forward", dtype, triton_kernels.forward_kernel, options, types, EXPECTED)
+                yield Variant(architecture, OPERATOR, "forward", dtype, KERNELS["forward"], options, types, EXPECTED)
             for width in WIDTHS:
                 options = {"LISTED": False, **implementation.row_options(width)}
-                yield Variant(architecture, OPERATOR, "backward", dtype, triton_kernels.backward_kernel, options, types, EXPECTED)
+                yield Variant(architecture, OPERATOR, "backward", dtype, KERNELS["backward"], options, types, EXPECTED)

@@ -1,0 +1,39 @@
+"""The launch configurations that `peft-kernels tune` searches, and the calls it times them in."""
+
+from functools import partial
+
+import torch
+
+from ..problem import RandomInputs, Setting
+from ..tuned import Kernel
+from . import triton
+
+KERNELS = {
+    "product": Kernel(("bytes",), {"BP": (16, 128), "BD": (16, 512), "BR": (16, 64)}, tiles=3),
+    "delta": Kernel(("bytes",), {"BP": (1, 128), "BD": (16, 1024)}, tiles=2),
+    "backward": Kernel(("bytes",), {"BN": (1, 64), "BD": (16, 1024)}),
+}
+
+
+def targets(setting: Setting):
+    """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
+    size = setting.dtype.itemsize
+    configs = triton.CONFIGS[triton.device_of(setting.device)[0], size]
+    yield "product", (size,), triton.forward_options(configs.forward, False, with_product=True), partial(_embedding_forward, with_product=True)
+    yield "delta", (size,), triton.forward_options(configs.forward, False, with_product=False), partial(_embedding_forward, with_product=False)
+    yield "backward", (size,), triton.backward_options(configs.backward, False), _embedding_backward
+
+
+def _embedding_forward(setting, with_product):
+    random, sizes = RandomInputs.of(setting), setting.sizes
+    tables = random.integers(0, sizes.vocabulary, sizes.batch, sizes.tokens), random.normal(sizes.vocabulary, sizes.width)
+    shapes = (sizes.prompt, sizes.width), (sizes.tokens, sizes.rank), (sizes.rank, sizes.width)
+    prompt, a, b = (random.normal(1, *shape, dtype=torch.float32) for shape in shapes)
+    update = (a, b, None) if with_product else (None, None, a @ b)
+    return lambda: (triton.forward(*tables, prompt, *update, 1.0, 1.0, None, False, None),)
+
+
+def _embedding_backward(setting):
+    sizes = setting.sizes
+    grad = RandomInputs.of(setting).normal(sizes.batch, sizes.prompt + sizes.tokens, sizes.width)
+    return lambda: triton.backward(grad, 1, sizes.prompt, sizes.tokens, None, False, None, True, True)

@@ -1,0 +1,41 @@
+"""Operators by name, and what the package of each declares beside its implementations.
+
+A package ``ops/<package>`` may have modules that are imported where they are wanted:
+
+* ``problems``: ``OPERATORS``, the benchmark of each public operator;
+* ``tunable``: ``KERNELS`` and ``targets``, what ``peft-kernels tune`` may change, and the calls that it times;
+* ``variants``: ``variants()``, the Triton kernels as they are launched, and ``CUDA_KERNELS``, for tools/kernel_report.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from .. import ops
+from .problem import Operator
+
+
+@cache
+def packages() -> dict[str, tuple[str, ...]]:
+    """Package -> its public operators, in the order of ``ops.__all__``."""
+    names: dict[str, list[str]] = {}
+    for name in ops.__all__:
+        names.setdefault(getattr(ops, name).__module__.rpartition(".")[2], []).append(name)
+    return {package: tuple(operators) for package, operators in names.items()}
+
+
+def declared(what: str) -> dict[str, ModuleType]:
+    """Package -> its module ``what``, of those that have one."""
+    return {package: import_module(f".{package}.{what}", __package__) for package in packages() if find_spec(f"{__package__}.{package}.{what}")}
+
+
+def operator(name: str) -> Operator:
+    """
+    Raises:
+        ValueError: not the name of an operator.
+    """
+    for package, names in packages().items():
+        if name in names:
+            return import_module(f".{package}.problems", __package__).OPERATORS[name]
+    raise ValueError(f"expected an operator, one of {', '.join(ops.__all__)}; got {name!r}")
