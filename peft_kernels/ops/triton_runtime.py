@@ -1,7 +1,11 @@
-"""Whether Triton kernels run here; shared by all operators."""
+"""Shared code of the launchers of all Triton kernels: whether kernels run here, layouts, grids."""
 
 import os
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,9 +15,9 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated, on import
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Returns contiguous tensors, for kernels that take no strides for them."""
-    return [x if x is None else x.contiguous() for x in tensors]
+COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+PROGRAMS = 512  # a sum over the batch is split into more parts, which cost a second sum, up to this many programs
+ADDENDS = 32  # minimum addends per part
 
 
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
@@ -28,3 +32,55 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
     if device not in ("cpu", "cuda"):
         return f"its kernels are for CUDA and ROCm devices, not {device}"
     return None
+
+
+def kernel_module(package: str | None, name: str = "triton_kernels") -> ModuleType | None:
+    """Returns the module of ``package`` with its kernels, or None without Triton."""
+    try:
+        return import_module(f".{name}", package)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
+@cache
+def device_of(device: torch.device) -> tuple[str, int]:
+    """Returns the architecture whose configs fit the device, and its number of SMs (CUs on AMD)."""
+    if device.type == "cpu":
+        return "sm_80", 4
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        family = "gfx942"
+    else:
+        family = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return family, properties.multi_processor_count
+
+
+def guard(device: torch.device):
+    """Makes ``device`` current for a launch: kernels launch on the current device, which need not be that of their tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Returns contiguous tensors, for kernels that take no strides for them."""
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    return (0,) * dimensions if x is None else x.stride()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def partition(batch: int, addends_per_row: int, programs: int) -> tuple[int, int]:
+    """Returns the number of parts of the batch and the rows per part. Both depend on sizes alone, and so does the order of a sum."""
+    parts = max(1, min(batch * addends_per_row // ADDENDS, PROGRAMS // max(programs, 1), batch))
+    rows = max(1, cdiv(batch, parts))
+    return max(1, cdiv(batch, rows)), rows

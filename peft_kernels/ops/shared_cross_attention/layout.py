@@ -12,3 +12,15 @@ def token_major(batch: int, heads: int, tokens: int, *width: int, like: Tensor, 
 def as_token_major(x: Tensor) -> Tensor:
     """Returns ``x``, (batch, heads, tokens, ...), in the token-major layout; copies it only if it has another one."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def fold(x: Tensor, inputs: int) -> Tensor:
+    """Folds (g*M, H, t, ...) into (g, H, M*t, ...) for g inputs; a view if ``x`` is token-major."""
+    x = x.transpose(1, 2)
+    return x.reshape(inputs, x.shape[0] // inputs * x.shape[1], *x.shape[2:]).transpose(1, 2)
+
+
+def unfold(x: Tensor, tokens: int) -> Tensor:
+    """Unfolds (g, H, M*t, ...) into (g*M, H, t, ...), token-major."""
+    x = x.transpose(1, 2)
+    return x.reshape(-1, tokens, *x.shape[2:]).transpose(1, 2)
