@@ -49,7 +49,7 @@ class Implementations:
         | ------------------------------------------- | -------------- |
         | float64                                     | reference      |
         | CPU, native library built                   | cpp            |
-        | CUDA, native library with it, if it has one | cuda           |
+        | CUDA, native CUDA library built             | cuda           |
         | CUDA or ROCm, triton                        | triton         |
         | anything else                               | reference      |
         """

@@ -91,7 +91,7 @@ def label_cross_attention_softmax_kernel(scores, lengths, offsets, n, queries, s
     blocks = tl.cdiv(queries, BQ)
     first, tokens, given = tokens_of_row(lengths, offsets, n, tl.program_id(0) // blocks)
     o_n, o_q = tl.arange(0, BN), tl.program_id(0) % blocks * BQ + tl.arange(0, BQ)
-    scale *= LOG2E  # in base 2: exp2 is the hardware's exponential
+    scale *= LOG2E  # in base 2: the hardware has exp2
     b_max = tl.full([BQ], float("-inf"), tl.float32)
     b_sum = tl.zeros([BN, BQ], tl.float32)
     for start in range(0, given, BN):

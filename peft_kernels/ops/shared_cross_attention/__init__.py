@@ -93,7 +93,7 @@ def choose(query: Tensor, key: Tensor) -> str:
     | case                                           | implementation                             |
     | ---------------------------------------------- | ------------------------------------------ |
     | float64                                        | reference                                  |
-    | CPU with AMX, bfloat16, AMX_ROWS or more       | sdpa                                       |
+    | CPU with AMX, bfloat16, AMX_ROWS rows or more  | sdpa                                       |
     | CPU, float32 or bfloat16, native library built | cpp                                        |
     | CPU                                            | matmul or sdpa, as the constants above say |
     | CUDA or ROCm, triton installed                 | triton                                     |
