@@ -17,10 +17,10 @@ class Selection:
     """The adapters of one batch."""
 
     config: DePTConfig
-    prompt: Tensor  # [m, d], or [K, m, d] where rows differ in their adapter
+    prompt: Tensor  # [m, d], or [K, m, d] where rows have different adapters
     a: Tensor  # [(K,) s, r]
     b: Tensor  # [(K,) r, d]
-    adapter_ids: Tensor | None = None  # [B]; None: all rows have the one adapter
+    adapter_ids: Tensor | None = None  # [B]; None: all rows have the same adapter
     has_base_rows: bool = False
 
     def delta(self) -> Tensor:  # [K, s, d]
