@@ -39,7 +39,7 @@ def embedding_of(module: nn.Module) -> nn.Embedding:
 
 
 def embedding_scale(embedding: nn.Embedding) -> float:
-    """The factor between the table's rows and what the embedding module returns."""
+    """The factor from the table's rows to the embedding module's output."""
     scale = getattr(embedding, "embed_scale", None)
     if isinstance(scale, torch.Tensor):
         # Gemma rounds the scale to the table's dtype; reading its Python float does not synchronize with the device

@@ -29,7 +29,7 @@ def _mark(cache):
 
 
 class Hooks:
-    """Forward hooks on the adapted module; bound methods, so that a deep copy of the model gets hooks of its own."""
+    """The forward hooks of an adapted module, as bound methods, so that a deep copy of the model gets its own."""
 
     def __init__(self, module: nn.Module, layer: DePTLayer):
         self.module, self.layer = module, layer
@@ -232,7 +232,7 @@ class Hooks:
         return inputs
 
     def insertion(self, selection: Selection, length: int, offsets: Tensor | None) -> Insertion:
-        """Where the prompt goes in each row. No masked column may stand between prompt and tokens, because some models count columns.
+        """The place of the prompt in each row. No masked column may stand between prompt and tokens, because some models count columns.
 
         A causal model keeps its padding in front of prompt and tokens. For other models padding moves to the end, and so does the
         masked prompt of a row without an adapter.

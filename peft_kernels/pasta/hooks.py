@@ -12,7 +12,7 @@ from .layer import PASTALayer, Selection
 
 
 class Hooks:
-    """Forward hooks on the encoder; bound methods, so that a deep copy of the model gets hooks of its own.
+    """The forward hooks of an encoder, as bound methods, so that a deep copy of the model gets its own.
 
     Special tokens are found and dropout is drawn once per forward, for all layers.
     """
