@@ -1,4 +1,4 @@
-"""Features in a file that knows what they were made from, and how far it got."""
+"""A file of features with a key of everything they depend on; it may hold only the first rows."""
 
 import json
 from pathlib import Path
@@ -13,16 +13,16 @@ from ..hf.fingerprint import digest_of
 
 NAME = "peft_kernels.dect features"
 FORMAT = f"{NAME} 2"
-# how a file of ours begins, behind eight bytes: that of today, and that of before
+# the start of our files behind the first eight bytes, in the current format and in the previous one
 BEGINNINGS = (f'{{"__metadata__":{{"{NAME}', f'{{"__metadata__":{{"format":"{NAME}')
 logger = logging.get_logger(__name__)
 
 
 class FeatureFile:
-    """A safetensors file with the rows that are done, in the order in which they are made.
+    """A safetensors file with the finished rows, in the order in which they are computed.
 
     Raises:
-        ValueError: something is at ``path`` that is no cache of features.
+        ValueError: ``path`` exists and is not a cache of features.
     """
 
     def __init__(self, path: str | Path, key: str):
@@ -31,7 +31,7 @@ class FeatureFile:
             raise ValueError(f"DecT: cache must be a new file or one that extract has written, got {str(path)!r}, which holds something else")
 
     def read(self) -> dict[str, Tensor] | None:
-        """The rows that are done; None where there are none, or where they are damaged or made from anything else."""
+        """The finished rows; None if there are none, if the file is damaged, or if its key differs."""
         if not self.path.exists() or not self.path.stat().st_size:
             return None
         try:
@@ -51,7 +51,7 @@ class FeatureFile:
         durable.check_writable("DecT: cache", self.path)
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """All of it or nothing."""
+        """Write the finished rows atomically."""
         about = json.dumps({"key": self.key, "digest": digest_of(tensors)})
         durable.replace(self.path, lambda part: save_file(tensors, part, metadata={FORMAT: about}))
 

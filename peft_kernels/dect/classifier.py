@@ -1,4 +1,4 @@
-"""DecT as a classifier in the manner of scikit-learn, which it does not need."""
+"""DecT as a classifier with scikit-learn's interface; scikit-learn itself is optional."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,26 +30,26 @@ FORMAT = "peft_kernels.dect classifier 1"
 
 
 class DecoderTuning(ClassifierMixin, BaseEstimator):
-    """A classifier on the features and scores that ``dect.extract`` has taken from a frozen model.
+    """A classifier on the features and scores that ``dect.extract`` computes with a frozen model.
 
     Decoder tuning (DecT), arXiv 2212.08408: ``q_k = -||normalise(W h) - p_k|| + r_k + score_weight * s_k`` with trained W and r and
     frozen random prototypes p; Adam on the cross-entropy of q, all texts in every epoch. The same seed gives the same classifier.
 
     Args:
-        dim: D of W (D, H) and of the prototypes.
-        lr: of Adam.
-        epochs: steps, each on all texts.
-        score_weight: lambda; None: 1 over the texts of a class, their mean number where classes differ. The authors take 1 for MNLI.
-        calibration: of the model's scores: ``"official"``, ``"logprob"`` or ``"none"``; see ``dect.head.calibrated``.
-        empty_scores: (C,) scores of the empty text, from ``dect.extract``; what the first two calibrations need.
+        dim: D, the number of rows of W (D, H) and the width of the prototypes.
+        lr: learning rate of Adam.
+        epochs: number of steps, each on all texts.
+        score_weight: lambda; None: C / N, 1 over the mean number of texts per class. The authors use 1 for MNLI.
+        calibration: calibration of the model's scores, ``"official"``, ``"logprob"`` or ``"none"``; see ``dect.head.calibrated``.
+        empty_scores: (C,), scores of the empty text, from ``dect.extract``; needed by the first two calibrations.
         classes: names of the classes in the order of the scores' columns; None: 0, 1, … with scores, else the sorted labels.
-        class_weight: weights of the texts' losses by class, as a mapping from class to weight; ``"balanced"``: N over C times the texts
-            of the class; None: 1.
-        seed: of W and the prototypes.
+        class_weight: mapping from class to the loss weight of its texts; ``"balanced"``: N / (C * number of texts of the class);
+            None: 1.
+        seed: random seed of W and the prototypes.
 
-    Where scikit-learn is installed this is one of its estimators: ``check_estimator`` passes, and pipelines, searches, calibration
-    and one-against-rest take it. They pass on no scores unless metadata routing is on (``set_fit_request(scores=True)``, and alike
-    for ``predict``, ``score`` and the rest).
+    With scikit-learn installed, this is one of its estimators: ``check_estimator`` passes, and pipelines, searches, calibration
+    and one-vs-rest accept it. They do not forward scores unless metadata routing is enabled (``set_fit_request(scores=True)``, and
+    likewise for ``predict``, ``score`` and the others).
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         self.calibration, self.empty_scores, self.classes, self.class_weight = calibration, empty_scores, classes, class_weight
 
     def fit(self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None) -> "DecoderTuning":
-        """Train on ``features`` (N, H), labels ``y`` (N,) of any kind and, if there are any, the model's ``scores`` (N, C).
+        """Train on ``features`` (N, H), labels ``y`` (N,) of any type and, optionally, the model's ``scores`` (N, C).
 
-        Tensors (trained on their device), arrays, tables or lists. ``sample_weight`` (N,), at least 0: a text of weight 2 counts as two,
-        one of weight 0 as none. Sets ``classes_``, ``head_``, ``losses_`` (of every epoch), ``score_weight_``, ``n_features_in_`` and,
-        of a table, ``feature_names_in_``.
+        Inputs are tensors (training runs on their device), arrays, tables or lists. ``sample_weight`` is (N,), at least 0: a text of
+        weight 2 counts as two texts, and a text of weight 0 is ignored. Sets ``classes_``, ``head_``, ``losses_`` (one per epoch),
+        ``score_weight_``, ``n_features_in_`` and, for a table, ``feature_names_in_``.
 
         Raises:
-            ValueError: shapes that do not fit, features or scores that are not finite, a label outside the classes or with a fraction,
-                a class without texts, an unknown calibration, or scores to be calibrated without ``empty_scores``.
-            TypeError: sparse features.
+            ValueError: shapes do not match, features or scores are not finite, a label is outside the classes or has a fraction, a class
+                has no texts, the calibration is unknown, or scores are to be calibrated without ``empty_scores``.
+            TypeError: features are sparse.
         """
         if self.calibration not in CALIBRATIONS:
             raise ValueError(f"DecoderTuning: calibration must be one of {list(CALIBRATIONS)}, got {self.calibration!r}")
@@ -124,11 +124,11 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         return self
 
     def logits(self, features: Values, scores: Values | None = None) -> Tensor:
-        """q, (N, C) float32, on the device that the classifier was trained on.
+        """The logits q, (N, C) float32, on the device on which the classifier was trained.
 
         Raises:
-            ValueError: not fitted, shapes that do not fit, values that are not finite, or scores given to a classifier that was
-                trained without, or the reverse.
+            ValueError: the classifier is not fitted, shapes do not match, values are not finite, or scores are given to a classifier
+                that was trained without them, or the reverse.
         """
         if not hasattr(self, "head_"):
             raise NotFittedError("DecoderTuning: fit must come first")
@@ -143,30 +143,31 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         return self.head_(features, self._calibrated(scores, len(features)), self.score_weight_)
 
     def decision_function(self, features: Values, scores: Values | None = None) -> np.ndarray:
-        """q, (N, C) float32; of two classes the second's less the first's, (N,). Raises as ``logits`` does."""
+        """The logits q, (N, C) float32; with two classes, q of the second minus q of the first, (N,). Raises as ``logits`` does."""
         q = self.logits(features, scores).cpu().numpy()
         return q[:, 1] - q[:, 0] if q.shape[1] == 2 else q
 
     def predict(self, features: Values, scores: Values | None = None) -> np.ndarray:
-        """(N,) of ``classes_``."""
+        """The predicted classes, (N,), from ``classes_``."""
         best = self.logits(features, scores).argmax(1).cpu().numpy()
         return self.classes_[best]
 
     def predict_proba(self, features: Values, scores: Values | None = None) -> np.ndarray:
-        """(N, C) float32"""
+        """The softmax of the logits, (N, C) float32."""
         return self.logits(features, scores).softmax(1).cpu().numpy()
 
     def score(self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None) -> float:
-        """Accuracy."""
+        """The accuracy of the predictions for ``features`` against ``y``."""
         predicted = self.predict(features, scores)
         right = predicted == labels_of(y, len(predicted))
         return float(np.average(right, weights=None if sample_weight is None else array_of(sample_weight)))
 
     def save(self, path: str | Path) -> None:
-        """The fitted classifier as one safetensors file.
+        """Write the fitted classifier to one safetensors file.
 
         Raises:
-            ValueError: not fitted, or a path that cannot be written. TypeError: a parameter or class that is no number or string.
+            ValueError: the classifier is not fitted, or the path cannot be written.
+            TypeError: a parameter or class is not a number or string.
         """
         if not hasattr(self, "head_"):
             raise NotFittedError("DecoderTuning: fit must come before save")
@@ -176,7 +177,7 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         parameters = {k: v for k, v in self.get_params().items() if k not in ("empty_scores", "class_weight")}
         parameters["classes"] = None if self.classes is None else self.classes_.tolist()
         weights = self.class_weight
-        # a mapping as pairs: the keys of json are strings
+        # a mapping is stored as pairs, because JSON keys are strings
         parameters["class_weight"] = [*weights.items()] if isinstance(weights, Mapping) else weights
         fitted = {"classes": self.classes_.tolist(), "takes_scores": self.takes_scores_, "score_weight": self.score_weight_}
         try:
@@ -188,7 +189,7 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, path: str | Path) -> "DecoderTuning":
-        """What ``save`` wrote, on the CPU."""
+        """Read a classifier that ``save`` wrote, on the CPU."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -208,7 +209,7 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         return self
 
     def _class_weights(self, counts: np.ndarray) -> np.ndarray:
-        """(C,) of texts by class, (C,)."""
+        """The weights of the classes, (C,), from the number of texts per class, (C,)."""
         if isinstance(self.class_weight, str):
             if self.class_weight != "balanced":
                 raise ValueError(f"DecoderTuning: class_weight must be None, 'balanced' or a mapping from class to weight, got {self.class_weight!r}")
@@ -254,7 +255,7 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
 
 
 def _number(x):
-    """Numbers of numpy, as a search over its arrays sets them."""
+    """``x`` as a Python number or list; a search over numpy arrays sets numpy numbers as parameters."""
     if isinstance(x, np.generic | np.ndarray | Tensor):
         return x.tolist()
     raise TypeError(f"{type(x).__name__} {x!r} is neither")

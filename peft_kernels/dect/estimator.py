@@ -1,4 +1,4 @@
-"""What scikit-learn expects of an estimator: its base classes where it is installed, and arrays of any kind as tensors."""
+"""Support for scikit-learn's estimator interface: its base classes if it is installed, and conversion of arrays to tensors."""
 
 import inspect
 import warnings
@@ -14,7 +14,7 @@ try:
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.exceptions import DataConversionWarning, NotFittedError
     from sklearn.utils.validation import validate_data
-except ImportError:  # or one older than 1.6
+except ImportError:  # not installed, or older than 1.6
     NotFittedError, DataConversionWarning, validate_data = ValueError, UserWarning, None
 
     class ClassifierMixin:
@@ -35,7 +35,7 @@ except ImportError:  # or one older than 1.6
             return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
 
 
-Values = Tensor | ArrayLike  # tables of pandas are array-like
+Values = Tensor | ArrayLike  # pandas tables are array-like
 
 
 def array_of(x) -> np.ndarray:
@@ -43,7 +43,7 @@ def array_of(x) -> np.ndarray:
 
 
 def vector_of(x) -> Tensor:
-    """Float32, detached. Arrays may be read-only or have negative strides, which torch has not."""
+    """``x`` as a detached float32 tensor. Arrays may be read-only or have negative strides, which torch does not support."""
     if not isinstance(x, Tensor):
         x = array_of(x)
         if x.dtype.kind == "c":
@@ -53,10 +53,10 @@ def vector_of(x) -> Tensor:
 
 
 def matrix_of(name: str, x) -> Tensor:
-    """(N, M), finite.
+    """``x`` as a finite (N, M) tensor.
 
     Raises:
-        ValueError: another number of dimensions, no columns, or a value that is not finite. TypeError: a sparse matrix.
+        ValueError: it is not two-dimensional, has no columns, or has a value that is not finite. TypeError: it is sparse.
     """
     if hasattr(x, "tocsr") or isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(f"DecoderTuning: {name} must be a dense matrix, got sparse data; use .toarray()")
@@ -75,7 +75,7 @@ def matrix_of(name: str, x) -> Tensor:
 
 
 def same_features(estimator, features, x: Tensor, reset: bool) -> None:
-    """Sets or compares ``n_features_in_``, and the names of columns where ``features`` has some."""
+    """Set or compare ``n_features_in_``, and the column names if ``features`` has any."""
     if reset:
         estimator.n_features_in_ = x.shape[1]
     elif x.shape[1] != estimator.n_features_in_:
@@ -88,10 +88,10 @@ def same_features(estimator, features, x: Tensor, reset: bool) -> None:
 
 
 def labels_of(labels, rows: int) -> np.ndarray:
-    """(rows,) of any kind.
+    """``labels`` as a (rows,) array of any dtype.
 
     Raises:
-        ValueError: another shape, as that of one-hot rows; None or NaN among them; or numbers with a fraction, which name no classes.
+        ValueError: the shape differs (one-hot rows), a label is None or NaN, or labels are numbers with a fraction.
     """
     if labels is None:
         raise ValueError("DecoderTuning: fit requires y to be passed, but the target y is None: labels must be one for each row of features")
@@ -111,7 +111,7 @@ def labels_of(labels, rows: int) -> np.ndarray:
 
 
 def row_weights(sample_weight, rows: int) -> np.ndarray:
-    """(rows,) float64, at least 0 and not all 0."""
+    """``sample_weight`` as (rows,) float64, at least 0 and not all 0."""
     weights = np.asarray(array_of(sample_weight), dtype=np.float64)
     if weights.ndim == 0:
         weights = np.full(rows, weights)

@@ -1,4 +1,4 @@
-"""One query of a frozen model per text: the hidden state at the mask and the logits of the label words."""
+"""Extraction of the hidden state at the mask and the logits of the label words, by one forward of a frozen model per text."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .cache import FeatureFile
 from .mask_row import MaskRow
 from .template import T5_MASK, Encoded, Template
 
-SAVE_SECONDS = 30.0  # between two saves, or SAVE_SHARE times as long as a save takes
+SAVE_SECONDS = 30.0  # between two saves, or SAVE_SHARE times the duration of a save if that is longer
 SAVE_SHARE = 20
 
 
@@ -28,8 +28,8 @@ class Extraction:
 
     Attributes:
         features: (N, H), hidden states at the mask.
-        scores: (N, C), logits of the classes' label words; None: none were asked for.
-        empty_scores: (C,), scores of the empty text: what the model answers to the template alone.
+        scores: (N, C), logits of the classes' label words; None without ``label_words``.
+        empty_scores: (C,), scores of the empty text, that is of the template alone; None without ``label_words``.
     """
 
     features: Tensor
@@ -48,31 +48,31 @@ def extract(
     max_length: int | None = None,
     cache: str | Path | None = None,
 ) -> Extraction:
-    """Run ``model`` once on every text in ``template``.
+    """Run ``model`` once on every text in ``template`` and return the features and scores at the mask.
 
-    Decoder tuning (DecT), arXiv 2212.08408, section 3.1. The head sees the mask's row alone and computes the label words alone.
+    Decoder tuning (DecT), arXiv 2212.08408, section 3.1. The head reads only the mask's row and computes only the label words.
 
     Args:
-        model: of transformers, in any mode: masked language models, causal ones (the template ends with the mask), the T5 family
-            (``<extra_id_0>`` is the mask, its decoder reads that after its start), and encoders without a head if ``label_words`` is None.
-            With adapters of PEFT the features are those of the active one.
-        tokenizer: of the model.
-        texts: strings, in any iterable that has an order.
-        template: such as ``"{text} It was {mask}."``. A too long text is cut at its end, the template never. Whether a space precedes
-            ``{mask}`` decides how label words are read: in tokenizers of the BPE kind "great" and " great" are different tokens.
-        label_words: for every class, in order, one word or several; of a word of several pieces the first counts. None: no scores.
-        batch_size: texts of one forward pass; they are sorted by length and padded to the longest of the batch.
-        max_length: tokens of a text in its template; None: what model and tokenizer allow.
-        cache: a safetensors file. It is read if it was made from the same model, weights, active adapters, autocast, token ids and words;
-            else it is written. It is saved every half minute, and a run that was stopped goes on from there; nothing in it is taken
-            without its checksum.
+        model: a transformers model, in training or eval mode: a masked language model, a causal one (the template ends with the mask),
+            one of the T5 family (``<extra_id_0>`` is the mask; the decoder reads it after its start token), or an encoder without a head
+            if ``label_words`` is None. With PEFT the features are those of the active adapter.
+        tokenizer: the model's tokenizer.
+        texts: strings, in any ordered iterable.
+        template: for example ``"{text} It was {mask}."``. A text that is too long is cut at its end; the template is never cut. A space
+            before ``{mask}`` changes how label words are tokenized: BPE tokenizers have different tokens for "great" and " great".
+        label_words: for every class, in order, one word or several; a word of several pieces counts by its first. None: no scores.
+        batch_size: texts per forward; they are sorted by length and padded to the longest of the batch.
+        max_length: the most tokens of a text in its template; None: the limit of model and tokenizer.
+        cache: path of a safetensors file. It is read if it was made from the same model, weights, active adapters, autocast, token ids
+            and words; otherwise it is written. It is saved every half minute, and an interrupted run continues from it. Its contents are
+            used only if their checksum matches.
 
     Raises:
-        ValueError: a template without text or mask or too long, an empty class, a word without pieces, a model that gives no scores, or
-            a ``cache`` that cannot be written or is a file of something else.
-        TypeError: ``model`` is not one of transformers, or a text or word is not a string.
+        ValueError: the template has no text or mask or is too long, a class is empty, a word has no pieces, the model gives no scores, or
+            ``cache`` cannot be written or is another kind of file.
+        TypeError: ``model`` is not a transformers model, or a text or word is not a string.
 
-    Threads may extract from one model at once; while they do, it is in eval mode for all.
+    Several threads may extract from one model at once; meanwhile it is in eval mode for all.
     """
     pretrained = frozen_model("DecT", model)
     texts = strings("DecT", "texts", texts)
@@ -81,7 +81,7 @@ def extract(
     label_ids = None if label_words is None else filled.label_ids(label_words)
     row = MaskRow(pretrained, label_ids, decoder_ids_for(pretrained, filled))
     encoded = filled.encode([*texts, ""])
-    # the empty text first, then what does not fit into memory
+    # the empty text first, then the longest texts, so that running out of memory shows early
     order = [len(texts), *sorted(range(len(texts)), key=lambda i: -len(encoded[i].input_ids))]
     file = None
     if cache is not None:
@@ -104,18 +104,18 @@ def template_for(model, tokenizer, template: str, max_length: int | None) -> Tem
 
 
 def decoder_ids_for(model, template: Template) -> list[int] | None:
-    """T5 predicts masked words behind the mask's name."""
+    """The decoder's input ids: T5 predicts the masked word after the mask token."""
     if not is_encoder_decoder(model) or template.mask_id is None:
         return None
     return [model.config.decoder_start_token_id, template.mask_id]
 
 
 def padding_id(tokenizer) -> int:
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # padding is masked: any id does
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # padding is masked, so any id works
 
 
 def padded(rows: Sequence[Encoded], pad: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and mask, (B, S), padded on the right, where causal models need no position ids, and positions (B,)."""
+    """Ids and mask, (B, S), padded on the right, so that causal models need no position ids, and positions (B,)."""
     longest = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [pad] * (longest - len(row.input_ids)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row.input_ids) + [0] * (longest - len(row.input_ids)) for row in rows], device=device)
@@ -123,7 +123,7 @@ def padded(rows: Sequence[Encoded], pad: int, device=None) -> tuple[Tensor, Tens
 
 
 def _run(model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int, file: FeatureFile | None) -> dict[str, Tensor]:
-    """Features (N, H) and perhaps scores (N, C) of ``encoded``, whose first is the empty text; what ``file`` holds is not made again."""
+    """Features (N, H) and, with label words, scores (N, C) of ``encoded``, the empty text first; rows in ``file`` are not recomputed."""
     found = file.read() if file else None
     rows = [] if found is None else [found]
     done = saved = sum(len(x["features"]) for x in rows)
@@ -154,7 +154,7 @@ def _run(model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int,
                     due = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - start))
         except BaseException:
             if file and done > saved:
-                with suppress(Exception):  # what stopped the run is what is told
+                with suppress(Exception):  # raise the error that stopped the run, not this one
                     save()
             raise
     if file and done > saved:

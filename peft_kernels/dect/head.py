@@ -1,4 +1,4 @@
-"""The trained part of DecT: a projection, frozen prototypes, a radius for every class."""
+"""The head of DecT: a trained projection, frozen prototypes, and a trained radius for every class."""
 
 from dataclasses import dataclass
 
@@ -19,15 +19,15 @@ class Head:
     radius: Tensor  # (C,)
 
     def __call__(self, features: Tensor, scores: Tensor | None, score_weight: float) -> Tensor:
-        """(N, H) and (N, C) calibrated scores, or none: (N, C)."""
+        """The logits q, (N, C), of features (N, H) and calibrated scores (N, C) or None."""
         return prototype_scores(features, self.projection, self.prototypes, self.radius, scores, weight=score_weight)
 
 
 def calibrated(scores: Tensor, empty_scores: Tensor | None, calibration: str) -> Tensor:
-    """Scores (N, C) less what the model thinks without a text, ``empty_scores`` (C,).
+    """Calibrate ``scores`` (N, C) by the scores of the empty text, ``empty_scores`` (C,).
 
-    ``"official"`` divides logits by ``empty_scores / mean(empty_scores) + 1e-15``, as the authors' code does; where that is near 0 or
-    negative, it changes order and sign. ``"logprob"`` subtracts log-probabilities over the classes. ``"none"`` leaves scores as they are.
+    ``"official"`` divides logits by ``empty_scores / mean(empty_scores) + 1e-15``, as the authors' code does; a divisor near 0 or
+    negative changes order and sign. ``"logprob"`` subtracts log-probabilities over the classes. ``"none"`` returns ``scores`` unchanged.
     """
     if calibration == "none":
         return scores
@@ -49,11 +49,11 @@ def train(
     seed: int,
     weights: Tensor | None = None,
 ) -> tuple[Head, Tensor]:
-    """Adam on all of ``features`` (N, H) and ``labels`` (N,) in every epoch: the head and the loss before each step, (epochs,).
+    """Train a head by Adam on all of ``features`` (N, H) and ``labels`` (N,) in every epoch; returns it and the losses, (epochs,).
 
-    The gradient needs two matrix products and one pass over what was projected, so no autograd. The projection is kept transposed,
-    as (H, D): with few texts the first product is then twice as fast. With ``weights`` (N,), whose sum is 1, the loss is a weighted mean,
-    and autograd finds its gradient.
+    A loss is that before its step. The gradient takes two matmuls and one pass over the projected rows, without autograd. The projection
+    is stored transposed, as (H, D): with few texts the first matmul is then twice as fast. With ``weights`` (N,), whose sum is 1, the
+    loss is a weighted mean, and autograd computes its gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     width, device = features.shape[1], features.device
@@ -81,7 +81,7 @@ def train(
 
 
 def _weighted(features, projection, prototypes, radius, scores, score_weight, labels, weights) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted loss and its gradients of projection (H, D) and radius (C,)."""
+    """The weighted loss and its gradients with respect to projection (H, D) and radius (C,)."""
     with torch.enable_grad():
         leaves = projection.detach().requires_grad_(), radius.detach().requires_grad_()
         q = prototype_scores(features, leaves[0].T, prototypes, leaves[1], scores, weight=score_weight)
@@ -91,7 +91,7 @@ def _weighted(features, projection, prototypes, radius, scores, score_weight, la
 
 
 def _spread(projected: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean distance of a class's texts (n, D) to their mean: 0 of one text."""
+    """The mean distance of a class's texts (n, D) from their mean; 0 for one text."""
     if weights is None:
         return (projected - projected.mean(0)).norm(dim=1).mean()
     share = weights / weights.sum()  # [n]

@@ -15,7 +15,7 @@ from ..ops import label_logits
 
 @dataclass(eq=False)
 class _Call:
-    """One forward: the row of each text that is wanted, (B,), of how many; and the hidden states that stood there, (B, H)."""
+    """State of one forward: the wanted position of each text, (B,), the sequence length, and the hidden states there, (B, H)."""
 
     positions: Tensor
     length: int
@@ -23,18 +23,18 @@ class _Call:
 
 
 class MaskRow:
-    """Runs a model as it is, but keeps of its last hidden state one row a text, and of its logits a few columns.
+    """Runs an unchanged model, but keeps one row per text of its last hidden state and a few columns of its logits.
 
-    The head sees that row alone. Where it ends in an ``nn.Linear`` over the vocabulary, that layer computes the label words alone;
-    whether this gives what the whole layer gives is tried on the first text. Elsewhere columns are taken from the row's full logits.
+    The head sees only that row. If it ends in an ``nn.Linear`` over the vocabulary, that layer computes only the label words; on the
+    first text the result is compared with that of the whole layer. Otherwise columns are taken from the row's full logits.
 
     Args:
         model: a masked or causal language model, one of the T5 family, or, without ``label_ids``, an encoder.
         label_ids: (C, w) ids of the words of each class, -1: none. None: no scores.
-        decoder_ids: what the decoder of an encoder-decoder model reads; its last position predicts the word.
+        decoder_ids: input ids of an encoder-decoder model's decoder, which predicts the word at its last position.
 
     Raises:
-        ValueError: scores are wanted of a model without a language model's head.
+        ValueError: ``label_ids`` are given, but the model has no language model head.
     """
 
     def __init__(self, model, label_ids: list[list[int]] | None = None, decoder_ids: list[int] | None = None):
@@ -55,7 +55,10 @@ class MaskRow:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, S), (B, S) and (B,): hidden states (B, H) and, for every class, the largest logit of its words, (B, C); both float32."""
+        """Hidden states (B, H) and, for every class, the largest logit of its words, (B, C), both float32.
+
+        ``input_ids`` and ``attention_mask`` are (B, S), ``positions`` (B,).
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self.options}
         if self.decoder_ids is not None:
             inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids], device=input_ids.device).expand(len(input_ids), -1)
@@ -108,7 +111,7 @@ class MaskRow:
             return self._run(inputs, positions)
 
     def _keep(self, call, module, arguments, output):
-        """Of the last hidden state (B, S, H) of ``base`` only the rows at the positions go on, as (B, 1, H)."""
+        """Reduce the last hidden state (B, S, H) of ``base`` to the rows at the positions, (B, 1, H)."""
         if self.call.get() is not call:
             return None
         hidden = output[0]
@@ -128,7 +131,7 @@ class MaskRow:
 
 
 class _LabelColumns(TorchFunctionMode):
-    """In this thread ``layer`` computes the outputs of ``columns`` alone, in at least float32. The layer itself stays as it is."""
+    """Makes ``layer`` compute only the outputs ``columns``, in at least float32, in this thread. The layer itself is unchanged."""
 
     def __init__(self, layer: nn.Linear, columns: Tensor):
         super().__init__()

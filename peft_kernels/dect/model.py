@@ -1,4 +1,4 @@
-"""A trained DecT as an ordinary transformers model for sequence classification."""
+"""A trained DecT classifier as an ordinary transformers model for sequence classification."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -21,20 +21,20 @@ from .mask_row import MaskRow
 
 
 class DecTConfig(PreTrainedConfig):
-    """Of the backbone, and what its mask is asked.
+    """Configuration of ``DecTForSequenceClassification``: the backbone, the template and the classifier.
 
     Args:
-        backbone_config: of the frozen model, as a dictionary with its ``model_type``.
-        backbone_class: its class in transformers.
-        template: what texts stand in; kept for ``prepare``.
+        backbone_config: configuration of the frozen model, as a dictionary with its ``model_type``.
+        backbone_class: name of the frozen model's class in transformers.
+        template: template of the texts, for ``prepare``.
         label_ids: (C, w) ids of the label words, -1: none. None: no scores.
-        mask_id: the mask's token id; None: a causal model, whose last token predicts.
+        mask_id: token id of the mask; None: a causal model, which predicts at its last token.
         last_mask: whether the last mask of a text counts, or the first.
-        decoder_ids: what the decoder of T5 reads.
-        dim: of ``DecoderTuning``.
-        calibration: of ``DecoderTuning``.
-        score_weight: of ``DecoderTuning``.
-        kwargs: anything of ``PreTrainedConfig``.
+        decoder_ids: input ids of T5's decoder.
+        dim: as in ``DecoderTuning``.
+        calibration: as in ``DecoderTuning``.
+        score_weight: as in ``DecoderTuning``.
+        kwargs: any argument of ``PreTrainedConfig``.
     """
 
     model_type = "dect"
@@ -60,9 +60,9 @@ class DecTConfig(PreTrainedConfig):
 
 
 class DecTForSequenceClassification(PreTrainedModel):
-    """The frozen backbone and the trained head: texts must already stand in the template, with their mask; ``prepare`` puts them there.
+    """A frozen backbone with a trained DecT head. Its inputs are texts in the template, with the mask, as ``prepare`` returns them.
 
-    Its logits are q of ``DecoderTuning``. Nothing is trained here: it is made by ``from_classifier`` or ``from_pretrained``.
+    The logits are q of ``DecoderTuning``. The model is not trained: create it with ``from_classifier`` or ``from_pretrained``.
     """
 
     config_class = DecTConfig
@@ -87,11 +87,11 @@ class DecTForSequenceClassification(PreTrainedModel):
     def from_classifier(
         cls, classifier: DecoderTuning, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str, label_words: Sequence | None
     ) -> "DecTForSequenceClassification":
-        """Of a fitted classifier and what its features were extracted with. The backbone's weights are shared, not copied.
+        """Build the model from a fitted classifier and the arguments of its ``extract``. Shares the backbone's weights, without a copy.
 
         Raises:
-            ValueError: the classifier is not fitted, or was trained with scores and ``label_words`` is None, or the reverse; or the backbone
-                is one that could not be loaded again: with adapters, or of a class that transformers does not have.
+            ValueError: the classifier is not fitted; it was trained with scores and ``label_words`` is None, or the reverse; or the
+                backbone could not be loaded again, because it has adapters or its class is not in transformers.
         """
         if not hasattr(classifier, "head_") or classifier.takes_scores_ != (label_words is not None):
             raise ValueError("DecT: classifier must be fitted, with scores where label_words are given and without where they are not")
@@ -135,13 +135,13 @@ class DecTForSequenceClassification(PreTrainedModel):
         return model.eval()
 
     def prepare(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The texts in the template, their ends cut where they are too long: what a tokenizer or a pipeline takes."""
+        """The texts in the template, cut at the end where they are too long, as input for a tokenizer or a pipeline."""
         texts = strings("DecT", "texts", texts)
         filled = template_for(self.backbone, tokenizer, self.config.template, None)
         return [filled.fill(text) for text in filled.cut(texts)]
 
     def train(self, mode: bool = True) -> "DecTForSequenceClassification":
-        """The backbone stays in eval mode: it is frozen, and a dropout in it would make the logits others than those of the classifier."""
+        """Set the mode of the model but keep the backbone in eval mode: with dropout, its logits would differ from the classifier's."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -154,18 +154,19 @@ class DecTForSequenceClassification(PreTrainedModel):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
-        """
+        """Classify texts by the hidden state and logits at their masks.
+
         Args:
             input_ids: (B, S), with a mask in every row.
-            attention_mask: (B, S), 1 where there is no padding, on whichever side that is; None: no padding.
-            token_type_ids: not read: they are those of one text.
-            labels: (B,) in [0, num_labels): for a loss, without a gradient.
+            attention_mask: (B, S), 1 at tokens and 0 at padding on either side; None: no padding.
+            token_type_ids: ignored, because an input is one text.
+            labels: (B,) in [0, num_labels), for a loss without a gradient.
 
         Returns:
-            logits (B, C), q of ``DecoderTuning``, without a gradient.
+            ``logits`` (B, C), q of ``DecoderTuning``, without a gradient; ``loss`` if ``labels`` are given.
 
         Raises:
-            ValueError: a row without a mask, or labels that are no indices of classes; labels in training, of which there is none.
+            ValueError: a row has no mask, a label is not a class index, or labels are given in training mode.
         """
         if labels is not None and self.training and torch.is_grad_enabled():
             raise ValueError("DecT: DecTForSequenceClassification is trained already, by DecoderTuning.fit; use it in eval mode")
@@ -181,7 +182,7 @@ class DecTForSequenceClassification(PreTrainedModel):
         if attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             attention_mask = torch.ones_like(input_ids)
-        attention_mask, input_ids = padded_behind(attention_mask, input_ids)  # as in the texts that the classifier was trained on
+        attention_mask, input_ids = padded_behind(attention_mask, input_ids)  # as in ``extract``
         row = self._row
         if row is None or row.model is not self.backbone:
             row = self._row = MaskRow(self.backbone, self.config.label_ids, self.config.decoder_ids)

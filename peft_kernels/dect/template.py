@@ -1,4 +1,4 @@
-"""Texts in a template with one mask, and the pieces of label words at that mask."""
+"""Templates with one mask for texts, and the first pieces of label words at the mask."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
@@ -12,25 +12,26 @@ T5_MASK = "<extra_id_0>"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text: its ids and where the model predicts the masked word."""
+    """One text: its token ids and the position at which the model predicts the masked word."""
 
     input_ids: list[int]
     position: int
 
 
 class Template:
-    """A text around a sentence, such as ``"{text} It was {mask}."``; ``{text}`` and ``{mask}`` stand in it once each.
+    """A template such as ``"{text} It was {mask}."``, with one ``{text}`` and one ``{mask}``.
 
-    Decoder tuning (DecT), arXiv 2212.08408. Where a text is too long, its end is cut, never the template.
+    Decoder tuning (DecT), arXiv 2212.08408. A text that is too long is cut at its end; the template is never cut.
 
     Args:
-        template: see above. A causal model predicts what follows, so that ``{mask}`` ends its template.
-        tokenizer: of the model; its mask token stands for ``{mask}``, in T5 ``<extra_id_0>``, in a causal model nothing.
+        template: see above. A causal model's template ends with ``{mask}``, because the model predicts the next token.
+        tokenizer: the model's tokenizer; its mask token replaces ``{mask}``, in T5 ``<extra_id_0>``, in a causal model nothing.
         max_length: the most tokens of a text in its template.
-        causal: whether the model predicts what follows instead of a mask.
+        causal: whether the model predicts the next token instead of a mask.
 
     Raises:
-        ValueError: a placeholder missing or given twice, ``{mask}`` not last in a causal model's template, or no mask token.
+        ValueError: a placeholder is missing or occurs twice, ``{mask}`` is not last in a causal model's template, or the tokenizer has no
+            mask token.
     """
 
     def __init__(self, template: str, tokenizer, max_length: int, *, causal: bool = False):
@@ -50,21 +51,21 @@ class Template:
         self.mask_id = None if causal else tokenizer.convert_tokens_to_ids(self.mask_token)
 
     def fill(self, text: str) -> str:
-        """The string that is tokenized. A causal model gets no space before what it predicts: its words begin with theirs."""
+        """The string to tokenize. A causal model's ends without a space, because the predicted words begin with it."""
         filled = self.template.replace(MASK, self.mask_token).replace(TEXT, text)
         return filled.rstrip() if self.causal else filled
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Every text in its template, its end cut where it is too long.
+        """Encode every text in the template, cut at its end where it is too long.
 
         Raises:
-            ValueError: the template alone is too long, or its mask is not among its tokens.
+            ValueError: the template alone is too long, or its tokens do not contain the mask.
         """
         rows = self._ids(self.cut(texts))
         return [Encoded(ids, self.position(ids)) for ids in rows]
 
     def cut(self, texts: Sequence[str]) -> list[str]:
-        """The texts, each short enough for the template."""
+        """The texts, cut to fit into the template."""
         texts = list(texts)
         return [self._cut(text) if len(ids) > self.max_length else text for text, ids in zip(texts, self._ids(texts))]
 
@@ -75,7 +76,7 @@ class Template:
         return text[: fits - 1]
 
     def position(self, ids: Sequence[int]) -> int:
-        """Where the masked word is predicted: at the template's mask, although the text may have others; in a causal model last."""
+        """The position that predicts the masked word: the template's mask, also if the text has others; in a causal model the last."""
         if self.causal:
             if not ids:
                 raise ValueError("DecT: a text is empty, and so is its template: there is no token to predict from")
@@ -90,16 +91,16 @@ class Template:
             return []
         rows = self.tokenizer([self.fill(text) for text in texts], truncation=False, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return [ids[:-1] if self.causal and ids[-1:] == [end] else list(ids) for ids in rows]  # what follows an end is no prediction
+        return [ids[:-1] if self.causal and ids[-1:] == [end] else list(ids) for ids in rows]  # nothing is predicted after an end token
 
     def label_ids(self, label_words: Sequence[Sequence[str] | str]) -> list[list[int]]:
-        """For every class the ids of its words' first pieces, padded with -1.
+        """For every class, the ids of its words' first pieces, padded with -1.
 
-        A word is read as it would stand at the mask: after a space if the template or the word itself has one there, else after
-        a character that is not a letter, or as the first of a text. Tokenizers of the BPE kind tell these apart.
+        A word is tokenized as it would be at the mask: after a space if the template or the word itself has one there, otherwise after
+        a character that is not a letter, or at the start of a text. BPE tokenizers distinguish these.
 
         Raises:
-            ValueError: a class without words, a word without pieces or unknown to the tokenizer, or two classes of the same pieces.
+            ValueError: a class has no words, a word has no pieces or is unknown to the tokenizer, or two classes have the same pieces.
         """
         if isinstance(label_words, Mapping):
             raise TypeError(

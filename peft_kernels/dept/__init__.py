@@ -1,6 +1,6 @@
 """Decomposed prompt tuning (DePT, arXiv 2309.05173) as a method of PEFT.
 
-``import peft_kernels`` is enough for ``PeftModel.from_pretrained`` to read one of its adapters.
+``import peft_kernels`` is enough for ``PeftModel.from_pretrained`` to load a DePT adapter.
 """
 
 from ..hf.extra import needed_by

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code, a fork of an old PEFT."""
+"""Conversion of checkpoints from the authors' code, a fork of an old PEFT."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ _KEYS = {
 
 
 def load_official(folder: str | Path) -> tuple[DePTConfig, dict[str, Tensor]]:
-    """A folder with ``adapter_config.json`` and ``adapter_model.bin`` as the authors' code writes them.
+    """Read a folder with the ``adapter_config.json`` and ``adapter_model.bin`` that the authors' code writes.
 
     Returns:
-        The configuration, and the parameters under PEFT's names: ``peft.set_peft_model_state_dict(model, state)`` puts them into a
+        The configuration, and the parameters under PEFT's names: ``peft.set_peft_model_state_dict(model, state)`` loads them into a
         model that was made with the configuration.
 
     Raises:
-        ValueError: another method's checkpoint, missing parameters, or shapes that the configuration does not announce.
+        ValueError: the checkpoint is of another method, lacks parameters, or has shapes that differ from its configuration.
     """
     folder = Path(folder)
     official = json.loads((folder / "adapter_config.json").read_text())
@@ -52,7 +52,7 @@ def load_official(folder: str | Path) -> tuple[DePTConfig, dict[str, Tensor]]:
 
 
 def convert_official(src: str | Path, dst: str | Path) -> None:
-    """Write the authors' checkpoint in ``src`` as an adapter that ``PeftModel.from_pretrained(model, dst)`` loads."""
+    """Convert the authors' checkpoint in ``src`` to an adapter in ``dst`` that ``PeftModel.from_pretrained(model, dst)`` loads."""
     config, state = load_official(src)
     config.save_pretrained(str(dst))
     save_file(state, Path(dst) / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""What DePT has to know of a model: where tokens become embeddings, how positions are counted, where the prompt goes."""
+"""Properties of a model that DePT needs: where tokens become embeddings, how positions are counted, where the prompt goes."""
 
 import inspect
 import re
@@ -15,22 +15,22 @@ _POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_position
 
 
 def adapted_module(model: nn.Module) -> nn.Module:
-    """The module whose inputs are widened.
+    """The module whose inputs are extended by the prompt.
 
-    A model that generates, as a whole: the loss then counts the first token, which the prompt predicts. Otherwise the model below
-    the head: the head, its labels and its spans never see the prompt.
+    This is the whole model if it can generate: the loss then counts the first token, which the prompt predicts. Otherwise it is the
+    model below the head, so that the head, its labels and its spans never see the prompt.
     """
     _check(model)
     return model if model.can_generate() else model.base_model
 
 
 def reader_of(module: nn.Module) -> nn.Module:
-    """The part that turns input ids into embeddings."""
+    """The submodule that turns input ids into embeddings."""
     return module.get_encoder() if is_encoder_decoder(module) else module
 
 
 def embedding_of(module: nn.Module) -> nn.Embedding:
-    for part in (reader_of(module), module):  # FSMT's encoder does not say
+    for part in (reader_of(module), module):  # FSMT's encoder names no input embedding
         try:
             return part.get_input_embeddings()
         except (AttributeError, NotImplementedError):
@@ -39,21 +39,21 @@ def embedding_of(module: nn.Module) -> nn.Embedding:
 
 
 def embedding_scale(embedding: nn.Embedding) -> float:
-    """The factor between the table's rows and what the embedding module returns."""
+    """The factor from the table's rows to the embedding module's output."""
     scale = getattr(embedding, "embed_scale", None)
     if isinstance(scale, torch.Tensor):
-        # Gemma rounds it to the table's dtype; its own float spares a wait for the device
+        # Gemma rounds the scale to the table's dtype; reading its Python float does not synchronize with the device
         scale = torch.tensor(embedding.scalar_embed_scale).to(embedding.weight.dtype).item()
     return 1.0 if scale is None else float(scale)
 
 
 def inserts_after_first(module: nn.Module) -> bool:
-    """Whether the model is an encoder whose first token is its summary."""
+    """Whether the model is an encoder that reads a summary from its first token."""
     return module.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_encoder_decoder(module) and not is_causal(module)
 
 
 def first_position(module: nn.Module) -> int:
-    """The position of the first token: padding_idx + 1 in RoBERTa and its kin, else 0."""
+    """The position of the first token: padding_idx + 1 in RoBERTa and its derivatives, else 0."""
     embeddings = getattr(module.base_model, "embeddings", None)
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else 0
 
@@ -63,27 +63,27 @@ def takes_position_ids(module: nn.Module) -> bool:
 
 
 def placeholder_ids(module: nn.Module) -> list[int]:
-    """The tokens in whose place a model puts features of images, videos or sound; without ids it knows them by their embedding."""
+    """The ids of tokens that a model replaces by features of images, video or audio; without ids it finds them by their embedding."""
     return [v for k, v in module.config.to_dict().items() if _PLACEHOLDER.match(k) and isinstance(v, int)]
 
 
 def is_multimodal(kwargs: dict) -> bool:
-    """Whether a call has more than text."""
+    """Whether a call has inputs other than text."""
     return any(value is not None and _MODALITY.match(name) for name, value in kwargs.items())
 
 
 def keeps_rope_deltas(module: nn.Module) -> bool:
-    """Whether a model works out positions of images from its ids, and where those are missing takes the shift of the call before."""
+    """Whether a model computes image positions from its ids and, without ids, reuses the shift of the previous call."""
     return hasattr(module.base_model, "rope_deltas")
 
 
 def has_position_table(module: nn.Module) -> bool:
-    """Whether positions are absolute."""
+    """Whether the model has absolute position embeddings."""
     return bool(_position_tables(module))
 
 
 def most_columns(module: nn.Module) -> int | None:
-    """The rows of the position table, or None where positions are computed."""
+    """The number of rows of the position table, or None if positions are computed."""
     if not any(isinstance(table, nn.Embedding) for table in _position_tables(module)):
         return None
     config = getattr(reader_of(module), "config", module.config)

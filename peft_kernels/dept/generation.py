@@ -1,4 +1,4 @@
-"""``generate`` of an adapted model."""
+"""``generate`` for models with a DePT adapter."""
 
 import inspect
 from dataclasses import dataclass
@@ -10,31 +10,31 @@ from ..hf.class_swap import Swapped
 from .hooks import GENERATION, cache_of
 from .insertion import positions_of
 
-# with these, transformers takes input_ids for all that a causal model has seen; None or False: off
+# options under which transformers assumes that a causal model has seen input_ids and nothing else; None or False: off
 _COUNT_INPUT_IDS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp", "token_healing")
-_EMBEDS_BY_ITSELF = ("florence2",)  # generate puts embeddings beside those that it is given
-_READ_INPUT_IDS = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # of the input; their values that do nothing
+_EMBEDS_BY_ITSELF = ("florence2",)  # generate adds embeddings to those it is given
+_READ_INPUT_IDS = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # the options' neutral values
 
 
 @dataclass
 class Generation:
-    """What the steps of one ``generate`` of a causal model have to know of its input; travels among their arguments."""
+    """State of one ``generate`` of a causal model, passed to each step as an argument."""
 
     delta: Tensor  # [K, s, d]
     adapter_ids: Tensor | None  # [B]
     offsets: Tensor | None  # [B]
-    unseen: int  # columns of the input that input_ids do not count, where it came as inputs_embeds
+    unseen: int  # input columns that input_ids lack, because the input came as inputs_embeds
 
     def expanded(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
-        """Adapters and offsets of ``rows`` beams or returned sequences: those of one input follow each other."""
+        """Adapters and offsets for ``rows`` beams or returned sequences; the rows of one input are adjacent."""
         return tuple(x if x is None else x.repeat_interleave(rows // x.shape[0]) for x in (self.adapter_ids, self.offsets))
 
 
 class DePTGenerationMixin(Swapped):
-    """Comes before the model's own class.
+    """The mixin that is put in front of the model's own class.
 
-    The input is embedded once, prompt included, and goes in as ``inputs_embeds``; every token of a causal model that follows gets the
-    update of its position, so that generating equals reading the whole sequence at once, as in training.
+    The input and the prompt are embedded once and passed as ``inputs_embeds``. Every token that a causal model generates gets the
+    update of its position, so that generation equals one forward over the whole sequence, as in training.
     """
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
@@ -63,7 +63,7 @@ class DePTGenerationMixin(Swapped):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, **kwargs):
-        """Processors that compare with the input get its tokens; transformers would hand them the embeddings in their place."""
+        """Give processors that compare with the input its tokens; transformers would pass the embeddings instead."""
         ids, embeddings = self.dept_hooks.given_to_generate.get() or (None, None)
         if ids is not None and embeddings is not None:
             if encoder_input_ids is embeddings:
@@ -90,12 +90,12 @@ class DePTGenerationMixin(Swapped):
         length = (ids if embeds is None else embeds).shape[1]
         inputs, _, selection, offsets = hooks.widened(kwargs if embeds is None else kwargs | {"input_ids": None})
         if hooks.takes_position_ids and hooks.first_position and inputs.get("position_ids") is None:
-            inputs["position_ids"] = positions_of(inputs["attention_mask"], hooks.first_position)  # transformers would start at 0
+            inputs["position_ids"] = positions_of(inputs["attention_mask"], hooks.first_position)  # transformers starts at 0
         kwargs = kwargs | inputs | settings.new_tokens(length)
         if ids is None:
             del kwargs["input_ids"]
         else:
-            kwargs["input_ids"] = ids  # beside inputs_embeds: for what looks at tokens, and to be returned
+            kwargs["input_ids"] = ids  # beside inputs_embeds: for code that reads tokens, and for the returned sequences
         unseen = length - (0 if ids is None else ids.shape[1])
         return kwargs | {GENERATION: Generation(selection.delta(), selection.adapter_ids, offsets, unseen)}
 
@@ -122,7 +122,7 @@ class DePTGenerationMixin(Swapped):
 
 
 class _Settings:
-    """Those of one ``generate``, as transformers looks for them."""
+    """Looks up the settings of one ``generate`` in transformers' order of precedence."""
 
     def __init__(self, kwargs, given, default):
         self._sources = [kwargs, vars(given) if given is not None else {}, vars(default)]
@@ -131,13 +131,13 @@ class _Settings:
         return next((source[name] for source in self._sources if source.get(name) is not None), None)
 
     def new_tokens(self, length: int) -> dict:
-        """``max_length`` and ``min_length`` count ``length`` tokens of input, as for the model without a prompt; transformers would count columns."""
+        """Convert ``max_length`` and ``min_length`` to new tokens: they count ``length`` input tokens, where transformers would count columns."""
         totals = {"max_new_tokens": self.get("max_length"), "min_new_tokens": self.get("min_length")}
         return {name: max(total - length, 0) for name, total in totals.items() if total and self.get(name) is None}
 
 
 def _mask_of(ids, embeds, settings):
-    """What transformers takes where no mask is given: the padding token is padding, unless it ends texts as well."""
+    """The mask that transformers infers where none is given: padding tokens are masked, unless the padding token is an end token."""
     if ids is None:
         return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")

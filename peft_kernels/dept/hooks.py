@@ -1,4 +1,4 @@
-"""What happens around the forward of an adapted module, and around ``generate``."""
+"""Hooks around the forward of an adapted module, also within ``generate``."""
 
 import inspect
 import sys
@@ -11,15 +11,15 @@ from . import family, probe, sequences
 from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
-GENERATION = "dept_generation"  # the argument by which forwards within generate know that the prompt is in
-_HAS_PROMPT = "_has_dept_prompt"  # an attribute of the caches of adapted forwards: others, such as prefix tuning's, cannot be continued
+GENERATION = "dept_generation"  # the argument that tells a forward within generate that the prompt is already inserted
+_HAS_PROMPT = "_has_dept_prompt"  # marks caches of adapted forwards; other caches, such as prefix tuning's, cannot be continued
 _FILL = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
 _WIDENED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "logits_to_keep", *_FILL}
 _OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_attn_")
 
 
 def cache_of(kwargs: dict):
-    """What continues an input; transformers 5.24 has renamed the argument, and takes both names."""
+    """The key/value cache among ``kwargs``, or None; transformers 5.24 renamed the argument and takes both names."""
     return next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
 
 
@@ -29,12 +29,12 @@ def _mark(cache):
 
 
 class Hooks:
-    """Forward hooks on the adapted module; bound methods, so that a deep copy of the model gets hooks of its own."""
+    """The forward hooks of an adapted module, as bound methods, so that a deep copy of the model gets its own."""
 
     def __init__(self, module: nn.Module, layer: DePTLayer):
         self.module, self.layer = module, layer
-        self.inserted = CallState()  # the insertion, from the hook before a forward to the one after it
-        self.given_to_generate = CallState()  # the tokens of its input and the embeddings made of them, within a generate
+        self.inserted = CallState()  # the insertion, from the forward's pre-hook to its post-hook
+        self.given_to_generate = CallState()  # within generate: the tokens of its input and their embeddings
         self.encoder_decoder = family.is_encoder_decoder(module)
         self.causal = family.is_causal(module)
         self.takes_position_ids = family.takes_position_ids(module)
@@ -43,7 +43,7 @@ class Hooks:
         self.most_columns = family.most_columns(module)
         self.argument_names = list(inspect.signature(module.forward).parameters)
         self.placeholders, self.keeps_rope_deltas = family.placeholder_ids(module), family.keeps_rope_deltas(module)
-        self.embeddings = CallState()  # (B, m + L, d), in place of what the model makes of the ids that it needs
+        self.embeddings = CallState()  # (B, m + L, d), replaces the embedding module's output for a model that needs ids
         self.handles = []
         self.read()
         self.handles += [
@@ -54,7 +54,7 @@ class Hooks:
         self.handles += [part.register_forward_pre_hook(self.before_part, with_kwargs=True) for part in parts]
 
     def read(self):
-        """Find out how the model reads its tokens, once there are weights to do it with."""
+        """Probe how the model reads its tokens, once its weights are loaded."""
         table = family.embedding_of(self.module)
         if table.weight.device.type != "meta" or hasattr(table, "_hf_hook"):
             self.layer.reading = probe.read(self.module, table)
@@ -62,7 +62,7 @@ class Hooks:
                 self.handles.append(self.layer.reading.table.register_forward_hook(self.replaced))
 
     def replaced(self, table, args, output):
-        """A model that pads its ids to a window has further columns."""
+        """Return the prepared embeddings in place of the table's output; keep further columns of a model that pads its ids to a window."""
         embeddings = self.embeddings.get()
         if embeddings is None:
             return None
@@ -85,7 +85,7 @@ class Hooks:
         if kwargs.get("encoder_outputs") is not None:
             return (), kwargs | self.encoded(kwargs)
         if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
-            return None  # the model says what is wrong with that
+            return None  # the model raises its own error
         cache = None if self.encoder_decoder else cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         if past:
@@ -104,7 +104,7 @@ class Hooks:
         return (), kwargs | inputs
 
     def before_part(self, part, args, kwargs):
-        """The model itself hands embeddings to its parts, or ids whose embeddings are at hand."""
+        """Refuse a submodule that is called by itself with ids; the model passes it embeddings, or ids whose embeddings are prepared."""
         if self.embeddings.get() is not None or probe.probing.get():
             return
         if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active():
@@ -123,10 +123,10 @@ class Hooks:
         return insertion.narrow(output)
 
     def widened(self, kwargs: dict) -> tuple[dict, Insertion, Selection, Tensor | None]:
-        """The inputs of a batch with its prompts: what to replace of ``kwargs``; where the prompts are; adapters; offsets.
+        """The inputs of a batch with its prompts: replacements for ``kwargs``, the positions of the prompts, the adapters, the offsets.
 
         Raises:
-            ValueError: an input that is too long, a mask that is not (B, L), or padding on the left where the prompt follows the first token.
+            ValueError: the input is too long, the mask is not (B, L), or padding is on the left and the prompt follows the first token.
         """
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         batch, length = (ids if ids is not None else embeds).shape[:2]
@@ -159,7 +159,7 @@ class Hooks:
         return inputs, insertion, selection, offsets
 
     def with_placeholders(self, kwargs: dict, insertion: Insertion, embeddings: Tensor) -> Tensor:
-        """``embeddings`` (B, m + L, d) without an update where features of an image take their place: until then, models look for their row."""
+        """``embeddings`` (B, m + L, d) without the update at image placeholders, which models find by comparing with the table's row."""
         if not self.placeholders or kwargs.get("input_ids") is None or not family.is_multimodal(kwargs):
             return embeddings
         ids = insertion.widen(kwargs["input_ids"], -1)
@@ -167,14 +167,14 @@ class Hooks:
         return torch.where(held[..., None], self.layer.reading.table(ids.clamp_min(0)).to(embeddings.dtype), embeddings)
 
     def plain_positions(self, kwargs: dict, past: int, embeddings: Tensor) -> dict:
-        """Those of text, for models that would take a shift from the call before."""
+        """Text positions, for models that would otherwise reuse the shift of the previous call."""
         if not self.keeps_rope_deltas or kwargs.get("position_ids") is not None:
             return {}
         batch, columns, _ = embeddings.shape
         return {"position_ids": torch.arange(past, past + columns, device=embeddings.device).expand(batch, -1)}
 
     def outputs_asked_for(self, kwargs: dict, insertion: Insertion) -> dict:
-        """Arguments of a model that has its head within: labels of tokens, and the tokens whose logits are wanted."""
+        """Arguments of a model that includes its head: token labels, and the tokens whose logits are kept."""
         inputs, labels, keep = {}, kwargs.get("labels"), kwargs.get("logits_to_keep")
         if labels is not None and self.module.can_generate():
             if self.causal and kwargs.get("num_items_in_batch") is not None:  # Trainer does not count the first token
@@ -187,19 +187,19 @@ class Hooks:
         return inputs
 
     def encoded(self, kwargs: dict) -> dict:
-        """The mask of what an adapted encoder has returned, where the user gives that of the tokens."""
+        """The mask of an adapted encoder's output, from the user's mask of the tokens."""
         states, mask = kwargs["encoder_outputs"][0], kwargs.get("attention_mask")
         if mask is None or mask.ndim != 2:
             return {}
         names = self.layer.row_adapters.get() or self.layer.active_adapters
         config = next(self.layer.configs[name] for name in names if name in self.layer.configs)
         length = states.shape[1] - config.num_virtual_tokens
-        if mask.shape[1] != length:  # generate has widened it
+        if mask.shape[1] != length:  # generate has already widened it
             return {}
         if config.num_virtual_tokens:
             selection = self.layer.select(states.shape[0])
             insertion = self.insertion(selection, length, self.offsets(selection, mask, length))
-        else:  # of as many columns, also within generate, where moving its padding once more changes nothing
+        else:  # no prompt: the width does not tell whether generate has moved the padding, but moving it twice changes nothing
             insertion = Insertion(0, length, False, rotation=leading_padding(mask) if config.position == "token" else None)
         return {"attention_mask": insertion.widen_mask(mask)}
 
@@ -232,9 +232,9 @@ class Hooks:
         return inputs
 
     def insertion(self, selection: Selection, length: int, offsets: Tensor | None) -> Insertion:
-        """Nothing masked may stand between what belongs together, because some models count columns.
+        """The place of the prompt in each row. No masked column may stand between prompt and tokens, because some models count columns.
 
-        A causal model keeps its padding in front, then come prompt and tokens. Others get their padding at the end, and with it the
+        A causal model keeps its padding in front of prompt and tokens. For other models padding moves to the end, and so does the
         masked prompt of a row without an adapter.
         """
         config = selection.config
@@ -254,7 +254,7 @@ class Hooks:
         return Insertion(config.num_virtual_tokens, length, after_first, used, rotation=None if self.causal else offsets, lead=lead)
 
     def counts_what_is_masked(self, selection: Selection, offsets: Tensor | None) -> bool:
-        """Whether the model needs positions because masked columns stand in front of what it should see; RoBERTa passes over padding itself."""
+        """Whether the model needs explicit positions because masked columns precede visible ones; RoBERTa skips padding itself."""
         return self.causal and self.takes_position_ids and (selection.has_base_rows or offsets is not None or self.first_position > 0)
 
     def offsets(self, selection: Selection, mask: Tensor | None, length: int) -> Tensor | None:
@@ -264,7 +264,7 @@ class Hooks:
             raise ValueError(
                 f"DePT: attention_mask must be (B, {length}), got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
             )
-        # on a GPU, looking would wait for the device
+        # reading the mask on a GPU would synchronize
         config = selection.config
         by_columns = config.insert_after_first and config.position == "padded"
         looks = by_columns and mask.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -286,7 +286,7 @@ class Hooks:
             )
 
     def check_arguments(self, kwargs, shape):
-        """Whatever else has a value for each token would be taken for the prompt's columns."""
+        """Refuse unknown arguments with a value per token: their columns would be misaligned with the prompt's."""
         for name, value in kwargs.items():
             known = name in _WIDENED or name.startswith(_OF_OTHER_TOKENS)
             if not known and isinstance(value, Tensor) and tuple(value.shape[:2]) == shape and shape[1] > 1:
@@ -296,7 +296,7 @@ class Hooks:
                 )
 
     def decoder_inputs(self, kwargs: dict) -> dict:
-        """Models that decode the shifted input where nothing else is given would look for it in input_ids."""
+        """Decoder inputs for models that decode the shifted ``input_ids`` by default, which ``inputs_embeds`` replace."""
         shift = getattr(sys.modules[type(self.module).__module__], "shift_tokens_right", None)
         if shift is None and hasattr(self.module, "qa_outputs"):  # T5 for question answering
             shift = getattr(self.module, "_shift_right", None)

@@ -1,4 +1,4 @@
-"""Where the prompt stands among the columns of a batch: widening what goes into a model, narrowing what comes out."""
+"""Insertion of prompt columns into a model's inputs, and their removal from its outputs."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from torch import Tensor
 class Insertion:
     virtual: int  # m
     length: int  # L
-    after_first: bool  # where the operator writes the prompt
-    used: Tensor | None = None  # [B] rows that have an adapter; None: all
-    rotation: Tensor | None = None  # [B] columns of padding that move from the front to the end
-    lead: Tensor | None = None  # [B] tokens in front of the prompt; None: as the operator writes them
+    after_first: bool  # whether the operator writes the prompt behind the first token
+    used: Tensor | None = None  # [B] whether a row has an adapter; None: all have
+    rotation: Tensor | None = None  # [B] padding columns that move from the front to the end
+    lead: Tensor | None = None  # [B] columns in front of the prompt; None: the operator's layout
 
     def widen(self, x: Tensor, fill: int) -> Tensor:
-        """(B, L) to (B, m + L)."""
+        """Widen (B, L) to (B, m + L) with ``fill`` in the prompt's columns."""
         return self._inserted(x, x.new_full((x.shape[0], self.virtual), fill))
 
     def widen_mask(self, mask: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class Insertion:
         return self._inserted(mask, seen if self.used is None else seen * self.used[:, None].to(seen.dtype))
 
     def widen_positions(self, positions: Tensor, first_position: int) -> Tensor:
-        """Prompt rows get positions of their own, tokens behind them move on."""
+        """Insert the prompt's positions and shift those of the tokens behind it."""
         first = int(self.after_first)
         batch = positions.shape[0] if self.used is None else self.used.shape[0]
         positions = positions.expand(batch, -1)
@@ -34,24 +34,24 @@ class Insertion:
         return self._inserted(torch.where(behind, self.shift(positions), positions), prompt.expand(batch, -1))
 
     def shift(self, positions: Tensor) -> Tensor:
-        """Positions of tokens behind the prompt."""
+        """Positions of tokens behind the prompt, moved by its length."""
         return positions + (self.virtual if self.used is None else self.virtual * self.used[:, None].to(positions.dtype))
 
     def rotate(self, x: Tensor) -> Tensor:
-        """(B, L, ...) with the padding in front moved to the end."""
+        """``x`` (B, L, ...) with leading padding moved to the end."""
         return x if self.rotation is None else _gather(x, (self._tokens(x) + self.rotation[:, None]) % self.length)
 
     def arrange(self, x: Tensor) -> Tensor:
-        """(B, m + L, ...) as the operator writes it, to the order in which the model reads it."""
+        """Reorder (B, m + L, ...) from the operator's layout to the model's."""
         if self.lead is None:
             return x
         first, lead = int(self.after_first), self.lead[:, None]
         columns = torch.arange(self.virtual + self.length, device=x.device)
-        written = torch.where(columns < first, columns, columns + self.virtual)  # where the operator has a token
+        written = torch.where(columns < first, columns, columns + self.virtual)  # a token's column in the operator's layout
         return _gather(x, torch.where(columns < lead, written, torch.where(columns < lead + self.virtual, first + columns - lead, columns)))
 
     def kept(self, keep: int | Tensor) -> int | Tensor:
-        """``logits_to_keep``, the last so many tokens (0: all) or some columns, among the columns with the prompt."""
+        """``logits_to_keep``, a number of last tokens (0: all) or a tensor of columns, counted with the prompt's columns."""
         if isinstance(keep, Tensor):
             if self.lead is not None or self.after_first:
                 raise ValueError("DePT: logits_to_keep must be a number where the prompt does not come first in every row, got a tensor of columns")
@@ -59,7 +59,7 @@ class Insertion:
         return 0 if keep >= self.length - int(self.after_first) else keep
 
     def narrow(self, value):
-        """Without the prompt's columns, in the user's order: per-token tensors (B, m + L, d), also within the tuples of an output."""
+        """Remove the prompt's columns and restore the user's order, in per-token tensors (B, m + L, d), also inside tuples."""
         if type(value) is tuple:
             return tuple(self.narrow(x) for x in value)
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != self.virtual + self.length:
@@ -87,10 +87,10 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def leading_padding(mask: Tensor) -> Tensor:
-    """(B,) columns before the first token."""
+    """The number of columns before the first token, (B,)."""
     return (mask.cumsum(1) == 0).sum(1)
 
 
 def positions_of(mask: Tensor, first_position: int = 0) -> Tensor:
-    """The position of every column, counting what the mask shows."""
+    """The position of every column, counting unmasked columns."""
     return (mask.long().cumsum(1) - 1).clamp_min(0) + first_position

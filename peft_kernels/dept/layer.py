@@ -1,4 +1,4 @@
-"""The parameters of all adapters, and the embeddings made with them."""
+"""The parameters of all adapters, and the embeddings computed from them."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ class Selection:
     """The adapters of one batch."""
 
     config: DePTConfig
-    prompt: Tensor  # [m, d], or [K, m, d] where rows differ in their adapter
+    prompt: Tensor  # [m, d], or [K, m, d] where rows have different adapters
     a: Tensor  # [(K,) s, r]
     b: Tensor  # [(K,) r, d]
-    adapter_ids: Tensor | None = None  # [B]; None: all rows have the one adapter
+    adapter_ids: Tensor | None = None  # [B]; None: all rows have the same adapter
     has_base_rows: bool = False
 
     def delta(self) -> Tensor:  # [K, s, d]
@@ -29,7 +29,7 @@ class Selection:
 
 
 class DePTLayer(AdapterLayer):
-    """Lives in the model as ``model.dept``. Wraps nothing: the model's embedding stays what it is, tied or not."""
+    """The layer at ``model.dept`` with the parameters of all adapters. It wraps nothing: the model's embedding is unchanged, tied or not."""
 
     method = "DePT"
     shared_in_batch = ("num_virtual_tokens", "r", "max_length", "scale", "position", "insert_after_first")
@@ -41,7 +41,7 @@ class DePTLayer(AdapterLayer):
         self.dept_prompt, self.dept_a, self.dept_b = AdapterParameters(), AdapterParameters(), AdapterParameters()
 
     def add(self, name: str, config: DePTConfig, *, empty: bool) -> None:
-        """A new adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), in float32 at least. ``empty``: on meta, to be loaded."""
+        """Add an adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), at least float32. ``empty``: on meta, loaded later."""
         embedding = self.get_base_layer()
         weight, width = embedding.weight, embedding.embedding_dim
         m, r, s = config.num_virtual_tokens, config.r, config.max_length
@@ -64,7 +64,7 @@ class DePTLayer(AdapterLayer):
         return family.embedding_of(self._module[0])
 
     def select(self, batch: int) -> Selection:
-        """The adapters for ``batch`` rows; ``chosen`` says what it raises."""
+        """The adapters for ``batch`` rows; raises as ``chosen`` does."""
         names, rows = self.chosen(batch)
         config, parameters = self.configs[names[0]], (self.dept_prompt, self.dept_a, self.dept_b)
         if rows is None:
@@ -73,7 +73,7 @@ class DePTLayer(AdapterLayer):
         return Selection(config, *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
 
     def embed(self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """(B, m + L, d): prompt and updated tokens, as the model takes them. ``inputs_embeds`` (B, L, d) are what it would take without a prompt."""
+        """Embeddings (B, m + L, d) of prompt and updated tokens for the model. ``inputs_embeds`` (B, L, d) are its inputs without a prompt."""
         divisor = self._later_scale(input_ids)
         if input_ids is not None:
             weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
@@ -96,7 +96,7 @@ class DePTLayer(AdapterLayer):
         )
 
     def embed_next(self, delta: Tensor, adapter_ids: Tensor | None, input_ids: Tensor, column: int, offsets: Tensor | None) -> Tensor:
-        """(B, q, d): tokens that follow others, the first of them in ``column`` of the input without its prompt. ``delta`` (K, s, d)."""
+        """Embeddings (B, q, d) of tokens that continue an input; the first has ``column``, not counting the prompt. ``delta`` is (K, s, d)."""
         divisor = self._later_scale(None)
         weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
         batch, new = input_ids.shape
@@ -111,11 +111,11 @@ class DePTLayer(AdapterLayer):
         return (factor * weight[ids].to(low_rank.dtype) + low_rank / divisor).to(weight.dtype)
 
     def _token_scale(self) -> float:
-        """The factor between what the embedding module returns and what the first layer reads."""
+        """The factor from the embedding module's output to the first layer's input."""
         return 1.0 if self.reading is None else self.reading.token_scale
 
     def _later_scale(self, input_ids: Tensor | None) -> float:
-        """What the model multiplies by, after the embeddings that it is given or, beside ids that it needs, makes itself."""
+        """The factor by which the model multiplies its embeddings: those it is given, or its own if it needs ids."""
         if self.reading is None:
             return 1.0
         return self.reading.token_scale if self.reading.by_ids and input_ids is not None else self.reading.input_scale

@@ -1,4 +1,4 @@
-"""The tuner: how PEFT puts adapters on a model and takes them off again."""
+"""The tuner, by which PEFT adds and removes DePT adapters."""
 
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from .layer import DePTLayer
 
 
 class DePTModel(AddedLayerTuner):
-    """No module is replaced: a layer with the parameters is added, and hooks widen the inputs."""
+    """PEFT's tuner for DePT. It replaces no module: it adds a layer with the parameters, and hooks that extend the inputs."""
 
     prefix = "dept_"
     tuner_layer_cls = DePTLayer
@@ -64,7 +64,7 @@ class DePTModel(AddedLayerTuner):
         del pretrained.dept, pretrained.dept_hooks
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses where prompt learning of PEFT lies on top: its prompt enters by a method that PEFT puts on what it wraps directly."""
+        """Generate; refused under PEFT's prompt learning, whose prompt enters by a method that PEFT puts only on the model it wraps directly."""
         outer: Any = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
         learned = isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning
         if learned and not (is_encoder_decoder(unwrapped(self.model)) and kwargs.get("inputs_embeds") is not None):
@@ -82,7 +82,7 @@ def _refuse_prompts_below(model):
 
 
 def _complete(config: DePTConfig, module: nn.Module) -> None:
-    """What depends on the model or on a tokenizer, written down: the saved configuration needs neither."""
+    """Fill in the fields that depend on the model or on a tokenizer, so that loading the configuration needs neither."""
     if config.insert_after_first is None:
         config.insert_after_first = family.inserts_after_first(module)
     if config.init_text is not None and config.init_token_ids is None and not config.inference_mode:

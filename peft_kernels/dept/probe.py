@@ -1,9 +1,9 @@
-"""How a model reads its tokens, found out by calling it.
+"""Probes how a model reads its tokens, by calling it.
 
-Whether a forward looks at ``input_ids`` for more than their embeddings, and whether it scales what it is given, stands in no
-configuration, and lists of names go stale. So ``get_peft_model`` calls the model with a handful of tokens: twice as a whole, once with
-``input_ids`` and once with their embeddings, and twice as far as the first layer. Nothing of the model is changed by that: modes and random
-numbers are put back. Weights on the meta device are probed at the first forward that has some.
+No configuration says whether a forward uses ``input_ids`` for more than their embeddings, or whether it scales its embeddings, and
+lists of names go stale. So ``get_peft_model`` calls the model with a handful of tokens: twice in full, once with ``input_ids`` and once
+with their embeddings, and twice up to the first layer. The model is not changed: training modes and the random state are restored. A
+model on the meta device is probed at the first forward after its weights are loaded.
 """
 
 import inspect
@@ -17,31 +17,32 @@ from ..hf.call_state import CallState
 from ..hf.peft_method import is_causal, is_encoder_decoder
 from .family import keeps_rope_deltas
 
-_ORDINARY = 4  # tokens of a probe that have no role
+_ORDINARY = 4  # tokens of a probe without a special role
 
-probing = CallState()  # True while a model is probed: hooks leave such calls alone
+probing = CallState()  # True while a model is probed: hooks skip such calls
 
 
 @dataclass
 class Reading:
-    """What the first layer gets is ``token_scale`` times the embedding module's output, or ``input_scale`` times ``inputs_embeds``."""
+    """The first layer's input is ``token_scale`` times the embedding module's output, or ``input_scale`` times ``inputs_embeds``."""
 
     table: nn.Embedding  # the module that looks input_ids up
     token_scale: float = 1.0
     input_scale: float = 1.0
-    by_ids: bool = False  # whether input_ids are read for more than their embeddings, and have to be there
-    filler: int = 0  # a token without a role, for the columns of the prompt
+    by_ids: bool = False  # whether input_ids are read for more than their embeddings and must be passed
+    filler: int = 0  # a token without a special role, for the prompt's columns
 
 
 class _Reached(Exception):
-    """The first layer has been reached: no need to go on."""
+    """Raised to stop the forward once the first layer is reached."""
 
 
 def read(module: nn.Module, table: nn.Embedding) -> Reading:
-    """``module`` is what gets the prompt, ``table`` its input embedding.
+    """Probe ``module``, which gets the prompt, with its input embedding ``table``.
 
     Raises:
-        ValueError: it cannot be called with tokens alone, does not use ``table``, or generates and looks at the tokens themselves.
+        ValueError: the module cannot be called with tokens alone, does not use ``table``, or is a decoder or an encoder-decoder that uses
+            ``input_ids`` for more than their embeddings.
     """
     what = type(module).__name__
     with _undisturbed(module, table):
@@ -84,7 +85,7 @@ def _undisturbed(module, table):
 
 
 def _tokens(module, table):
-    """(1, n) ids, those with a role that an encoder's forward may look for among them; and one without."""
+    """Ids (1, n), with the special ones that an encoder's forward may look for, and one id without a special role."""
     config = module.config
     roles = _roles(config.to_dict())
     ordinary = [i for i in range(table.num_embeddings) if i not in roles.values()][:_ORDINARY] or [0]
@@ -107,9 +108,9 @@ def _roles(settings: dict) -> dict[str, int]:
 
 
 def _call(module, table, *, reach=None, add=0.0, **inputs):
-    """The outputs of a forward; what every module without children took and gave; and the module that looked the ids up.
+    """The outputs of a forward, the input and output of every leaf module, and the module that looked up the ids.
 
-    ``add`` is added to the embeddings. ``reach(i, took, gave)`` sees each such call.
+    ``add`` is added to the embeddings. ``reach(i, took, gave)`` is called after each leaf module.
     """
     calls, used = [], []
 
@@ -143,7 +144,7 @@ def _call(module, table, *, reach=None, add=0.0, **inputs):
 def _arguments(module, input_ids=None, inputs_embeds=None):
     x = inputs_embeds if input_ids is None else input_ids
     names = inspect.signature(module.forward).parameters
-    given = {"input_ids": input_ids}  # None beside embeddings, as in every forward: some cannot be called without it
+    given = {"input_ids": input_ids}  # None beside embeddings: some forwards require the argument
     if inputs_embeds is not None:
         given["inputs_embeds"] = inputs_embeds.clone()  # CTRL scales it in place
     ones = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
@@ -154,7 +155,7 @@ def _arguments(module, input_ids=None, inputs_embeds=None):
 
 
 def _response(module, table, calls, step, input_ids=None, inputs_embeds=None) -> float:
-    """How much the input of the first module whose output changes does so, for a change of 1 of the embeddings."""
+    """The change in the input of the first module whose output changes, per unit change of the embeddings."""
     found = []
 
     def reach(i, took, gave):
@@ -176,13 +177,13 @@ def _response(module, table, calls, step, input_ids=None, inputs_embeds=None) ->
         return 1.0
     change = found[0]
     scale = change.median().item()
-    if scale <= 0 or (change - scale).abs().max() > 0.05 * scale:  # no sum any more: mixed, normalised
+    if scale <= 0 or (change - scale).abs().max() > 0.05 * scale:  # not a pure scale: mixed or normalised
         return 1.0
     return _exact(scale, module, change.shape[-1])
 
 
 def _exact(scale, module, width):
-    """A factor that was measured, as the model has it."""
+    """The exact value of a measured factor: the model's own setting within 1% of it, or else the measured value."""
     settings = [v for part in (module, module.base_model) for v in (*vars(part).values(), *part.config.to_dict().values())]
     known = [1.0, width**0.5, *(float(v) for v in settings if isinstance(v, float))]
     return next((v for v in known if abs(scale - v) <= 0.01 * scale), scale)

@@ -1,21 +1,21 @@
-"""Several sequences in one row, which a prompt in front of the row does not fit."""
+"""Refusal of rows that hold several sequences, each of which would need its own prompt."""
 
 import torch
 from torch import Tensor
 
-# what DataCollatorWithFlattening and continuous batching add to such rows; kernels without padding read the lengths
+# arguments that DataCollatorWithFlattening and continuous batching add for such rows; varlen attention kernels read them
 _ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens", "block_table")
 _REFUSED = "DePT: a row must hold one sequence, because each would need its own prompt, but {}"
 
 
 def check(kwargs: dict, mask: Tensor | None) -> None:
-    """Raises where a row holds several sequences.
+    """Check that every row holds one sequence.
 
-    Looking at positions that live on a GPU waits for it; only a user who gives them pays. In a graph of ``torch.compile`` an assertion
-    on the device looks.
+    Reading ``position_ids`` on a GPU synchronizes; this happens only if they are given. Under ``torch.compile`` the check is an
+    assertion on the device.
 
     Raises:
-        ValueError: arguments that describe several sequences, or positions that start again.
+        ValueError: an argument describes several sequences, or positions start again within a row.
     """
     if given := [name for name in _ARGUMENTS if kwargs.get(name) is not None]:
         raise ValueError(_REFUSED.format(f"{', '.join(given)} {'describes' if len(given) == 1 else 'describe'} several"))
@@ -31,10 +31,10 @@ def check(kwargs: dict, mask: Tensor | None) -> None:
 
 
 def _follow(positions, mask):
-    """(B, L) whether a token stands behind every one before it. Without a mask, transformers takes a gap for the end of a sequence as well."""
+    """Whether each token's position exceeds all earlier ones. Without a mask it must rise by 1: to transformers, a gap ends a sequence too."""
     if mask is None:
         return positions.diff(dim=1) == 1
     seen = mask.bool()
     least = positions.min() - 1
-    before = torch.where(seen, positions, least).cummax(1).values[:, :-1]  # of the tokens so far
+    before = torch.where(seen, positions, least).cummax(1).values[:, :-1]  # the largest so far
     return (positions[:, 1:] > before) | ~seen[:, 1:]

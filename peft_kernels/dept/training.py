@@ -1,4 +1,4 @@
-"""Two learning rates."""
+"""Optimizer groups with separate learning rates for prompts and low-rank updates."""
 
 from torch import nn
 
@@ -6,22 +6,22 @@ from torch import nn
 def param_groups(
     model: nn.Module, lr_prompt: float = 0.3, lr_low_rank: float = 5e-4, weight_decay: float = 0.0, lr_head: float | None = None
 ) -> list[dict]:
-    """Optimizer groups of what is trainable in ``model``: the prompts; A and B; and the rest, the head of a classification model.
+    """Optimizer groups for the trainable parameters of ``model``: prompts, A and B, and the rest (the head of a classification model).
 
-    ``Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": param_groups(model), "lr": 5e-4}))``, or
-    ``Seq2SeqTrainer(..., optimizers=(torch.optim.AdamW(param_groups(model)), None))``, which knows no other way. The paper trains T5 with
-    AdamW, a prompt rate of 0.3 to 0.4, a low-rank rate of 1e-4 to 5e-3 and no weight decay. Encoders such as BERT, whose embeddings
-    are a hundred times smaller, want rates smaller by as much.
+    Use them with ``Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": param_groups(model), "lr": 5e-4}))``, or with
+    ``Seq2SeqTrainer(..., optimizers=(torch.optim.AdamW(param_groups(model)), None))``, which lacks the former argument. The paper trains
+    T5 with AdamW, a prompt rate of 0.3 to 0.4, a low-rank rate of 1e-4 to 5e-3 and no weight decay. Encoders such as BERT, whose
+    embeddings are a hundred times smaller, need rates that are a hundred times smaller.
 
     Args:
-        model: one with a DePT adapter.
-        lr_prompt: rate of the prompts.
-        lr_low_rank: rate of A and B.
-        weight_decay: of all groups.
-        lr_head: rate of the rest; None: that of A and B.
+        model: a model with a DePT adapter.
+        lr_prompt: learning rate of the prompts.
+        lr_low_rank: learning rate of A and B.
+        weight_decay: weight decay of all groups.
+        lr_head: learning rate of the rest; None: ``lr_low_rank``.
 
     Raises:
-        ValueError: nothing of DePT in ``model`` is trainable.
+        ValueError: ``model`` has no trainable DePT adapter.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": [], "head": []}

@@ -1,1 +1,1 @@
-"""What the methods share about transformers and PEFT."""
+"""Code about transformers and PEFT that the methods share."""

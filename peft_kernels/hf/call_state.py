@@ -1,13 +1,13 @@
-"""A value that the hooks of one forward hand to each other."""
+"""A value that the hooks of one forward pass to each other."""
 
 import threading
 
 
 class CallState:
-    """One value for each thread, None at first: forwards of one model in several threads do not meet.
+    """One value per thread, initially None, so that concurrent forwards of one model do not interfere.
 
-    Copies and pickles begin with None, because no forward is under way in them. The value lies in a plain ``threading.local``, which
-    ``torch.compile`` traces; a context variable breaks its graph, and from a subclass of ``threading.local`` it reads stale values.
+    Copies and pickles start with None, because no forward is running in them. The value lives in a plain ``threading.local``, which
+    ``torch.compile`` traces; a context variable breaks its graph, and a subclass of ``threading.local`` is traced with stale values.
     """
 
     def __init__(self):

@@ -1,7 +1,7 @@
-"""Behaviour put onto one object of a class, and taken off again.
+"""Mixins that are put onto one object and taken off again.
 
-The object gets a class made for it, which comes before its own and passes for it: transformers looks at names, modules and bases. Several
-mixins lie on one object in the order in which they were put on, and come off in any order, also where others have changed the class since
+The object gets a derived class with the name and module of its own class, because transformers inspects names, modules and bases. Several
+mixins stack in the order in which they were put on and come off in any order, even if other code has changed the class in between
 (FSDP2 derives a class of its own).
 """
 
@@ -10,7 +10,7 @@ from types import MethodType
 
 
 class Swapped:
-    """Base of what is put on. Copies and pickles keep it: the class is made again from its parts."""
+    """Base class of the mixins. Copies and pickles keep the mixins: the derived class is rebuilt from its parts."""
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
@@ -18,10 +18,10 @@ class Swapped:
 
 
 def put_on(thing: object, mixin: type[Swapped]) -> None:
-    """``mixin`` comes before everything else that ``thing`` has.
+    """Put ``mixin`` in front of the class of ``thing`` and of all its mixins.
 
     Raises:
-        RuntimeError: it is on already.
+        RuntimeError: ``mixin`` is already on ``thing``.
     """
     if isinstance(thing, mixin):
         raise RuntimeError(f"{mixin.__name__} is on {type(thing).__name__} already")
@@ -30,7 +30,7 @@ def put_on(thing: object, mixin: type[Swapped]) -> None:
 
 
 def take_off(thing: object, mixin: type[Swapped]) -> None:
-    """Whatever else was put on, before or after, stays.
+    """Take ``mixin`` off ``thing``; mixins that were put on before or after it stay.
 
     Raises:
         RuntimeError: ``mixin`` is not on ``thing``.
@@ -41,7 +41,7 @@ def take_off(thing: object, mixin: type[Swapped]) -> None:
 
 
 def _parts(cls):
-    """The class as it was, and what was put onto it."""
+    """The original class, and the mixins that were put onto it."""
     return cls.__dict__.get("_swapped_from", (cls, ()))
 
 
@@ -60,7 +60,7 @@ def _without(cls, mixin):
     stock, mixins = _parts(cls)
     if mixins:
         return _swapped(_without(stock, mixin), tuple(m for m in mixins if m is not mixin))
-    # derived by others from a class of ours: derived again, without what a base has put into its subclass by wrapping the mixin's method
+    # other code derived a class from ours: derive it again, without methods that a base put into it by wrapping the mixin's
     names = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__") and not _wraps_inherited(cls, k, v)}
     return type(cls)(cls.__name__, tuple(_without(base, mixin) for base in cls.__bases__), names)
 
@@ -71,7 +71,7 @@ def _wraps_inherited(cls, name, value):
 
 
 def _change(thing, cls):
-    """Bound methods that others keep on ``thing`` (accelerate keeps ``forward``) become those of the new class."""
+    """Change the class of ``thing`` and rebind methods that other code stores on it (accelerate stores ``forward``)."""
     before, thing.__class__ = type(thing), cls
     for name, value in vars(thing).items():
         if isinstance(value, MethodType) and value.__self__ is thing and value.__func__ is getattr(before, value.__name__, None):

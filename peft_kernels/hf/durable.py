@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to disk, then renamed."""
+"""Atomic file writes: to a temporary file in the same folder, flushed to disk, then renamed."""
 
 import os
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from uuid import uuid4
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` makes a file at the path that it is given; that file then takes the place of ``path``. Processes may do this at once.
+    """Replace ``path`` atomically with the file that ``write`` creates at the path it is given. Safe with concurrent processes.
 
-    A stopped run, even one of a machine that loses power, leaves the file of before or the new one.
+    An interruption, even a loss of power, leaves either the old file or the new one.
     """
     part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")
     try:
@@ -20,7 +20,7 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    with suppress(OSError):  # some file systems have no such call for folders
+    with suppress(OSError):  # some file systems cannot fsync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -29,10 +29,10 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_writable(what: str, path: Path) -> None:
-    """Makes the folder of ``path``.
+    """Create the folder of ``path`` and check that a file can be written in it.
 
     Raises:
-        ValueError: no file can be written there.
+        ValueError: it cannot.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

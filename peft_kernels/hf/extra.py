@@ -1,4 +1,4 @@
-"""The packages of the extra ``hf``, which the methods need and the operators do not."""
+"""The packages of the extra ``hf``, which the methods need but the operators do not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ PACKAGES = ("transformers", "peft", "safetensors", "numpy", "filelock")
 
 @contextmanager
 def needed_by(method: str) -> Iterator[None]:
-    """Around the imports of a method.
+    """Context for the imports of a method, with a helpful error where a package is missing.
 
     Raises:
-        ImportError: one of PACKAGES is not installed; names the command that installs them.
+        ImportError: one of PACKAGES is not installed; the message names the command that installs them.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A digest of all that features of a frozen model depend on, and of nothing else."""
+"""A digest of everything that the features of a frozen model depend on, and of nothing else."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-# children of a base model that read its last hidden state and that nothing of it reads; where a checkpoint lacks them they are random
+# children of a base model that read its last hidden state and whose output the base does not read; random if the checkpoint lacks them
 UNREAD = ("pooler", "contact_head")
-# what a configuration says of files, of heads that are not asked, and of the form of the output
+# settings about files, unused heads and the output format
 NO_PART_OF_A_FORWARD = {
     "_name_or_path", "architectures", "base_model_name_or_path", "dtype", "id2label", "inference_mode", "label2id", "num_labels", "output_attentions",
     "output_hidden_states", "peft_version", "problem_type", "return_dict", "revision", "task_specific_params", "torch_dtype", "transformers_version",
@@ -25,33 +25,34 @@ WORKERS = 4
 
 
 def fingerprint(runs: nn.Module, base: nn.Module, inputs) -> str:
-    """The key of the features that ``base`` gives when ``runs``, itself or a model around it, reads ``inputs``.
+    """The cache key of the features that ``base`` computes when ``runs``, which is ``base`` or a model around it, reads ``inputs``.
 
-    Every element of every weight and buffer, the configuration, the adapters that take part and whether they are merged, autocast, and
-    ``inputs``, which json can write. Left out: versions and paths, adapters that are off, and a pooler, which no feature depends on.
+    It covers every element of every weight and buffer, the configuration, the active adapters and whether they are merged, autocast,
+    and ``inputs``, which must be JSON-serializable. It leaves out versions, paths, inactive adapters, and a pooler, on which no feature
+    depends.
 
     Raises:
-        ValueError: a weight without values (on ``meta``, where nothing says where it is offloaded to).
+        ValueError: a weight has no values (it is on ``meta``, and no hook says where it is offloaded).
     """
     unread = {id(child) for name in UNREAD if (child := getattr(base, name, None)) is not None}
     device = next((x.device.type for x in runs.parameters() if not x.is_meta), "cpu")
     facts = [type(runs).__name__, _plain(runs.config.to_dict()), _autocast(device), inputs]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    with ThreadPoolExecutor(WORKERS) as pool:  # hashlib lets other threads run
+    with ThreadPoolExecutor(WORKERS) as pool:  # hashlib releases the GIL
         for part in pool.map(_digest_of, _parts(runs, "", unread, set())):
             digest.update(part)
     return digest.hexdigest()
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
-    """Of names, shapes, dtypes and every element."""
+    """A digest of names, shapes, dtypes and every element."""
     return hashlib.sha256(b"".join(_digest_of((name, x)) for name, x in sorted(tensors.items()))).hexdigest()
 
 
 def _digest_of(part: tuple[str, Tensor | str | Callable[[], Tensor]]) -> bytes:
     name, x = part
     x = x() if callable(x) and not isinstance(x, Tensor) else x
-    # the fastest of hashlib's where the processor has instructions for it; nobody forges weights here
+    # the fastest of hashlib where the CPU has SHA instructions; collision attacks do not matter here
     if isinstance(x, str):
         return hashlib.sha1(f"{name} {x}".encode(), usedforsecurity=False).digest()
     if hasattr(x, "__tensor_flatten__"):  # quantised weights, shards
@@ -63,7 +64,7 @@ def _digest_of(part: tuple[str, Tensor | str | Callable[[], Tensor]]) -> bytes:
 
 
 def _parts(module: nn.Module, prefix: str, skipped: set[int], seen: set[int]) -> Iterator[tuple[str, str | Callable[[], Tensor]]]:
-    """Names with tensors, each tensor once; and names of adapted modules with the state of their adapters."""
+    """Pairs of names and tensors, each tensor once, and pairs of adapted modules' names and their adapters' state."""
     if id(module) in skipped:
         return
     off = set()
@@ -87,7 +88,7 @@ def _parts(module: nn.Module, prefix: str, skipped: set[int], seen: set[int]) ->
 
 
 def _adapters_of(layer) -> tuple[dict, set[str]]:
-    """What the adapters of a layer do besides their weights; and those that do nothing."""
+    """The state of a layer's active adapters besides their weights, and the names of its inactive ones."""
     merged = list(getattr(layer, "merged_adapters", []))
     disabled = bool(layer.disable_adapters)
     live = [*merged, *(name for name in ([] if disabled else layer.active_adapters) if name not in merged)]
@@ -105,7 +106,7 @@ def _adapters_of(layer) -> tuple[dict, set[str]]:
 
 
 def _values(module: nn.Module, path: str, name: str, x: Tensor) -> Tensor:
-    """Of a weight that accelerate has offloaded, the values that its hook keeps."""
+    """The values of ``x``; for a weight that accelerate has offloaded, those that its hook stores."""
     if not x.is_meta:
         return x
     hook = getattr(module, "_hf_hook", None)
@@ -121,7 +122,7 @@ def _autocast(device: str) -> str | None:
 
 
 def _plain(x):
-    """``x`` as json writes it, the same in every process."""
+    """``x`` in a form that json writes, identical in every process."""
     if isinstance(x, PeftConfig):
         x = x.to_dict()
     if isinstance(x, dict):

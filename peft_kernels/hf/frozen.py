@@ -1,4 +1,4 @@
-"""What the methods on frozen features ask of a user's model, texts and labels."""
+"""Checks of a user's model, texts and labels for the methods on frozen features."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from .peft_method import check_pretrained
 
 Default = TypeVar("Default")
-UNLIMITED = 10**6  # a tokenizer without a limit names a huge number
+UNLIMITED = 10**6  # a tokenizer without a limit reports a huge number
 
 
 def frozen_model(method: str, model: nn.Module) -> Any:
-    """The transformers model that runs, with the adapters that are active in it: without what PEFT or ``torch.compile`` puts around.
+    """The transformers model inside wrappers of PEFT or ``torch.compile``, with the adapters that are active in it.
 
     Raises:
-        TypeError: no model of transformers. ValueError: adapters that add tokens, or that work from around the model.
+        TypeError: there is no transformers model. ValueError: an adapter adds tokens, or works in the wrapper instead of the model.
     """
     while True:
         if isinstance(model, PeftModel | PeftMixedModel):
@@ -40,13 +40,13 @@ def frozen_model(method: str, model: nn.Module) -> Any:
 
 
 def strings(method: str, argument: str, values, *, pairs: bool = False) -> list:
-    """A list of strings, or with ``pairs`` one of pairs of strings as tuples, of any iterable that has an order.
+    """A list of strings from any ordered iterable; with ``pairs`` also a list of pairs of strings, as tuples.
 
     Raises:
-        TypeError: one string, a mapping, a set, a table; or an element that is no string.
+        TypeError: ``values`` is one string, a mapping, a set or a table, or an element is not a string.
     """
     expected = f"{method}: {argument} must be a sequence of strings{' or of pairs of strings' if pairs else ''}"
-    dimensions = (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)  # a table of pandas has two, and gives the names of its columns
+    dimensions = (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)  # a pandas table has two, and iterates over column names
     if not ordered(values) or getattr(values, "ndim", 1) not in dimensions:
         raise TypeError(f"{expected}, got {'one string' if isinstance(values, str) else type(values).__name__}")
     found = list(values)
@@ -58,7 +58,7 @@ def strings(method: str, argument: str, values, *, pairs: bool = False) -> list:
 
 
 def ordered(values) -> bool:
-    """Whether elements come out one after the other and in an order that means something."""
+    """Whether ``values`` is an iterable whose order is meaningful."""
     return isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
 
 
@@ -67,24 +67,24 @@ def _is_pair(x) -> bool:
 
 
 def max_length_of(model, tokenizer, default: Default) -> int | Default:
-    """Tokens of a text that both the tokenizer and the table of positions allow; ``default`` where neither has a limit."""
+    """The most tokens that both the tokenizer and the position table allow; ``default`` if neither has a limit."""
     limits = [n for n in (tokenizer.model_max_length,) if n < UNLIMITED]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions > 0:
         embeddings = getattr(model.base_model, "embeddings", None)
-        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its kin count from padding_idx + 1
+        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its derivatives count from padding_idx + 1
         limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
     return min(limits, default=default)
 
 
 def padded_behind(attention_mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The mask and others of (B, S), tokens first, in their order, and padding behind: so positions are counted from the first token."""
+    """The mask and other (B, S) tensors with padding moved behind the tokens, so that positions count from the first token."""
     order = (attention_mask != 0).int().sort(dim=1, descending=True, stable=True).indices
     return tuple(x if x is None else x.gather(1, order) for x in (attention_mask, *tensors))
 
 
 def whole(method: str, argument: str, value, least: int) -> int:
-    """An integer of at least ``least``, whoever's integer it is."""
+    """``value`` as an int of at least ``least``; any integer type is accepted."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{method}: {argument} must be an integer of at least {least}, got {value!r}")
     if value.__index__() < least:
@@ -93,10 +93,10 @@ def whole(method: str, argument: str, value, least: int) -> int:
 
 
 def class_indices(method: str, labels) -> list[int]:
-    """Labels of texts as integers.
+    """The labels of texts as ints.
 
     Raises:
-        ValueError: not one whole number a text, as floats with a fraction, names, or rows of one-hot vectors.
+        ValueError: a label is not a whole number: a float with a fraction, a name, or a one-hot row.
     """
     values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels if hasattr(labels, "__array__") else list(labels))
     expected = f"{method}: labels must be one class index for each text"
@@ -111,7 +111,7 @@ def class_indices(method: str, labels) -> list[int]:
 
 
 def check_labels(method: str, labels: Tensor, rows: int, classes: int) -> Tensor:
-    """(rows,) int64. Values are looked at on the CPU alone, because elsewhere that would wait for the device, and not in a graph."""
+    """``labels`` as (rows,) int64. Values are checked only on a CPU, because on a GPU that would synchronize, and not in a graph."""
     if labels.shape != (rows,):
         raise ValueError(f"{method}: labels must be ({rows},), one class index for each row, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -122,13 +122,13 @@ def check_labels(method: str, labels: Tensor, rows: int, classes: int) -> Tensor
     return labels.long()
 
 
-_evaluated: dict[int, tuple[int, list[nn.Module]]] = {}  # by model: how many calls keep it in eval mode, and what was in training before
+_evaluated: dict[int, tuple[int, list[nn.Module]]] = {}  # by model: calls that keep it in eval mode, modules that were in training
 _lock = threading.Lock()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode; the mode of every module comes back when the last of all threads has left."""
+    """Context with ``model`` in eval mode; when the last thread leaves, every module's mode is restored."""
     key = id(model)
     with _lock:
         calls, training = _evaluated.get(key, (0, None))

@@ -14,28 +14,28 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 
 
 def cache_of(kwargs: dict):
-    """The key/value cache among the keyword arguments of a forward or of ``generate``; None where there is none.
+    """The key/value cache among the keyword arguments of a forward or of ``generate``; None if there is none.
 
-    Every version takes the older name from its callers.
+    Every version accepts the older name from its callers.
     """
     cache = kwargs.get(CACHE)
     return kwargs.get("past_key_values") if cache is None else cache
 
 
 def has_row_adapters(model: nn.Module) -> bool:
-    """Whether PEFT is running ``model`` with ``adapter_names=``: each layer then takes as many rows as there are names.
+    """Whether PEFT is running ``model`` with ``adapter_names=``: each layer then expects one row per name.
 
-    PEFT binds the names to forward pre-hooks on its layers for the time of the call.
+    PEFT binds the names to forward pre-hooks on its layers for the duration of the call.
     """
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return any(isinstance(hook, partial) and "adapter_names" in hook.keywords for hook in hooks)
 
 
 def check_version(caller: str) -> None:
-    """Raise where transformers is outside of the tested range.
+    """Check that transformers is within the tested range.
 
     Raises:
-        ImportError: with the range, the version that is installed, and the way out.
+        ImportError: it is not; the message names the range, the installed version and the fix.
     """
     oldest, newest = TESTED
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])

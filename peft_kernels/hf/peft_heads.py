@@ -1,4 +1,4 @@
-"""The modules that are trained and saved beside an adapter, above all the head of the task: which they are, and whose a row of a batch uses."""
+"""The modules that are trained and saved beside an adapter, above all the task head: their choice, and their use per row of a batch."""
 
 import torch
 from peft import PeftConfig, TaskType
@@ -14,19 +14,19 @@ _TASKS_WITH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS
 
 
 def add_heads(config: PeftConfig, model: nn.Module) -> None:
-    """Write the head of the task into ``modules_to_save``. PEFT's own rule knows some names of heads alone."""
+    """Add the task head to ``modules_to_save``. PEFT's own rule knows only some names of heads."""
     if config.task_type in _TASKS_WITH_HEADS:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *_heads(model)]))
 
 
 def _heads(model):
-    """The children of ``model`` that its base does not hold, and a pooler that the checkpoint did not have.
+    """The names of the children of ``model`` outside its base, and of a pooler that the checkpoint lacks.
 
-    Of several, those that a checkpoint has filled keep its values: ModernBERT's was trained with the base.
+    Those that the checkpoint has filled are left out if it lacks others: ModernBERT's was trained with the base.
     """
     base, embedding = model.base_model, model.get_input_embeddings()
     heads = {name: child for name, child in model.named_children() if child is not base and _has_parameters(child)}
-    if base is model:  # no child is the whole base: T5 for question answering
+    if base is model:  # the base is not a child: T5 for question answering
         heads = {name: child for name, child in heads.items() if not _is_body(child, embedding)}
     fresh = [name for name, head in heads.items() if not _is_loaded(head)]
     pooler = getattr(base, "pooler", None)
@@ -45,22 +45,22 @@ def _is_body(module, embedding):
 
 
 def _is_loaded(module):
-    """Whether ``from_pretrained`` found all parameters; transformers marks what it found."""
+    """Whether ``from_pretrained`` loaded all parameters; transformers marks those it loads."""
     module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
     return all(getattr(p, "_is_hf_initialized", False) for p in module.parameters())
 
 
 class RowWise(Swapped):
-    """On PEFT's wrappers of such modules: the rows of a mixed batch go through the modules of their own adapters.
+    """Mixin for PEFT's wrappers of such modules: each row of a mixed batch goes through the module of its own adapter.
 
-    PEFT's way to do so knows linear layers and embeddings alone, and keeps the names in hooks on the module, which threads share.
+    PEFT's own implementation knows only linear layers and embeddings, and keeps the names in hooks on the module, which threads share.
 
-    A method of PEFT above ours switches all wrappers to its adapter, and leaves those without a module for it to the base. Here they stay with
-    the adapter that is active below, and a module that the method above adds is used at once.
+    A PEFT method above ours switches all wrappers to its adapter; a wrapper without a module for that adapter then falls back to the base
+    module. With this mixin such a wrapper stays with the active adapter below, and a module that the method above adds is used at once.
     """
 
-    layer: tuple  # of the AdapterLayer beside which the module is trained; in a tuple, so that it is no submodule
-    asked_for: tuple[str, ...] = ()  # the adapters that were to become active last, whether the module has them or not
+    layer: tuple  # holds the AdapterLayer beside which the module is trained; a tuple, so that it is not a submodule
+    asked_for: tuple[str, ...] = ()  # the last requested active adapters, whether the module has them or not
 
     @property
     def active_adapters(self):
@@ -84,17 +84,17 @@ class RowWise(Swapped):
         if names is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
         used = list(dict.fromkeys(names))
-        # each takes all rows: which of the arguments have rows is not known here
+        # each module gets all rows, because it is unknown which arguments have rows
         outputs = [self._of(name)(*args, **kwargs) for name in used]
         if len(used) == 1:
             return outputs[0]
         outputs = torch.stack([self._with_rows(output, len(names)) for output in outputs])
         rows = torch.tensor([used.index(name) for name in names], device=outputs.device)
-        rows = rows.repeat_interleave(outputs.shape[1] // len(names))  # beams of a row follow each other
+        rows = rows.repeat_interleave(outputs.shape[1] // len(names))  # the beams of a row are adjacent
         return outputs[rows, torch.arange(len(rows), device=rows.device)]
 
     def _with_rows(self, output, batch):
-        if isinstance(output, Tensor) and output.ndim and output.shape[0] == 1:  # one for all, as of positions
+        if isinstance(output, Tensor) and output.ndim and output.shape[0] == 1:  # one row for all, as for positions
             return output.expand(batch, *output.shape[1:])
         if isinstance(output, Tensor) and output.ndim and output.shape[0] % batch == 0:
             return output
@@ -104,12 +104,12 @@ class RowWise(Swapped):
         )
 
     def _of(self, name):
-        """The module of one adapter, or the base's."""
+        """The module of the adapter ``name``, or the base's."""
         return self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: SIM401  a ModuleDict has no get
 
 
 def follow(model: nn.Module, layer: BaseTunerLayer) -> None:
-    """Let all wrapped modules of ``model`` heed the adapters of ``layer``, and those of each row."""
+    """Make all wrapped modules of ``model`` follow the active adapters of ``layer``, and the adapter of each row."""
     for wrapper in [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]:
         wrapper.layer = (layer,)
         if not isinstance(wrapper, RowWise):
@@ -117,10 +117,10 @@ def follow(model: nn.Module, layer: BaseTunerLayer) -> None:
 
 
 def refuse_when_run_again(model: nn.Module) -> None:
-    """A wrapped module of a checkpointed layer runs again in the backward pass, when nobody knows any more whose the rows are.
+    """Refuse a wrapped module in a checkpointed layer: it runs again in the backward pass, when the adapters of the rows are unknown.
 
     Raises:
-        ValueError: there is one.
+        ValueError: ``model`` has such a module.
     """
     checkpointed = {n: m for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training}
     if found := [n for n, m in checkpointed.items() if any(isinstance(part, ModulesToSaveWrapper) for part in m.modules())]:

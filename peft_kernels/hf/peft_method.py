@@ -1,4 +1,4 @@
-"""What the methods share as methods of PEFT: a place among its types, a layer with parameters, a tuner that adds that layer."""
+"""Base classes for methods of PEFT: registration of a type, a layer with the parameters, a tuner that adds the layer."""
 
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +16,7 @@ from .peft_heads import BASE, add_heads, follow, refuse_when_run_again
 
 
 def peft_type(name: str) -> PeftType:
-    """A member of ``PeftType``; added if PEFT has none of that name, because PEFT registers methods of its own enumeration only."""
+    """The member ``name`` of ``PeftType``, added if it is missing: PEFT only registers methods that its enumeration has."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
@@ -28,7 +28,7 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(kind: PeftType, config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
-    """Let ``get_peft_model`` and ``PeftModel.from_pretrained`` find the method; once per process."""
+    """Register the method with ``get_peft_model`` and ``PeftModel.from_pretrained``, once per process."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -36,7 +36,7 @@ def register(kind: PeftType, config: type[PeftConfig], tuner: type[BaseTuner]) -
 
 
 def check_pretrained(method: str, model: nn.Module) -> None:
-    """Raises where ``model`` is not one of transformers, or does not read tokens."""
+    """Raise an error unless ``model`` is a transformers model that reads tokens."""
     what = type(model).__name__
     if not hasattr(model, "base_model") or not hasattr(model, "can_generate"):
         raise TypeError(f"{method}: model must be a transformers PreTrainedModel, got {what}")
@@ -49,7 +49,7 @@ def check_pretrained(method: str, model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model of transformers below other methods of PEFT, also while one is put on, when ``peft_config`` may name the one above."""
+    """The transformers model below other methods of PEFT, also while one is being added and ``peft_config`` may name the one above."""
     while isinstance(model, PeftModel):
         below = model.base_model
         model = below if isinstance(below, (PeftModel, PreTrainedModel)) else below.model
@@ -57,7 +57,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def freeze(model: nn.Module) -> None:
-    """Before there is a tuner layer: PEFT keeps what it finds beside one. Another method's stays as trainable as it is."""
+    """Freeze ``model`` before its first tuner layer is added. If it has one, nothing changes: another method's parameters stay trainable."""
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         model.requires_grad_(False)
 
@@ -67,7 +67,7 @@ def is_encoder_decoder(module: nn.Module) -> bool:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether tokens see only what is before them: a decoder without encoder, with whatever head."""
+    """Whether tokens attend only to earlier ones: a decoder without encoder, with any head."""
     kind = module.config.model_type
     return not is_encoder_decoder(module) and (
         module.can_generate()
@@ -77,44 +77,44 @@ def is_causal(module: nn.Module) -> bool:
 
 
 class AdapterParameters(nn.ParameterDict):
-    """Those of each adapter, by its name. They are read by a call, around which accelerate and FSDP bring in what they keep elsewhere."""
+    """Parameters by adapter name. They are read by a call, so that hooks of accelerate and FSDP can load offloaded or sharded ones."""
 
-    __call__ = nn.Module.__call__  # a ParameterDict refuses
+    __call__ = nn.Module.__call__  # ParameterDict's own raises
 
     def forward(self, name: str) -> nn.Parameter:
         return self[name]
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """The parameters of all adapters; wraps nothing, and lives beside the module that it is made for."""
+    """The parameters of all adapters; it wraps no module and lives beside the one it is made for."""
 
-    method: str  # as errors call it
-    shared_in_batch: tuple[str, ...]  # the fields of the configuration in which adapters of one batch agree
+    method: str  # its name in error messages
+    shared_in_batch: tuple[str, ...]  # the configuration fields on which adapters of one batch must agree
     other_param_names = ("configs",)
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self._module = (module,)  # in a tuple, so that it is no submodule
+        self._module = (module,)  # in a tuple, so that it is not a submodule
         self.configs: dict[str, PeftConfig] = {}
-        self.row_adapters = CallState()  # the names of the adapters of the rows of the batch at hand
+        self.row_adapters = CallState()  # the adapter names of the current batch's rows
 
     def get_base_layer(self) -> nn.Module:
         return self._module[0].get_input_embeddings()
 
     def _get_base_layer_device_and_dtype(self, base_layer):
-        """PEFT moves an adapter to the device and dtype of what it wraps; ours keeps its dtype."""
+        """The device to which PEFT moves an adapter, and None for the dtype, which ours keeps."""
         return self.device_for_adapters(), None
 
     def device_for_adapters(self) -> torch.device:
-        """That of the embedding; the CPU where it is kept elsewhere between its calls."""
+        """The device of the embedding; the CPU if the embedding is offloaded."""
         device = self.get_base_layer().weight.device
         return torch.device("cpu") if device.type == "meta" else device
 
     def merge(self, *args, **kwargs) -> None:
-        """Nothing: another method's ``merge_adapter`` calls it of every layer, and ours stays active beside what is merged."""
+        """Do nothing: another method's ``merge_adapter`` calls this on every layer, and ours stays active beside the merged ones."""
 
     def unmerge(self) -> None:
-        """Nothing, as ``merge``."""
+        """Do nothing, as ``merge``."""
 
     def is_active(self) -> bool:
         rows = self.row_adapters.get()
@@ -122,10 +122,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return bool(names) and not self.disable_adapters
 
     def chosen(self, batch: int) -> tuple[list[str], list[int] | None]:
-        """The adapters for ``batch`` rows, and for every row its own among them, -1 for none. None: all rows have the one adapter.
+        """The adapters for ``batch`` rows, and the index of each row's adapter, -1 for none; None if all rows have the same adapter.
 
         Raises:
-            ValueError: several active adapters, an unknown name, or adapters in one batch that differ in what they have to share.
+            ValueError: several adapters are active, a name is unknown, or the batch's adapters differ in a field that they must share.
         """
         method, rows = self.method, self.row_adapters.get()
         if rows is None:
@@ -147,7 +147,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
 
 class _Configs(dict):
-    """PEFT looks up the adapter that was active in every forward, also after it was deleted."""
+    """Configurations by adapter name; a deleted adapter has an empty one, because PEFT still looks it up in every forward."""
 
     def __init__(self, configs):
         super().__init__(configs)
@@ -164,7 +164,7 @@ class _Configs(dict):
 
 
 class AddedLayerTuner(BaseTuner):
-    """No module is replaced: an ``AdapterLayer`` is added to the model, and whatever makes the model read it."""
+    """Base of tuners that replace no module: they add an ``AdapterLayer`` and the hooks or mixins by which the model reads it."""
 
     target_module_mapping = {}
     why_unmergeable: str
@@ -184,7 +184,7 @@ class AddedLayerTuner(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if others is None:
             self.peft_config = model.peft_config = _Configs(self.peft_config)
-        else:  # PEFT would write ours among those of the method below
+        else:  # PEFT would add our configuration to those of the method below
             self.peft_config = _Configs({adapter_name: self.peft_config[adapter_name]})
             model.peft_config = others
 
@@ -192,21 +192,21 @@ class AddedLayerTuner(BaseTuner):
         raise NotImplementedError
 
     def detach(self) -> None:
-        """Take the layer off, and whatever makes the model read it."""
+        """Remove the layer, and the hooks or mixins by which the model reads it."""
         raise NotImplementedError
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
         add_heads(self.peft_config[adapter_name], unwrapped(model))
-        if not self.active_adapters:  # all were deleted; PEFT cannot leave a head without one
+        if not self.active_adapters:  # all were deleted; PEFT needs an active adapter for a head
             self.active_adapter = adapter_name
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         follow(model, self.adapter_layer())
-        if isinstance(model, PeftModel) and adapter_name in self.active_adapters:  # PEFT leaves a head that the method below has wrapped as it is
+        if isinstance(model, PeftModel) and adapter_name in self.active_adapters:  # PEFT does not switch a head that the method below has wrapped
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
-        """PEFT's way to hand over ``adapter_names``: one for each row of the batch."""
+        """Context in which PEFT passes ``adapter_names``, one for each row of the batch."""
         if adapter_names is not None and self.training:
             refuse_when_run_again(self.model)
         rows = self.adapter_layer().row_adapters
@@ -224,7 +224,7 @@ class AddedLayerTuner(BaseTuner):
         raise NotImplementedError(f"{type(self).__name__} replaces no module")
 
     def _replace_module(self, parent, child_name, new_module, child):
-        """What is left to replace is a head that PEFT has wrapped; its own way asks every head for a ``weight``."""
+        """Replace a head that PEFT has wrapped, the only module left to replace; PEFT's own method requires a ``weight`` on it."""
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self):
@@ -249,5 +249,5 @@ class AddedLayerTuner(BaseTuner):
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
 
-# last, because they import the names above: whichever is imported first, both are registered
+# last, because they import the names above: importing either method registers both
 from .. import dept, pasta  # noqa: E402, F401

@@ -1,6 +1,6 @@
-"""What is done as soon as a package is imported, in either order: our operators beside torch's, our methods among PEFT's.
+"""Registers our operators once torch is imported and our methods once PEFT is imported, before or after this package.
 
-``import peft_kernels`` alone imports neither package, so that a command line that is mistyped is answered at once.
+``import peft_kernels`` alone imports neither, so that the command line answers bad input at once.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class _After:
-    """Finds ``package`` as the finders behind it do, and calls ``act`` after it is imported."""
+    """An import hook that leaves finding ``package`` to the other finders and calls ``act`` after it is imported."""
 
     def __init__(self, package: str, act: Callable[[], None]):
         self.package, self.act = package, act
@@ -35,14 +35,14 @@ def _registering(module: str, lack: str) -> Callable[[], None]:
     def register():
         try:
             importlib.import_module(module, __package__)
-        except Exception as error:  # whoever imports the package may want nothing of ours
+        except Exception as error:  # the import of torch or PEFT itself must not fail
             warnings.warn(f"peft_kernels: {lack}, because {type(error).__name__}: {error}", stacklevel=2)
 
     return register
 
 
 _REGISTER = {
-    "torch": _registering("..ops", "torch does not know its operators"),  # those that a saved torch.export program names
+    "torch": _registering("..ops", "torch does not know its operators"),  # a saved torch.export program may use them
     "torch.utils.flop_counter": _registering("..ops.flops", "FlopCounterMode does not count its operators"),
     "peft": _registering(".peft_method", "PEFT does not know DePT and PASTA"),
 }

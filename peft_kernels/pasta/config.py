@@ -1,4 +1,4 @@
-"""``PASTAConfig``, and its place among PEFT's methods."""
+"""``PASTAConfig`` and the PEFT type ``PASTA``."""
 
 from dataclasses import dataclass, field
 
@@ -16,22 +16,22 @@ PASTA = peft_type("PASTA")
 class PASTAConfig(PeftConfig):
     """Special token adaptation (arXiv 2210.04382): before every layer, a vector is added to the hidden state of every special token.
 
-    The special tokens of a row, [CLS] and each [SEP], are counted from 0: number j has a vector of its own in every layer, which all
-    rows share. L layers of width d have L * P * d parameters. Padding and [MASK] get nothing.
+    The special tokens of a row, [CLS] and each [SEP], are counted from 0: number j has its own vector in every layer, shared by all
+    rows. L layers of width d have L * P * d parameters. Padding and [MASK] get no vector.
 
     Args:
-        num_special_tokens: P, how many special tokens of a row have vectors of their own: 2 for ``[CLS] a [SEP]``, 3 for
+        num_special_tokens: P, the number of special tokens of a row with their own vectors: 2 for ``[CLS] a [SEP]``, 3 for
             ``[CLS] a [SEP] b [SEP]``, 4 for RoBERTa's pairs ``<s> a </s></s> b </s>``.
-        special_token_ids: which tokens are special. None: the tokenizer's ``cls_token_id`` and ``sep_token_id`` (``bos_token_id`` and
-            ``eos_token_id`` where it has none), written down here, so that loading an adapter needs no tokenizer.
-        tokenizer_name_or_path: the tokenizer for ``special_token_ids``. None: that of the model, where one is found offline.
-        dropout: of the vectors while training, drawn for every row and special token.
-        init: ``"normal"``, N(0, 0.02^2), or ``"zero"``, which starts from the model as it is.
-        overflow: what becomes of special tokens beyond P: ``"error"`` refuses the row; ``"last"`` gives them the last vector.
-        modules_to_save: further modules to train and save, as in every PEFT method. PEFT adds the head of a classification model.
+        special_token_ids: ids of the special tokens. None: the tokenizer's ``cls_token_id`` and ``sep_token_id`` (``bos_token_id`` and
+            ``eos_token_id`` if it has none), which are then stored here, so that loading an adapter needs no tokenizer.
+        tokenizer_name_or_path: the tokenizer for ``special_token_ids``. None: the model's own, if it is available offline.
+        dropout: dropout of the vectors in training, drawn for every row and special token.
+        init: ``"normal"``, N(0, 0.02^2), or ``"zero"``, which starts from the unchanged model.
+        overflow: treatment of special tokens beyond P: ``"error"`` refuses the row; ``"last"`` gives them the last vector.
+        modules_to_save: further modules to train and save, as in every PEFT method. The head of a classification model is added.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     num_special_tokens: int = field(default=2)
@@ -42,7 +42,7 @@ class PASTAConfig(PeftConfig):
     overflow: str = field(default="error")
     modules_to_save: list[str] | None = field(default=None)
 
-    # no field: PEFT looks for modules to replace, and these say that there are none
+    # not a field: tells PEFT that there are no modules to replace
     target_modules = DUMMY_TARGET_MODULES
 
     def __post_init__(self) -> None:

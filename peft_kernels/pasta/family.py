@@ -1,4 +1,4 @@
-"""What PASTA has to know of a model: its layers, in the order in which a forward passes them."""
+"""Properties of a model that PASTA needs: its layers, in the order in which a forward runs them."""
 
 import inspect
 
@@ -6,8 +6,8 @@ from torch import nn
 
 from ..hf.peft_method import check_pretrained, is_causal, is_encoder_decoder
 
-# What these give a layer is the fresh result of a norm, a dropout, a linear layer or a residual add, none of which keeps its result for
-# backward, and nobody reads it but the layer. DeBERTa is not among them: its encoder keeps every hidden state, and reads the first again.
+# In these families a layer's input is the fresh result of a norm, a dropout, a linear layer or a residual add, none of which saves its
+# result for backward, and only the layer reads it. DeBERTa is excluded: its encoder keeps every hidden state and reads the first again.
 IN_PLACE = ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta")
 _TRANSPOSED = ("squeezebert",)  # layers take (B, d, S)
 
@@ -16,14 +16,14 @@ def adapted_module(model: nn.Module) -> nn.Module:
     """The encoder: ``model`` below its head.
 
     Raises:
-        TypeError: ``model`` is not one of transformers.
-        ValueError: it is no encoder of tokens.
+        TypeError: ``model`` is not a transformers model.
+        ValueError: it is not an encoder of tokens.
     """
     check_pretrained("PASTA", model)
     module, what = model.base_model, type(model).__name__
     if is_encoder_decoder(module):
         raise ValueError(f"PASTA: model must be an encoder, but {what} has a decoder as well, which special tokens of the input do not reach")
-    by_masks = getattr(module.config, "causal", None) is False  # XLM and Flaubert generate, but see all of a text
+    by_masks = getattr(module.config, "causal", None) is False  # XLM and Flaubert generate, but attend in both directions
     if not by_masks and (is_causal(model) or is_causal(module)):
         raise ValueError(f"PASTA: model must be an encoder, but {what} is a decoder, whose tokens see only what is before them")
     if module.config.model_type in _TRANSPOSED:
@@ -36,10 +36,10 @@ def adapted_module(model: nn.Module) -> nn.Module:
 
 
 def passes_of(module: nn.Module) -> list[nn.Module]:
-    """The layer of each of the L passes of a forward; ALBERT's come again and again.
+    """The layer of each of the L passes of a forward; ALBERT's layers repeat.
 
     Raises:
-        ValueError: there is not one list of ``num_hidden_layers`` layers that take hidden states, or a layer stands in it twice.
+        ValueError: the model has no list of ``num_hidden_layers`` layers that take hidden states, or several, or a layer occurs twice.
     """
     what, depth = type(module).__name__, getattr(module.config, "num_hidden_layers", None)
     if module.config.model_type == "albert":

@@ -1,4 +1,4 @@
-"""What ``fuse`` puts on the modules of a layer."""
+"""The mixins that ``fuse`` puts on the modules of a layer."""
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,19 @@ from .injection import Injection
 
 
 class Fusion:
-    """What a fused module knows of where it stands.
+    """The place of a fused module in its model.
 
     Args:
-        following: the layer that takes its result, where it ends its own.
-        normed: of all layers together. Pre-norm: the sum that the layer before has made, and its norm.
+        layer: the layer of the module.
+        following: the next layer, if the module ends its own; otherwise None.
+        normed: shared by all layers; in pre-norm models it holds the previous layer's sum and its norm.
     """
 
     def __init__(self, layer: nn.Module, following: nn.Module | None, normed: CallState):
         self.layer, self.following, self.normed = layer, following, normed
 
     def applies(self, x: Tensor, *norms: nn.Module) -> bool:
-        """Not under autocast, where a norm has another dtype than what it reads; nor where a layer runs again in the backward pass."""
+        """Whether the fused path applies: not under autocast, where a norm changes the dtype, nor in a layer that runs again in backward."""
         checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
         return not checkpointed and not torch.is_autocast_enabled(x.device.type) and all(_is_plain(norm, x.device) for norm in norms)
 
@@ -31,13 +32,13 @@ class Fusion:
         return None if state is None else state.call.get() or None
 
     def ahead(self, device: torch.device) -> dict:
-        """The following layer's vectors, for the operator, unless what ends this layer is recorded."""
+        """The following layer's vectors, as arguments of the operator; empty if this layer's output is recorded."""
         injection = self.pending()
         return {} if injection is None or injection.recorded else injection.ahead(self.following.pasta_indices[0], device)
 
 
 class FusedOutput(Swapped):
-    """On BertSelfOutput and BertOutput."""
+    """Mixin for BertSelfOutput and BertOutput."""
 
     pasta_fusion: Fusion
 
@@ -50,7 +51,7 @@ class FusedOutput(Swapped):
 
 
 class FusedAttention(Swapped):
-    """On MPNetAttention."""
+    """Mixin for MPNetAttention."""
 
     pasta_fusion: Fusion
 
@@ -62,7 +63,7 @@ class FusedAttention(Swapped):
 
 
 class FusedBlock(Swapped):
-    """On DistilBERT's TransformerBlock."""
+    """Mixin for DistilBERT's TransformerBlock."""
 
     pasta_fusion: Fusion
 
@@ -76,7 +77,7 @@ class FusedBlock(Swapped):
 
 
 class FusedPreNorm(Swapped):
-    """On ModernBertEncoderLayer. The sum that ends a layer is normalised by the next: the result goes from one fusion to the other."""
+    """Mixin for ModernBertEncoderLayer. The next layer's norm is fused with the sum that ends this one, and its result passed on."""
 
     pasta_fusion: Fusion
 
@@ -100,7 +101,7 @@ class FusedPreNorm(Swapped):
 
 
 def _is_plain(norm, device):
-    """Whether its weight can be read here: not where it is wrapped, sharded, offloaded or on another device."""
+    """Whether the norm's weight can be read directly: it is not wrapped, sharded, offloaded or on another device."""
     return type(norm) is nn.LayerNorm and type(norm.weight) in (nn.Parameter, Tensor) and norm.weight.device == device
 
 

@@ -1,4 +1,4 @@
-"""The residual add and the norm of every layer in one pass, with the vectors that the next layer would add."""
+"""Fusion of each layer's residual add and norm with the addition of the next layer's vectors."""
 
 from torch import nn
 
@@ -25,7 +25,7 @@ def _modernbert(layer):
     return {layer: (FusedPreNorm, True)}
 
 
-# model_type -> the modules of a layer that add and normalise, what is put on them, and whether they end the layer
+# model_type -> the modules of a layer that add and normalise, with their mixin and whether they end the layer
 _FUSIBLE = {
     "bert": _bert,
     "camembert": _bert,
@@ -39,19 +39,19 @@ _FUSIBLE = {
 
 
 def fuse(model: nn.Module) -> None:
-    """Let the layers of ``model`` add, normalise and inject in one pass: ``add_layer_norm_inject``, or ``add_inject_layer_norm``.
+    """Fuse add, norm and injection in the layers of ``model``, by ``add_layer_norm_inject`` or ``add_inject_layer_norm``.
 
-    Results are those of the model before, within rounding. The model may have a PASTA adapter, get one later, or have none. What a
-    layer returns holds the vectors that the next one would add to it; hooks on norms do not run.
+    Results are those of the unfused model, within rounding. The model may have a PASTA adapter, get one later, or have none. A layer's
+    output already contains the vectors that the next layer would add; hooks on norms do not run.
 
-    A forward under autocast, and a layer under gradient checkpointing, takes the model's own path. Where hidden states are asked for,
-    vectors are added by the next layer, so that what is recorded is free of them.
+    A forward under autocast and a layer under gradient checkpointing take the model's own path. If hidden states are requested, the
+    next layer adds its vectors itself, so that the recorded states do not contain them.
 
     Args:
-        model: one of transformers, or a ``PeftModel`` of it: BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, MPNet, RoBERTa, XLM-R.
+        model: a transformers model, or a ``PeftModel`` of it: BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, MPNet, RoBERTa, XLM-R.
 
     Raises:
-        ValueError: another model, one that computes feed-forward layers in chunks, or one that is fused already.
+        ValueError: the model is of another type, computes feed-forward layers in chunks, or is already fused.
     """
     module = _encoder(model)
     kind = module.config.model_type
@@ -69,7 +69,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """The model's own path again.
+    """Undo ``fuse``: the layers of ``model`` take their own path again.
 
     Raises:
         ValueError: the model is not fused.

@@ -1,4 +1,4 @@
-"""What happens around the forward of an encoder."""
+"""Hooks around the forward of an encoder."""
 
 import inspect
 
@@ -12,9 +12,9 @@ from .layer import PASTALayer, Selection
 
 
 class Hooks:
-    """Forward hooks on the encoder; bound methods, so that a deep copy of the model gets hooks of its own.
+    """The forward hooks of an encoder, as bound methods, so that a deep copy of the model gets its own.
 
-    Special tokens are found and dropout is drawn once in a forward, for all layers.
+    Special tokens are found and dropout is drawn once per forward, for all layers.
     """
 
     def __init__(self, module: nn.Module, layer: PASTALayer):
@@ -35,15 +35,15 @@ class Hooks:
         return injection.restored(output) if injection else output
 
     def prepared(self, kwargs: dict) -> Injection | None:
-        """What a forward with the arguments ``kwargs`` adds."""
+        """The injection for a forward with the arguments ``kwargs``; None if nothing is added."""
         if not self.layer.is_active():
             return None
         ids = kwargs.get("input_ids")
         if ids is not None:
             mask = kwargs.get("attention_mask")
-            mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # others say who sees whom, not what is padding
+            mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # other masks do not tell padding
             if mask is not None and kwargs.get("past_key_values") is not None:
-                mask = mask[:, -ids.shape[1] :]  # prefix tuning has columns of its own in front
+                mask = mask[:, -ids.shape[1] :]  # prefix tuning puts its own columns in front
             return self.injection(ids, mask, self.records(kwargs))
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("PASTA: special tokens are found in input_ids, got inputs_embeds alone")
@@ -68,7 +68,7 @@ class Hooks:
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"PASTA: attention_mask must be {tuple(ids.shape)} as input_ids is, got {tuple(mask.shape)}")
         config = selection.config
-        if selection.has_base_rows:  # these may have any number of special tokens
+        if selection.has_base_rows:  # base rows may have any number of special tokens
             adapted = (selection.adapter_ids >= 0).to(ids.device)[:, None].expand(ids.shape)
             mask = adapted if mask is None else adapted & (mask != 0)
         most = ids.shape[1] if config.overflow == "last" else config.num_special_tokens

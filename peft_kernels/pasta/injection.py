@@ -1,4 +1,4 @@
-"""What one forward adds to its special tokens, and the layers that add it."""
+"""The vectors that one forward adds to its special tokens, and the layers that add them."""
 
 from dataclasses import dataclass
 
@@ -13,22 +13,22 @@ from ..ops import special_token_add, special_token_add_
 
 @dataclass
 class Injection:
-    """Made before a forward, read by its layers, gone after it."""
+    """The vectors and special tokens of one forward: made before it, read by its layers, dropped after it."""
 
     slots: Tensor  # [B, k]
-    vectors: tuple[Tensor, ...]  # L of [P, d]; of [K, P, d] where rows differ in their adapter
+    vectors: tuple[Tensor, ...]  # L tensors [P, d], or [K, P, d] where rows have different adapters
     adapter_ids: Tensor | None  # [B]
     dropout: float
-    seeds: tuple[Tensor, ...] | None  # L of []; None: no dropout
+    seeds: tuple[Tensor, ...] | None  # L scalar tensors; None: no dropout
     shape: torch.Size  # of input_ids
     recorded: bool  # whether hidden states are part of the output
     in_place: bool
-    passes: int = 0  # begun, where a layer takes several
-    done: int = -1  # the pass whose vectors the fused end of the layer before it has added
-    first: tuple[Tensor, Tensor] | None = None  # what the first layer got and what it was made of, if recorded
+    passes: int = 0  # passes begun, for layers that take several
+    done: int = -1  # the pass whose vectors the previous layer's fused end has already added
+    first: tuple[Tensor, Tensor] | None = None  # the first layer's input with and without its vectors, if recorded
 
     def arguments(self, index: int, device: torch.device) -> dict:
-        """For the operators; ``device``: that of the layer, of which there are several where a model is spread or replicated over them."""
+        """The operators' arguments, on the layer's ``device``: a model may be spread or replicated over several."""
         return {
             "vectors": self.vectors[index].to(device),
             "slots": self.slots.to(device),
@@ -38,12 +38,12 @@ class Injection:
         }
 
     def ahead(self, index: int, device: torch.device) -> dict:
-        """The same for who adds them before the pass begins, which then leaves its input as it is."""
+        """``arguments`` for a caller that adds the vectors before the pass begins; the pass then leaves its input unchanged."""
         self.done = index
         return self.arguments(index, device)
 
     def added(self, hidden: Tensor, indices: tuple[int, ...]) -> Tensor:
-        """``hidden`` (B, S, d), the input of a layer that takes the passes ``indices``, with its vectors."""
+        """``hidden`` (B, S, d) with the vectors added, for a layer that takes the passes ``indices``."""
         index, self.passes = indices[0] if len(indices) == 1 else self.passes, self.passes + 1
         if index not in indices:
             raise RuntimeError(f"PASTA: pass {index} of a forward goes through another layer, got one that takes {indices}")
@@ -60,7 +60,7 @@ class Injection:
         return result
 
     def restored(self, output):
-        """``output`` of the encoder: transformers records what the first layer takes, which stock models do not have anything added to."""
+        """``output`` of the encoder with the first recorded hidden state as in the stock model: transformers records it with the vectors."""
         if self.first is None or output is None:
             return output
         taken, stock = self.first
@@ -72,19 +72,19 @@ class Injection:
 
 
 def _is_shared(hidden: Tensor) -> bool:
-    """Whether others may hold ``hidden``'s memory: a base, or a leaf that waits for its gradient."""
+    """Whether ``hidden`` may share its memory: it is a view, or a leaf that requires a gradient."""
     return hidden._base is not None or (hidden.is_leaf and hidden.requires_grad)
 
 
 class State:
-    """Where the layers of a model find the injection of the forward at hand, each thread its own."""
+    """Holds the injection of the current forward for the layers of a model, one per thread."""
 
     def __init__(self, adapters: AdapterLayer):
         self.adapters = adapters
-        self.call = CallState()  # within a forward its Injection, or False where there is nothing to add
+        self.call = CallState()  # within a forward: its Injection, or False if there is nothing to add
 
     def injection(self) -> Injection | None:
-        """Raises where a layer without an injection should have one."""
+        """The injection of the current forward, or None; raises if an adapter is active and no forward of the encoder is running."""
         injection = self.call.get()
         if injection is None and self.adapters.is_active():
             raise RuntimeError(
@@ -95,10 +95,10 @@ class State:
 
 
 class InjectingLayer(Swapped):
-    """Comes before the layer's own class.
+    """The mixin that is put in front of a layer's own class.
 
     It adds in ``__call__``, outside of gradient checkpointing, which transformers wraps around ``__call__`` (5.17) or ``forward`` (5.23):
-    a layer that runs again in the backward pass gets the input that it had, whatever forward was last.
+    a layer that runs again in the backward pass gets its original input, whichever forward ran last.
     """
 
     pasta_state: State

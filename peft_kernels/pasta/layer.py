@@ -18,13 +18,13 @@ class Selection:
 
     config: PASTAConfig
     special_ids: Tensor  # [n]
-    vectors: tuple[Tensor, ...]  # L of [P, d]; of [K, P, d] where rows differ in their adapter
-    adapter_ids: Tensor | None = None  # [B]; None: all rows have the one adapter
+    vectors: tuple[Tensor, ...]  # L tensors [P, d], or [K, P, d] where rows have different adapters
+    adapter_ids: Tensor | None = None  # [B]; None: all rows have the same adapter
     has_base_rows: bool = False
 
 
 class PASTALayer(AdapterLayer):
-    """Lives in the model as ``model.pasta``."""
+    """The layer at ``model.pasta`` with the parameters of all adapters."""
 
     method = "PASTA"
     shared_in_batch = ("num_special_tokens", "special_token_ids", "overflow", "dropout")
@@ -38,7 +38,7 @@ class PASTALayer(AdapterLayer):
         self.special_ids = BufferDict(persistent=False)
 
     def add(self, name: str, config: PASTAConfig, *, empty: bool) -> None:
-        """A new adapter, in float32 at least. ``empty``: on meta, to be loaded."""
+        """Add an adapter, at least float32. ``empty``: on meta, loaded later."""
         device, width = self.device_for_adapters(), self._module[0].config.hidden_size
         kwargs = {"device": "meta" if empty else device, "dtype": torch.promote_types(self.get_base_layer().weight.dtype, torch.float32)}
         vectors = torch.zeros(self.passes, config.num_special_tokens, width, **kwargs)
@@ -49,7 +49,7 @@ class PASTALayer(AdapterLayer):
         self.pasta_vectors[name] = nn.Parameter(vectors)
 
     def select(self, batch: int) -> Selection:
-        """The adapters for ``batch`` rows; ``chosen`` says what it raises."""
+        """The adapters for ``batch`` rows; raises as ``chosen`` does."""
         names, rows = self.chosen(batch)
         config, special_ids = self.configs[names[0]], self.special_ids[names[0]]
         if rows is None:

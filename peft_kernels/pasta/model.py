@@ -1,4 +1,4 @@
-"""The tuner: how PEFT puts adapters on a model and takes them off again."""
+"""The tuner, by which PEFT adds and removes PASTA adapters."""
 
 from typing import cast
 
@@ -15,10 +15,11 @@ from .layer import PASTALayer
 
 
 class PASTAModel(AddedLayerTuner):
-    """No module is replaced: a layer with the parameters is added, and the encoder's layers add them to their input.
+    """PEFT's tuner for PASTA. It replaces no module: it adds a layer with the vectors, which the encoder's layers add to their input.
 
-    In the families of ``family.IN_PLACE``, vectors are added in place: what a layer has returned holds those of the next layer
-    afterwards, for a hook that has kept it, too. Not where hidden states are asked for: what transformers returns is free of them.
+    In the families of ``family.IN_PLACE``, vectors are added in place: a layer's output, also one that a hook has kept, contains the
+    next layer's vectors afterwards. With ``output_hidden_states=True`` they are added out of place, and the returned states do not
+    contain them.
     """
 
     prefix = "pasta_"
@@ -67,7 +68,7 @@ class PASTAModel(AddedLayerTuner):
 
 
 def _complete(config: PASTAConfig, model) -> None:
-    """What depends on the model or on a tokenizer, written down: the saved configuration needs no tokenizer."""
+    """Fill in the fields that depend on the model or on a tokenizer, so that loading the configuration needs no tokenizer."""
     if config.special_token_ids is None:
         config.special_token_ids = _special_ids(config, model)
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -1,4 +1,4 @@
-"""The attention functions that transformers calls by name once ``pid.enable`` has set it."""
+"""Attention functions that transformers looks up by name; ``pid.enable`` sets the name."""
 
 import sys
 
@@ -16,7 +16,7 @@ NAMES = {"sdpa": "peft_kernels_sdpa", "eager": "peft_kernels_eager"}
 
 
 def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Cross-attention of several streams per input by our operator; everything else by transformers' own function."""
+    """Run our operator for cross-attention with several streams per input, and transformers' own function for everything else."""
     if not _shares(module, query, key, attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout:
@@ -27,7 +27,7 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *
 
 
 def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """The model's own eager function, on folded rows where streams share an input, so that attention weights can be returned."""
+    """Run the model's own eager function, which can return attention weights; on folded rows where streams share an input."""
     stock = sys.modules[type(module).__module__].eager_attention_forward
     if not _shares(module, query, key, attention_mask):
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -35,13 +35,13 @@ def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
 
 
 def configs_of(model: nn.Module) -> list:
-    """Every configuration that attention modules of a model read their implementation from, each once."""
+    """The configurations from which a model's attention modules read their implementation, without duplicates."""
     configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
     return list({id(config): config for config in configs}.values())
 
 
 def adopt(configs: list) -> None:
-    """Let configurations that name a stock function name ours. ``set_attn_implementation`` names a stock one at any time, Whisper does so itself."""
+    """Replace the names of stock functions with ours. ``set_attn_implementation`` may restore a stock name at any time; Whisper does so itself."""
     if not is_adopted(configs):
         rename(configs, NAMES)
 
@@ -51,7 +51,7 @@ def is_adopted(configs: list) -> bool:
 
 
 def rename(configs: list, names: dict[str, str]) -> None:
-    current = [config._attn_implementation for config in configs]  # all read first: a parent's setter reaches its parts
+    current = [config._attn_implementation for config in configs]  # read all first: a parent's setter also sets its sub-configs
     for config, name in zip(configs, current):
         config._attn_implementation = names.get(name, name)
 
@@ -67,7 +67,7 @@ def _shares(module, query, key, attention_mask) -> bool:
 
 
 def _folded(stock, module, query, key, value, packed, dropout, scaling, kwargs) -> tuple[Tensor, Tensor | None]:
-    """A stock function on (b, H, M*t, D) queries; ragged streams see their input's keys and values by index."""
+    """Run a stock function on (b, H, M*t, D) queries; for ragged streams, keys and values are gathered per stream."""
     inputs, tokens = key.shape[0], query.shape[2]
     lengths, index = streams.unpack(packed, inputs)
     if index is not None:

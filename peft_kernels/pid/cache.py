@@ -1,4 +1,4 @@
-"""A cache whose cross-attention part belongs to the encoder inputs, not to the streams."""
+"""A cache with one cross-attention row per encoder input instead of one per stream."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from . import families, streams
 
-LOOK_EVERY = 4  # steps between two looks at which streams have finished: on a GPU each look waits for the device
-DROP_BELOW = 0.5  # the finished streams are dropped once at most this share of the decoded ones is unfinished
+LOOK_EVERY = 4  # steps between two checks for finished streams: each check synchronizes with the GPU
+DROP_BELOW = 0.5  # finished streams are dropped once at most this share of the decoded streams is unfinished
 
 
 class GrowingLayer(DynamicLayer):
-    """A dynamic layer with room behind its keys and values: a step writes its token, where the stock layer copies all it holds."""
+    """A dynamic layer with spare capacity: a step writes its token in place, where the stock layer copies all keys and values."""
 
     room = 64  # tokens
 
@@ -27,7 +27,7 @@ class GrowingLayer(DynamicLayer):
     def _append(self, held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
         before, after = held.shape[2], held.shape[2] + new.shape[2]
         ours = memory is not None and held.data_ptr() == memory.data_ptr() and held.stride() == memory.stride()
-        if not ours or after > memory.shape[2]:  # the first tokens, or rows were selected in between, or the room is used up
+        if not ours or after > memory.shape[2]:  # the first tokens, rows were selected in between, or the capacity is used up
             memory = new.new_empty((*held.shape[:2], after + self.room, held.shape[3]))
             memory[:, :, :before] = held
         memory[:, :, before:after] = new
@@ -41,9 +41,9 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
 
     Attributes:
         num_streams: N.
-        left_padded: the prompts are padded on the left, so positions come from the decoder's mask.
-        returned: the decoder's caller wants it back; False under ``use_cache=False``.
-        rows: (k,) the streams that are still decoded; None while all are.
+        left_padded: whether prompts are padded on the left, so that positions come from the decoder's mask.
+        returned: whether the decoder returns the cache; False under ``use_cache=False``.
+        rows: (k,) indices of the streams that are still decoded; None while all are.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         self.returned = returned
         self.rows: Tensor | None = None
         self._eos_token_ids = eos_token_ids
-        self._encoder_index = encoder_index  # (N,) where every stream has keys and values of its own
+        self._encoder_index = encoder_index  # (N,), set where every stream has its own keys and values
         self._prompt_length: int | None = None
         self._mask: Tensor | None = None
 
@@ -77,7 +77,7 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         self.self_attention_cache.batch_select_indices(indices)
 
     def drop_finished(self, input_ids: Tensor):
-        """Stop decoding streams that have ended, once most have; called before every step with all (N, length) ids so far."""
+        """Stop decoding finished streams once most have finished; called before every step with all (N, length) ids so far."""
         if self._prompt_length is None:
             self._prompt_length = input_ids.shape[1]
         steps = input_ids.shape[1] - self._prompt_length
@@ -93,14 +93,14 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
             self._mask = None
 
     def encoder_index(self, mask: Tensor | None) -> Tensor:
-        """(N,) the input of every stream, from the packed lengths and indices."""
+        """The input of every stream, (N,), from the packed lengths and indices."""
         if self._encoder_index is not None:
             return self._encoder_index
         keys = self.cross_attention_cache.layers[0].keys
         return streams.index_of(mask, keys.shape[0], self.num_streams).to(keys.device)
 
     def mask_of_rows(self, mask: Tensor | None) -> Tensor:
-        """The packed lengths and indices of the rows that are left, from those of all streams."""
+        """The packed lengths and indices of the remaining rows, from those of all streams."""
         if self._mask is None:
             inputs, _, n, _ = self.cross_attention_cache.layers[0].keys.shape
             lengths = streams.unpack(mask, inputs)[0]
@@ -110,12 +110,12 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         return self._mask
 
     def for_all_streams(self, logits: Tensor) -> Tensor:
-        """Logits (k, ...) of the rows that are left as (N, ...): ``generate`` pads the others whatever their logits."""
+        """Scatter the logits (k, ...) of the remaining rows into (N, ...); ``generate`` pads finished streams whatever their logits."""
         return logits.new_zeros(self.num_streams, *logits.shape[1:]).index_copy_(0, self.rows, logits)
 
 
 def filled(model: torch.nn.Module, states: Tensor, self_attention: Cache, **kwargs) -> SharedEncoderDecoderCache:
-    """A cache with the cross-attention keys and values of (b, n, d) encoder states, computed once per layer."""
+    """A cache that holds the cross-attention keys and values of (b, n, d) encoder states, computed once per layer."""
     cache = SharedEncoderDecoderCache(self_attention, DynamicCache(), **kwargs)
     for layer, attention in enumerate(families.cross_attentions(model)):
         cache.cross_attention_cache.update(*families.keys_and_values(attention, states), layer)

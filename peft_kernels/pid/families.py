@@ -1,4 +1,4 @@
-"""What differs between the encoder-decoder families of transformers."""
+"""Differences between the encoder-decoder families of transformers."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention.self
 
 @dataclass(frozen=True)
 class Family:
-    positions: str  # of the decoder: "relative" (T5), "table" (embed_positions looked up by position), "argument" (position_ids)
-    views_decoder_batch: bool = False  # its cross-attention views keys and values with the decoder's batch: hand it filled caches
+    positions: str  # decoder positions: "relative" (T5), "table" (rows of embed_positions) or "argument" (position_ids)
+    views_decoder_batch: bool = False  # cross-attention reshapes keys and values by the decoder's batch size: it needs a filled cache
     takes_encoder_mask: bool = True
 
 
@@ -26,10 +26,10 @@ FAMILIES = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of an encoder-decoder model that goes through transformers' attention interface.
+    """The family of an encoder-decoder model that uses transformers' attention interface.
 
     Raises:
-        ValueError: any other, named, with those that are supported.
+        ValueError: the model is of another family; the message lists the supported ones.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in FAMILIES and any(cross_attentions(model)):
@@ -40,12 +40,12 @@ def family_of(model: nn.Module) -> Family:
 
 
 def cross_attentions(model: nn.Module):
-    """The cross-attention modules, in the order of the layers."""
+    """The cross-attention modules in layer order."""
     return (module for name, module in model.named_modules() if name.endswith(CROSS_ATTENTION_NAMES))
 
 
 def keys_and_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
-    """What the module would put into its cache: (b, H, n, D) keys and values of (b, n, d) encoder states."""
+    """Keys and values (b, H, n, D) of (b, n, d) encoder states, as the module would put them into its cache."""
     width = next(getattr(attention, a) for a in ("key_value_proj_dim", "head_dim", "attention_head_size") if hasattr(attention, a))
     shape = (*states.shape[:2], -1, width)
 
@@ -57,9 +57,9 @@ def keys_and_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tenso
 
 
 def positions_of(mask: Tensor, tokens: int) -> Tensor:
-    """(N, t) positions of the last ``tokens`` columns, counted without padding, from the decoder's mask.
+    """Positions (N, t) of the last ``tokens`` columns, not counting padding, from the decoder's mask.
 
-    ``mask`` is (N, length) with ones where there is a token, or the (N, 1, t, length) mask that transformers makes of it for a static cache.
+    ``mask`` is (N, length) with ones at tokens, or the (N, 1, t, length) mask that transformers derives from it for a static cache.
     """
     if mask.ndim == 2:
         positions = mask.long().cumsum(1)[:, -tokens:] - 1
@@ -70,9 +70,9 @@ def positions_of(mask: Tensor, tokens: int) -> Tensor:
 
 
 def look_up_positions(table: nn.Module, positions: Tensor) -> Tensor:
-    """(N, t, d) rows of a decoder's ``embed_positions`` for (N, t) positions that start at 0.
+    """Rows (N, t, d) of a decoder's ``embed_positions`` for (N, t) positions that start at 0.
 
-    The module looks them up itself: where weights are offloaded, they are on the device inside of its forward alone.
+    The module does the lookup itself, because offloaded weights are on the device only during its forward.
     """
     if hasattr(table, "weights"):  # M2M100: a buffer whose first row is the padding's
         return table.weights[positions + table.padding_idx + 1]
@@ -81,7 +81,7 @@ def look_up_positions(table: nn.Module, positions: Tensor) -> Tensor:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """How many tokens the decoder has positions for; None where there is no limit."""
+    """The number of positions of the decoder; None if there is no limit."""
     family = FAMILIES[model.config.model_type]
     if family.positions == "argument":
         return model.decoder.config.max_position_embeddings

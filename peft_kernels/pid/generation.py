@@ -1,4 +1,4 @@
-"""What of transformers' ``generate`` changes when streams share their encoder input."""
+"""Overrides of transformers' ``generate`` for streams that share an encoder input."""
 
 import copy
 
@@ -14,7 +14,7 @@ from .families import family_of
 
 
 class PiDGenerationMixin(Swapped):
-    """Put in front of a model's class by ``pid.enable``. Names and signatures are those of ``GenerationMixin``."""
+    """The mixin that ``pid.enable`` puts in front of a model's class. Names and signatures are those of ``GenerationMixin``."""
 
     def generate(self, *args, **kwargs):
         with packing.packed_linears(self):
@@ -32,13 +32,13 @@ class PiDGenerationMixin(Swapped):
         return super()._prepare_decoder_input_ids_for_generation(batch_size, model_input_name, model_kwargs, decoder_start_token_id, device)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeat what belongs to streams; leave the encoder's output and its mask as they are."""
+        """Repeat the per-stream inputs; keep one row per input of the encoder's output and mask."""
         encoder_outputs, mask = model_kwargs.pop("encoder_outputs"), model_kwargs.pop("attention_mask", None)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, False, input_ids, **model_kwargs)
         encoder_index = model_kwargs.pop("encoder_index", None)
         states, rows = encoder_outputs[0], input_ids.shape[0]
         if not family_of(self).takes_encoder_mask:
-            mask = None  # Whisper's is one of input frames, which its decoder does not see
+            mask = None  # Whisper's mask is over input frames, which its decoder does not see
         attention.adopt(self.pid_hooks.configs)
         if encoder_index is not None or rows != states.shape[0]:
             states, mask = streams.prepare(states, mask, rows, encoder_index)
@@ -53,8 +53,8 @@ class PiDGenerationMixin(Swapped):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
         """Fill the cross-attention cache with one row per input."""
-        shared = model_kwargs.pop("shared_streams", None)  # how many
-        own_keys = model_kwargs.pop("index_of_own_keys", None)  # where streams cannot share: the input of each
+        shared = model_kwargs.pop("shared_streams", None)  # N
+        own_keys = model_kwargs.pop("index_of_own_keys", None)  # (N,), the input of each stream, if streams cannot share
         left_padded = model_kwargs.pop("left_padded_prompts", False)
         expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if shared:
@@ -71,7 +71,7 @@ class PiDGenerationMixin(Swapped):
         states = model_kwargs["encoder_outputs"][0]
         if getattr(self, "enc_to_dec_proj", None) is not None:
             states = self.enc_to_dec_proj(states)
-        if (generation_config.num_beams or 1) == 1:  # beams are reordered at every step, which copies all of the cache anyway
+        if (generation_config.num_beams or 1) == 1:  # reordering beams copies the whole cache at every step anyway
             layers = cache.self_attention_cache.layers
             layers[:] = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
         eos = None
@@ -91,14 +91,14 @@ class PiDGenerationMixin(Swapped):
         )
 
     def _get_logits_processor(self, generation_config, *args, encoder_input_ids=None, model_kwargs=None, **kwargs):
-        """Processors that compare with the encoder's input look it up by stream, divided by the number of beams."""
+        """Give processors that compare with the encoder's input one row of it per stream, not counting beams."""
         cache = cache_of(model_kwargs or {})
         if isinstance(cache, SharedEncoderDecoderCache) and encoder_input_ids is not None:
             encoder_input_ids = encoder_input_ids[cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]]
         return super()._get_logits_processor(generation_config, *args, encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs, **kwargs)
 
     def _prefill(self, *args, **kwargs):
-        """The first pass over the prompts: logits for the last position only."""
+        """Run the first pass over the prompts, with logits of the last position only."""
         last_only = self.pid_hooks.last_only
         last_only.set(True)
         try:
@@ -107,7 +107,7 @@ class PiDGenerationMixin(Swapped):
             last_only.set(None)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        if not isinstance(self, PiDGenerationMixin):  # PEFT's prompt tuning keeps this method of a model that is disabled since
+        if not isinstance(self, PiDGenerationMixin):  # PEFT's prompt tuning keeps a reference to this method after disable
             return type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = cache_of(inputs)

@@ -11,13 +11,13 @@ from .families import family_of, look_up_positions, positions_of
 
 
 class DecoderHooks:
-    """Bound methods, so that a deep copy of the model gets hooks of its own."""
+    """The hooks of one model, as bound methods, so that a deep copy of the model gets its own."""
 
     def __init__(self, model: nn.Module):
         self.model, self.family, self.configs = model, family_of(model), attention.configs_of(model)
         self.encoder_index = CallState()  # from the model's hook to the decoder's
-        self.positions = CallState()  # from the decoder's hook to that of its embed_positions
-        self.last_only = CallState()  # True in the prefill of ``generate``, which reads the logits of the last position alone
+        self.positions = CallState()  # from the decoder's hook to the hook of embed_positions
+        self.last_only = CallState()  # True in the prefill of ``generate``, which reads only the logits of the last position
         decoder = model.get_decoder()
         self.handles = [
             model.register_forward_pre_hook(self.before_model, with_kwargs=True),
@@ -31,14 +31,14 @@ class DecoderHooks:
         self.handles += [m.register_forward_hook(self.after_biased_attention) for m in biased]
 
     def after_biased_attention(self, attention, args, output):
-        """T5 hands its position bias from the first layer to the others, transposed, and sdpa would copy it anew in each."""
-        if len(output) < 3:  # UMT5 has one per layer and keeps it
+        """Make T5's position bias contiguous: the first layer passes it on transposed, and sdpa would copy it in every layer."""
+        if len(output) < 3:  # UMT5 has one bias per layer and does not return it
             return None
         out, bias, *rest = output
         return out, bias if bias is None else bias.contiguous(), *rest
 
     def before_model(self, model, args, kwargs):
-        """Some models would hand the index to their encoder too, LongT5 to nobody."""
+        """Take ``encoder_index`` out of the arguments: some models would pass it to their encoder too, and LongT5 to no module."""
         attention.adopt(self.configs)
         self.encoder_index.set(kwargs.pop("encoder_index", None))
         return args, kwargs
@@ -61,7 +61,7 @@ class DecoderHooks:
             mask = None
         if not streams.is_packed(mask):
             states, mask = streams.prepare(states, mask, rows, encoder_index)
-        if _is_prefix(cache) and _rows(cache) == states.shape[0] != rows:  # PEFT makes one for each input
+        if _is_prefix(cache) and _rows(cache) == states.shape[0] != rows:  # PEFT makes one row per input
             cache.self_attention_cache.batch_select_indices(streams.index_of(mask, states.shape[0], rows))
         unmasked = mask is None or self.family.takes_encoder_mask
         if unmasked and attention.is_adopted(self.configs) and not _keys_per_row(cache, states.shape[0]):
@@ -69,7 +69,7 @@ class DecoderHooks:
         return args, kwargs | self.repeated(states, mask, rows)
 
     def shared(self, decoder, states, mask, rows: int, cache, use_cache: bool | None) -> dict:
-        """What the decoder is given where its rows share keys and values."""
+        """The decoder's arguments where its rows share keys and values."""
         given = {"encoder_hidden_states": states}
         if self.family.takes_encoder_mask:
             given["encoder_attention_mask"] = mask
@@ -87,7 +87,7 @@ class DecoderHooks:
         return given
 
     def repeated(self, states, mask, rows: int) -> dict:
-        """The same where they cannot: a cache has keys of its own, as prefix tuning's, or the attention function is not ours."""
+        """The decoder's arguments where rows cannot share: the cache has its own keys (prefix tuning), or the attention function is not ours."""
         states, mask = streams.repeated(states, mask, streams.index_of(mask, states.shape[0], rows))
         given = {"encoder_hidden_states": states}
         if self.family.takes_encoder_mask:
@@ -100,14 +100,14 @@ class DecoderHooks:
             return None
         changed = {}
         cache = output.get(CACHE)
-        if isinstance(cache, SharedEncoderDecoderCache) and not cache.returned:  # nobody asked for it
+        if isinstance(cache, SharedEncoderDecoderCache) and not cache.returned:  # the caller passed use_cache=False
             changed[CACHE] = None
         if self.last_only.get():
             changed["last_hidden_state"] = output.last_hidden_state[:, -1:]
         return type(output)(**{k: v for k, v in {**output, **changed}.items() if v is not None}) if changed else None
 
     def placed(self, args, kwargs):
-        """``kwargs`` with positions that do not count padding on the left."""
+        """``kwargs`` with positions that do not count left padding."""
         tokens, mask = _decoder_tokens(args, kwargs), kwargs.get("attention_mask")
         if self.family.positions == "argument":
             return {**kwargs, "position_ids": positions_of(mask, tokens.shape[1])}
@@ -117,7 +117,7 @@ class DecoderHooks:
 
     def after_positions(self, table, args, output):
         positions = self.positions.get()
-        self.positions.set(None)  # before the table is asked again
+        self.positions.set(None)  # look_up_positions calls the table again
         return None if positions is None else look_up_positions(table, positions)
 
 
@@ -127,18 +127,18 @@ def _decoder_tokens(args, kwargs):
 
 
 def _keys_per_row(cache, inputs: int) -> bool:
-    """Whether a cache that is not ours holds keys of cross-attention that are no input's: those of each row, or of a prefix to them."""
+    """Whether a stock cache holds cross-attention keys that belong to rows instead of inputs, or to a prefix."""
     if not isinstance(cache, EncoderDecoderCache) or not cache.cross_attention_cache.get_seq_length():
         return False
     return _rows(cache.cross_attention_cache) != inputs or not all(cache.is_updated.values())
 
 
 def _is_prefix(cache) -> bool:
-    """Whether a cache that is not ours is that of PEFT's prefix tuning before the first step: no keys of cross-attention yet."""
+    """Whether a stock cache is that of PEFT's prefix tuning before the first step, when it has no cross-attention keys yet."""
     return isinstance(cache, EncoderDecoderCache) and cache.get_seq_length() > 0 and not cache.cross_attention_cache.get_seq_length()
 
 
 def _rows(cache) -> int | None:
-    """The rows of a cache; None while it is empty."""
+    """The number of rows of a cache; None while it is empty."""
     layer = getattr(cache, "self_attention_cache", cache).layers[0] if len(cache) else None
     return layer.keys.shape[0] if layer is not None and layer.is_initialized else None

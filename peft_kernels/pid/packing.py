@@ -2,10 +2,10 @@
 
 A decoding step multiplies a few dozen rows by every weight of the decoder. With plain weights the library's matmul at so few rows
 reaches a third to a half of the machine's matrix rate; with weights reordered once it reaches most of it, and the encoder gains a
-little too (benchmarks/pid_generate.py). The packed copies cost the linear weights once more in memory and go with ``pid.disable``.
+little too (benchmarks/pid_generate.py). The packed copies double the memory of the linear weights; ``pid.disable`` frees them.
 
-A packed copy is used only while its checksum is that of the weight. Addresses and version counters do not tell: fused optimizers,
-``merge_adapter`` and everything else that writes through ``.data`` move neither. So every ``generate`` reads the weights once.
+A packed copy is used only while its checksum matches the weight. Addresses and version counters are not enough: fused optimizers,
+``merge_adapter`` and everything else that writes through ``.data`` change neither. So every ``generate`` reads the weights once.
 """
 
 from collections import Counter
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from ..hf.call_state import CallState
 from ..ops import native_library
 
-ROWS_HINT = 32  # what oneDNN is told of the rows to come when it picks the layout
+ROWS_HINT = 32  # the number of input rows for which oneDNN picks the layout
 
-_lock = Lock()  # of the two below
+_lock = Lock()  # guards the two below
 _copies: WeakKeyDictionary[nn.Linear, tuple[tuple, Tensor]] = WeakKeyDictionary()
 _users: Counter[nn.Linear] = Counter()  # layer -> how many ``generate`` calls run it on its packed weight
-_packed = CallState()  # of this thread's ``generate``: layer -> packed weight
+_packed = CallState()  # layer -> packed weight, in this thread's ``generate``
 
 
 @contextmanager
 def packed_linears(model: nn.Module):
-    """Run the plain ``nn.Linear`` modules of encoder, decoder and head on packed weights: in this thread, within the context.
+    """Run the plain ``nn.Linear`` modules of encoder, decoder and head on packed weights, in this thread and within the context.
 
-    Only where ``pid.enable(model, pack_weights=True)`` asked for it, on the CPU, in float32 or bfloat16, with the native library;
-    elsewhere nothing happens.
+    Does nothing unless the model was enabled with ``pack_weights=True``, the native library is built, and the weights are float32 or
+    bfloat16 on a CPU.
     """
     outer = _packed.get()
     usable = model.pid_pack_weights and native_library.problem() is None and torch.backends.mkldnn.is_available()
@@ -74,12 +74,12 @@ def _packable(layer):
         and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and weight.is_contiguous()
-        and ("forward" not in layer.__dict__ or layer in _users)  # accelerate's hooks, for one, replace it
+        and ("forward" not in layer.__dict__ or layer in _users)  # accelerate's hooks replace forward
     )
 
 
 def _fresh(layers) -> dict[nn.Linear, Tensor]:
-    """The packed weight of every layer, packed again where the weight has changed."""
+    """The packed weight of every layer; weights that have changed are packed again."""
     if not layers:
         return {}
     weights = [layer.weight.detach() for layer in layers]
@@ -95,7 +95,7 @@ def _fresh(layers) -> dict[nn.Linear, Tensor]:
 
 def _forward(layer, x):
     weight = None if torch.compiler.is_compiling() else (_packed.get() or {}).get(layer)
-    # the packed product has no gradient and takes its weight's dtype alone
+    # the packed matmul has no gradient and takes only the dtype of its weight
     if weight is None or torch.is_grad_enabled() or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return nn.functional.linear(x, layer.weight, layer.bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")

@@ -1,4 +1,4 @@
-"""Many prompts of one input: the decoder prefixes of Prompt-in-Decoder, for generation and for training."""
+"""Generation and training with many prompts per input: the decoder prefixes of Prompt-in-Decoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ Prompts = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
 
 @dataclass
 class PiDOutput:
-    """What ``pid.generate`` returns.
+    """The result of ``pid.generate``.
 
     Attributes:
-        sequences: ``sequences[i][u]`` are the generated token ids of input i, prompt u, without prompt and padding, the end token
-            included; with ``num_return_sequences`` > 1, a list of such lists.
-        scores: with ``output_scores=True``, log-probabilities of those tokens in the same nesting, 1-d float32 tensors on the CPU; else None.
-        output: what transformers' ``generate`` returned, rows of all streams in order.
+        sequences: ``sequences[i][u]`` is the list of generated token ids for input i and prompt u, without the prompt and padding, with
+            the end token; with ``num_return_sequences`` > 1, a list of such lists.
+        scores: with ``output_scores=True``, the log-probabilities of these tokens in the same nesting, as 1-d float32 tensors on the CPU;
+            otherwise None.
+        output: the return value of transformers' ``generate``, with the rows of all streams in order.
     """
 
     sequences: list[list]
@@ -32,23 +33,23 @@ class PiDOutput:
 def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> PiDOutput:
     """Encode every input once and continue each of its prompts. Prompt-in-Decoder, arXiv 2403.13112, section 3.
 
-    A prompt is a forced prefix of the decoder; the decoder's start token is put in front. Prompts of different length are padded on
-    the left, which is exact: masks leave the padding out and positions do not count it. Inputs with attention masks that are padded on
-    either side or have holes are exact too.
+    A prompt is a forced prefix of the decoder, after the decoder's start token. Prompts of different length are padded on the left,
+    which is exact: padding is masked, and positions do not count it. Attention masks of the inputs may be padded on either side or
+    have holes; this is exact too.
 
     Args:
-        model: one that ``pid.enable`` has changed.
+        model: a model that ``pid.enable`` has changed.
         input_ids: (b, n), the encoder's inputs.
-        prompts: token-id lists that every input is asked, or one such list per input. A prompt may be empty: the start token alone.
-            Nested one level deeper, ``prompts[i][u]`` is a list; the depth tells the two apart.
+        prompts: a list of prompts, each a list of token ids, for every input; or a list of such lists, one per input, where
+            ``prompts[i][u]`` is prompt u of input i. The nesting depth tells the two apart. An empty prompt is the start token alone.
         attention_mask: (b, n), nonzero where ``input_ids`` are not padding; None: no padding.
-        generate_kwargs: anything of ``model.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``cache_implementation``...
-            ``max_length`` counts the longest prompt.
+        generate_kwargs: any argument of ``model.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``cache_implementation``...
+            ``max_length`` includes the longest prompt.
 
     Raises:
-        ValueError: a model that is not enabled; no inputs, no prompts, or not as many lists of prompts as inputs; a prompt longer than
-            the decoder has positions for.
-        TypeError: token ids that are no integers.
+        ValueError: the model is not enabled; there are no inputs or no prompts; the number of prompt lists differs from the number of
+            inputs; or a prompt is longer than the decoder has positions for.
+        TypeError: a token id is not an integer.
     """
     base = _checked(model, "generate")
     if input_ids.ndim != 2 or input_ids.shape[0] == 0:
@@ -98,24 +99,25 @@ def forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """One training forward: the loss over the target tokens of every stream, given its input, its prompt and the tokens before.
+    """Run one training forward: the loss over the target tokens of every stream, given its input, its prompt and the preceding tokens.
 
-    ``-sum log p(y_t | E, prompt, y_<t)`` over all streams, divided by the number of target tokens as transformers does.
-    Prompt-in-Decoder, arXiv 2403.13112, equation 4; prompt positions carry the label -100.
+    The loss is ``-sum log p(y_t | E, prompt, y_<t)`` over all streams, divided by the number of target tokens as in transformers.
+    Prompt-in-Decoder, arXiv 2403.13112, equation 4; prompt positions have the label -100.
 
     Args:
-        model: one that ``pid.enable`` has changed.
+        model: a model that ``pid.enable`` has changed.
         input_ids: (b, n).
         prompts: as in ``generate``.
-        targets: ``targets[i][u]`` are the token ids to be learned for input i, prompt u, the end token included.
+        targets: ``targets[i][u]`` is the list of token ids to learn for input i and prompt u, with the end token.
         attention_mask: (b, n) or None.
-        kwargs: anything of the model's forward.
+        kwargs: any other argument of the model's forward.
 
     Returns:
         The model's output; ``loss`` is a scalar, ``logits`` are (N, T, V) for the streams in order, padded on the right.
 
     Raises:
-        ValueError, TypeError: as ``generate``; also targets that do not match the prompts in number, and no target tokens at all.
+        ValueError, TypeError: as in ``generate``; also if the number of targets differs from the number of prompts, or if no target has
+            a token.
     """
     base = _checked(model, "forward")
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
@@ -200,7 +202,7 @@ def _check_positions(base, length: int, prompt: int):
 
 
 def _generated(tails: Tensor, eos, pad) -> list[list[int]]:
-    """Rows cut after the first end token; where there is none, without trailing padding."""
+    """The rows, each cut after its first end token; a row without one loses its trailing padding."""
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     result = []
     for row in tails.tolist():

@@ -1,8 +1,8 @@
-"""Which encoder input each decoder stream belongs to and how many keys it has, on its way through a stock model.
+"""Key lengths and the input of each decoder stream, packed so that they pass through a stock model.
 
-Decoders hand their ``encoder_attention_mask`` to every cross-attention, and a mask of four dimensions passes untouched. So that is
-where the two small vectors travel: (1, 1, 1, b) int64 key lengths, followed by (N,) stream-to-input indices where streams are ragged.
-No mask is built, and an argument, unlike state on a module, is right again when a checkpointed layer is run twice.
+Decoders hand their ``encoder_attention_mask`` to every cross-attention, and a four-dimensional mask passes through unchanged. It
+carries two small int64 vectors: (1, 1, 1, b) key lengths, followed by (N,) stream-to-input indices if streams are ragged. No mask is
+built, and an argument, unlike state on a module, is still correct when a checkpointed layer runs again.
 """
 
 import torch
@@ -19,9 +19,9 @@ def is_packed(mask: Tensor | None) -> bool:
 
 
 def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | None]:
-    """The key lengths and the encoder index, each None where it says nothing.
+    """The key lengths and the encoder index; each is None if the mask does not restrict it.
 
-    A mask that is not packed was made by transformers out of none, under ``torch.compile``: every key is visible.
+    A mask that is not packed was created by transformers in place of None, under ``torch.compile``: every key is visible.
     """
     if not is_packed(mask):
         return None, None
@@ -30,19 +30,19 @@ def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | No
 
 
 def prepare(states: Tensor, mask: Tensor | None, streams: int, encoder_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Check the streams against the inputs; return encoder states with every input's keys in front, and what ``pack`` makes of them.
+    """Check the streams against the inputs; return encoder states with every input's keys in front, and the packed lengths and index.
 
-    Cross-attention has no positions, so keys may change places: with left padding or holes in the mask they are gathered to the front,
-    exactly. Reads the mask's values, so once per forward pass or generation, never per layer or step.
+    Cross-attention has no positions, so keys may be reordered: with left padding or holes in the mask they are gathered to the front,
+    which is exact. This synchronizes with a GPU, so it runs once per forward pass or generation, never per layer or step.
 
     Args:
         states: (b, n, d), the encoder's last hidden states.
-        mask: (b, n), nonzero where there is a key, or None.
-        streams: N, the rows of the decoder.
+        mask: (b, n), nonzero at keys, or None.
+        streams: N, the number of decoder rows.
         encoder_index: (N,) or None.
 
     Raises:
-        ValueError: N is no multiple of b and there is no index; an index that decreases or is out of range; a mask of another shape.
+        ValueError: N is not a multiple of b and there is no index; the index decreases or is out of range; or the mask has another shape.
     """
     inputs, n = states.shape[:2]
     if encoder_index is None:
@@ -70,7 +70,7 @@ def prepare(states: Tensor, mask: Tensor | None, streams: int, encoder_index: Te
 
 
 def index_of(mask: Tensor | None, inputs: int, streams: int) -> Tensor:
-    """(N,) the input of every stream; ``mask`` is what ``prepare`` returned."""
+    """The input of every stream, (N,); ``mask`` is the packed mask from ``prepare``."""
     index = unpack(mask, inputs)[1]
     if index is not None:
         return index
@@ -78,7 +78,7 @@ def index_of(mask: Tensor | None, inputs: int, streams: int) -> Tensor:
 
 
 def repeated(states: Tensor, mask: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What ``prepare`` returned as stock models take it: (N, n, d) states and an (N, n) mask, a row for each stream."""
+    """Expand the result of ``prepare`` for stock models: (N, n, d) states and an (N, n) mask, one row per stream."""
     lengths = unpack(mask, states.shape[0])[0]
     index = index.to(states.device)
     if lengths is not None:

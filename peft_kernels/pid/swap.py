@@ -1,4 +1,4 @@
-"""``enable`` and ``disable``: the swap, and all that is put onto a model by it."""
+"""``enable`` and ``disable``: everything that is put onto a model, and its removal."""
 
 from torch import nn
 
@@ -13,23 +13,23 @@ from .hooks import DecoderHooks
 def enable(model: nn.Module, *, pack_weights: bool = True) -> nn.Module:
     """Let the decoder streams of one encoder input share its cross-attention keys and values.
 
-    Afterwards ``model.generate`` with beams, ``num_return_sequences`` or more decoder rows than encoder rows computes and keeps the
-    keys and values of every input once, and ``model(input_ids=(b, n), labels=(N, T))`` trains N streams on b encoded inputs: streams
-    ``[i*N/b, (i+1)*N/b)`` belong to input i, or those that ``encoder_index`` (N,) names. Tokens, losses and gradients are those of
-    repeated encoder outputs. No module is replaced, so adapters on the projections keep working.
+    Afterwards ``model.generate`` with beams, ``num_return_sequences`` or more decoder rows than encoder rows computes and stores the
+    keys and values of every input once, and ``model(input_ids=(b, n), labels=(N, T))`` trains N streams on b encoded inputs. Streams
+    ``[i*N/b, (i+1)*N/b)`` belong to input i, unless ``encoder_index`` (N,) names the input of each stream. Tokens, losses and gradients
+    are those of repeated encoder outputs. No module is replaced, so adapters on the projections keep working.
 
     Args:
         model: an encoder-decoder model of transformers, or a PEFT model around one, with "sdpa" or "eager" attention. Changed in place.
-            With "eager", attention weights are available (``output_attentions=True``); "sdpa" runs our operator.
+            "sdpa" runs our operator; "eager" can return attention weights (``output_attentions=True``).
         pack_weights: on a CPU, generate with a second copy of the linear weights, packed for few rows (see pid/packing.py):
-            about 1.4 times as fast, for the memory of those weights. False: plain weights.
+            about 1.4 times as fast, at the cost of a second copy in memory. False: plain weights.
 
     Returns:
-        ``model``. Enabling twice changes nothing but ``pack_weights``.
+        ``model``. Enabling twice changes only ``pack_weights``.
 
     Raises:
-        ValueError: a family that is not supported, or another attention implementation.
-        ImportError: a version of transformers that was not tested.
+        ValueError: the model's family or its attention implementation is not supported.
+        ImportError: the installed version of transformers is outside the tested range.
     """
     base = _base(model)
     if is_enabled(base):
@@ -53,7 +53,7 @@ def enable(model: nn.Module, *, pack_weights: bool = True) -> nn.Module:
 
 
 def disable(model: nn.Module) -> nn.Module:
-    """Undo ``enable``: the model is what it was, bit for bit. Nothing happens if it is not enabled."""
+    """Undo ``enable`` exactly, bit for bit. Does nothing if ``model`` is not enabled."""
     base = _base(model)
     if not is_enabled(base):
         return model
@@ -69,7 +69,7 @@ def disable(model: nn.Module) -> nn.Module:
 
 
 def is_enabled(model: nn.Module) -> bool:
-    """Whether ``enable`` has changed ``model``, or the model that PEFT wraps."""
+    """Whether ``model``, or the model inside a PEFT model, is enabled."""
     return isinstance(_base(model), PiDGenerationMixin)
 
 

@@ -1,4 +1,4 @@
-"""The frozen model that makes features, and what its attention mask says about them."""
+"""The frozen model that computes features, and the removal of padding between them."""
 
 import threading
 
@@ -15,9 +15,9 @@ _loading = threading.Lock()
 
 
 class FrozenBackbone:
-    """No module of the model that uses it: it is neither saved with that model nor trained, and keeps to eval mode.
+    """Holds the backbone outside of the model's modules, so that it is not saved or trained with the model and stays in eval mode.
 
-    It is loaded when first used, and follows the device of its inputs.
+    It is loaded on first use and follows the device of its inputs.
     """
 
     def __init__(self, name: str | None):
@@ -40,10 +40,10 @@ class FrozenBackbone:
 
 
 def encoder_of(method: str, model: torch.nn.Module) -> torch.nn.Module:
-    """What makes features: a model without its head, of an encoder-decoder the encoder.
+    """The part of ``model`` that computes features: the model without its head, or the encoder of an encoder-decoder.
 
     Raises:
-        TypeError: no model of transformers. ValueError: adapters that work from around the model.
+        TypeError: there is no transformers model. ValueError: an adapter works in the wrapper instead of the model.
     """
     model = frozen_model(method, model)
     return model.get_encoder() if is_encoder_decoder(model) else model.base_model
@@ -51,7 +51,7 @@ def encoder_of(method: str, model: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def features_of(model, layer: int, **inputs) -> Tensor:
-    """(B, n, d): hidden states number ``layer``."""
+    """The hidden states number ``layer`` of ``model``, (B, n, d)."""
     inputs = {name: x for name, x in inputs.items() if x is not None}
     if layer == -1:
         return model(**inputs).last_hidden_state
@@ -59,7 +59,7 @@ def features_of(model, layer: int, **inputs) -> Tensor:
 
 
 def right_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Features, those that ``mask``, (B, n), shows before all others; and how many there are, (B,). Attention has no order among them."""
+    """Features with the unmasked ones of ``mask`` (B, n) in front, and their number, (B,). Attention does not depend on their order."""
     mask = mask.bool()
     lengths = mask.sum(1)
     if (mask[:, 1:] & ~mask[:, :-1]).any():

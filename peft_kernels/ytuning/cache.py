@@ -1,4 +1,4 @@
-"""Features computed once: ragged safetensors shards in a folder, with an index."""
+"""The cache of features: ragged safetensors shards in a folder, with an index."""
 
 import hashlib
 import json
@@ -43,30 +43,29 @@ def cache_features(
 ) -> Path:
     """Write the hidden states of every text to ``folder``, for ``CachedFeatures`` to read; returns the folder.
 
-    Texts are sorted by length, in batches with little padding, and divided into shards; the index says where each text went. A shard is
-    written beside its place, flushed to disk, moved there, and only then entered in the index with its SHA-256: an interrupted run
-    continues after the last whole shard when called again. Shards that are there are checked; damaged or missing ones are computed again.
-    A second process that is given the same folder waits for the first.
+    Texts are sorted by length, so that batches have little padding, and divided into shards. A shard is written atomically and then
+    entered in the index with its SHA-256, so that an interrupted run continues after the last complete shard when called again.
+    Existing shards are checked; damaged or missing ones are computed again. A second process with the same folder waits for the first.
 
     Args:
-        model: the backbone; of a model with a head that without it, of an encoder-decoder its encoder, with the adapter of PEFT that is
-            active. It runs as it is, in eval mode, on its device.
-        tokenizer: the model's.
-        texts: strings, or pairs of strings, in any iterable that has an order.
-        folder: where shards and index are written; made where there is none.
-        batch_size: texts of one forward pass.
-        dtype: what is stored: ``torch.bfloat16`` or ``torch.float32``.
-        layer: which hidden states, counted as in ``hidden_states``; -1: the last.
-        max_length: tokens of a text; longer ones are cut. None: what model and tokenizer allow.
-        overwrite: replace a cache that was made of another model, tokenizer or texts. False: refuse it.
+        model: the backbone, without its head if it has one; the encoder of an encoder-decoder model; a PEFT model with its active
+            adapter. It runs in eval mode on its own device.
+        tokenizer: the model's tokenizer.
+        texts: strings, or pairs of strings, in any ordered iterable.
+        folder: folder of shards and index; created if it does not exist.
+        batch_size: texts per forward.
+        dtype: dtype of the stored features, ``torch.bfloat16`` or ``torch.float32``.
+        layer: index into the model's ``hidden_states``; -1: the last.
+        max_length: the most tokens of a text; longer ones are cut. None: the limit of model and tokenizer.
+        overwrite: whether to replace a cache of another model, tokenizer or texts; False: raise an error.
 
     The key of a cache is a digest of the weights, config, active adapters and autocast of the model, the token ids of all texts,
     ``dtype`` and ``layer``.
 
     Raises:
-        ValueError: ``dtype``, ``layer`` or ``batch_size`` out of range; a cache in ``folder`` that was made of something else; or a
-            ``folder`` that cannot be written or holds another index.
-        TypeError: ``model`` is not one of transformers, or ``texts`` are no strings or pairs.
+        ValueError: ``dtype``, ``layer`` or ``batch_size`` is out of range; ``folder`` has a cache with another key, cannot be written, or
+            has another kind of index.
+        TypeError: ``model`` is not a transformers model, or ``texts`` are not strings or pairs of strings.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"cache_features: dtype must be torch.bfloat16 or torch.float32, got {dtype}")
@@ -88,7 +87,7 @@ def cache_features(
 
 
 def _alone(folder: Path) -> FileLock:
-    """One process or thread at a time; the lock of a killed one is free."""
+    """Lock ``folder`` for one process or thread; a killed process releases its lock."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -119,7 +118,7 @@ def _fill(model, tokenizer, encoded, folder, head, batch_size, dtype, layer, ove
 
 
 def read_index(folder: Path) -> dict | None:
-    """Of this format or an earlier one; None where there is none that can be read."""
+    """The index in ``folder``, of this format or an earlier one; None if there is none or it cannot be read."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return index if isinstance(index["format"], int) and isinstance(index["done"], dict) and isinstance(index["key"], str) else None
@@ -128,12 +127,12 @@ def read_index(folder: Path) -> dict | None:
 
 
 def checksum_of_text(features: Tensor) -> int:
-    """CRC-32 of (n, d): cheap enough for every read."""
+    """CRC-32 of one text's features (n, d), fast enough to check on every read."""
     return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
 
 
 def checksum(path: Path) -> str | None:
-    """None where there is no file."""
+    """SHA-256 of the file at ``path``; None if there is none."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -149,7 +148,7 @@ def _write_index(folder, head, shards, done):
 
 
 def _continue(folder, head, overwrite) -> dict:
-    """The shards of a former run with the same key."""
+    """The finished shards of a previous run with the same key, from its index."""
     index = read_index(folder)
     shards = [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
     if index is None:
@@ -178,7 +177,7 @@ def _encode(tokenizer, texts, max_length):
 
 
 def _shards(lengths) -> list[list[int]]:
-    """Texts by length, in shards of about SHARD_TOKENS."""
+    """Indices of the texts, sorted by length and divided into shards of at most SHARD_TOKENS tokens (or one text)."""
     shards: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -191,8 +190,8 @@ def _shards(lengths) -> list[list[int]]:
 
 
 def _features(model, tokenizer, rows, batch_size, layer):
-    """(tokens of all rows, d), on the CPU."""
-    rows = [row for row in rows if row["input_ids"]]  # a text of no tokens has no features
+    """Features of the tokens of all rows, (total, d), on the CPU."""
+    rows = [row for row in rows if row["input_ids"]]  # a text without tokens has no features
     if not rows:
         return torch.zeros(0, model.config.hidden_size)
     with evaluating(model):

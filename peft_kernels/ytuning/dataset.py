@@ -1,4 +1,4 @@
-"""Cached features for a Trainer: a Dataset over memory-mapped shards, and the collator that pads them."""
+"""Cached features for a Trainer: a Dataset over memory-mapped shards, and a collator that pads them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +16,19 @@ __all__ = ["CachedFeatures", "FeatureCollator"]
 
 
 class CachedFeatures(Dataset):
-    """What ``cache_features`` wrote, in the order of its texts: ``{"features": (n, d), "labels": ...}``.
+    """Dataset over a folder of ``cache_features``, in the order of its texts, with items ``{"features": (n, d), "labels": ...}``.
 
-    Shards are mapped into memory: what is read is what is used, and worker processes share it. The features of every text that is read
-    are compared with their checksum.
+    Shards are memory-mapped: only the items that are read are loaded, and worker processes share them. The features of an item are
+    compared with their checksum when it is read.
 
     Args:
-        folder: of ``cache_features``.
-        labels: the class index of every text, in any iterable; None: items have features alone.
+        folder: the folder that ``cache_features`` wrote.
+        labels: the class index of every text, in any iterable; None: items have only features.
         verify: compare every shard with its checksum now, which reads all of them.
 
     Raises:
-        ValueError: no cache, one that is not complete or damaged, a wrong number of labels, or labels that are no whole numbers. An item
-            whose features are damaged raises it too.
+        ValueError: the folder has no cache, or one that is incomplete or damaged; the number of labels is wrong, or they are not whole
+            numbers. Reading an item with damaged features raises it too.
     """
 
     def __init__(self, folder: str | Path, labels: Sequence[int] | None = None, *, verify: bool = False) -> None:
@@ -72,19 +72,19 @@ class CachedFeatures(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Features of every text."""
+        """The number of features of every text."""
         return (self._place[:, 2] - self._place[:, 1]).tolist()
 
     def _tensors(self, number):
         try:
             with safe_open(self.folder / self.names[number], framework="pt") as shard:
                 return tuple(shard.get_tensor(name) for name in ("features", "rows", "offsets", "checksums"))
-        except Exception as error:  # safetensors has a type of its own
+        except Exception as error:  # safetensors raises its own exception type
             raise ValueError(f"CachedFeatures: {self.folder / self.names[number]} is damaged: run cache_features again, which repairs it") from error
 
 
 class FeatureCollator:
-    """A batch for ``YTuningForSequenceClassification``: ``features`` padded on the right, ``lengths``, and ``labels`` where given."""
+    """Collates items to a batch for ``YTuningForSequenceClassification``: ``features`` padded on the right, ``lengths``, any ``labels``."""
 
     def __call__(self, items: list[dict]) -> dict:
         features = [item["features"] for item in items]

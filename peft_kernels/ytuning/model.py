@@ -18,7 +18,7 @@ __all__ = ["YTuningForSequenceClassification", "triplet_loss"]
 
 
 class SelfAttention(nn.Module):
-    """Among slots, (S, d) or (B, S, d)."""
+    """Self-attention among slots (S, d) or (B, S, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A weight, which a call returns: around it, accelerate and FSDP bring in what they keep elsewhere."""
+    """A weight that is read by a call, so that hooks of accelerate and FSDP can load it if it is offloaded or sharded."""
 
     def __init__(self, width: int):
         super().__init__(width, width, bias=False)
@@ -42,7 +42,7 @@ class Projection(nn.Linear):
 
 
 class CrossAttention(nn.Module):
-    """From slots to features, (B, n, d)."""
+    """Cross-attention from slots to features (B, n, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, slots, features, lengths):
         weights = self.query(), self.key(), self.value()
-        with torch.autocast(features.device.type, enabled=False):  # the operator sums in float32 and takes features as they are stored
+        with torch.autocast(features.device.type, enabled=False):  # the operator accumulates in float32 and takes features in their stored dtype
             states = label_cross_attention(slots.to(weights[0].dtype), features, *weights, lengths=lengths, num_heads=self.heads)
         return self.output(states)
 
@@ -68,18 +68,18 @@ class LabelBlock(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, slots, features, lengths):
-        """Slots (S, d) or (B, S, d); returns (B, S, d)."""
+        """Update slots (S, d) or (B, S, d); returns (B, S, d)."""
         slots = self.norms[0](slots + self.dropout(self.self_attention(slots)))
         slots = self.norms[1](slots + self.dropout(self.cross_attention(slots, features, lengths)))
         return self.norms[2](slots + self.dropout(self.down(gelu(self.up(slots)))))
 
 
 class YTuningForSequenceClassification(PreTrainedModel):
-    """Y-Tuning (arXiv 2202.09817): a slot for the task and one for each label attend to features that nothing is trained for.
+    """Y-Tuning (arXiv 2202.09817): a slot for the task and one for each label attend to the features of a frozen model.
 
-    Takes ``features``, or ``input_ids`` for the backbone that ``config.backbone`` names. The backbone is loaded when first used, stays
-    frozen and in eval mode, and is no part of what ``parameters``, ``state_dict`` and ``save_pretrained`` see: a checkpoint holds the
-    label blocks, and the config where to find the rest. ``set_backbone`` gives one that is in memory already.
+    Takes ``features``, or ``input_ids`` for the backbone that ``config.backbone`` names. The backbone is loaded on first use, stays
+    frozen and in eval mode, and is not part of ``parameters``, ``state_dict`` or ``save_pretrained``: a checkpoint holds the label
+    blocks, and its config names the backbone. ``set_backbone`` sets one that is already in memory.
     """
 
     config_class = YTuningConfig
@@ -99,7 +99,7 @@ class YTuningForSequenceClassification(PreTrainedModel):
             init.normal_(self.slots, mean=0.0, std=1.0)
 
     def set_backbone(self, model: nn.Module) -> None:
-        """Freezes ``model``, puts it in eval mode, and has it make the features from now on."""
+        """Freeze ``model``, put it in eval mode, and use it as the backbone."""
         self.frozen_backbone.set(model)
 
     def forward(
@@ -112,27 +112,28 @@ class YTuningForSequenceClassification(PreTrainedModel):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
-        """
+        """Classify texts from their features or their token ids.
+
         Args:
-            features: (B, n, d), of any floating-point dtype; or ``input_ids``.
-            lengths: (B,), of features that are padded on the right; or ``attention_mask``.
-            attention_mask: (B, n), 1 where there is no padding, on whichever side that is.
-            input_ids: (B, n), and perhaps ``token_type_ids``, for the backbone.
-            labels: (B,) in [0, num_labels), integers.
+            features: (B, n, d), of any floating-point dtype; or give ``input_ids``.
+            lengths: (B,), numbers of features where they are padded on the right; or give ``attention_mask``.
+            attention_mask: (B, n), 1 at tokens and 0 at padding on either side.
+            input_ids: (B, n), for the backbone, with ``token_type_ids`` if it takes them.
+            labels: (B,) integers in [0, num_labels).
 
         Returns:
-            ``loss`` with ``labels``, and ``logits``, (B, num_labels): the inner products of the last states of task and label.
+            ``logits`` (B, num_labels), inner products of the final states of task and label, and ``loss`` if ``labels`` are given.
 
         Raises:
-            ValueError: none or both of ``features`` and ``input_ids``, or both of ``lengths`` and ``attention_mask``; a wrong width;
-                labels that are no indices of classes, or a loss for regression, of several labels or of one class.
+            ValueError: none or both of ``features`` and ``input_ids`` are given, or both of ``lengths`` and ``attention_mask``; features
+                have another width; a label is not a class index; or the loss is for regression, several labels per text or one class.
         """
         if (features is None) == (input_ids is None):
             raise ValueError(f"YTuningForSequenceClassification: give features or input_ids, got {'none' if features is None else 'both'}")
         if lengths is not None and attention_mask is not None:
             raise ValueError("YTuningForSequenceClassification: give lengths or attention_mask, got both")
         if features is None:
-            if attention_mask is not None:  # as ``cache_features`` pads
+            if attention_mask is not None:  # pad as ``cache_features`` does
                 attention_mask, input_ids, token_type_ids = padded_behind(attention_mask, input_ids, token_type_ids)
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
             features = self.frozen_backbone(self.config.backbone_layer, **inputs)
@@ -164,7 +165,7 @@ class YTuningForSequenceClassification(PreTrainedModel):
 
 
 def triplet_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """Mean over the rows of scores, (B, C), of the sum over ``c != y`` of ``max(0, margin + t_c - t_y)``."""
+    """The triplet loss: the mean over rows of ``scores`` (B, C) of the sum over ``c != y`` of ``max(0, margin + t_c - t_y)``."""
     right = scores.gather(1, labels[:, None])
     hinges = (margin + scores - right).relu()
     return hinges.scatter(1, labels[:, None], 0).sum(1).mean()
