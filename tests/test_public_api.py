@@ -94,7 +94,7 @@ OPTIONS = {
     "bench": "[operators] --device --dtype --shapes --phase --repeats --quick --against --out",
     "tune": "[operators] --dtype --out --quick",
     "profile": "[model] --method --batch --streams --length --new-tokens --dtype --device --repeats --train --quick --out",
-    "report": "[folders] --out --figures",
+    "report": "[folders] --out --figures --picture",
 }
 
 

@@ -43,6 +43,7 @@ def _registering(module: str, lack: str) -> Callable[[], None]:
 
 _REGISTER = {
     "torch": _registering("..ops", "torch does not know its operators"),  # those that a saved torch.export program names
+    "torch.utils.flop_counter": _registering("..ops.flops", "FlopCounterMode does not count its operators"),
     "peft": _registering(".peft_method", "PEFT does not know DePT and PASTA"),
 }
 

@@ -2,6 +2,7 @@
 
 A package ``ops/<package>`` may have modules that are imported where they are wanted:
 
+* ``cost``: ``FLOPS``, the matmuls of each dispatcher operator by shapes, for ``torch.utils.flop_counter``;
 * ``problems``: ``OPERATORS``, the benchmark of each public operator;
 * ``tunable``: ``KERNELS`` and ``targets``, what ``peft-kernels tune`` may change, and the calls that it times;
 * ``variants``: ``variants()``, the Triton kernels as they are launched, and ``CUDA_KERNELS``, for tools/kernel_report.

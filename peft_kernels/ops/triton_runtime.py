@@ -1,7 +1,11 @@
-"""Whether Triton kernels run here: asked once for every operator."""
+"""What the launchers of all Triton kernels share: whether kernels run here, layouts, grids."""
 
 import os
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,9 +15,9 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides when a kernel is decorated: on import
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What a kernel reads without being told its strides: every launcher hands those over or takes this."""
-    return [x if x is None else x.contiguous() for x in tensors]
+COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+PROGRAMS = 512  # of a sum over the batch, until which more parts of it are worth a second sum
+ADDENDS = 32  # of a part, at least
 
 
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
@@ -28,3 +32,55 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
     if device not in ("cpu", "cuda"):
         return f"its kernels are for CUDA and ROCm devices, not {device}"
     return None
+
+
+def kernel_module(package: str | None, name: str = "triton_kernels") -> ModuleType | None:
+    """The module of ``package`` with its kernels, or None without Triton."""
+    try:
+        return import_module(f".{name}", package)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
+@cache
+def device_of(device: torch.device) -> tuple[str, int]:
+    """The architecture whose configs fit, and the number of SMs (CUs on AMD)."""
+    if device.type == "cpu":
+        return "sm_80", 4
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        family = "gfx942"
+    else:
+        family = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return family, properties.multi_processor_count
+
+
+def guard(device: torch.device):
+    """Kernels are launched on the current device, which need not be that of their tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors that a kernel reads without being told their strides: every launcher hands those over or takes this."""
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    return (0,) * dimensions if x is None else x.stride()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def partition(batch: int, addends_per_row: int, programs: int) -> tuple[int, int]:
+    """The number of parts of the batch and the rows of each: by sizes alone, so that the order of a sum depends on nothing else."""
+    parts = max(1, min(batch * addends_per_row // ADDENDS, PROGRAMS // max(programs, 1), batch))
+    rows = max(1, cdiv(batch, parts))
+    return max(1, cdiv(batch, rows)), rows

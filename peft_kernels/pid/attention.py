@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..ops import shared_cross_attention
-from ..ops.shared_cross_attention.folding import fold, unfold
+from ..ops.shared_cross_attention.layout import fold, unfold
 from . import streams
 
 NAMES = {"sdpa": "peft_kernels_sdpa", "eager": "peft_kernels_eager"}

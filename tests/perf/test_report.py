@@ -13,7 +13,8 @@ from peft_kernels.ops import __all__ as operators
 from peft_kernels.perf.measure import Peaks
 from peft_kernels.perf.report import load, page, picture, updated
 from peft_kernels.perf.report.bars import RatioAxis
-from peft_kernels.perf.report.sections import KNOWN
+from peft_kernels.perf.report.methods import METHODS
+from peft_kernels.perf.report.sections import KNOWN, section
 from peft_kernels.perf.results import OURS, Results, Row
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
@@ -88,6 +89,10 @@ def test_methods_in_one_table(folder):
     text = updated(f"<!-- figures: methods -->\n{END}", load([folder(cpu=results([*rows, *end_to_end]))]))
     assert "| `python benchmarks/pid_generate.py`: over stock 0.98x | 10.0x | 0.50 to 3.00x; slower in 1 of 2 cases |" in text
     assert "Measured on **A CPU**, 4 cores, AVX2, 2026-03-05." in text and "No GPU was measured." in text
+
+
+def test_every_operator_belongs_to_a_method():
+    assert {operator for operator in operators if not section(operator).about.startswith(tuple(method.name for method in METHODS))} == set()
 
 
 def test_known_names_are_those_of_the_rows():

@@ -6,15 +6,10 @@ from torch import Tensor
 
 from .. import tuned
 from ..special_tokens import triton as special_tokens
-from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, dropout, guard, strides
-from ..triton_runtime import unavailable
+from ..special_tokens.triton import dropout
+from ..triton_runtime import COMPILER_OPTIONS, cdiv, dense, guard, kernel_module, strides, unavailable
 
-try:
-    from . import triton_kernels
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    triton_kernels = None
+triton_kernels = kernel_module(__package__)
 
 __all__ = ["backward", "forward", "unavailable"]
 

@@ -1,5 +1,7 @@
 """The cost of the decomposed prompt embedding."""
 
+from math import prod
+
 from torch import Tensor
 
 from ..cost import Cost, gradient_bytes, nbytes
@@ -33,3 +35,15 @@ def decomposed_prompt_embedding(
         return Cost(moved, product + tokens)
     products = 0 if a is None else a.requires_grad + b.requires_grad
     return Cost(moved + out + gradient_bytes(weight, *parameters), (1 + products) * product + 2 * tokens)
+
+
+def _forward_flops(input_ids, weight, prompt, a, b, *args, out_shape=None) -> int:
+    return 0 if a is None else 2 * prod(a) * b[-1]
+
+
+def _backward_flops(grad, adapters, virtual, positions, a, b, *args, out_shape=None) -> int:
+    """The gradients of a and b."""
+    return 0 if a is None else 4 * prod(a) * b[-1]
+
+
+FLOPS = {"decomposed_prompt_embedding": _forward_flops, "decomposed_prompt_embedding_backward": _backward_flops}

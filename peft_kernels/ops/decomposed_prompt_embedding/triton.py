@@ -1,6 +1,5 @@
 """GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
 
-from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -8,14 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import contiguous, unavailable
+from ..triton_runtime import cdiv, contiguous, dense, device_of, guard, kernel_module, unavailable
 
-try:
-    from . import triton_kernels
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    triton_kernels = None
+triton_kernels = kernel_module(__package__)
 
 __all__ = ["backward", "forward", "unavailable"]
 
@@ -56,17 +50,17 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
     out = weight.new_empty(batch, virtual + length, width)
     if not out.numel():
         return out
-    weight = _dense(weight)
+    weight = dense(weight)
     prompt, a, b, delta = contiguous(prompt, a, b, delta)
     positions, rank = a.shape[1:] if delta is None else (delta.shape[1], 0)
-    vendor, processors = device_of(weight.device)
-    shipped = forward_options(CONFIGS[vendor, weight.element_size()].forward, insert_after_first, with_product=delta is None)
+    configs, processors = configs_of(weight.device, weight.element_size())
+    shipped = forward_options(configs.forward, insert_after_first, with_product=delta is None)
     kernel = "product" if delta is None else "delta"
     options = tuned.options("decomposed_prompt_embedding", kernel, weight.device, shipped, weight.element_size())
-    programs_per_row = _cdiv(width, options["BD"]) * (_cdiv(virtual, options["BP"]) + _cdiv(length, options["BP"]))
+    programs_per_row = cdiv(width, options["BD"]) * (cdiv(virtual, options["BP"]) + cdiv(length, options["BP"]))
     rows = rows_per_program(batch, programs_per_row, processors)
-    with _guard(weight.device):
-        triton_kernels.decomposed_prompt_embedding_fwd_kernel[programs_per_row * _cdiv(batch, rows),](
+    with guard(weight.device):
+        triton_kernels.decomposed_prompt_embedding_fwd_kernel[programs_per_row * cdiv(batch, rows),](
             out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
             batch, length, virtual, positions, rank, width, rows, scale, embed_scale,
             *input_ids.stride(), weight.stride(0), _stride(offsets), _stride(adapter_ids),
@@ -86,12 +80,12 @@ def backward(
     prompt_rows, delta_rows = (0 if x is None else x.shape[1] for x in (grad_prompt, grad_delta))
     if not adapters * (prompt_rows + delta_rows) * width:
         return grad_prompt, grad_delta
-    grad = _dense(grad)
-    vendor, _ = device_of(grad.device)
-    shipped = backward_options(CONFIGS[vendor, grad.element_size()].backward, insert_after_first)
+    grad = dense(grad)
+    configs, _ = configs_of(grad.device, grad.element_size())
+    shipped = backward_options(configs.backward, insert_after_first)
     options = tuned.options("decomposed_prompt_embedding", "backward", grad.device, shipped, grad.element_size())
-    with _guard(grad.device):
-        triton_kernels.decomposed_prompt_embedding_bwd_kernel[_cdiv(width, options["BD"]) * adapters * (prompt_rows + delta_rows),](
+    with guard(grad.device):
+        triton_kernels.decomposed_prompt_embedding_bwd_kernel[cdiv(width, options["BD"]) * adapters * (prompt_rows + delta_rows),](
             grad, grad_prompt, grad_delta, offsets, adapter_ids,
             batch, columns - virtual, virtual, prompt_rows, delta_rows, width,
             *grad.stride()[:2], _stride(offsets), _stride(adapter_ids),
@@ -121,25 +115,11 @@ def _compiler_options(config: Config) -> dict:
     return {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
-@cache
-def device_of(device: torch.device) -> tuple[str, int]:
-    """Whose it is, and the number of its processors."""
-    if device.type == "cpu":
-        return "nvidia", 4
-    return "amd" if torch.version.hip else "nvidia", torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def configs_of(device: torch.device, size: int) -> tuple[Configs, int]:
+    """The configs for elements of ``size`` bytes, and the number of SMs."""
+    family, processors = device_of(device)
+    return CONFIGS["amd" if family == "gfx942" else "nvidia", size], processors
 
 
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _guard(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

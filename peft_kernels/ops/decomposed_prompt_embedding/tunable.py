@@ -18,7 +18,7 @@ KERNELS = {
 def targets(setting: Setting):
     """(kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     size = setting.dtype.itemsize
-    configs = triton.CONFIGS[triton.device_of(setting.device)[0], size]
+    configs, _ = triton.configs_of(setting.device, size)
     yield "product", (size,), triton.forward_options(configs.forward, False, with_product=True), partial(_embedding_forward, with_product=True)
     yield "delta", (size,), triton.forward_options(configs.forward, False, with_product=False), partial(_embedding_forward, with_product=False)
     yield "backward", (size,), triton.backward_options(configs.backward, False), _embedding_backward

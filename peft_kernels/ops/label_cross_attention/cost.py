@@ -1,5 +1,7 @@
 """The cost of label cross-attention."""
 
+from math import prod
+
 from torch import Tensor
 
 from ..cost import Cost, gradient_bytes, nbytes
@@ -55,3 +57,22 @@ def _absorbed(tokens, rows, batch, per_row, width, heads, needs):
     query, key, value, slots, w_q = needs
     scores = 2 * attend + of_pooled if query or key else 0  # gradients of the pooled, the scores, the queries
     return forward + (slots + w_q + query + key) * of_queries + value * of_pooled + scores
+
+
+def _forward_flops(query, features, w_k, w_v, lengths, offsets, num_heads, *args, out_shape=None) -> int:
+    small = 2 * query[0] * query[1] * query[2] ** 2  # of w_q, which is multiplied outside
+    return min(form(*_sizes(query, features, offsets, num_heads), None) for form in (_explicit, _absorbed)) - small
+
+
+def _backward_flops(grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs, out_shape=None) -> int:
+    sizes = _sizes(query, features, offsets, num_heads)
+    form = min((_explicit, _absorbed), key=lambda form: form(*sizes, None))
+    return form(*sizes, (*needs[:3], False, False)) - form(*sizes, None)
+
+
+def _sizes(query, features, offsets, heads):
+    batch = features[0] if offsets is None else offsets[0] - 1
+    return prod(features[:-1]), query[0] * query[1], batch, query[1], query[2], heads
+
+
+FLOPS = {"label_cross_attention": _forward_flops, "label_cross_attention_backward": _backward_flops}

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..shared_cross_attention.triton import device_of
-from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, dense, guard, partition
-from ..triton_runtime import contiguous, unavailable
+from ..triton_runtime import COMPILER_OPTIONS, cdiv, contiguous, dense, device_of, guard, kernel_module, partition, unavailable
 
-try:
-    from . import triton_kernels
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    triton_kernels = None
+triton_kernels = kernel_module(__package__)
 
 __all__ = ["pool", "pool_backward", "unavailable"]
 

@@ -1,5 +1,7 @@
 """The cost of label words' logits."""
 
+from math import prod
+
 from torch import Tensor
 
 from ..cost import Cost, gradient_bytes, nbytes
@@ -22,3 +24,14 @@ def label_logits(
         return cost
     products = 1 + hidden.requires_grad + weight.requires_grad
     return Cost(cost.bytes + out + gradient_bytes(hidden, weight, bias), products * cost.operations)
+
+
+def _forward_flops(hidden, weight, label_ids, *args, out_shape=None) -> int:
+    return 2 * hidden[0] * prod(label_ids) * weight[1]
+
+
+def _backward_flops(grad_words, weight, label_ids, impl, out_shape=None) -> int:
+    return 2 * grad_words[0] * prod(label_ids) * weight[1]
+
+
+FLOPS = {"label_logits": _forward_flops, "label_logits_backward": _backward_flops}

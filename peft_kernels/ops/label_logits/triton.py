@@ -6,15 +6,9 @@ from typing import NamedTuple
 import torch
 
 from .. import tuned
-from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, strides
-from ..triton_runtime import contiguous, unavailable
+from ..triton_runtime import COMPILER_OPTIONS, cdiv, contiguous, guard, kernel_module, strides, unavailable
 
-try:
-    from . import triton_kernels
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    triton_kernels = None
+triton_kernels = kernel_module(__package__)
 
 __all__ = ["backward", "forward", "unavailable"]
 

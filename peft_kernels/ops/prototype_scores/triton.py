@@ -5,14 +5,9 @@ from functools import cache
 import torch
 
 from .. import triton_runtime, tuned
-from ..special_tokens.triton import COMPILER_OPTIONS, cdiv, guard, partition
+from ..triton_runtime import COMPILER_OPTIONS, cdiv, guard, kernel_module, partition
 
-try:
-    from . import triton_kernels
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    triton_kernels = None
+triton_kernels = kernel_module(__package__)
 
 __all__ = ["backward", "cross_entropy", "forward", "unavailable"]
 

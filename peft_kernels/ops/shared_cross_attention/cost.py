@@ -29,3 +29,21 @@ def shared_cross_attention(
     needs_query, needs_key, needs_value = (x.requires_grad for x in (query, key, value))
     products = (needs_query or needs_key) + needs_query + needs_key + needs_value
     return Cost(moved + query.nbytes + gradient_bytes(query, key, value), (2 + products) * product)
+
+
+def _forward_flops(query, key, value, *args, out_shape=None) -> int:
+    return 2 * _matmul_flops(query, key)
+
+
+def _backward_flops(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs, out_shape=None) -> int:
+    """The scores once more, dP, and one matmul for each gradient that is needed."""
+    need_query, need_key, need_value, _ = needs
+    return (1 + (need_query or need_key) + need_query + need_key + need_value) * _matmul_flops(query, key)
+
+
+def _matmul_flops(query, key):
+    streams, heads, tokens, width = query
+    return 2 * streams * heads * tokens * key[2] * width
+
+
+FLOPS = {"shared_cross_attention": _forward_flops, "shared_cross_attention_backward": _backward_flops}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import as_token_major, token_major
+from .layout import as_token_major, fold, token_major, unfold
 
 
 class Group(NamedTuple):
@@ -35,18 +35,6 @@ def groups(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index
             result.append(Group(slice(u, v), slice(i, j), lengths[i]))
         u, i = v, j
     return result
-
-
-def fold(x: Tensor, inputs: int) -> Tensor:
-    """(g*M, H, t, ...) -> (g, H, M*t, ...) for g inputs; a view where ``x`` is token-major."""
-    x = x.transpose(1, 2)
-    return x.reshape(inputs, x.shape[0] // inputs * x.shape[1], *x.shape[2:]).transpose(1, 2)
-
-
-def unfold(x: Tensor, tokens: int) -> Tensor:
-    """(g, H, M*t, ...) -> (g*M, H, t, ...), token-major."""
-    x = x.transpose(1, 2)
-    return x.reshape(-1, tokens, *x.shape[2:]).transpose(1, 2)
 
 
 def forward(attend, query, key, value, key_lengths, encoder_index, scale, need_lse) -> tuple[Tensor, Tensor | None]:

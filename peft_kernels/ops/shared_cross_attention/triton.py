@@ -5,7 +5,6 @@ a key or value whose D is not contiguous, is copied first, as are lengths and in
 device, and no launch depends on a value there.
 """
 
-from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -13,15 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import contiguous, unavailable
+from ..triton_runtime import cdiv, contiguous, device_of, guard, kernel_module, unavailable
 from .layout import as_token_major, token_major
 
-try:
-    from . import triton_backward, triton_forward
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    triton_forward = None
+triton_forward, triton_backward = (kernel_module(__package__, name) for name in ("triton_forward", "triton_backward"))
 
 __all__ = ["backward", "forward", "unavailable"]
 
@@ -101,7 +95,7 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
     configs = configs_of(family, query.element_size(), head_dim)
     config = next((c for c in configs.forward if c.rows * inputs >= rows), configs.forward[-1])
     options = _tuned("forward", config, query, config.rows)
-    with _guard(query.device):
+    with guard(query.device):
         cu_streams = _cu_streams(encoder_index, inputs)
         tiles = _tiles(options["BM"], rows, inputs, cu_streams)
         splits = num_splits(tiles * heads, n, processors)
@@ -116,7 +110,7 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
             **options,
         )  # fmt: skip
         if splits > 1:
-            triton_forward.shared_cross_attention_fwd_merge_kernel[_cdiv(rows * heads, ROW_HEADS),](
+            triton_forward.shared_cross_attention_fwd_merge_kernel[cdiv(rows * heads, ROW_HEADS),](
                 part_out, part_lse, out, lse, rows * heads, splits,
                 **row_options(head_dim),
             )  # fmt: skip
@@ -137,10 +131,10 @@ def backward(
     family, _ = device_of(query.device)
     configs = configs_of(family, query.element_size(), head_dim)
     strides = *_row_strides(query), *key.stride()[:3], *value.stride()[:3], *_row_strides(grad_out)
-    with _guard(query.device):
+    with guard(query.device):
         delta = torch.empty((rows, heads), dtype=torch.float32, device=query.device) if need_query or need_key else None
         if delta is not None and delta.numel():
-            triton_backward.shared_cross_attention_bwd_delta_kernel[_cdiv(rows * heads, ROW_HEADS),](
+            triton_backward.shared_cross_attention_bwd_delta_kernel[cdiv(rows * heads, ROW_HEADS),](
                 grad_out, out, grad_lse, delta, rows * heads, tokens, heads,
                 *_row_strides(grad_out), *_row_strides(out), *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
                 **row_options(head_dim),
@@ -157,7 +151,7 @@ def backward(
             options = _tuned("key_value_grad", configs.key_value_grad, query)
             for grads in ((grad_key, None), (None, grad_value)) if configs.apart else ((grad_key, grad_value),):
                 if any(grad is not None for grad in grads):
-                    triton_backward.shared_cross_attention_bwd_key_value_kernel[inputs * _cdiv(n, options["BN"]), heads](
+                    triton_backward.shared_cross_attention_bwd_key_value_kernel[inputs * cdiv(n, options["BN"]), heads](
                         query, key, value, grad_out, lse, delta, *grads, key_lengths, cu_streams,
                         tokens, rows // inputs, n, scale, *strides,
                         **options,
@@ -201,19 +195,6 @@ def row_options(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_D": block_d(head_dim), "BR": ROW_HEADS, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
-@cache
-def device_of(device: torch.device) -> tuple[str, int]:
-    """The family whose configurations fit, and the number of processors."""
-    if device.type == "cpu":
-        return "sm_80", 4
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        family = "gfx942"
-    else:
-        family = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
-    return family, properties.multi_processor_count
-
-
 def _rows(x: Tensor) -> Tensor:
     streams, _, tokens, _ = x.shape
     s = x.stride()
@@ -238,12 +219,4 @@ def _cu_streams(encoder_index: Tensor | None, inputs: int) -> Tensor | None:
 
 
 def _tiles(block: int, rows: int, inputs: int, cu_streams: Tensor | None) -> int:
-    return inputs * _cdiv(rows // inputs, block) if cu_streams is None else rows // block + inputs
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _guard(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return inputs * cdiv(rows // inputs, block) if cu_streams is None else rows // block + inputs

@@ -1,6 +1,5 @@
 """GPU kernels in Triton: launchers and the table of configurations. Nothing waits for the device, and no launch depends on a value there."""
 
-from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -8,20 +7,12 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import contiguous, unavailable
+from ..triton_runtime import COMPILER_OPTIONS, cdiv, contiguous, dense, guard, kernel_module, partition, strides, unavailable
 from ..vector_dropout import threshold
 
-try:
-    from . import triton_kernels
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    triton_kernels = None
+triton_kernels = kernel_module(__package__)
 
 __all__ = ["add_", "backward", "slots", "unavailable"]
-
-PROGRAMS = 512  # of backward, until which more parts of the batch are worth a second sum
-ADDENDS = 32  # of a part, at least
 
 
 class Config(NamedTuple):
@@ -36,7 +27,6 @@ class Config(NamedTuple):
 SLOTS = Config(1024, 4)
 ADD = {2: Config(1024, 4), 4: Config(512, 4)}
 BACKWARD = {2: Config(256, 4, 8), 4: Config(128, 4, 8)}
-COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Tensor]:
@@ -86,13 +76,6 @@ def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_sl
     return partial[0] if parts == 1 else partial.sum(0)
 
 
-def partition(batch: int, addends_per_row: int, programs: int) -> tuple[int, int]:
-    """Parts of the batch and the rows of each: by sizes alone, so that the order of a sum depends on nothing else."""
-    parts = max(1, min(batch * addends_per_row // ADDENDS, PROGRAMS // max(programs, 1), batch))
-    rows = max(1, cdiv(batch, parts))
-    return max(1, cdiv(batch, rows)), rows
-
-
 @cache
 def slots_options() -> dict:
     return {"BS": SLOTS.columns, "num_warps": SLOTS.num_warps, **COMPILER_OPTIONS}
@@ -113,19 +96,3 @@ def dropout(p: float) -> tuple[int, float]:
     """The threshold, its 32 bits as int32 so that every one has the same type; and what is kept is multiplied by this."""
     bits = threshold(p)
     return bits - (1 << 32) if bits >= 1 << 31 else bits, 1 / (1 - p)
-
-
-def dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:
-    return (0,) * dimensions if x is None else x.stride()
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def guard(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

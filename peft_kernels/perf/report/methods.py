@@ -3,43 +3,24 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ... import ops
 from .cases import CaseResult, Machine
+from .sections import section
 
 
 @dataclass(frozen=True)
 class Method:
-    name: str
+    name: str  # also the first word in what its operators declare as ``about``
     gives: str
     benchmark: str  # end to end
-    operators: tuple[str, ...]
 
 
 METHODS = (
-    Method(
-        "PiD",
-        "beam search, and many prompts of one document, on one copy of the encoder's keys and values",
-        "pid_generate",
-        ("shared_cross_attention",),
-    ),
-    Method(
-        "DePT",
-        "a short soft prompt and a low-rank update of the word embeddings, written in one pass",
-        "dept_training",
-        ("decomposed_prompt_embedding",),
-    ),
-    Method(
-        "PASTA",
-        "trained vectors added to [CLS] and [SEP] before every layer; the base gets no gradient",
-        "pasta_layer",
-        ("special_token_slots", "special_token_add", "special_token_add_", "add_layer_norm_inject", "add_inject_layer_norm"),
-    ),
-    Method(
-        "DecT",
-        "a classifier on one pass of a frozen language model",
-        "dect",
-        ("label_logits", "prototype_scores", "prototype_cross_entropy", "prototype_objective"),
-    ),
-    Method("Y-Tuning", "label representations trained on cached features", "ytuning_step", ("label_cross_attention",)),
+    Method("PiD", "beam search, and many prompts of one document, on one copy of the encoder's keys and values", "pid_generate"),
+    Method("DePT", "a short soft prompt and a low-rank update of the word embeddings, written in one pass", "dept_training"),
+    Method("PASTA", "trained vectors added to [CLS] and [SEP] before every layer; the base gets no gradient", "pasta_layer"),
+    Method("DecT", "a classifier on one pass of a frozen language model", "dect"),
+    Method("Y-Tuning", "label representations trained on cached features", "ytuning_step"),
 )
 
 
@@ -64,7 +45,8 @@ def end_to_end(method: Method, machines: Iterable[Machine]) -> list[Comparison]:
 
 def operators(method: Method, machines: Iterable[Machine]) -> Comparison:
     """The fastest alternative of each case of the method's operators."""
-    strongest = [case.strongest for case in _cases(method.operators, machines)]
+    names = [name for name in ops.__all__ if section(name).about.startswith(method.name)]
+    strongest = [case.strongest for case in _cases(names, machines)]
     return Comparison(method, f"{method.name}'s operators", "the best alternative", tuple(row.ratio for row in strongest if row))
 
 
