@@ -73,7 +73,7 @@ _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d
 _T5["relative_attention_max_distance"] = 100  # with 128, rounding decides the bucket of distance 16
 _GEMMA2 = dict(_SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0)
 
-# name -> (prefix of its classes, what follows it, settings, tokenizer)
+# name -> (prefix of its classes, their suffix, settings, tokenizer)
 MASKED = {
     "bert": ("Bert", "ForMaskedLM", _SMALL, "word"),
     "roberta": ("Roberta", "ForMaskedLM", _SMALL, "bpe"),

@@ -109,7 +109,7 @@ def test_parity(form, impl, case, dtype, options, device):
 @pytest.mark.parametrize("case", [name for name in CASES if name != "one of all"])  # a gradient of a single number is 0 except for rounding
 @pytest.mark.parametrize("rms", [False, True])
 def test_the_reference_is_the_formula(form, case, rms, device):
-    """In float64: it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     floats, where = tensors(CASES[case], torch.float64, device)
     floats = [x.double() for x in floats]
     grads = [torch.randn_like(floats[0]) for _ in range(2)]

@@ -123,7 +123,7 @@ def test_parity(impl, case, dtype, insert_after_first, device):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("insert_after_first", [False, True], ids=["before", "after-first"])
 def test_the_reference_is_the_formula(case, insert_after_first, device):
-    """In float64: it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     table, trained, where = make(CASES[case], torch.float64, device)
     options = {"scale": 0.7, "embed_scale": 1.6, "insert_after_first": insert_after_first, **where}
     grad = torch.randn_like(by_hand(*table, *trained, **options))

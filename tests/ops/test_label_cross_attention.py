@@ -138,7 +138,7 @@ def test_parity(impl, case, per_row, dtypes, device):
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, per_row, device):
-    """In float64: it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     floats, features, options = make(CASES[case], per_row, torch.float64, device=device)
     grad = torch.randn_like(by_hand(*floats, features, **options))
     got = results(of("reference"), floats, features, grad, **options)

@@ -103,7 +103,7 @@ def test_parity(impl, case, dtype, reduce, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64: it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     given = *make(CASES[case], torch.float64, device), torch.randn(CASES[case][0][0], len(CASES[case][1]), device=device)
     for reduce in REDUCTIONS:
         got = results(of("reference"), *given, reduce=reduce)

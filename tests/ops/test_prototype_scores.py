@@ -102,7 +102,7 @@ def test_cross_entropy(impl, case, with_scores, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64: it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     *tensors, scores, labels = make(CASES[case], torch.float64, device)
     for function, formula, rest, frozen in (
         (prototype_scores, by_hand, [scores], ()),

@@ -105,7 +105,7 @@ def test_no_worse_than_plain(case, dtype, through_lse, impl, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64: it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     tensors, where = make(CASES[case], torch.float64, device)
     grads = grads_of(tensors[0])
     got = results(attention("reference"), tensors, grads, **where)

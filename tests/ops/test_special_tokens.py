@@ -118,7 +118,7 @@ def test_parity(impl, case, dtype, form, dropout, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64: it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     hidden, vectors, slots, adapter_ids = make(CASES[case], torch.float64, device)
     grad, options = torch.randn_like(hidden), {"adapter_ids": adapter_ids, "dropout_p": 0.3, "seed": 5}
     tensors = hidden, vectors.double(), slots, grad

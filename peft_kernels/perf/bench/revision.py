@@ -81,7 +81,7 @@ def provide_libraries(checkout: Checkout, tree: Path):
         return
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     build = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    # a library that does not build leaves its reason in a text file, and setup.py ends well
+    # a library that does not build leaves its reason in a text file, and setup.py still exits with 0
     if build.returncode or not all((tree / "peft_kernels" / f"{name}.so").exists() for name in here):
         raise SystemExit(f"peft-kernels bench: building {checkout.ref} failed:\n{build.stdout[-2000:]}")
 

@@ -10,7 +10,7 @@ from .sections import section
 
 @dataclass(frozen=True)
 class Method:
-    name: str  # also the first word in what its operators declare as ``about``
+    name: str  # also the first word of its operators' ``about``
     gives: str
     benchmark: str  # end to end
 
