@@ -1,18 +1,18 @@
-# `make demo` and `make test` need nothing but a Python and a network: each makes its environment, builds, and does its job.
+# `make demo` and `make test` need only Python and a network: each creates its environment, builds, and runs.
 PYTHON ?= python3
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2
 FIGURES = README.md $(shell grep -l '<!-- figures' docs/*.md)
 METHODS = tests/hf tests/pid tests/dept tests/pasta tests/families tests/dect tests/ytuning
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-# one machine in the place of others: what makes libraries round otherwise.
+# settings that make libraries round differently: one machine stands in for others
 SETTINGS = MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
 	ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 \
 	PEFT_KERNELS_CPU_CAPABILITY=default PEFT_KERNELS_CPU_CAPABILITY=avx2 \
 	PYTEST_ADDOPTS=--odd-addresses=4 PYTEST_ADDOPTS=--odd-addresses=8 \
 	$(if $(shell grep -m1 avx512f /proc/cpuinfo),ATEN_CPU_CAPABILITY=avx512 PEFT_KERNELS_CPU_CAPABILITY=avx512)
 NUMERIC = tests/test_accuracy.py $(addprefix tests/,ops pid dept pasta dect ytuning)
-# those that failed on some machine, and one of each operator and method
+# tests that failed on some machine, and one for each operator and method
 QUICK = (any_shape and not triton) or saved_and_loaded or weights_are_stock or weights_while_generating or scores_are_stock \
 	or test_accuracy or test_the_scores or trains_as_autograd or (pasta_fuse and outputs_and_gradients) or (test_equals_the_formula)
 FULL = not triton and not cuda and not instruction_sets and not errors
@@ -29,7 +29,7 @@ test: env lint
 	$(call PYTEST,.venv) tests
 test-oldest: .venv-oldest/.ready
 	$(call PYTEST,.venv-oldest) $(METHODS)
-# what the registry has today, whatever pyproject.toml and pid.enable allow; TORCH as below
+# the newest releases, whatever versions pyproject.toml and pid.enable allow; TORCH as below
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/pip install -q setuptools ninja $(or $(TORCH),torch) triton transformers peft accelerate safetensors numpy pytest pytest-xdist hypothesis
@@ -49,7 +49,7 @@ lint: env
 	.venv/bin/mypy
 docs: env
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
-# what the compiled kernels hold: the table that the tests compare with, and docs/kernels.md; those of CUDA C++ where nvcc built them
+# the report on the compiled kernels: the table that the tests compare with, and docs/kernels.md; on CUDA C++ kernels if nvcc built them
 kernels: env
 	.venv/bin/python -m tools.kernel_report --write >/dev/null
 	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m tools.kernel_report --cuda --write >/dev/null
@@ -64,7 +64,7 @@ clean:
 	touch $@
 
 # The oldest torch and the newest are CUDA builds of 2.5 GB; TORCH=torch==2.13.0 takes another. The library that .venv's torch built
-# loads in the oldest, then the oldest builds it from its own headers. .ready holds the torch: where another is asked for, all is made anew.
+# loads in the oldest, then the oldest builds it from its own headers. .ready holds the torch version: requesting another rebuilds all.
 OLDEST = $(or $(TORCH),torch==2.11.0)
 OTHER = $(filter-out $(OLDEST),$(or $(shell cat .venv-oldest/.ready 2>/dev/null),none))
 .venv-oldest/.ready: .venv/.ready constraints-oldest.txt $(SOURCES) $(if $(OTHER),FORCE)

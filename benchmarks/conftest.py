@@ -1,4 +1,4 @@
-"""Options of ``pytest benchmarks/``; their names leave those of tests/ free."""
+"""Options of ``pytest benchmarks/``; their names do not clash with those of tests/."""
 
 
 def pytest_addoption(parser):

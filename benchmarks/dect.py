@@ -1,9 +1,9 @@
-"""DecT's two stages against how they are done without kernels: extraction of features and scores, training of the head.
+"""DecT's two stages against the same work without kernels: extraction of features and scores, and training of the head.
 
     python benchmarks/dect.py --out results/dect.json
 
-extract: RoBERTa-base's shape with random weights, 64 texts of 128 tokens, against the authors' candidate: padded to 512, all hidden states,
-logits of every token. fit: 30 epochs, 16 shots, H = 1024, against an ordinary PyTorch loop; the roofline is the two matrix products of each
+extract: RoBERTa-base's shape with random weights, 64 texts of 128 tokens, against the authors' procedure: padded to 512, all hidden states,
+logits of every token. fit: 30 epochs, 16 shots, H = 1024, against an ordinary PyTorch loop; the roofline bound is the two matmuls of each
 epoch. Every candidate is checked before it is timed.
 """
 
@@ -53,12 +53,12 @@ def extract(texts: int, tokens: int, padded: int, settings: dict, dtype: torch.d
     timings = interleaved(candidates, repeats, warmup=0, device=device)
     each = {
         candidate: {"peak_bytes": peak_memory(call, device)[1]} for candidate, call in candidates.items()
-    }  # last: a first call also brings in the library's code
+    }  # after the timing: a first call also loads library code
     return compared(timings, each, error=error, **common)
 
 
 def plain_fit(features, labels, scores, prototypes, weight, radius):
-    """The formula, autograd and torch.optim.Adam."""
+    """Train with the formula, autograd and torch.optim.Adam."""
     projection = torch.nn.Linear(features.shape[1], DIM, bias=False, device=features.device)
     with torch.no_grad():
         projection.weight.copy_(weight)

@@ -1,9 +1,9 @@
-"""A training step of T5-base's architecture: DePT, DePT as its authors compute it, and PEFT's prompt tuning; time and peak memory.
+"""A training step of T5-base's architecture under DePT, DePT as its authors compute it, and PEFT's prompt tuning: time and peak memory.
 
     python benchmarks/dept_training.py --device cpu --dtype float32 --out results/dept_training.json
 
-All three train 76,800 parameters: 100 prompt rows, or 60 and a low-rank update of rank 30 over 256 positions, which is the paper's
-trade (arXiv 2309.05173, table 1). Random weights, random tokens, labels of 4 tokens; the base is frozen. A step is forward, backward and AdamW.
+All three train 76,800 parameters: 100 prompt rows, or 60 rows and a low-rank update of rank 30 over 256 positions, which is the paper's
+trade-off (arXiv 2309.05173, table 1). Random weights, random tokens, labels of 4 tokens; the base is frozen. A step is forward, backward, AdamW.
 """
 
 import argparse

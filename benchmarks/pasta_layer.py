@@ -1,4 +1,4 @@
-"""PASTA in the whole of BERT: what the vectors add to a forward, and a training step, against the published ways to add them.
+"""PASTA in a whole BERT: the cost that the vectors add to a forward and to a training step, against the published ways to add them.
 
     python benchmarks/pasta_layer.py --model base large --dtype float32 bfloat16 --out results/pasta_layer.json
 
@@ -6,12 +6,12 @@ Random weights, 32 rows of 128 random tokens with [CLS] and [SEP], a classificat
 the dropout of the vectors, 0.1, and none in the model. The candidates:
 
 - stock: without vectors; a training step trains the head alone
-- official: the authors' order of work: Python loops over the rows for the special tokens, then for each of them a product of the whole of
-  the hidden states' shape and an addition, in every layer. Their weights take gradients, which nobody uses; "frozen" is without those.
-- dense: one matrix product of one-hot and vectors and one addition in every layer, weights frozen
+- official: the authors' order of operations: Python loops over the rows for the special tokens, then for each of them a product of the
+  shape of all hidden states and an addition, in every layer. Their weights take gradients that are not used; "frozen" is without those.
+- dense: one matmul of one-hot and vectors and one addition in every layer, weights frozen
 - ours, and ours with the norms fused (pasta.fuse)
 
-The share of the operators is timed beside: what a forward calls, for all layers together, over the time of the stock forward.
+The operators are also timed alone: all calls of a forward, for all layers together, over the time of the stock forward.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def candidates(size: str, dtype: torch.dtype, device: str):
     pasta.fuse(fused)
     plain = twin(stock).requires_grad_(False)
     plain.classifier.requires_grad_()
-    # those whose weights take gradients need weights of their own
+    # models whose weights take gradients need their own weights
     published = {
         OFFICIAL: Published(bert(size, dtype, device), vectors.to(dtype), True, False),
         OFFICIAL_FROZEN: Published(bert(size, dtype, device), vectors.to(dtype), True, True),
@@ -108,7 +108,7 @@ def candidates(size: str, dtype: torch.dtype, device: str):
 
 
 def check(models, ids, labels, dtype):
-    """Without dropout all but the stock model agree."""
+    """Without dropout all models but the stock one agree."""
     for model in models.values():
         model.eval()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def step_of(model, ids, labels):
 
 
 def operators(vectors, ids):
-    """What a forward of the adapted model calls beside the stock model's own."""
+    """The operators that a forward of the adapted model calls in addition to the stock model's."""
     hidden = torch.zeros(BATCH, LENGTH, vectors.shape[2], dtype=vectors.dtype, device=ids.device)
     special = torch.tensor([CLS, SEP], device=ids.device)
 
@@ -158,7 +158,7 @@ def compare(size, dtype, device, repeats) -> list[list[Row]]:
     check(models, ids, labels, dtype)
     common = {"benchmark": "pasta_layer", "shape": {"B": BATCH, "S": LENGTH}, "variant": f"BERT-{size}", "dtype": str(dtype).removeprefix("torch.")}
     common |= {"items": BATCH, "item": "samples"}
-    forwards = {name: forward_of(model, ids) for name, model in models.items() if name != OFFICIAL_FROZEN}  # the same as official
+    forwards = {name: forward_of(model, ids) for name, model in models.items() if name != OFFICIAL_FROZEN}  # its forward equals official's
     timings = interleaved(forwards, repeats, device=device)
     timings |= interleaved({OPERATORS: operators(vectors, ids)}, 5 * repeats, warmup=5, device=device)
     forward = compared(timings, {OPERATORS: {"items": None, "item": ""}}, phase="forward", **common)

@@ -1,9 +1,9 @@
-"""Generation end to end on T5-base's architecture: many prompts of one input, beam search, and the overhead where nothing is shared.
+"""Generation end to end on T5-base's architecture: many prompts of one input, beam search, and the overhead if nothing is shared.
 
     python benchmarks/pid_generate.py --device cpu --dtype float32 bfloat16 --out results/pid_generate.json
 
-Weights are random and every run decodes all its steps. Tokens are compared before anything is timed; in float32 a difference stops the
-run, in 16 bits it is counted, since a near-tie may fall either way with the order of a sum.
+Weights are random and every run decodes all its steps. Tokens are compared before anything is timed. In float32 a difference stops the
+run; in 16 bits it is counted, since the summation order may decide a near-tie.
 """
 
 import argparse
@@ -32,7 +32,7 @@ UNPACKED = "ours, not packed"
 
 
 class Bench:
-    """The models, all on one set of weights, and what is measured on them."""
+    """The models, all sharing one set of weights, and the measurements on them."""
 
     def __init__(self, dtype: torch.dtype, device: str, repeats: int, quick: bool):
         self.dtype, self.device, self.repeats, self.quick = dtype, device, repeats, quick
@@ -85,7 +85,7 @@ class Bench:
         return self.compare("beams", shape, candidates, STOCK, inputs * BEAM_TOKENS, roofline, {})
 
     def compare(self, variant: str, shape: dict, candidates: dict, truth: str, tokens: int, roofline: float, repeats: dict[str, int]) -> list[Row]:
-        answers = {name: candidate() for name, candidate in candidates.items()}  # the warm-up too
+        answers = {name: candidate() for name, candidate in candidates.items()}  # also the warm-up
         wrong = {name: pid_baselines.differing(answers[truth], answers[name]) for name in (OURS, UNPACKED)}
         if self.dtype == torch.float32 and any(wrong.values()):
             raise SystemExit(f"{variant}, {shape}: tokens differ from {truth} in {wrong} streams")
@@ -102,7 +102,7 @@ class Bench:
         return {"benchmark": "pid_generate", "dtype": str(self.dtype).removeprefix("torch.")}
 
     def overhead(self) -> list[Row]:
-        """A decoding step of a model that shares nothing, stock and enabled without packed weights: what enabling costs in Python."""
+        """A decoding step without sharing, stock and enabled without packed weights: the Python overhead of enabling."""
         ids = random_ids(2, 16 if self.quick else 512, self.device)
         steps = {STOCK: [], OURS: []}
         tokens = {}
@@ -124,7 +124,7 @@ class Bench:
 
                 return decode
 
-            runs = self.repeats if self.quick else max(self.repeats, OVERHEAD_RUNS)  # a per cent is looked for
+            runs = self.repeats if self.quick else max(self.repeats, OVERHEAD_RUNS)  # enough runs to resolve one per cent
             interleaved({STOCK: decoding(STOCK, self.stock), OURS: decoding(OURS, self.plain)}, runs, device=self.device)
         if not torch.equal(tokens[STOCK], tokens[OURS]):
             raise SystemExit("tokens of a model that shares nothing differ once it is enabled")
@@ -133,7 +133,7 @@ class Bench:
 
 
 class StepClock:
-    """A streamer that notes when tokens come."""
+    """A streamer that records when tokens arrive."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -145,7 +145,7 @@ class StepClock:
         pass
 
     def steps(self) -> list[float]:
-        """Seconds from token to token; the first note is the prompt's, the second comes after the first pass."""
+        """Seconds from token to token; the first record is the prompt's, the second comes after the first pass."""
         return [b - a for a, b in zip(self.times[1:], self.times[2:])]
 
 
@@ -154,9 +154,9 @@ def random_ids(inputs: int, n: int, device: str) -> torch.Tensor:
 
 
 def generation_roofline(model: nn.Module, limits: Peaks, inputs: int, n: int, streams: int, prefix: int, new_tokens: int) -> float:
-    """Encoder once, keys and values once, one pass over the prompts, the remaining steps: each bound by bytes or by operations.
+    """The roofline bound: encoder once, keys and values once, one pass over the prompts, the remaining steps; each bound by bytes or operations.
 
-    ``streams`` are those of all inputs. Weights, keys and values are read once per pass; self-attention's own keys are left out.
+    ``streams`` counts those of all inputs. Weights, keys and values are read once per pass; self-attention's own keys are left out.
     """
     config, itemsize = model.config, model.dtype.itemsize
     inner = config.num_heads * config.d_kv

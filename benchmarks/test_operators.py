@@ -1,9 +1,9 @@
-"""The operators and baselines of ``peft-kernels bench`` for pytest-benchmark, which keeps histories and compares them.
+"""The operators and baselines of ``peft-kernels bench`` for pytest-benchmark, which keeps a history and compares runs.
 
     pytest benchmarks/ -k "shared_cross_attention and float32" [--benchmark-quick] [--benchmark-device cuda] [--benchmark-autosave]
 
-A group is one problem, its tests are the candidates that solve it, checked before they are timed. What cannot run here is skipped with its reason.
-Ratios are better taken from ``peft-kernels bench``, where the candidates take turns.
+A group is one problem; its tests are the candidates, checked before they are timed. Candidates that cannot run here are skipped with a reason.
+For ratios prefer ``peft-kernels bench``, where the candidates take turns.
 """
 
 from functools import lru_cache

@@ -3,8 +3,8 @@
     python benchmarks/ytuning_step.py --device cpu --dtype float32 --out results/ytuning_step.json
 
 BERT-base's architecture with random weights, 32 rows of 128 tokens, 2 labels. A step is forward, backward and AdamW. Y-Tuning has one
-label block as wide as the encoder; its weights are float32, and --dtype is that of the encoder and of the cached features. Before
-anything is timed its loss is held against the same blocks with keys and values in plain PyTorch, and has to fall.
+label block as wide as the encoder; its weights are float32, and --dtype applies to the encoder and the cached features. Before anything
+is timed, its loss is compared with that of the same blocks with keys and values in plain PyTorch, and has to decrease.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from peft_kernels.ytuning import YTuningConfig, YTuningForSequenceClassification
 from peft_kernels.ytuning import model as blocks
 
 BATCH, LENGTH, LABELS = 32, 128, 2
-LR, STEPS = 1e-5, 20  # in which the loss has to fall
+LR, STEPS = 1e-5, 20  # steps in which the loss has to decrease
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 1000}
 PLAIN, FULL = "keys and values, sdpa", "full fine-tuning"
 

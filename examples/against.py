@@ -1,4 +1,4 @@
-"""What the accuracy of a method on frozen features costs otherwise: full fine-tuning and DePT, each trained until it reaches it."""
+"""The cost of the accuracy of a method on frozen features by other means: full fine-tuning and DePT, each trained until it reaches it."""
 
 import time
 

@@ -1,10 +1,10 @@
-"""Decoder tuning (DecT) on SST-2: features taken once from a frozen model, then classifiers for a few shots, in milliseconds each.
+"""Decoder tuning (DecT) on SST-2: extracts features once from a frozen model, then trains few-shot classifiers in milliseconds each.
 
     python examples/dect_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
-The model is a masked or causal language model or T5, or an encoder without a head, which has no scores. Beside every classifier stands a
-logistic regression (scikit-learn) on the same features. With --against finetuning dept those two are trained on the shots of the first seed until
-they are as accurate on dev as DecT with that seed.
+The model is a masked or causal language model or T5, or an encoder without a head, which has no scores. Every classifier is compared with a
+logistic regression (scikit-learn) on the same features. With --against finetuning dept these two are trained on the shots of the first seed
+until they are as accurate on dev as DecT with that seed.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def compare(train, train_labels, dev, dev_labels, options, shots: int) -> dict:
 
 
 def compare_training(options, tokenizer, labels: torch.Tensor, results: dict) -> None:
-    """Adds to ``results`` what is trained on the shots of the first seed until it is as accurate as DecT."""
+    """Train the methods of --against on the shots of the first seed until they are as accurate as DecT, and add them to ``results``."""
     train, dev = read(options.train, tokenizer, options.max_length, options.limit), read(options.dev, tokenizer, options.max_length)
     for shots, methods in results.items():
         rows = [train[i] for i in few(labels, int(shots), SEEDS[0]).tolist()]

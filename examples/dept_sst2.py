@@ -1,8 +1,8 @@
-"""Train DePT on SST-2 with Trainer, save the adapter, load it again; beside it prompt tuning and DePT as its authors compute it.
+"""Train DePT on SST-2 with Trainer, save the adapter and load it again; compare prompt tuning and DePT as its authors compute it.
 
     python examples/dept_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
-The model is any BERT-like encoder or any other that has a sequence classification class; its weights stay frozen.
+The model is any BERT-like encoder or any other model with a sequence classification class; its weights stay frozen.
 """
 
 import argparse
@@ -21,7 +21,7 @@ OURS, OFFICIAL, PROMPT_TUNING = "DePT, ours", "DePT, official formulation", "pro
 
 
 def official_formulation(input_ids, weight, prompt, a, b, *, scale, embed_scale, insert_after_first, offsets=None, adapter_ids=None):
-    """What the authors' code does to embeddings: repeat, multiply, scale, add, concatenate."""
+    """Compute the embeddings as the authors' code does: repeat, multiply, scale, add, concatenate."""
     batch, length = input_ids.shape
     update = (a @ b).repeat(batch, 1, 1)[:, :length] * scale
     tokens = embed_scale * torch.nn.functional.embedding(input_ids, weight) + update
@@ -34,7 +34,7 @@ def model_of(options):
 
 
 def prompt_tuning_model(options):
-    """PEFT's own, with the same start and the same rates."""
+    """PEFT's own prompt tuning, with the same initialisation and learning rates."""
     config = PromptTuningConfig(
         task_type="SEQ_CLS",
         num_virtual_tokens=100,

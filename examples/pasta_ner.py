@@ -1,9 +1,9 @@
-"""Train PASTA for named entities with Trainer: a token classification head on a frozen encoder, entity F1 on sentences held out.
+"""Train PASTA for named entity recognition with Trainer: a token classification head on a frozen encoder, entity F1 on held-out sentences.
 
     python examples/pasta_ner.py --model PATH_OR_ID                                        sentences that this script makes
-    python examples/pasta_ner.py --model PATH_OR_ID --train train.conll --dev dev.conll    yours
+    python examples/pasta_ner.py --model PATH_OR_ID --train train.conll --dev dev.conll    your sentences
 
-CoNLL format: a word and, last in the line, its tag (O, B-TYPE, I-TYPE); an empty line between sentences.
+CoNLL format: each line has a word first and its tag last (O, B-TYPE, I-TYPE); an empty line separates sentences.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCol
 from peft_kernels import PASTAConfig
 from peft_kernels.perf.measure import peak_memory
 
-# each of these may be a person, a place or a firm: the sentence says which
+# each of these may be a person, a place or a company, depending on the sentence
 NAMES = ("Jordan", "Austin", "Florence", "Sydney", "Chelsea", "Victoria", "Carson", "Lincoln", "Madison", "Paris", "Hilton", "Orion")
 NAMES += ("Delta", "Phoenix", "Dallas", "Savannah", "Morgan", "Charlotte", "Kimberley", "Wellington", "Houston", "Kent", "Denver", "Ford")
 PATTERNS = (
@@ -36,7 +36,7 @@ PATTERNS = (
 
 
 def made(count: int, seed: int) -> list[tuple[list[str], list[str]]]:
-    """Sentences from patterns, words and tags."""
+    """Sentences made from patterns: words and tags."""
     generator, sentences = random.Random(seed), []
     for _ in range(count):
         words, tags = [], []
@@ -59,7 +59,7 @@ def read_conll(path: Path) -> list[tuple[list[str], list[str]]]:
 
 
 def encode(sentences, tokenizer, tag_ids: dict[str, int], max_length: int) -> list[dict]:
-    """The first piece of a word carries its tag."""
+    """Tokenize; the first piece of a word carries its tag."""
     encoded = tokenizer([words for words, _ in sentences], is_split_into_words=True, truncation=True, max_length=max_length)
     rows = []
     for i, (_, tags) in enumerate(sentences):
@@ -71,7 +71,7 @@ def encode(sentences, tokenizer, tag_ids: dict[str, int], max_length: int) -> li
 
 
 def entities(tags: list[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, word past the last)."""
+    """The entities as (type, first word, one past the last word)."""
     found, start = set(), None
     for i, tag in enumerate([*tags, "O"]):
         if start is not None and tag != f"I-{tags[start][2:]}":
@@ -110,7 +110,7 @@ def main():
     train, dev = (made(800, 0), made(200, 1)) if options.train is None else (read_conll(options.train), read_conll(options.dev))
     tags = sorted({tag for _, sentence in (*train, *dev) for tag in sentence})
     tag_ids = {tag: i for i, tag in enumerate(tags)}
-    tokenizer = AutoTokenizer.from_pretrained(options.model, add_prefix_space=True)  # RoBERTa wants it for words that are split
+    tokenizer = AutoTokenizer.from_pretrained(options.model, add_prefix_space=True)  # RoBERTa needs it for pre-split words
     rows = {name: encode(sentences, tokenizer, tag_ids, options.max_length) for name, sentences in (("train", train), ("dev", dev))}
 
     results = {}

@@ -1,4 +1,4 @@
-"""Train PASTA on SST-2 with Trainer, save the adapter, load it again; beside it full fine-tuning and a probe on the frozen features.
+"""Train PASTA on SST-2 with Trainer, save the adapter and load it again; compare full fine-tuning and a probe on the frozen features.
 
     pip install scikit-learn
     python examples/pasta_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
@@ -31,7 +31,7 @@ def pasta_model(options):
 
 
 def features(model, tokenizer, rows: list[dict]) -> torch.Tensor:
-    """(rows, d) means of the last hidden states over the tokens."""
+    """Means of the last hidden states over the tokens, (rows, d)."""
     collate, means = DataCollatorWithPadding(tokenizer), []
     for start in range(0, len(rows), 64):
         batch = collate([{"input_ids": row["input_ids"]} for row in rows[start : start + 64]])

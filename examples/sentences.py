@@ -1,4 +1,4 @@
-"""What the examples share: sentences with labels, a Trainer on them, a table of what came out."""
+"""Shared parts of the examples: labelled sentences, a Trainer on them, a table of the results."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from peft_kernels import DePTConfig, dept
 from peft_kernels.perf.measure import environment, peak_memory
 
-DEPT = {  # of dept_model
+DEPT = {  # arguments of dept_model
     "virtual_tokens": 20,
     "rank": 60,
     "init_text": "is this sentence of a movie review positive or negative ?",
@@ -42,7 +42,7 @@ def base_model(name: str):
 
 
 def dept_model(name: str, max_length: int, *, virtual_tokens, rank, init_text, lr_prompt, lr_low_rank, lr_head):
-    """The model and its groups of parameters."""
+    """The model and its parameter groups."""
     config = DePTConfig(
         task_type="SEQ_CLS",
         num_virtual_tokens=virtual_tokens,
@@ -56,7 +56,7 @@ def dept_model(name: str, max_length: int, *, virtual_tokens, rank, init_text, l
 
 
 def trainer_of(model, groups, options, tokenizer, train, dev, epochs: float, pad_to: int | None = None) -> Trainer:
-    """``groups``: of parameters, each with its rate; None: the model is only evaluated."""
+    """``groups``: parameter groups, each with its learning rate; None: the model is only evaluated."""
     arguments = TrainingArguments(
         output_dir=str(options.out / "trainer"),
         num_train_epochs=epochs,
@@ -83,7 +83,7 @@ def trainer_of(model, groups, options, tokenizer, train, dev, epochs: float, pad
 
 
 def train_and_evaluate(model, groups, *arguments) -> dict:
-    """``arguments`` as of ``trainer_of``, which end with epochs and perhaps pad_to."""
+    """Train, evaluate and measure; ``arguments``: those of ``trainer_of`` from ``options`` on."""
     trainer = trainer_of(model, groups, *arguments)
     _, peak, seconds = peak_memory(trainer.train, "cuda" if torch.cuda.is_available() else "cpu")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -3,12 +3,12 @@
     pip install scikit-learn
     python examples/ytuning_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
-Beside it a logistic regression on the means of the same features and, with --against finetuning dept, those two trained until they are
-as accurate on dev. The cache in --out is used again by later runs.
+Compared with a logistic regression on the means of the same features and, with --against finetuning dept, with these two trained until
+they are as accurate on dev. Later runs reuse the cache in --out.
 
-The defaults of the label blocks are ours; the paper has others for larger models. They come from a small search on dev with a MiniLM of 6
+The defaults of the label blocks are ours; the paper uses others for larger models. They come from a small search on dev with a MiniLM of 6
 layers: 1 or 2 blocks, lr 2e-4 to 1e-3, dropout 0.1 or 0.3, weight decay 0 or 0.1, both losses, 5 or 10 epochs, the best of these with
-three seeds. None was better than the defaults by more than seeds differ.
+three seeds. None was better than the defaults by more than the difference between seeds.
 """
 
 import argparse

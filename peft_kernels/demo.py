@@ -1,4 +1,4 @@
-"""One workload decoded in three ways: tokens compared, time and memory measured, a table, a plot and the JSON written."""
+"""One workload decoded in three ways: compares tokens, measures time and memory, and writes a table, a plot and JSON."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,9 +29,10 @@ PIE, REPEATED, OURS = "PiE + generate", "repeated + generate", "ours"
 def prepare(
     texts: Texts, name: str | None, tokenizer_name: str | None, input_tokens: int, new_tokens: int, dtype: torch.dtype, device: str
 ) -> tuple[Workload, nn.Module]:
-    """
+    """Load the tokenizer and the model, and encode the texts.
+
     Raises:
-        ValueError: a model or a tokenizer that cannot be loaded, no model that ``pid`` takes, or texts that do not fit it.
+        ValueError: the model or the tokenizer cannot be loaded, ``pid`` does not support the model, or the texts do not fit it.
     """
     if name is not None:
         with _naming("--model"):
@@ -47,7 +48,7 @@ def prepare(
 
 @contextmanager
 def _naming(option: str):
-    """transformers has errors of its own for every kind of file that is missing or broken."""
+    """Name the option in transformers' errors: it has a different one for every kind of missing or broken file."""
     try:
         yield
     except Exception as error:
@@ -55,9 +56,10 @@ def _naming(option: str):
 
 
 def check_fits(model: nn.Module, workload: Workload, new_tokens: int):
-    """
+    """Check that the model has positions and embeddings for the workload.
+
     Raises:
-        ValueError: more tokens than the model has positions for, or ids that it has no embedding of.
+        ValueError: more tokens than the model has positions, or ids without an embedding.
     """
     longest, asked = max(map(len, workload.inputs)), max(map(len, workload.prompts))
     rows = model.get_input_embeddings().num_embeddings
@@ -96,7 +98,7 @@ def run(
         return lambda: pid_baselines.ask(method, asked_model, asked, new_tokens, full_length=name is None)
 
     def first_time():
-        """With all that enabling brings, the packed weights too."""
+        """Includes the cost of enabling, packed weights too."""
         pid.enable(enabled)
         return asking(pid_baselines.shared, enabled)()
 
@@ -113,7 +115,7 @@ def run(
         except Interrupted as stop:
             timings = stop.timings
             raise
-    # our first run is no time to compare: it enables
+    # our first run is not comparable: it includes enabling
     timings = {**{label: Timing((first[label][2],)) for label in (PIE, REPEATED) if label in first}, **timings}
     rows = [_row(label, timings, *first[label][:2]) for label in timings]
     streams = len(workload.inputs) * len(workload.prompts)
@@ -178,7 +180,7 @@ def _table(rows: list[dict]) -> Table:
 
 
 def _verdict(console: Console, wrong: int, streams: int, dtype: torch.dtype) -> bool:
-    """In float32 every token must agree; in 16 bits a near-tie may fall either way with the order of a sum: counted, no failure."""
+    """In float32 every token must agree. In 16 bits the summation order may decide a near-tie: differences are counted and are no failure."""
     if not wrong:
         console.print(f"[green]tokens: all {streams} streams of ours identical to the repeated formulation[/green]")
     elif dtype == torch.float32:

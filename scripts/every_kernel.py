@@ -1,4 +1,4 @@
-"""Every kernel of every implementation that runs here, once, forward and backward, checked against float64: what a sanitizer is to look at.
+"""Run every kernel of every implementation that runs here once, forward and backward, checked against float64: input for a sanitizer.
 
 compute-sanitizer --tool memcheck python3 scripts/every_kernel.py --device cuda
 """

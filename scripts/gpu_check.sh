@@ -2,7 +2,7 @@
 # One command for a machine with a GPU and without a network: build, tests on CUDA, sanitizer, benchmarks, profiles.
 #   scripts/gpu_check.sh                   all parts in a quick form, within 9 minutes
 #   scripts/gpu_check.sh --part NAME ...   build, tests, sanitize, bench or profile in full, each within 9 minutes
-# Results go to OUT (default: results/gpu): JSON, and a log for each step. What was measured belongs in benchmarks/results/<device>/.
+# Results go to OUT (default: results/gpu): JSON, and a log for each step. Measurements to keep belong in benchmarks/results/<device>/.
 # Uses the python3 on PATH, whose torch, triton, transformers, peft and pytest are already installed. Changes no clocks or settings.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=()
 
-step() { # step NAME SECONDS COMMAND...: the log goes to OUT/NAME.log, its end to the terminal. Interrupted, a benchmark writes what it has.
+step() { # step NAME SECONDS COMMAND...: the log goes to OUT/NAME.log, its end to the terminal. An interrupted benchmark writes its results so far.
   local name=$1 seconds=$2 start=$SECONDS status
   shift 2
   timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1
@@ -31,7 +31,7 @@ step() { # step NAME SECONDS COMMAND...: the log goes to OUT/NAME.log, its end t
 pick() { if $full; then echo "$2"; else echo "$1"; fi; }
 peft_kernels() { step "$1" "$2" python3 -m peft_kernels "${@:3}" --device cuda --out "$OUT"; }
 benchmark() { step "$1" "$2" python3 "benchmarks/$1.py" --device cuda --dtype bfloat16 --out "$OUT/$1.json"; }
-sanitize() { # without its pool, every tensor of torch has borders that memcheck sees
+sanitize() { # without torch's memory pool memcheck sees the bounds of every tensor
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" compute-sanitizer --tool "$1" --error-exitcode 1 python3 scripts/every_kernel.py --device cuda
 }
 

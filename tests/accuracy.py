@@ -1,33 +1,33 @@
-"""What "equal within rounding" means: the one place for it. No test has a tolerance of its own.
+"""Comparison within rounding, for all tests. No test has a tolerance of its own.
 
 Floating-point addition is not associative, so two machines, two thread counts or two addresses give two results of one formula, and one
-run of plain PyTorch is one draw from all of them. The bounds here come from many draws: the formula is run again with every operation's
-result moved at random by as much as its rounding may be, and every sum's terms by as much as an unlucky order of summation may move them
-(Monte Carlo arithmetic: Parker, 1997). The scatter of these runs is eps times the sum of the absolute terms, carried through the whole
-computation: cancellation, depth, gradients and magnitudes are in it, and no number is written into a test. Plain PyTorch's error is the
-second leg: with a ``truth`` in float64, the runs are measured from there, so that their own rounding counts.
+run of plain PyTorch is one sample of them. The bounds here come from many samples: the formula is run again with every operation's
+result perturbed at random by as much as its rounding may be, and every sum's terms by as much as an unlucky summation order may change them
+(Monte Carlo arithmetic: Parker, 1997). The scatter of these runs is eps times the sum of the absolute terms, propagated through the whole
+computation: it accounts for cancellation, depth, gradients and magnitudes, and no test needs a number. Plain PyTorch's error is the second
+source: with a ``truth`` in float64, the deviations of the runs are taken from it, so that the runs' own rounding counts.
 
-One operation's result is moved by a factor within 1 +- eps/2: that is what rounding to nearest does. In a sum of n terms, one after the
-other, a term goes through n/2 additions on average, each of which rounds within eps/2; independent roundings add up as a random walk, so
-the term moves by eps/2 * sqrt(n/2). One after the other is the longest order: vectors, blocks, trees and threads only shorten it. Types
-narrower than float32 are summed in float32, so their terms are not moved. Gathering, copying, comparing and changing signs do not round.
+The result of one operation is multiplied by a factor within 1 +- eps/2, as rounding to nearest does. In a sequential sum of n terms, a term
+goes through n/2 additions on average, each of which rounds within eps/2; independent roundings add up as a random walk, so the term is
+perturbed by eps/2 * sqrt(n/2). The sequential order is the longest: vectors, blocks, trees and threads only shorten it. Dtypes narrower
+than float32 are summed in float32, so their terms are not perturbed. Gathering, copying, comparing and changing signs do not round.
 
-The bound, on the Euclidean norm of each group of at least 16 numbers (rows of the last dimension, or of more where it is shorter):
+The bound, on the Euclidean norm of each group of at least 16 numbers (rows of the last dimension, or of more dimensions if it is shorter):
 
     |got - expected| <= FACTOR * (1 + 8 / draws) * (scatter of the group + that of all groups) + eps * |expected|
 
-FACTOR = 2: at most twice plain PyTorch, as CONTRIBUTING.md asks of a kernel. Without a truth ``expected`` is a run that has rounded as
-well, and the difference of two runs is sqrt(2) times what one is off: the factor is as much larger. The root mean square of the scatter of
-all groups that have one is added because another order of evaluation does not round in the same places: where one cancels exactly (the
-gradient of a softmax over one key), another leaves the rounding of what it subtracts. Of numbers of one size it doubles the group's own
-scatter, which covers that both sides round. What is exactly 0 in a whole tensor, in every run, must be 0. ``draws`` is the number of runs
-times the numbers in the group: a deviation estimated from few numbers may be too small, and with 4 of them three times the factor is what
-one in thousands passes (Student's t).
-eps * |expected| is half a unit of the last place on each side: where nothing else rounds, as in a copy or one addition, the
+FACTOR = 2: at most twice plain PyTorch's error, as CONTRIBUTING.md requires of a kernel. Without a truth ``expected`` is a run with rounding
+of its own, and the difference of two runs is sqrt(2) times the error of one: the factor is multiplied by sqrt(2). The root mean square of
+the nonzero group scatters is added because another order of evaluation rounds in other places: if one cancels exactly (the gradient of a
+softmax over one key), another leaves the rounding of the terms that it subtracts. For numbers of uniform magnitude this doubles the group's
+own scatter, which accounts for the rounding on both sides. A tensor that is exactly 0 in every run must be 0. ``draws`` is the number of
+runs times the numbers in the group: a deviation estimated from few numbers may be too small, and for 4 numbers one in thousands exceeds
+three times the factor (Student's t).
+eps * |expected| is half a unit in the last place on each side: if nothing else rounds, as in a copy or one addition, the
 scatter is 0.
 
-Bit-equality is for what promises it (one call twice, ``disable`` after ``enable``, parameters): ``torch.equal``. Tokens are compared bit by
-bit too, and ``assert_no_near_tie`` shows that rounding cannot decide them.
+Bit-equality (``torch.equal``) is for results that promise it: one call twice, ``disable`` after ``enable``, parameters. Tokens are compared
+bit by bit too, and ``assert_no_near_tie`` shows that rounding cannot decide them.
 """
 
 import functools
@@ -42,9 +42,9 @@ __all__ = ["FACTOR", "Rounding", "WithinRounding", "assert_no_near_tie", "assert
 
 FACTOR = 2
 RUNS = 4
-GROUP = 16  # numbers in a group at least, where the tensor has them
+GROUP = 16  # least numbers in a group, if the tensor has as many
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
-INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # experts count their tokens in floats
+INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # MoE experts count their tokens in floats
 EXACT = {  # operations that do not round
     "_to_copy", "_unsafe_index", "abs", "amax", "amin", "bernoulli", "bernoulli_", "cat", "ceil", "clamp", "clamp_min", "clone",
     "constant_pad_nd", "copy", "copy_", "embedding", "eq", "exponential_", "fill", "fill_", "flip", "floor", "gather", "ge", "gt",
@@ -56,10 +56,10 @@ EXACT = {  # operations that do not round
 
 
 class Rounding(TorchDispatchMode):
-    """Within, operations round otherwise: each in its result's dtype, ``times`` as much as it may.
+    """Context in which operations round differently, each in its result's dtype, by ``times`` as much as it may.
 
-    It sees the operations below autograd, so those of a backward pass too. The draws depend on ``seed`` alone and leave PyTorch's own
-    generators as they are. ``dtype``: a narrower one, to which operands and results of products round instead, and nothing else, as under autocast.
+    It sees the operations below autograd, including those of a backward pass. The draws depend on ``seed`` alone and do not touch PyTorch's
+    generators. ``dtype``: a narrower dtype; the operands and results of matmuls round to it, and nothing else rounds, as under autocast.
     """
 
     def __init__(self, seed: int = 0, times: float = 1.0, dtype: torch.dtype | None = None):
@@ -87,7 +87,7 @@ class Rounding(TorchDispatchMode):
         return out
 
     def moved(self, x, roundings):
-        """``x`` times 1 +- eps/2 * ``roundings``; numbers near the end of the range, which stand for infinity in masks, stay."""
+        """``x`` times 1 +- eps/2 * ``roundings``; numbers near the end of the range, which masks use for infinity, do not change."""
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
         info, wide, eps = torch.finfo(x.dtype), torch.promote_types(x.dtype, torch.float32), torch.finfo(self.dtype or x.dtype).eps
@@ -98,7 +98,7 @@ class Rounding(TorchDispatchMode):
 
 @functools.cache
 def _how(function) -> str | None:
-    """Where an operator rounds: "each" result, in the sums of a "product", of "attention", in other "sums", or nowhere."""
+    """Where an operator rounds: "each" result, in the sums of a "product" or of "attention", in other "sums", or nowhere (None)."""
     name, schema = function.overloadpacket.__name__, function._schema
     if name in EXACT or any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
         return None
@@ -108,15 +108,15 @@ def _how(function) -> str | None:
 
 
 class WithinRounding:
-    """What ``function()`` computes, up to rounding: made once, held against as many results as there are.
+    """The expected result of ``function()``, up to rounding; one object checks any number of results.
 
     Args:
-        function: the formula in plain PyTorch in the dtype whose rounding counts (the kernel's); or the stock model, to which another
-            order of evaluation is compared. Called without arguments, several times, with ``Rounding``; gradients are computed inside.
+        function: the formula in plain PyTorch in the dtype whose rounding counts (the kernel's); or the stock model, with which another
+            order of evaluation is compared. It is called several times, without arguments, under ``Rounding``, and computes gradients itself.
             Results are tensors, or lists, tuples, dictionaries or model outputs of them.
-        truth: the same results in float64. Without them results are compared with ``function()`` itself.
-        runs: with ``Rounding``. Fewer take less time and widen the bound of small groups, as ``draws`` say.
-        dtype: a narrower one, to which products may round, as under autocast; ``function()`` itself is the truth then.
+        truth: the same results in float64. Without it results are compared with ``function()`` itself.
+        runs: number of runs under ``Rounding``. Fewer take less time and widen the bound of small groups, through ``draws``.
+        dtype: a narrower dtype, to which matmuls may round, as under autocast; ``function()`` itself is the truth then.
     """
 
     def __init__(self, function: Callable, truth=None, runs: int = RUNS, dtype: torch.dtype | None = None):
@@ -127,8 +127,8 @@ class WithinRounding:
         assert list(self.expected) == list(self.samples[0]), "function and truth must return the same"
 
     def check(self, got, partial: bool = False) -> None:
-        """Shapes must agree, dtypes need not. What is not finite must be the same on both sides. Integers
-        must be equal, in all runs. ``partial``: leaves may be missing."""
+        """Assert that ``got`` is within the bound. Shapes must agree, dtypes need not. Non-finite numbers must be the same on both
+        sides. Integers must be equal, in all runs. ``partial``: leaves may be missing."""
         got = _leaves(got)
         assert got and (got.keys() <= self.expected.keys() if partial else got.keys() == self.expected.keys()), (
             f"expected {list(self.expected)}, got {list(got)}"
@@ -138,7 +138,7 @@ class WithinRounding:
 
 
 def assert_within_rounding(got, function: Callable, truth=None, **options) -> None:
-    """``WithinRounding(function, truth, **options).check(got)``"""
+    """Shorthand for ``WithinRounding(function, truth, **options).check(got)``."""
     WithinRounding(function, truth, **options).check(got)
 
 
@@ -152,10 +152,10 @@ def scatter_of(function: Callable, runs: int = RUNS, times: float = 1.0, dtype: 
 
 
 def assert_no_near_tie(function: Callable, expected: torch.Tensor, times: float = 16.0, rounding=None) -> None:
-    """``function()`` gives the same tokens when everything rounds ``times`` as much: no order of summation decides one.
+    """Assert that ``function()`` gives the same tokens when everything rounds ``times`` as much: no summation order decides one.
 
-    A test that fails here is not about the code under test: its seed, scale or dtype has to change. ``rounding``: a context that moves
-    numbers as far and costs less than ``Rounding``.
+    A failure here is not about the code under test: the test's seed, scale or dtype has to change. ``rounding``: a context that perturbs
+    numbers as much as ``Rounding`` and costs less.
     """
     with rounding or Rounding(times=times):
         tokens = function()
@@ -163,18 +163,18 @@ def assert_no_near_tie(function: Callable, expected: torch.Tensor, times: float 
 
 
 def assert_same_tokens(got: torch.Tensor, function: Callable) -> None:
-    """``got`` are the tokens that ``function()`` gives by another route, and rounding decides none of them."""
+    """Assert that ``got`` are the tokens of ``function()``, and that rounding decides none of them."""
     expected = function()
     assert torch.equal(got, expected), f"got {got.tolist()}, expected {expected.tolist()}"
     assert_no_near_tie(function, expected)
 
 
 def _is_float(x) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.layout == torch.strided  # oneDNN's packed weights cannot be moved
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.layout == torch.strided  # oneDNN's packed weights cannot be perturbed
 
 
 def _floats(values) -> list:
-    """The tensors of floats in ``values``, also those in lists there."""
+    """The floating-point tensors in ``values`` and in lists in it."""
     flat = (y for x in values for y in (x if isinstance(x, (list, tuple)) else (x,)))
     return [x for x in flat if _is_float(x)]
 
@@ -184,7 +184,7 @@ def _leaves(x) -> dict:
 
 
 def _assert_leaf(name, got, expected, samples, factor, least_eps):
-    if not _is_float(expected):  # tokens, say
+    if not _is_float(expected):  # tokens, for example
         assert all(torch.equal(x, expected) for x in samples), f"{name}: rounding decides {expected}: another seed, scale or dtype is needed"
         assert torch.equal(got, expected), f"{name}: got {got}, expected {expected}"
         return
@@ -207,7 +207,7 @@ def _assert_leaf(name, got, expected, samples, factor, least_eps):
 
 
 def _grouped(x):
-    """(groups, numbers)"""
+    """Reshape to (groups, numbers)."""
     dims, size = x.ndim, 1
     while dims and size < GROUP:
         dims -= 1

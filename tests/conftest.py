@@ -1,4 +1,4 @@
-"""What every test shares: the device it runs on, and no look at the network."""
+"""Fixtures and settings of all tests: the device, and no network access."""
 
 import math
 import os
@@ -6,13 +6,13 @@ from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: with as many workers as cores, spinning threads stall each other
-os.environ["PEFT_KERNELS_TUNED"] = "0"  # what ships is tested, whatever was tuned on this machine
+os.environ["PEFT_KERNELS_TUNED"] = "0"  # tests the default configs, whatever was tuned on this machine
 import odd_addresses
 import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True)  # pytest --hypothesis-profile=default looks further
+settings.register_profile("repeatable", derandomize=True)  # pytest --hypothesis-profile=default searches further
 settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():

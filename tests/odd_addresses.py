@@ -1,14 +1,14 @@
-"""Parameters where a loaded file may put them: at addresses that are no multiples of 64.
+"""Parameters at addresses that are not multiples of 64, as in a loaded file.
 
-Fresh tensors begin at multiples of 64, those of a memory-mapped file at multiples of 4 or 8, and math libraries take another path, with
-another order of summation, for each.
+Fresh tensors begin at multiples of 64, those of a memory-mapped file at multiples of 4 or 8, and math libraries use a different path, with
+a different summation order, for each.
 """
 
 import torch
 
 
 def seated(tensor: torch.Tensor, past: int) -> torch.Tensor:
-    """A copy of ``tensor`` that begins ``past`` bytes after a multiple of 64, or one element where that is more."""
+    """A copy of ``tensor`` that begins ``past`` bytes after a multiple of 64, or one element after it if that is more."""
     past = max(past, tensor.element_size())
     room = torch.empty(tensor.nbytes + 64 + past, dtype=torch.uint8)
     first = -room.data_ptr() % 64 + past
@@ -17,7 +17,7 @@ def seated(tensor: torch.Tensor, past: int) -> torch.Tensor:
 
 
 def install(past: int) -> None:
-    """From now on every parameter on a CPU is ``seated``: new, copied, unpickled, or converted to another dtype."""
+    """From now on ``seated`` places every parameter on a CPU: new, copied, unpickled, or converted to another dtype."""
     new, convert = torch.nn.Parameter.__new__, torch.nn.Module._apply
 
     def moves(data):

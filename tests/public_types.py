@@ -1,4 +1,4 @@
-"""The public API as a type checker sees it: read by ``make lint``, strictly, and never run."""
+"""The public API under a type checker: ``make lint`` checks this file strictly; it is never run."""
 
 from pathlib import Path
 

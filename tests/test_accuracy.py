@@ -1,4 +1,4 @@
-"""The bounds bite: what other machines round passes, and what is wrong does not."""
+"""The bounds work: rounding on other machines passes, and wrong results fail."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from peft_kernels.ops import label_cross_attention, shared_cross_attention
 
-OTHERS = range(100, 120)  # seeds of roundings that no bound was made of
+OTHERS = range(100, 120)  # seeds of roundings that are in no bound
 
 
 def caught(expected, got):
@@ -58,13 +58,13 @@ def test_attention(impl):
         for j in typical(x):
             caught(expected, [one_percent_off(y, j) if k == i else y for k, y in enumerate(got)])
     lengths = torch.tensor([40, 39])
-    caught(expected, problem.results(shared_cross_attention, impl=impl, key_lengths=lengths))  # a key of one of two inputs dropped
+    caught(expected, problem.results(shared_cross_attention, impl=impl, key_lengths=lengths))  # drops a key of one of two inputs
     for scale in (1 / 16, 0.25 * 1.001):
         caught(expected, problem.results(shared_cross_attention, impl=impl, scale=scale))
 
 
 def test_attention_in_bfloat16():
-    """One percent is a rounding there; a key and a scale are not."""
+    """One per cent is rounding in this dtype; a dropped key or a wrong scale is not."""
     problem = Attention(torch.bfloat16)
     expected = problem.expected()
     expected.check(problem.results(shared_cross_attention, impl="auto"))
@@ -120,12 +120,12 @@ def test_a_model(model, against):
         caught(expected, (one_percent_off(logits, j), loss, gradients))
     caught(expected, (logits, loss * 1.0001, gradients))
     for name, gradient in gradients.items():
-        if not name.endswith("key.bias"):  # it is 0 but for rounding
+        if not name.endswith("key.bias"):  # it is 0 except for rounding
             caught(expected, (logits, loss, gradients | {name: one_percent_off(gradient, gradient.abs().argmax())}))
     mask = torch.ones(3, 11, dtype=torch.long)
     expected.check(results_of(model, mask))
     mask[1, 10] = 0
-    caught(expected, results_of(model, mask))  # a key of one row dropped
+    caught(expected, results_of(model, mask))  # drops a key of one row
     scaled = copy.deepcopy(model)
     attention = scaled.bert.encoder.layer[1].attention.self
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_a_model(model, against):
 
 @torch.no_grad()
 def test_autocast(model):
-    """Products round to bfloat16 and nothing else does; a layer that is left out is more than that."""
+    """Matmuls round to bfloat16 and nothing else does; a skipped layer exceeds that."""
     ids = torch.randint(4, 99, (3, 11), generator=torch.Generator().manual_seed(1))
     expected = WithinRounding(lambda: model(input_ids=ids).logits, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -147,13 +147,13 @@ def test_autocast(model):
 
 
 def test_counts_do_not_round():
-    """Experts count their tokens in floats, and where each begins is an integer again."""
+    """MoE experts count their tokens in floats, and their offsets are integers again."""
     experts = torch.tensor([0, 2, 2, 1, 0, 2, 2]).float()
     assert_within_rounding(torch.tensor([2, 3, 7]), lambda: experts.histc(3, 0, 2).cumsum(0, dtype=torch.int64))
 
 
 def test_other_roundings_pass(model):
-    """Those of twenty machines more."""
+    """Results with twenty other roundings pass."""
     problem = Attention()
     formulas = [lambda: problem.results(shared_cross_attention, impl="reference"), lambda: results_of(model)]
     for formula in formulas:
@@ -169,11 +169,11 @@ def test_a_few_numbers_and_none():
     formula = WithinRounding(lambda: (x.exp().sum(), x[:0].exp(), x * 0, x[:1].log()))
     formula.check((x.flip(0).exp().sum(), x[:0], x - x, x[:1].log()))
     caught(formula, (x.exp().sum() * 1.0001, x[:0], x * 0, x[:1].log()))
-    caught(formula, (x.exp().sum(), x[:0], x * 0 + 1e-30, x[:1].log()))  # what is 0 whatever rounds must be 0
+    caught(formula, (x.exp().sum(), x[:0], x * 0 + 1e-30, x[:1].log()))  # values that are 0 under any rounding must be 0
 
 
 def test_a_mean_far_from_zero():
-    """Variances as differences of large squares lose what the formula keeps."""
+    """Variances as differences of large squares lose digits that the formula keeps."""
     x = torch.randn(4, 64) + 300
     expected = WithinRounding(lambda: layer_norm(x, (64,)), layer_norm(x.double(), (64,)))
     expected.check((x - x.mean(1, keepdim=True)) / x.var(1, correction=0, keepdim=True).sqrt())

@@ -1,4 +1,4 @@
-"""setup.py: which wheel comes out of which machine, and what is said when a library is not in it. The compilers are scripts that write files."""
+"""setup.py: the wheel that each machine gets, and the message if a library is not in it. The compilers are scripts that write files."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def build():
 
 
 class Tree:
-    """A source tree with little in it, compilers and a torch."""
+    """A small source tree, compilers and a torch."""
 
     def __init__(self, folder: Path):
         self.sources, self.bin, self.site = (folder / name for name in ("sources", "cuda/bin", "site"))
@@ -58,12 +58,12 @@ class Tree:
     def setup(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
         inherited = {name: value for name, value in os.environ.items() if name != "PEFT_KERNELS_BUILD"}
         compilers = {"CC": str(self.bin / "g++"), "CXX": str(self.bin / "g++"), "CUDA_HOME": str(self.bin.parent), "PYTHONPATH": str(self.site)}
-        (self.sources / "setup.py").touch()  # what is built is out of date
+        (self.sources / "setup.py").touch()  # makes the build outdated
         everything = {**inherited, **compilers, **environment}
         return subprocess.run([sys.executable, "setup.py", *command], cwd=self.sources, env=everything, capture_output=True, text=True)
 
     def wheel(self, **environment: str) -> tuple[str, dict[str, str], list[str]]:
-        """The platform in its name; its native files, by name; the last lines of its build."""
+        """Build a wheel; returns the platform in its name, its native files by name, and the last lines of the build's output."""
         shutil.rmtree(self.sources / "dist", ignore_errors=True)
         done = self.setup("bdist_wheel", **environment)
         assert done.returncode == 0, done.stderr
@@ -137,7 +137,7 @@ def test_a_compiler_that_is_not_there(tree):
 
 
 def sources() -> list[str]:
-    """What git tracks; in an unpacked sdist, which has no git, every file in it."""
+    """The files that git tracks; in an unpacked sdist, which has no git, every file in it."""
     if (ROOT / ".git").exists():
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
         return [name for name in listed if (ROOT / name).is_file()]
@@ -148,7 +148,7 @@ def sources() -> list[str]:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The folder of an unpacked sdist, built from a copy that has what a build in place leaves."""
+    """The folder of an unpacked sdist, built from a copy that contains the outputs of a build in place."""
     folder = tmp_path_factory.mktemp("sdist")
     for name in sources():
         (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def test_last_error(build, output, line):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_make_env_pins_runs_on_every_python(python):
-    """Where a release needs a newer one, its line says so and pip takes an older release."""
+    """If a release needs a newer Python, its line says so and pip takes an older release."""
     pinned = [Requirement(line.split("#")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("#")[0].strip()]
     too_new = []
     for one in pinned:

@@ -1,4 +1,4 @@
-"""Every module is Python of every version that is claimed, imports, and imports only what pyproject.toml declares."""
+"""Every module is valid in every supported version of Python, imports, and imports only packages that pyproject.toml declares."""
 
 import ast
 import os
@@ -16,11 +16,11 @@ from peft_kernels.hf.extra import PACKAGES
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "peft_kernels").rglob("*.py"))
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-NOT_DECLARED = {"sklearn"}  # its own clone() and cross_val_score() call what imports it
+NOT_DECLARED = {"sklearn"}  # its own clone() and cross_val_score() call the code that imports it
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version, where there is one."""
+    """The interpreter of this Python version, if installed."""
     if version == ".".join(map(str, sys.version_info[:2])):
         return sys.executable
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
@@ -51,7 +51,7 @@ def test_compiles(version, tmp_path):
 
 def test_imports():
     for path in FILES:
-        if path.stem != "__main__":  # which runs the command line
+        if path.stem != "__main__":  # it runs the command line
             import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
 
 
@@ -123,7 +123,7 @@ def test_what_is_imported_is_declared(project):
 
 @pytest.mark.parametrize("order", ["peft_kernels, torch", "torch, peft_kernels", "peft_kernels.ops, torch"])
 def test_operators_are_registered_whatever_is_imported_first(order):
-    """As a program that torch.export saved needs them; and the package alone imports no torch."""
+    """A program saved by torch.export needs them registered; the package alone imports no torch."""
     code = f"import sys, {order}; torch.ops.peft_kernels.label_logits; import peft_kernels; peft_kernels.ops.label_logits"
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "-c", "import sys, peft_kernels; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)

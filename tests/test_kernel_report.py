@@ -1,4 +1,4 @@
-"""Every shipped configuration is compiled for every architecture, without a GPU, and held against what its binary held before."""
+"""Every default config is compiled for every architecture, without a GPU, and compared with the recorded binary."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ EXPECTED = Expected("wgmma", store=16, warps=12)
 
 
 def assert_report(*arguments):
-    """In a process of its own: it takes away Triton's interpreter, which is chosen when a kernel is decorated."""
+    """Runs in a new process without Triton's interpreter, which is chosen when a kernel is decorated."""
     processes = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
     command = [sys.executable, "-m", "tools.kernel_report", "--check", "-j", processes, *arguments]
     output = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
@@ -103,16 +103,16 @@ def test_the_table_keeps_the_worst_of_all_versions():
 
 @pytest.mark.parametrize(
     "architecture, needs, blocks",
-    [  # warps of a block, registers, scalars, shared, tensor memory; by hand from the limits of the architecture
+    [  # warps per block, registers, scalars, shared, tensor memory; by hand from the limits of the architecture
         ("sm_80", (4, 32, 0, 0, 0), 16),  # 64 warps
         ("sm_80", (1, 16, 0, 0, 0), 32),  # 32 blocks
         ("sm_80", (8, 64, 0, 0, 0), 4),  # 65536 registers
         ("sm_80", (4, 255, 0, 0, 0), 2),
-        ("sm_80", (4, 168, 0, 0, 0), 3),  # three warps to each of four schedulers
+        ("sm_80", (4, 168, 0, 0, 0), 3),  # three warps per scheduler, of four
         ("sm_80", (4, 32, 0, 36 << 10, 0), 4),  # 164 KiB, 1 KiB of it for every block
         ("sm_90", (4, 32, 0, 227 << 10, 0), 1),
         ("sm_100", (4, 32, 0, 1024, 256), 2),  # 512 columns
-        ("gfx942", (4, 128, 32, 0, 0), 4),  # 512 registers to a SIMD
+        ("gfx942", (4, 128, 32, 0, 0), 4),  # 512 registers per SIMD
         ("gfx942", (4, 64, 32, 20 << 10, 0), 3),  # 64 KiB
         ("gfx942", (4, 44, 100, 64, 0), 6),  # 800 scalar registers
         ("gfx942", (2, 32, 32, 0, 0), 16),  # 32 wavefronts

@@ -1,4 +1,4 @@
-"""Imports go down only: a layer imports itself and the layers below it, an operator's implementations never each other."""
+"""Imports go downwards only: a layer imports itself and the layers below it; an operator's implementations never import each other."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -6,16 +6,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "peft_kernels"
 METHODS = ("pid", "dept", "pasta", "dect", "ytuning")
-# from the bottom; modules of one line do not import each other, but for those of MAY
+# bottom first; modules on one line do not import each other, except for those in MAY
 LAYERS = [["version"], ["ops"], ["hf"], list(METHODS), ["perf"], ["demo"], ["cli"], ["__main__"]]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# PEFT's registry has to know both tuners as soon as it is imported
+# PEFT's registry must know both tuners as soon as PEFT is imported
 MAY = {("hf.peft_method", "dept"), ("hf.peft_method", "pasta")}
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton", "triton_kernels")
 
 
 def imports():
-    """(importing module, imported module), both without the package's name."""
+    """Yield (importing module, imported module), both without the package's name."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
         package = parts[:-1]
@@ -37,7 +37,7 @@ def test_layers_import_downwards_only():
     wrong = []
     for importer, imported in IMPORTS:
         above, below = importer.split(".")[0], imported.split(".")[0]
-        if not above or not below or above == below or (importer, below) in MAY:  # the package itself names what is public
+        if not above or not below or above == below or (importer, below) in MAY:  # the package itself names the public modules
             continue
         if LEVEL[below] >= LEVEL[above]:
             wrong.append(f"{importer} imports {imported}")
@@ -63,7 +63,7 @@ def test_implementations_do_not_meet():
 
 
 def test_no_cycles():
-    """Among modules, the imports that run when a module is loaded."""
+    """Only imports that run when a module is loaded count."""
     edges: dict[str, set[str]] = {}
     for importer, imported in IMPORTS:
         within = f"{imported}.".startswith(f"{importer}.") or f"{importer}.".startswith(f"{imported}.")

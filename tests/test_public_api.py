@@ -1,4 +1,4 @@
-"""The names that users write: imports, signatures, commands and their options. A change here is one that they notice: CHANGELOG.md names it."""
+"""The names that users write: imports, signatures, commands and their options. Users notice a change here: CHANGELOG.md names it."""
 
 import inspect
 import re
@@ -72,7 +72,7 @@ PARAMETERS = {
     "ytuning.YTuningForSequenceClassification.set_backbone": "model",
 }
 
-# of their own, beside those of PEFT's and transformers' configurations
+# their own fields, besides those of PEFT's and transformers' configurations
 FIELDS = {
     "dept.DePTConfig": (
         "num_virtual_tokens r max_length scale position insert_after_first init_text tokenizer_name_or_path init_token_ids modules_to_save"
@@ -107,7 +107,7 @@ def of(path: str):
 
 
 def own_functions(value) -> list:
-    """A function; of a class, the public ones that it defines, and how it is made."""
+    """The function itself; for a class, its public methods and ``__init__``."""
     if inspect.isfunction(value):
         return [value]
     members = [(name, getattr(member, "__func__", member)) for name, member in vars(value).items()]
@@ -164,7 +164,7 @@ def test_annotated_and_described(module, name):
 
 @pytest.mark.parametrize("module", NAMES)
 def test_the_reference_has_every_name(module):
-    """An operator by the package that defines it, which may have its name: the sources are read, and there the package comes first."""
+    """An operator is listed under its package, which may have the same name: mkdocs reads the sources, and finds the package first."""
     page = (DOCS / "api" / f"{module}.md").read_text(encoding="utf-8")
     paths = re.findall(rf"^::: peft_kernels\.({module}\.[\w.]+)$", page, re.MULTILINE)
     assert sorted(path.split(".")[-1] for path in paths) == NAMES[module]

@@ -1,4 +1,4 @@
-"""The commands of ``peft-kernels``. What is checked without torch is checked before torch is imported, which takes over a second."""
+"""The commands of ``peft-kernels``. Checks that do not need torch run before torch is imported, which takes over a second."""
 
 import ast
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from ..perf.files import folder_or_hub_id, text_of, with_configuration, writable
 from ..version import __version__
 
 OPERATORS = Path(__file__).parents[1] / "ops"
-LARGEST = 1 << 20  # of a number on the command line: beyond it stand mistypes
+LARGEST = 1 << 20  # largest number accepted on the command line: anything above is a typing error
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -162,7 +162,7 @@ def bench(
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What an option names does not fit: one sentence, and exit status 2."""
+    """Report an option that does not fit as one sentence, with exit status 2."""
     try:
         yield
     except ValueError as error:
@@ -178,7 +178,7 @@ def _check(device: Device):
 
 
 def _operator_names() -> list[str]:
-    """``ops.__all__``, read from the source: its import takes longer than the answer to a mistyped name may."""
+    """Read ``ops.__all__`` from the source: importing ``ops`` takes longer than the reply to a mistyped name may take."""
     tree = ast.parse((OPERATORS / "__init__.py").read_text(encoding="utf-8"))
     return next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
 

@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, and one matrix of operators against implementations, with a footnote for each reason."""
+"""Versions, devices, and one matrix of operators against implementations, with a footnote for each reason."""
 
 import os
 from importlib import import_module
@@ -19,7 +19,7 @@ ORDER = ("reference", "explicit", "sdpa", "matmul", "cpp", "cuda", "triton")
 
 
 def show(console: Console):
-    """On one screen of 80 columns and 40 lines."""
+    """Print the overview on one screen of 80 columns and 40 lines."""
     footnotes: dict[str, int] = {}
     console.print(_facts(footnotes))
     console.print(_matrix(footnotes))
@@ -53,7 +53,7 @@ def _facts(footnotes: dict[str, int]) -> Table:
 
 
 def launch_options(device: torch.device | None) -> dict[str, str]:
-    """operator -> whether its launches on a GPU take the shipped options or, for so many rows of its tables, tuned ones; without one: none."""
+    """operator -> where its launches on this GPU take their configs: the default ones, or tuned ones and for how many rows. Empty without a GPU."""
     if device is None:
         return {}
     entries, otherwise = [], "shipped"
@@ -79,7 +79,7 @@ def device_types() -> list[str]:
 
 
 def availability(package: str) -> dict[str, dict[str, dict[torch.dtype, str | None]]]:
-    """implementation -> device type -> dtype -> why it cannot run here, None where it can."""
+    """implementation -> device type -> dtype -> why it cannot run here, None if it can."""
     implementations = import_module(f"{ops.__name__}.{package}").implementations
     return {
         impl: {device: {dtype: _reason(implementations, impl, device, dtype) for dtype in DTYPES} for device in device_types()}
@@ -95,7 +95,7 @@ def _reason(implementations, impl: str, device: str, dtype: torch.dtype) -> str 
 
 
 def _matrix(footnotes: dict[str, int]) -> Table:
-    """A line for each operator and for each device of a package of implementations; reasons get their numbers in ``footnotes``."""
+    """A line for each operator and each device of a package of implementations; ``footnotes`` collects the reasons and numbers them."""
     rows = {package: availability(package) for package in packages()}
     names = sorted({impl for row in rows.values() for impl in row}, key=ORDER.index)
     devices = ["gpu" if device == "cuda" else device for device in device_types()]
@@ -113,8 +113,8 @@ def _matrix(footnotes: dict[str, int]) -> Table:
 
 
 def _cell(reasons: dict[torch.dtype, str | None], footnotes: dict[str, int]) -> str:
-    """Whether some dtype runs, and the numbers of the reasons why others do not."""
-    dtypes_of: dict[str, list[torch.dtype]] = {}  # by a reason with a gap for the dtype
+    """Whether any dtype runs, and the footnote numbers of the reasons why others do not."""
+    dtypes_of: dict[str, list[torch.dtype]] = {}  # reason with a placeholder for the dtype -> dtypes
     for dtype, reason in reasons.items():
         if reason is not None:
             dtypes_of.setdefault(reason.replace(str(dtype), "{}"), []).append(dtype)
@@ -129,7 +129,7 @@ def _number(reason: str, footnotes: dict[str, int]) -> int:
 
 
 def _footnote(reason: str, dtypes: list[torch.dtype], others_run: bool) -> str:
-    """The dtypes stand in the gap of the reason, or in front of a reason that does not name them."""
+    """The reason with the dtypes in its placeholder, or in front of a reason that has none."""
     names = " and ".join(map(str, dtypes))
     if "{}" in reason:
         return reason.replace("{}", names)

@@ -1,1 +1,1 @@
-"""Measuring: timing, peaks, results; nothing below imports it."""
+"""Measuring: timing, peaks, results. No lower layer imports it."""

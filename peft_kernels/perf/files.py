@@ -1,4 +1,4 @@
-"""Files and folders that options name: read, or tried, before anything is measured."""
+"""Files and folders named by options: read, or tested for writing, before anything is measured."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from typing import Any
 
 
 def text_of(path: Path, option: str) -> str:
-    """
+    """Read a UTF-8 text file.
+
     Raises:
-        ValueError: no text in UTF-8, or nothing that can be read.
+        ValueError: the file cannot be read or is not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -25,9 +26,10 @@ def text_of(path: Path, option: str) -> str:
 
 
 def json_of(path: Path, option: str) -> Any:
-    """
+    """Read a JSON file.
+
     Raises:
-        ValueError: no JSON.
+        ValueError: the file is not JSON.
     """
     try:
         return json.loads(text_of(path, option))
@@ -36,7 +38,7 @@ def json_of(path: Path, option: str) -> Any:
 
 
 def writable_folder(folder: Path, option: str = "--out") -> Path:
-    """``folder``, into which a file can be written; it is made when there is one.
+    """Return ``folder`` if a trial write succeeds; folders made for the trial are removed again.
 
     Raises:
         ValueError: nothing can be written there.
@@ -47,7 +49,7 @@ def writable_folder(folder: Path, option: str = "--out") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError as error:  # tried, because access rights are not all that can stand against it
+    except OSError as error:  # a trial, because access rights are not the only obstacle
         raise ValueError(f"{option}: cannot write to {folder}: {error.strerror}") from None
     finally:
         for one in made:
@@ -56,7 +58,8 @@ def writable_folder(folder: Path, option: str = "--out") -> Path:
 
 
 def writable_file(path: Path, option: str = "--out") -> Path:
-    """
+    """Return ``path`` if it can be written.
+
     Raises:
         ValueError: it cannot be written.
     """
@@ -70,10 +73,10 @@ def writable_file(path: Path, option: str = "--out") -> Path:
 
 
 def folder_or_hub_id(name: str, option: str) -> str:
-    """What transformers loads. What can only be a path is not looked for on a hub.
+    """Return ``name`` as transformers loads it. A name that can only be a path is not looked up on the hub.
 
     Raises:
-        ValueError: a path without a folder, or no name at all.
+        ValueError: a path without a folder, or an empty name.
     """
     path = Path(name)
     is_path = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
@@ -83,10 +86,10 @@ def folder_or_hub_id(name: str, option: str) -> str:
 
 
 def with_configuration(name: str, option: str) -> str:
-    """What transformers finds a configuration of, which is looked for without torch.
+    """Return ``name`` if transformers finds a configuration for it; does not import torch.
 
     Raises:
-        ValueError: there is none, in transformers' words.
+        ValueError: there is none; the message is transformers' own.
     """
     from transformers.utils import cached_file
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, and errors, after something was measured: it is written first."""
+"""Ctrl-C and errors after a measurement: results are written before the run ends."""
 
 import signal
 from collections.abc import Sized
@@ -10,7 +10,7 @@ from .sigint import INTERRUPTED, end_at_once
 
 
 class Keeping:
-    """Puts off the end of a run that has ``found`` something.
+    """Postpones the end of a run that has ``found`` results.
 
     with Keeping(rows) as kept:
         rows.append(...)
@@ -35,9 +35,10 @@ class Keeping:
         return self.stop is not None
 
     def end(self, console: Console) -> None:
-        """
+        """End the run if it was interrupted.
+
         Raises:
-            typer.Exit: the run was interrupted; and whatever else stopped it.
+            typer.Exit: the run was interrupted by Ctrl-C; any other error that stopped it is raised again.
         """
         if isinstance(self.stop, KeyboardInterrupt):
             console.print("[yellow]interrupted: what was written is partial[/yellow]")

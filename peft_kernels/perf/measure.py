@@ -1,4 +1,4 @@
-"""How everything here is measured: runs interleaved in one process, medians with their spread, measured peaks of the same machine in the same run."""
+"""Timing: runs interleaved in one process, medians with their spread, and the measured peaks of the same machine in the same run."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ from .. import __version__
 from ..ops import tuned
 
 PACKAGES = ("torch", "transformers", "peft", "triton")
-COPY_BYTES = 1 << 28  # past every cache
+COPY_BYTES = 1 << 28  # larger than every cache
 L2_FLUSH_BYTES = 1 << 28
 
 
@@ -49,17 +49,17 @@ class Timing:
 
 @runtime_checkable
 class SelfTimed(Protocol):
-    """A function that runs in another process, so that timing a call of it here would time the way there too."""
+    """A function that runs in another process: timing its call here would include the communication."""
 
     def __call__(self) -> Any: ...
 
     def seconds(self) -> float:
-        """Run twice; the seconds of the second run, taken where it runs."""
+        """Run twice and return the seconds of the second run, measured in the other process."""
         ...
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C between timed runs; ``timings`` are those of the turns until then, none unless every function had one."""
+    """Ctrl-C between timed runs; ``timings`` covers the turns so far and is empty unless every function had one."""
 
     def __init__(self, timings: Mapping[str, Timing]):
         self.timings = timings if all(timing.seconds for timing in timings.values()) else {}
@@ -73,18 +73,18 @@ def interleaved(
     device: str = "cpu",
     notify: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Time every function ``repeats`` times, turn by turn, so that a change of the machine's mood meets all of them.
+    """Time every function ``repeats`` times, turn by turn, so that drifts of the machine's speed affect all of them alike.
 
-    ``repeats`` may differ by name; a slow function then leaves the later turns to the others.
+    ``repeats`` may differ by name; slow functions then skip the later turns.
 
-    Every turn has its own order, so that none always runs after the same other, which leaves it a cache cold or warm. On CUDA the L2
+    The order changes every turn, so that no function always runs after the same one, which leaves caches cold or warm for it. On CUDA the L2
     cache is flushed before each run and events are timed. ``notify`` gets the name before each timed run.
 
-    A ``SelfTimed`` function runs in another process, which comes to its turn with other caches than this one. With such among them every
+    A ``SelfTimed`` function runs in another process, whose caches are in a different state. If there is one among the functions, every
     timed run directly follows an untimed one of the same function.
 
     Raises:
-        Interrupted: for KeyboardInterrupt in a timed run.
+        Interrupted: on KeyboardInterrupt in a timed run.
     """
     wanted = repeats if isinstance(repeats, Mapping) else dict.fromkeys(functions, repeats)
     clock = clock_of(device)
@@ -118,7 +118,7 @@ def _timings(samples: Mapping[str, list[float]]) -> dict[str, Timing]:
 
 
 def clock_of(device: str) -> Callable[[Callable[[], Any]], float]:
-    """Runs a function and returns its seconds."""
+    """A clock: runs a function and returns its seconds."""
     return _cuda_clock() if device == "cuda" else _wall_clock
 
 
@@ -144,7 +144,7 @@ def _cuda_clock():
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None]:
-    """``function`` as a CUDA graph: replaying it times the kernels without Python and launches."""
+    """Capture ``function`` as a CUDA graph: replaying it times the kernels without Python and launch overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -155,17 +155,17 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         function()
 
-    def replay(function=function):  # keeps the function, and with it the tensors that the graph reads
+    def replay(function=function):  # the default argument keeps the function alive, and with it the tensors that the graph reads
         graph.replay()
 
     return replay
 
 
 def peak_memory(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, int | None, float]:
-    """Run once: the result, by how many bytes memory rose above where it stood before, and the seconds it took.
+    """Run once; returns the result, by how many bytes memory rose above its level before the run, and the seconds it took.
 
-    On a CPU the kernel keeps the high-water mark of resident memory (``VmHWM``), reset before the run after free memory has been given
-    back; so nothing is sampled or missed, and what the allocator holds on to counts. None where the system has no such mark (only Linux does).
+    On a CPU the kernel keeps the high-water mark of resident memory (``VmHWM``). It is reset before the run, after free memory has been returned
+    to the system; so no peak is missed, and memory that the allocator holds counts. None if the system has no such mark (only Linux has).
     """
     gc.collect()
     if device == "cuda":
@@ -197,10 +197,10 @@ def _resident(field: str) -> int:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The measured peaks of this machine in this run; the roofline bound of a call is the larger of its bytes and operations over them."""
+    """The measured peaks of this machine in this run; the roofline bound of a call is the larger of bytes / bandwidth and operations / rate."""
 
-    bandwidth: float  # bytes per second of a copy, read and written counted
-    rate: float  # operations per second of a large matrix product, a multiplication and an addition counted as two
+    bandwidth: float  # bytes per second of a copy, reads and writes counted
+    rate: float  # operations per second of a large matmul; a multiply-add counts as two
 
     def roofline(self, nbytes: float, operations: float) -> float:
         return max(nbytes / self.bandwidth, operations / self.rate)
@@ -219,7 +219,7 @@ def copy_bandwidth(device: str = "cpu", nbytes: int = COPY_BYTES) -> float:
 
 
 def matrix_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None) -> float:
-    """Of the faster library where there are two: plain products and, on a CPU, oneDNN on packed weights need not be the same one."""
+    """Rate of the faster library if there are two: on a CPU, plain matmuls and oneDNN on packed weights may differ."""
     size = size or (8192 if device == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -260,7 +260,7 @@ def gpus() -> list[str]:
 
 
 def environment() -> dict:
-    """The fingerprint that goes with every figure."""
+    """The fingerprint of the machine and its software that goes with every measurement."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -270,5 +270,5 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus(),
-        "tuned": len(tuned.entries(torch.device("cuda"))) if torch.cuda.is_available() else 0,  # launch options that are not the shipped ones
+        "tuned": len(tuned.entries(torch.device("cuda"))) if torch.cuda.is_available() else 0,  # configs that differ from the default ones
     }

@@ -1,4 +1,4 @@
-"""Prompt-in-Decoder and its two baselines, and the models they are compared on."""
+"""Prompt-in-Decoder and its two baselines, and the models that they are compared on."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from .workloads import VOCAB_SIZE, Workload
 
 @dataclass
 class Answers:
-    """(b*M, tokens) generated ids in order of the streams, padded, and the bytes of the cross-attention cache while they were made."""
+    """Generated ids (b*M, tokens), padded, in stream order; and the size of the cross-attention cache in bytes."""
 
     tokens: Tensor
     cross_bytes: int
@@ -36,10 +36,10 @@ def t5_base(dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides
 
 
 def sharpened(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
-    """A random T5 whose tokens depend on input, prompt and step, so that comparing them says something.
+    """Rescale a random T5 so that its tokens depend on input, prompt and step, which makes comparing them meaningful.
 
-    With the usual initialisation and tied embeddings it repeats its last token whatever it reads: embeddings get smaller here, attention
-    sharper.
+    With the usual initialisation and tied embeddings it repeats its last token whatever it reads. This scales embeddings down and makes
+    attention sharper.
     """
     with torch.no_grad():
         model.shared.weight.mul_(0.05)
@@ -52,10 +52,10 @@ def sharpened(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
 
 
 def check_kind(name: str) -> None:
-    """From the configuration alone.
+    """Check the kind of model from its configuration alone.
 
     Raises:
-        OSError, ValueError: nothing of that name that transformers can read, or no encoder-decoder model of text that ``pid`` takes.
+        OSError, ValueError: transformers cannot read a model of that name, or ``pid`` does not support it: it takes text encoder-decoder models.
     """
     config = AutoConfig.from_pretrained(name)
     kind = config.model_type
@@ -67,27 +67,27 @@ def check_kind(name: str) -> None:
 
 def load(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
-    family_of(model)  # says early what is not supported
+    family_of(model)  # fails early for an unsupported model
     return model.to(device).eval()
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A second model on the same weights, so that one can be enabled while the other stays stock."""
+    """A second model that shares the weights, so that one can be enabled while the other stays stock."""
     return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
 def prompt_in_encoder(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
-    """PiE: every input with every prompt behind it through the encoder, one ``generate`` over all rows."""
+    """PiE: the encoder reads every input with every prompt appended; one ``generate`` over all rows."""
     ids, mask = padded([one + prompt for one in inputs for prompt in prompts], model)
     output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **kwargs)
     return Answers(output.sequences[:, 1:], cross_bytes(output))
 
 
 def repeated(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
-    """PiD without this package: inputs encoded once, the encoder's output repeated per prompt, stock ``generate``.
+    """PiD without this package: encodes inputs once, repeats the encoder's output per prompt, calls stock ``generate``.
 
-    Prompts of different length are padded on the left where the decoder's positions are relative; elsewhere stock models go wrong on
-    that, so prompts of each length get a ``generate`` of their own.
+    Prompts of different lengths are padded on the left if the decoder's positions are relative. Other stock models are wrong with left
+    padding, so prompts of each length get their own ``generate``.
     """
     ids, mask = padded(inputs, model)
     states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -123,9 +123,9 @@ def shared(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list
 
 
 def ask(method: Method, model: nn.Module, workload: Workload, new_tokens: int, *, full_length: bool) -> Answers:
-    """All batches of a workload, greedy; ``full_length`` keeps models with random weights from ending early.
+    """Decode all batches of a workload greedily; ``full_length`` keeps models with random weights from ending early.
 
-    ``cross_bytes`` is that of the largest batch.
+    ``cross_bytes`` is the size for the largest batch.
     """
     kwargs = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
     if full_length:
@@ -137,17 +137,17 @@ def ask(method: Method, model: nn.Module, workload: Workload, new_tokens: int, *
 
 
 def cross_bytes(output) -> int:
-    """Bytes of the keys and values that cross-attention really held."""
+    """Bytes of the keys and values that cross-attention held."""
     return sum(x.nbytes for layer in cache_of(output).cross_attention_cache.layers for x in (layer.keys, layer.values))
 
 
 def differing(a: Answers, b: Answers) -> int:
-    """How many streams do not have the same tokens."""
+    """Number of streams whose tokens differ."""
     return int((a.tokens != b.tokens).any(1).sum())
 
 
 def padded(rows: Sequence[list[int]], model: nn.Module, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Ids and mask of rows of different length."""
+    """Ids and mask of rows of different lengths."""
     width, pad = max(map(len, rows)), pad_token(model)
     fill = [[pad] * (width - len(row)) for row in rows]
     ids = torch.tensor([f + row if left else row + f for row, f in zip(rows, fill)], device=model.device)

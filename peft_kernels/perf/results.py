@@ -16,16 +16,16 @@ from .measure import Peaks, Timing, cpu_model, environment
 
 OURS = "ours"
 SCHEMA = 2
-ENVIRONMENT = {"cores", "cpu", "cpu_capability", "date", "gpus", "system", "threads", "versions"}  # what a report tells of a machine
+ENVIRONMENT = {"cores", "cpu", "cpu_capability", "date", "gpus", "system", "threads", "versions"}  # the facts that a report shows of a machine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One candidate on one benchmark case. Rows that agree in all of ``case`` were timed turn by turn in one process."""
 
-    benchmark: str  # an operator's name, or that of an end-to-end benchmark
+    benchmark: str  # an operator's name, or an end-to-end benchmark's
     shape: dict[str, int]  # the letters of the operator's docstring -> sizes
-    variant: str = ""  # what else sets the problem apart: "ragged", "16 adapters"
+    variant: str = ""  # further properties of the problem: "ragged", "16 adapters"
     dtype: str
     phase: str  # "forward", "forward + backward", "generate", "training step"
     candidate: str  # OURS, an implementation of ours, or a baseline
@@ -33,13 +33,13 @@ class Row:
     spread: float | None = None  # interquartile range over the median
     runs: int = 0
     ratio: float | None = None  # the candidate's time over ours: the median of the turns' ratios
-    error: float | None = None  # norm of the error over norm of the float64 truth; of tokens, the share of streams that differ
+    error: float | None = None  # norm of the error over norm of the float64 truth; for tokens, the share of streams that differ
     bytes: int | None = None  # each input read once, each output written once
-    operations: int | None = None  # a multiplication and an addition are two
+    operations: int | None = None  # a multiply-add counts as two
     roofline_s: float | None = None  # the larger of bytes over the measured bandwidth and operations over the measured rate
-    peak_bytes: int | None = None  # above what stood before
-    kept_bytes: int | None = None  # held from step to step: cross-attention's keys and values
-    items: int | None = None  # what a run gets through
+    peak_bytes: int | None = None  # above the level before the run
+    kept_bytes: int | None = None  # held between steps: cross-attention's keys and values
+    items: int | None = None  # number of items that a run processes
     item: str = ""  # "tokens", "samples"
     missing: str | None = None  # why it was not timed
 
@@ -53,9 +53,9 @@ class Row:
 
 
 def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **common) -> list[Row]:
-    """A row for each candidate that was timed, turn by turn. each: candidate -> fields of its own; common: those that all share.
+    """A row for each candidate that was timed, turn by turn. each: candidate -> its own fields; common: fields that all rows share.
 
-    Without OURS among them no ratio is known.
+    Without OURS among the candidates there are no ratios.
     """
     ours = timings[OURS].seconds if OURS in timings else ()
 
@@ -70,15 +70,15 @@ def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **
 
 @dataclass(frozen=True)
 class Results:
-    """The content of a file: what was asked of which device, its peaks by dtype, and the rows."""
+    """The content of a file: device, peaks by dtype, and rows."""
 
     device: str  # "cpu" or "cuda"
     device_name: str
     environment: dict
     rows: tuple[Row, ...]
-    peaks: dict[str, Peaks] = field(default_factory=dict)  # dtype -> what the machine reached in the same run
+    peaks: dict[str, Peaks] = field(default_factory=dict)  # dtype -> measured peaks of the same run
     command: str = ""
-    partial: bool = False  # the run was interrupted: what it had measured until then
+    partial: bool = False  # the run was interrupted; the file holds what it measured until then
 
     def by_case(self) -> dict[tuple, list[Row]]:
         """Rows that were timed together, in the file's order."""
@@ -88,10 +88,10 @@ class Results:
         return found
 
     def write(self, path: Path) -> Path:
-        """JSON at ``path`` and the same rows as CSV beside it. Partial results stand beside whole ones, not in their place.
+        """Write JSON to ``path`` and the same rows as CSV beside it. Partial results go to a file beside complete ones and do not replace them.
 
         Returns:
-            Where the JSON is.
+            The path of the JSON file.
         """
         if self.partial:
             path = partial_path(path)
@@ -111,7 +111,7 @@ class Results:
 
 
 def first_line(error: Exception) -> str:
-    """Why a candidate has no time, for its row."""
+    """The reason for the row of a candidate that has no time."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -121,7 +121,7 @@ def partial_path(path: Path) -> Path:
 
 
 def write_json(path: Path, partial: bool, **content) -> Path:
-    """Of a run that has no rows. Returns where it is, which is beside ``path`` where the run was interrupted."""
+    """Write the results of a run that has no rows. Returns the path, which is beside ``path`` if the run was interrupted."""
     if partial:
         path, content = partial_path(path), {"partial": True, **content}
     else:
@@ -132,15 +132,16 @@ def write_json(path: Path, partial: bool, **content) -> Path:
 
 
 def measured(rows: Iterable[Row], device: str, peaks: Mapping[str, Peaks] = {}, partial: bool = False) -> Results:
-    """Rows of this process with the fingerprint of this machine, and the command without the place that it wrote to."""
+    """Rows of this process with this machine's fingerprint, and the command without its output path."""
     command = re.sub(r" --out[ =]\S+", "", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     return Results(device, device_name(device), environment(), tuple(rows), dict(peaks), command, partial)
 
 
 def read(path: Path) -> Results:
-    """
+    """Read a result file.
+
     Raises:
-        ValueError: a file that is not of this schema.
+        ValueError: the file does not have this schema.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -165,7 +166,7 @@ def read(path: Path) -> Results:
 
 
 def default_folder(device: str) -> Path:
-    """Of the results of this machine."""
+    """The folder for the results of this machine."""
     return Path("results") / folder_name(device_name(device))
 
 
@@ -174,7 +175,7 @@ def device_name(device: str) -> str:
 
 
 def folder_name(device_name: str) -> str:
-    """Of the results of a device: lower case, words joined by dashes, without marks and clock rates."""
+    """A device's name as a folder: lower case, words joined by dashes, without trademarks and clock rates."""
     words = re.sub(r"\((?:R|TM|C)\)|@.*|\b\d+-Core\b|\bProcessor\b|\bCPU\b", " ", device_name, flags=re.I)
     return "-".join(re.findall(r"[a-z0-9]+", words.lower())) or "unknown"
 

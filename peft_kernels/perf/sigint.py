@@ -1,4 +1,4 @@
-"""Ctrl-C while there is nothing to keep. Imports nothing that takes time."""
+"""Ctrl-C while there are no results to keep. Imports only fast modules."""
 
 import os
 

@@ -22,12 +22,12 @@ COLUMNS = {
     "error": lambda row: None if row.error is None else f"{row.error:.0e}",
 }
 
-# left out from the front on in a terminal that is too narrow
+# columns dropped from a terminal that is too narrow, first to last
 LEAST_WANTED = ("runs", "error", "kept MB", "spread", "{item}/s", "peak MB", "% of roofline")
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """Rows that were timed together; below them the roofline bound, and what was not timed and why."""
+    """A table of rows that were timed together; below it the roofline bound, and the reasons for candidates without a time."""
     first, shown = rows[0], [row for row in rows if row.missing is None]
     cells = {name: [cell(row) for row in shown] for name, cell in COLUMNS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
@@ -40,7 +40,7 @@ def table(rows: Sequence[Row]) -> Group:
 
 
 class _Fitting:
-    """A column of candidates, whole, and beside it the columns that fit into the terminal; those that do not are named below."""
+    """A table of all candidates with as many columns as fit into the terminal; the others are named below it."""
 
     def __init__(self, candidates: Sequence[str], cells: Mapping[str, Sequence[str | None]], item: str):
         self.candidates, self.cells, self.item = candidates, cells, item

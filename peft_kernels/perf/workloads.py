@@ -1,4 +1,4 @@
-"""What is asked of what: inputs and prompts as token ids."""
+"""Workloads: inputs and prompts as token ids."""
 
 import re
 import zlib
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from .files import json_of, text_of
 
-VOCAB_SIZE = 32128  # of the T5 family
+VOCAB_SIZE = 32128  # the T5 family's
 BUILT_IN_PROMPT_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Every prompt is asked of every input; ``batch_size`` inputs at a time."""
+    """Every prompt is asked of every input, ``batch_size`` inputs at a time."""
 
     title: str
     inputs: list[list[int]]
@@ -28,9 +28,9 @@ class Workload:
 
 
 class WordIds:
-    """Token ids without a tokenizer, for models with random weights: one id per word or punctuation mark, wherever its hash falls.
+    """Token ids without a tokenizer, for models with random weights: one id per word or punctuation mark, from its hash.
 
-    Ids 0 to 2 stay free for padding, end and unknown. Reversible for every word seen, up to white space.
+    Ids 0 to 2 are reserved for padding, end and unknown. Decoding restores every word seen, up to white space.
     """
 
     def __init__(self, vocab_size: int = VOCAB_SIZE):
@@ -61,9 +61,10 @@ class Texts:
     about: str = ""
 
     def encoded(self, encoder, input_tokens: int) -> Workload:
-        """
+        """Tokenize the texts.
+
         Raises:
-            ValueError: an input or a prompt that the tokenizer makes nothing of.
+            ValueError: an input or a prompt becomes no tokens.
         """
         inputs = [_cut(encoder.encode(text), input_tokens) for text in self.inputs]
         prompts = [encoder.encode(text, add_special_tokens=False) for text in self.prompts]
@@ -80,10 +81,10 @@ def _span(rows: list[list[int]]) -> str:
 
 
 def chosen(input: Path | None, prompts: Path | None) -> Texts:
-    """One input and many prompts: those of the files, or the package's own.
+    """One input and many prompts, from the files or from the package's own texts.
 
     Raises:
-        ValueError: a file that is no text, or an empty one.
+        ValueError: a file that is not text, or is empty.
     """
     text = text_of(input, "--input") if input else built_in_text()
     lines = [line.strip() for line in (text_of(prompts, "--prompts") if prompts else _built_in("questions.txt")).splitlines() if line.strip()]
@@ -94,7 +95,7 @@ def chosen(input: Path | None, prompts: Path | None) -> Texts:
 
 
 def built_in(input_tokens: int = 512, prompts: int = 30) -> Workload:
-    """The package's own text and questions, an id per word: prompts of 8 tokens."""
+    """The package's own text and questions, one id per word: prompts of 8 tokens."""
     words = WordIds()
     asked = [words.encode(line) for line in _built_in("questions.txt").splitlines()][:prompts]
     return Workload("built-in text", [_cut(words.encode(built_in_text()), input_tokens)], asked)
@@ -104,7 +105,7 @@ def dialogues(path: Path, limit: int, batch_size: int) -> Texts:
     """WOZ 2.0: every dialogue up to its last turn, one prompt per slot of the ontology beside the file.
 
     Raises:
-        ValueError: a file that is not of this form, or has nothing in it.
+        ValueError: a file that does not have this format, or is empty.
     """
     found = json_of(path, "--data")
     beside = path.parent / "ontology_en.json"
@@ -144,14 +145,15 @@ def _kind(found) -> str:
 
 
 def _cut(ids: list[int], length: int) -> list[int]:
-    """At most ``length`` ids; the last one, a tokenizer's end mark, stays."""
+    """At most ``length`` ids; the last id, a tokenizer's end mark, is kept."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def tokenizer(name: str | None):
-    """
+    """Load a tokenizer; without a name, ``WordIds``.
+
     Raises:
-        OSError, ValueError: transformers' own, where it finds none.
+        OSError, ValueError: raised by transformers if it finds none.
     """
     if name is None:
         return WordIds()

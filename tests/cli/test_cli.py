@@ -1,4 +1,4 @@
-"""The command line and the benchmark scripts: that they run and say what is true, on tiny models; no figure is checked."""
+"""The command line and the benchmark scripts on tiny models: they run and report true facts; no measured number is checked."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ TINY = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_decod
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny products on threads that other test processes hold up are slow for nothing."""
+    """Use one thread: tiny matmuls are slow on threads that other test processes hold up."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,7 +77,7 @@ def test_version():
 
 
 def test_shell_completion_is_offered():
-    """A shell asks with these variables set; Typer has the scripts."""
+    """The shell sets these variables to ask for completions; Typer has the scripts."""
     asked = {"_PEFT_KERNELS_COMPLETE": "complete_bash", "COMP_WORDS": "peft-kernels in", "COMP_CWORD": "1"}
     result = CliRunner().invoke(app, [], prog_name="peft-kernels", env=asked)
     assert result.output.split() == ["info"]
@@ -107,7 +107,7 @@ def test_info_says_nothing_of_launches_without_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_info_fits_on_a_screen(gpu, monkeypatch):
-    """80 columns and 40 lines, with the longest message of a compiler, and with a GPU whose launches are tuned."""
+    """80 columns and 40 lines, with a compiler's longest message, and with a GPU that uses tuned configs."""
     error = "csrc/cpu/x.cpp:7: error: 'y' was not declared in this scope" + 12 * " word"
     reason = f"the native library is not built (g++ failed (exit status 1): {error})"
     monkeypatch.setattr(native_library, "problem", lambda: reason)

@@ -1,4 +1,4 @@
-"""The command line as someone uses it who mistypes: one sentence and exit status 2 before anything is measured; and interrupted runs."""
+"""Mistakes on the command line: one sentence and exit status 2 before anything is measured; and interrupted runs."""
 
 import json
 import re
@@ -26,7 +26,7 @@ BART = {"vocab_size": 40000, "d_model": 16, "encoder_layers": 1, "decoder_layers
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """A folder with what users give by mistake; nothing else is written there."""
+    """A folder with files that users pass by mistake; nothing else is written there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     before = torch.get_num_threads()
@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """Bad input is told before a model is built or anything is timed."""
+    """Bad input is reported before a model is built or anything is timed."""
 
     def never(*args, **kwargs):
         raise AssertionError("bad input was not noticed in time")
@@ -116,7 +116,7 @@ def test_refused_before_anything_is_measured(command, message, here):
 
 @pytest.fixture
 def checkpoint(here):
-    """A tiny model in a folder, with configuration and tokenizer of words unless they are taken away again."""
+    """A tiny model in a folder, with its configuration and a word tokenizer unless the test removes them."""
 
     def make(model, **broken):
         model.save_pretrained(here / "model")
@@ -175,7 +175,7 @@ def test_demo_refuses_ids_that_the_model_does_not_have(monkeypatch):
 
 
 def interrupt(monkeypatch, after: int, error=KeyboardInterrupt):
-    """Ctrl-C in a timed run, after so many."""
+    """Press Ctrl-C in a timed run, after ``after`` runs."""
     count = 0
 
     def clock(function, right=measure._wall_clock):
@@ -190,7 +190,7 @@ def interrupt(monkeypatch, after: int, error=KeyboardInterrupt):
 
 @pytest.mark.parametrize("after, candidates, runs", [(1, 2, 1), (4, 3, 2)])
 def test_interrupted_demo_keeps_what_it_has(after, candidates, runs, here, monkeypatch):
-    """Of the decoder methods a first run, or whole turns."""
+    """Keeps the first run of a decoder method, or complete turns."""
     monkeypatch.setattr(pid_baselines, "t5_base", lambda dtype, device, build=pid_baselines.t5_base: build(dtype, device, **T5))
     (here / "prompts").write_text("what is it?\nwhere?\n")
     interrupt(monkeypatch, after)
@@ -198,13 +198,13 @@ def test_interrupted_demo_keeps_what_it_has(after, candidates, runs, here, monke
     assert "interrupted: what was written is partial" in invoke("demo", *options, code=interruption.INTERRUPTED)
     found = json.loads((here / "out" / "demo.partial.json").read_text())
     assert found["partial"] is True and len(found["results"]) == candidates and found["results"][1]["runs"] == runs
-    assert found["tokens"] == {"streams": 2, "different": 0}  # both had their first run
+    assert found["tokens"] == {"streams": 2, "different": 0}  # both completed their first run
     assert [path.name for path in (here / "out").iterdir()] == ["demo.partial.json"]
 
 
 @pytest.mark.parametrize("after, rows", [(3, 3), (9, 6)])
 def test_interrupted_profile_keeps_its_cases(after, rows, checkpoint, here, monkeypatch):
-    """Six runs are a whole case, and three a turn of all candidates."""
+    """Six runs are a complete case, three a turn of all candidates."""
     checkpoint(pid_baselines.t5_base(**{**T5, "vocab_size": 64}))
     monkeypatch.setattr(profile_run, "self_times", lambda *_: {"aten::mm": 1.0})  # the profiler takes seconds to start
     interrupt(monkeypatch, after)

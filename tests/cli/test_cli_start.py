@@ -1,4 +1,4 @@
-"""The command line before torch is there: bad input is answered, and Ctrl-C ends it, each in a process of its own."""
+"""The command line before torch is imported: it reports bad input, and Ctrl-C ends it; each test runs a new process."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def run(arguments: str, folder, interrupted_at: str = "") -> subprocess.Complete
     ],
 )
 def test_bad_input_is_answered_without_torch(arguments, message, tmp_path):
-    """Which takes longer to import than such an answer may take."""
+    """Importing torch takes longer than such a reply may take."""
     (tmp_path / "file").touch()
     done = run(arguments, tmp_path)
     assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -26,7 +26,7 @@ _BERT_SPECIAL, _ROBERTA_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 @cache
 def tokenizer(kind: str):
-    """word: as BERT's; bpe: as RoBERTa's; gpt: the same without special tokens; unigram: as T5's."""
+    """Train a tokenizer. word: like BERT's; bpe: like RoBERTa's; gpt: bpe without special tokens; unigram: like T5's."""
     if kind == "word":
         t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -73,7 +73,7 @@ _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d
 _T5["relative_attention_max_distance"] = 100  # with 128, rounding decides the bucket of distance 16
 _GEMMA2 = dict(_SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0)
 
-# name -> (prefix of its classes, what follows it, settings, tokenizer)
+# name -> (prefix of its classes, their suffix, settings, tokenizer)
 MASKED = {
     "bert": ("Bert", "ForMaskedLM", _SMALL, "word"),
     "roberta": ("Roberta", "ForMaskedLM", _SMALL, "bpe"),
@@ -99,7 +99,7 @@ TEMPLATES = {"gpt": "{text} It was {mask}"}
 
 
 def make(name: str, kind: str | None = None, **settings):
-    """A model in eval mode whose weights and biases are all random, its tokenizer and a template."""
+    """A model in eval mode with random weights and biases, its tokenizer and a template."""
     prefix, suffix, defaults, which = MODELS[name]
     t = tokenizer(which)
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def make(name: str, kind: str | None = None, **settings):
 
 @torch.no_grad()
 def by_hand(model, t, texts, template, word_ids, dtype=None):
-    """Hidden state and label words' largest logits, text after text, from full logits."""
+    """Hidden states and the label words' largest logits, from full logits, one text at a time."""
     features, scores = [], []
     for text in texts:
         filled = template.replace("{text}", text)

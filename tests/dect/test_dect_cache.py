@@ -1,4 +1,4 @@
-"""A cache is read where everything is as it was, and nowhere else."""
+"""A cache is read if everything is unchanged, and only then."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def cached(tmp_path):
 
 
 def runs(model, *arguments, **options):
-    """Whether the model was asked."""
+    """Whether the model was called."""
     calls = []
     handle = model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
     result = extract(model, *arguments, **options)
@@ -133,7 +133,7 @@ def test_a_path_that_cannot_be_written_is_noticed_first(cached, tmp_path):
 
 
 def stopped_after(model, batches, error):
-    """Raises before the forward after ``batches`` others. The empty text is one, and so is trying the columns."""
+    """Raise ``error`` before the forward that follows ``batches`` others. The empty text and the trial of the columns count as batches."""
     calls = []
 
     def count(*_):
@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 def test_a_killed_run_goes_on(tmp_path):
     path = tmp_path / "features"
     model, t, _ = make("bert")
-    t.save_pretrained(tmp_path / "tokenizer")  # training one takes other ids in other processes
+    t.save_pretrained(tmp_path / "tokenizer")  # training another would assign other ids in other processes
     code = f"""
 import os, signal, sys
 sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}

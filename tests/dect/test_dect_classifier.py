@@ -1,4 +1,4 @@
-"""The classifier against a plain PyTorch training loop, its calibrations, its life in files and in scikit-learn."""
+"""The classifier against a plain PyTorch training loop; its calibrations; saving, loading and scikit-learn."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from peft_kernels.dect.head import calibrated
 
 
 def data(shots=8, classes=3, width=24, seed=0, spread=1.0):
-    """features, labels, scores of texts around a centre for each class, in any order."""
+    """features, labels and scores of texts around one centre per class, in shuffled order."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
     labels = torch.arange(classes).repeat(shots)[torch.randperm(shots * classes, generator=generator)]
@@ -20,7 +20,7 @@ def data(shots=8, classes=3, width=24, seed=0, spread=1.0):
 
 
 def plain_loop(classifier, features, labels, scores, dtype=torch.float64):
-    """The same start, trained by autograd and torch.optim.Adam."""
+    """The same initialisation, trained by autograd and torch.optim.Adam."""
     start = DecoderTuning(**classifier.get_params() | {"epochs": 0}).fit(features, labels, scores).head_
     weight, radius = (x.to(dtype).requires_grad_() for x in (start.projection, start.radius))
     optimizer = torch.optim.Adam([weight, radius], lr=classifier.lr)

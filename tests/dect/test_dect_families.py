@@ -47,7 +47,7 @@ def test_the_vocabulary_is_computed_for_one_row_of_one_text_at_most(name):
         row(*texts)
     handle.remove()
     words = 3
-    if name == "deberta-v2-new-head":  # its vocabulary is no layer
+    if name == "deberta-v2-new-head":  # its vocabulary projection is not a layer
         assert not row.takes_columns
     else:
         assert row.takes_columns and seen == [(1, 1, len(t)), (1, 1, words), (3, 1, words), (3, 1, words)]

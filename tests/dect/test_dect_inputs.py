@@ -1,4 +1,4 @@
-"""Texts, words and labels in the forms that users have: each is read for what it is, or refused in one sentence."""
+"""Texts, words and labels in the forms that users have: each is interpreted correctly or refused in one sentence."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def bert():
 
 
 class Table:
-    """As a table of pandas: two dimensions, and an iterator over the names of its columns."""
+    """Mimics a pandas table: two dimensions, and an iterator over the column names."""
 
     ndim = 2
 
@@ -156,7 +156,7 @@ def test_labels_and_modes_of_the_model():
             model(**batch, labels=labels)
     with pytest.raises(ValueError, match="is trained already"):
         model.train()(**batch, labels=torch.tensor(LABELS))
-    expected.check(model(**batch).logits)  # no dropout either
+    expected.check(model(**batch).logits)  # also no dropout
     assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).logits)
 
 

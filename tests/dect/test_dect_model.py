@@ -1,4 +1,4 @@
-"""DecT as an ordinary model: saved, found by the Auto classes, run by a pipeline."""
+"""DecT as an ordinary model: saved, loaded by the Auto classes, run by a pipeline."""
 
 import copy
 import pickle

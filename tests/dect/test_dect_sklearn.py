@@ -1,4 +1,4 @@
-"""DecoderTuning among scikit-learn's tools: its own checks, searches, calibration, one against the rest, weights, pickles."""
+"""DecoderTuning with scikit-learn's tools: estimator checks, searches, calibration, one-vs-rest, sample weights, pickles."""
 
 import os
 import pickle
@@ -88,7 +88,7 @@ def test_scores_by_metadata_routing():
 
 
 def trained(classifier, x, y, dtype):
-    """Projection, radius and losses of the plain loop, and the probabilities that come of them."""
+    """Projection, radius and losses of the plain loop, and the resulting probabilities."""
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     projection, radius, losses = plain_loop(classifier, x, y, None, dtype)
     z = torch.nn.functional.normalize(x.to(dtype) @ projection.T, dim=1)
@@ -154,7 +154,7 @@ def test_errors(y, options, message):
 
 
 def test_without_scikit_learn():
-    """The same classifier, parameters and errors."""
+    """The classifier, its parameters and its errors are the same."""
     code = """
 import sys
 sys.modules["sklearn"] = None

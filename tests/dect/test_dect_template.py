@@ -1,4 +1,4 @@
-"""Texts in a template, cut or not, and the pieces of label words."""
+"""Texts in a template, truncated or not, and the pieces of label words."""
 
 import pytest
 from dect_models import TEMPLATE, make, tokenizer

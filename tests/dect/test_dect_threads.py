@@ -1,6 +1,6 @@
-"""One model used by many threads, as a server does: every answer is that of a single thread, and the model stays as it was.
+"""One model used by many threads, as a server does: every answer is that of a single thread, and the model does not change.
 
-Up to rounding: libraries may share a sum among as many threads as are free.
+Answers agree within rounding: libraries may split a sum among as many threads as are free.
 """
 
 import gc
@@ -16,7 +16,7 @@ from peft_kernels.dect import extract
 
 
 def in_threads(count, work):
-    """Runs ``work(number)`` in each, at once; returns what went wrong."""
+    """Run ``work(number)`` in every thread at once; returns the errors."""
     wrong, start = [], threading.Barrier(count)
 
     def run(number):
@@ -50,7 +50,7 @@ def test_a_classifier_serves_threads(name):
     def serve(number):
         for step in range(calls):
             i = (number + step) % len(rows)
-            if number == 0:  # somebody uses the backbone itself
+            if number == 0:  # this thread uses the backbone itself
                 logits.check(model.backbone(**stock).logits)
             expected[i].check(model(rows[i]).logits)
 

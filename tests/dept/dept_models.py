@@ -1,4 +1,4 @@
-"""Tiny random models for every task, and DePT's formula written out with stock transformers: the truth that the method is held against."""
+"""Tiny random models for every task, and DePT's formula written out with stock transformers: the truth for the method."""
 
 import copy
 import math
@@ -94,7 +94,7 @@ def adapted(name: str, seed: int = 1, base=None, **config):
 
 
 def pair(name: str, **config):
-    """Stock and adapted, with the same weights."""
+    """Stock and adapted models with the same weights."""
     base = stock(name)
     return base, adapted(name, base=copy.deepcopy(base), **config)
 
@@ -139,7 +139,7 @@ def targets(name: str, x: dict, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def widened(embeddings: torch.Tensor, prompt, a, b, after_first: bool, scale: float = 8 / R**0.5) -> torch.Tensor:
-    """The official formula: rows of P, then embedding plus ``scale * A @ B``."""
+    """The official formula: the rows of P, then embedding plus ``scale * A @ B``."""
     n = embeddings.shape[1]
     tokens = embeddings + (scale * (a @ b))[:n].to(embeddings.dtype)
     rows = prompt.to(embeddings.dtype).expand(len(tokens), -1, -1)
@@ -152,7 +152,7 @@ def insert(x: torch.Tensor, rows: torch.Tensor, after_first: bool) -> torch.Tens
 
 
 def by_formula(name: str, model, p, x: dict, labels: dict | None = None, embeddings=None):
-    """What a stock ``model`` makes of the formula's embeddings: an output with the columns of the prompt still in it."""
+    """The output of a stock ``model`` for the formula's embeddings, still with the columns of the prompt."""
     _, _, kind, _, after_first, factor = MODELS[name]
     ids = x["input_ids"]
     m = p[0].shape[0]
@@ -169,6 +169,6 @@ def by_formula(name: str, model, p, x: dict, labels: dict | None = None, embeddi
 
 
 def narrowed(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Without the columns of the prompt."""
+    """The output without the columns of the prompt."""
     first = int(MODELS[name][4])
     return torch.cat([value[:, :first], value[:, first + M :]], 1)

@@ -1,4 +1,4 @@
-"""The authors' checkpoints. PEFT_KERNELS_DEPT_CHECKPOINT names a folder with a real one; without it, one of the same format is made up."""
+"""The authors' checkpoints. PEFT_KERNELS_DEPT_CHECKPOINT names a folder with a real one; without it, one of the same format is generated."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def _weights(folder):
 
 @pytest.fixture(scope="module")
 def t5():
-    """As wide as T5-base, with one layer and a small vocabulary: only what the encoder reads is looked at."""
+    """As wide as T5-base, with one layer and a small vocabulary: only the encoder's input is checked."""
     torch.manual_seed(0)
     config = transformers.T5Config(vocab_size=500, d_model=WIDTH, d_kv=64, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
     return transformers.T5ForConditionalGeneration(config).eval()

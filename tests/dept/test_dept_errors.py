@@ -1,4 +1,4 @@
-"""What is refused, and what the message says."""
+"""Refused models and calls, and their messages."""
 
 import copy
 
@@ -99,7 +99,7 @@ def test_models():
 
 
 class LooksAtTokens(transformers.LlamaForCausalLM):
-    """A user's own model."""
+    """A user-defined model."""
 
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
         output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -109,7 +109,7 @@ class LooksAtTokens(transformers.LlamaForCausalLM):
 
 
 def test_refused_model_is_left_alone():
-    """Nothing is left of the probe either: not on the model, not in its modes, not in the random numbers."""
+    """The probe leaves nothing behind either: not on the model, not in its modes, not in the random state."""
     model = LooksAtTokens(transformers.LlamaConfig(**models.MODELS["llama"][1]))
     model.lm_head.eval()
 
@@ -124,7 +124,7 @@ def test_refused_model_is_left_alone():
 
 
 def test_initialisation():
-    """A uniform in 1 / sqrt(r), B zero; P from tokens repeated or cut, as the first layer reads them, and the same again after loading."""
+    """A is uniform in 1 / sqrt(r), B is zero; P is made of tokens, repeated or cut, as the first layer reads them, and is the same after loading."""
     for name in ("t5", "pegasus"):
         base = models.stock(name)
         model = get_peft_model(base, DePTConfig(num_virtual_tokens=5, r=4, max_length=9, init_token_ids=[7, 8], task_type="SEQ_2_SEQ_LM"))

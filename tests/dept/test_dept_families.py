@@ -1,4 +1,4 @@
-"""Architectures with a position, window, padding or head of their own."""
+"""Architectures with their own kind of position, window, padding or head."""
 
 import copy
 
@@ -26,7 +26,7 @@ CAUSAL = {
     "RobertaForCausalLM": ("RobertaConfig", dict(_BERT, is_decoder=True)),  # positions from padding_idx + 1
 }
 OTHERS = {
-    "MvpForConditionalGeneration": ("MvpConfig", _SCALED),  # scales outside of the embedding
+    "MvpForConditionalGeneration": ("MvpConfig", _SCALED),  # scales outside the embedding
     "LEDForConditionalGeneration": ("LEDConfig", _LED),  # pads to its window
     "UMT5ForConditionalGeneration": ("UMT5Config", _T5),
     "BartForSequenceClassification": ("BartConfig", _BART),  # reads the state at the end token of input_ids
@@ -57,14 +57,14 @@ def _main(output):
 
 
 def _shown(kind, value, x):
-    """What stands for padding is nobody's business."""
+    """The values at tokens; those at padding are undefined."""
     return value if value.shape[:2] != x["attention_mask"].shape else value[x["attention_mask"].bool()]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CAUSAL | OTHERS)
 def test_an_empty_adapter_is_the_stock_model(kind):
-    """No prompt, B = 0: what is left is the embedding, scaled once, and everything around it."""
+    """Without a prompt and with B = 0 there remains the embedding, scaled once."""
     stock = _stock(kind)
     model = get_peft_model(copy.deepcopy(stock), DePTConfig(num_virtual_tokens=0, r=2, max_length=16)).eval()
     x = _inputs(kind)
@@ -103,7 +103,7 @@ def test_generated_tokens_do_not_depend_on_padding(kind):
         for row in rows:
             ids = row["input_ids"]
             for _ in range(5):
-                # without a mask, OPT counts positions in floats, whose rounding is none of a sum's
+                # without a mask, OPT counts positions in floats, whose rounding is not that of a sum
                 ids = torch.cat([ids, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)], 1)
             found.append(ids[:, -5:])
         return torch.cat(found)
@@ -125,7 +125,7 @@ def test_masks_that_a_model_does_not_read():
 
 
 def test_prompts_in_decoder_on_top():
-    """The swap of peft_kernels.pid."""
+    """``peft_kernels.pid`` enabled on the adapted model."""
     from peft_kernels import pid
 
     stock, model = models.pair("t5")

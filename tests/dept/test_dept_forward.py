@@ -1,4 +1,4 @@
-"""Every task: outputs, losses and gradients are those of the formula written out; shapes are those of the model without an adapter."""
+"""Every task: outputs, losses and gradients equal those of the formula written out; shapes equal those of the model without an adapter."""
 
 import copy
 
@@ -17,7 +17,7 @@ def _main(output):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_formula(name):
-    """In float64, so that nothing but the formula decides; other tests run in float32 and bfloat16."""
+    """In float64, so that only the formula decides; other tests run in float32 and bfloat16."""
     stock = models.stock(name).double()
     model = models.adapted(name, base=copy.deepcopy(stock))
     x = models.inputs()
@@ -25,7 +25,7 @@ def test_equals_the_formula(name):
     p = [q.detach().clone().requires_grad_() for q in models.parameters(model)]
 
     def results(output, main, parameters):
-        loss = output.loss if labels else main[..., :8].square().mean()  # of all, a norm before would leave nothing to learn
+        loss = output.loss if labels else main[..., :8].square().mean()  # over all columns, a norm before would leave nothing to learn
         return main.detach(), loss.detach(), torch.autograd.grad(loss, parameters)
 
     def expected():
@@ -52,7 +52,7 @@ def test_only_adapter_and_head_are_trained(name):
 
 
 def test_padded_rows_of_a_causal_classifier_are_read_at_their_last_token():
-    """By hand: the stock classifier cannot find the last token in inputs_embeds."""
+    """The expected scores are computed by hand: the stock classifier cannot find the last token in inputs_embeds."""
     stock, model = models.pair("gpt2-sequence")
     x = models.inputs()
 
@@ -93,7 +93,7 @@ def test_shapes_are_those_of_the_stock_model(name):
 
 @pytest.mark.parametrize("name", ["t5", "bart-scaled", "pegasus", "gpt2", "gemma", "bert-sequence"])
 def test_inputs_embeds_in_place_of_ids(name):
-    """They are what the first layer would read: already scaled."""
+    """They are the first layer's input: already scaled."""
     stock, model = models.pair(name)
     x = models.inputs()
     labels = models.targets(name, x)

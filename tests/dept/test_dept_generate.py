@@ -1,4 +1,4 @@
-"""Generation: encoder-decoder models against stock ``generate`` from the formula's embeddings, causal models against reading the whole sequence."""
+"""Generation: encoder-decoder models against stock ``generate`` from the formula's embeddings, causal models against rereading the whole sequence."""
 
 import copy
 from functools import cache
@@ -26,7 +26,7 @@ def _by_formula(name, stock, model, x, **kwargs):
 
 @cache
 def _formula_tokens(name, mode):
-    """Those of the formula, which rounding does not decide; the same whatever the task type and the cache."""
+    """The formula's tokens, which rounding does not decide; they do not depend on the task type and the cache."""
     stock, model = models.pair(name)
 
     def run():
@@ -46,7 +46,7 @@ def test_encoder_decoder(name, mode):
 
 @cache
 def _tokens_by_rereading(name, padding, **config):
-    """Each from a forward of all before it; rounding does not decide them."""
+    """Tokens each from a forward over the whole sequence so far; rounding does not decide them."""
     model, x = models.adapted(name, **config), models.inputs(padding=padding)
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ def _tokens_by_rereading(name, padding, **config):
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", [*models.CAUSAL, "gpt2-untyped"])
 def test_causal_greedy_equals_rereading_the_sequence(name, padding, mode):
-    """So that a token gets the update of its position whether it was given, as in training, or generated."""
+    """A token gets the update of its position whether it is part of the input, as in training, or generated."""
     config = {"position": "token", "max_length": 30}
     model, x = models.adapted(name, **config), models.inputs(padding=padding)
     got = model.generate(**x, max_new_tokens=6, eos_token_id=None, pad_token_id=0, **MODES[mode])
@@ -82,7 +82,7 @@ def test_causal_columns_are_counted_alike_in_training_and_generation(name):
 
 @pytest.mark.parametrize("name", models.CAUSAL)
 def test_causal_input_is_the_formula(name):
-    """The first token: what stock generate makes of the formula's embeddings."""
+    """The first token equals that of stock generate from the formula's embeddings."""
     stock, model = models.pair(name)
     x = models.inputs(padding="left")
     kwargs = {"max_new_tokens": 1, "pad_token_id": 0}
@@ -91,7 +91,7 @@ def test_causal_input_is_the_formula(name):
 
 @pytest.mark.parametrize("name", models.CAUSAL)
 def test_causal_beams(name):
-    """The score of a returned beam is that of reading it."""
+    """The score of a returned beam equals that of rereading it."""
     model = models.adapted(name, position="token", max_length=30)
     x = models.inputs(padding="left")
     out = model.generate(

@@ -1,4 +1,4 @@
-"""Save and load, switch off, several adapters, mixed batches, take off again."""
+"""Save and load, disable, several adapters, mixed batches, unload."""
 
 import copy
 import subprocess
@@ -52,7 +52,7 @@ def test_saved_configuration_is_complete(tmp_path):
     assert config.insert_after_first is True and config.scale == 8 / models.R**0.5
 
 
-@torch.no_grad()  # with gradients, attention takes another kernel where a T5 has trainable weights
+@torch.no_grad()  # with gradients, attention uses another kernel for a T5 with trainable weights
 @pytest.mark.parametrize("name", ONE_PER_KIND)
 def test_disabled_is_stock(name):
     stock, model = models.pair(name)
@@ -106,7 +106,7 @@ def test_two_adapters(name, tmp_path):
     labels = _labels(name, x)
     for adapter, reference in zip(("default", "other"), alone):
         both.set_adapter(adapter)
-        if "sequence" not in name:  # there the adapters have heads of their own
+        if "sequence" not in name:  # its adapters have their own heads
             assert_within_rounding(_out(both, x, labels), lambda: _out(reference, x, labels))
         assert all(p.requires_grad for p in models.parameters(both, adapter))
     assert not any(p.requires_grad for p in models.parameters(both, "default"))
@@ -129,7 +129,7 @@ MIXED = ["default", "other", "__base__", "other", "default"]
 def test_mixed_batch_equals_separate_runs(name, position):
     base, alone, both = _two(name, position=position)
     heads = [k for k in ("classifier", "score", "qa_outputs") if hasattr(base, k)]
-    for head in heads:  # PEFT gives every adapter its own and mixes those itself; here they are to be alike
+    for head in heads:  # PEFT gives every adapter its own head and mixes those itself; here they must be equal
         state = getattr(base, head).state_dict()
         wrapper = getattr(both.base_model.model, head)
         for copied in wrapper.modules_to_save.values():

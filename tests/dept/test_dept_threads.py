@@ -1,6 +1,6 @@
 """One adapted model, called by several threads at once, as servers do.
 
-What one thread gives is what all give, up to rounding: libraries may share a sum among as many threads as are free.
+All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are free.
 """
 
 import gc
@@ -16,7 +16,7 @@ THREADS = 8
 
 
 def _requests(name):
-    """Calls of different lengths, some of them with other adapters in their rows, every seventh one an error."""
+    """Calls of different lengths, some of them with other adapters in their rows; every seventh one is an error."""
     requests = []
     for i in range(14):
         x = models.inputs(b=1 + i % 3, n=4 + i % 7, padding="right" if i % 2 else "none", seed=i)
@@ -39,7 +39,7 @@ def _answer(model, request, generates):
 
 
 class _Expected:
-    """The answer of one thread alone: an error, numbers up to rounding, or tokens that rounding does not decide."""
+    """The answer of a single thread: an error, numbers up to rounding, or tokens that rounding does not decide."""
 
     def __init__(self, model, request, generates=False):
         self.answer = _answer(model, request, generates)
@@ -89,7 +89,7 @@ def test_threads(name):
 
 
 def test_gradients_in_threads():
-    """Each of its own rows, with checkpointing, whose layers run again in the backward pass."""
+    """Each thread gets the gradients of its own rows, with checkpointing, which runs layers again in the backward pass."""
     model = models.adapted("gpt2").train()
     model.gradient_checkpointing_enable()
     requests = [models.inputs(n=4 + i, seed=i) for i in range(THREADS)]
@@ -104,7 +104,7 @@ def test_gradients_in_threads():
 
 
 def test_memory_does_not_grow():
-    """Neither by calls nor by threads that have come and gone, some of them with an error."""
+    """It grows neither with calls nor with threads that have ended, some of them with an error."""
     model, requests = _adapted("llama"), _requests("llama")
 
     def rounds(number):
@@ -123,7 +123,7 @@ def test_memory_does_not_grow():
 
 
 def test_calls_within_generate():
-    """A logits processor that calls the model itself, in the middle of ``generate``."""
+    """A logits processor calls the model itself, in the middle of ``generate``."""
     model = models.adapted("llama")
     x, other = models.inputs(padding="none"), models.inputs(padding="none", n=5, seed=9)
     kwargs = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}

@@ -108,7 +108,7 @@ def test_trainer(name, bf16, tmp_path):
     folder = next(tmp_path.glob("checkpoint-*"))
     loaded = PeftModel.from_pretrained(models.stock(name), folder)
     assert all(torch.equal(p, q) for p, q in zip(models.parameters(loaded), models.parameters(model)))
-    if not bf16:  # there Trainer leaves autocast on the forward
+    if not bf16:  # with bf16 Trainer leaves autocast on the forward
         model.eval()
         assert_within_rounding(loaded(**x).logits, lambda: model(**x).logits)
 

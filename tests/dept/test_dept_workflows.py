@@ -1,4 +1,4 @@
-"""DePT where a user has other things on a model: other adapters, offload, shards, copies, compilation; and what counts tokens there."""
+"""DePT on models with other adapters, offload, shards, copies or compilation; and arguments and outputs that count tokens."""
 
 import copy
 import io
@@ -37,7 +37,7 @@ def _config(name, **settings):
 
 
 def _filled(model):
-    """``models.fill`` wherever the layer is."""
+    """The model after ``models.fill``, wherever the layer is."""
     layer = next(m for m in model.modules() if isinstance(m, DePTLayer))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def _with_lora(name, model, targets=None):
 
 
 def _expected(model, name):
-    """What ``model`` gives: numbers up to rounding, and tokens that rounding does not decide."""
+    """The output of ``model``: numbers up to rounding, and tokens that rounding does not decide."""
     x, tokens = _inputs(name), None
     numbers = WithinRounding(lambda: _out(model, x))
     if "labels" in x or name == "gpt2":
@@ -83,7 +83,7 @@ def _agree(model, expected, name):
 @pytest.mark.parametrize("first", ["LoRA", "DePT"])
 @pytest.mark.parametrize("name", QUERIES)
 def test_lora_in_either_order(name, first):
-    """What is expected: LoRA merged into the weights, DePT on those."""
+    """The expected result: LoRA merged into the weights, and DePT on the merged weights."""
     expected = _expected(models.adapted(name, base=_with_lora(name, models.stock(name)).merge_and_unload()), name)
     if first == "LoRA":
         below = _with_lora(name, models.stock(name))
@@ -99,7 +99,7 @@ def test_lora_in_either_order(name, first):
 
 
 def test_lora_on_the_embedding():
-    """Its rows are what LoRA makes of them, in the input and of generated tokens."""
+    """Embedding rows include LoRA's update, for the input and for generated tokens."""
     model, x = _with_lora("llama", models.adapted("llama"), ["embed_tokens"]), models.inputs(padding="none")
     got, tokens = model(**x).logits, model.generate(**x, **GENERATE)
     model.merge_adapter()
@@ -115,7 +115,7 @@ def test_ia3(order):
     ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[])
     model = models.stock("gpt2")
     model = get_peft_model(get_peft_model(model, ia3), _config("gpt2")) if order == "below" else get_peft_model(models.adapted("gpt2"), ia3)
-    _agree(_filled(model), _adapted("gpt2"), "gpt2")  # as made, IA3 changes nothing
+    _agree(_filled(model), _adapted("gpt2"), "gpt2")  # a new IA3 changes nothing
 
 
 def test_prompts_of_other_methods():
@@ -139,7 +139,7 @@ def test_the_integration_in_transformers(name, tmp_path):
     try:
         model.add_adapter(_config(name))
     except ValueError as error:
-        pytest.skip(str(error))  # a transformers that wants a newer PEFT
+        pytest.skip(str(error))  # a transformers that requires a newer PEFT
     expected, stock = (WithinRounding(lambda m=m: _out(m, x)) for m in (models.adapted(name), models.stock(name)))
     expected.check(_out(_filled(model), x))
     model.save_pretrained(tmp_path)
@@ -195,7 +195,7 @@ def one_rank(tmp_path):
     [("bert-sequence", "bert.embeddings"), ("roberta-qa", "roberta.embeddings.word_embeddings"), ("llama", "model.embed_tokens"), ("t5", None)],
 )
 def test_fsdp2(name, shard, one_rank):
-    """The embedding, or the module around it, as a shard of its own, as accelerate's policy makes it."""
+    """The embedding, or the module around it, is its own shard, as accelerate's policy makes it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -239,7 +239,7 @@ def test_pickle(name):
 
 
 def test_compiled_positions():
-    """They are looked at in the graph."""
+    """Positions are checked inside the graph."""
 
     def checked(positions):
         sequences.check({"position_ids": positions}, None)
@@ -277,14 +277,14 @@ def test_positions_of_padded_rows_are_one_sequence():
 
 @pytest.mark.parametrize("keep", [0, 1, 5, 8, 10, 13, 50, torch.tensor([1, -1, 4])])
 def test_logits_to_keep(keep):
-    """Counts tokens, also where it is more than there are, or as many as columns."""
+    """It counts tokens, also if it exceeds their number or equals the number of columns."""
     model, x = models.adapted("gpt2"), models.inputs(padding="none")
     kept = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
     assert_within_rounding(model(**x, logits_to_keep=keep).logits, lambda: model(**x).logits[:, kept])
 
 
 def test_labels_as_trainer_counts_them():
-    """Trainer divides by the number of labels behind the first: the first does not count then, nor in shift_labels."""
+    """Trainer divides by the number of labels after the first: the first label must not count then, nor in shift_labels."""
     model, x = models.adapted("gpt2"), models.inputs(padding="none")
     ids = x["input_ids"]
     shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
@@ -323,7 +323,7 @@ def test_generate_arguments_that_count_tokens(name):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize(("name", "length"), [("bart", 8), ("gpt2", 30)])
 def test_generate_compares_with_the_tokens_of_the_input(name, length, beams):
-    """Not with the columns that it is embedded in."""
+    """The tokens are compared, not the columns of their embeddings."""
     model = models.adapted(name, max_length=40)
     x = models.inputs(n=length, padding="right" if name == "bart" else "left")
     settings = {"max_new_tokens": 6, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
@@ -348,7 +348,7 @@ def test_generate_whose_rows_are_not_those_of_the_input():
 
 
 def test_guidance_calls_the_model_within_generate():
-    """With an adapter that changes nothing: the stock model's tokens."""
+    """With an adapter that changes nothing, the tokens are the stock model's."""
     stock, model = models.pair("llama", num_virtual_tokens=0)
     torch.nn.init.zeros_(models.parameters(model)[2])
     x = models.inputs(padding="none")
@@ -358,7 +358,7 @@ def test_guidance_calls_the_model_within_generate():
 @pytest.mark.parametrize(("padding", "position"), [("right", "padded"), ("left", "padded"), ("left", "token")])
 @pytest.mark.parametrize("prompt", [0, 3])
 def test_encoder_outputs(prompt, padding, position):
-    """Those of an adapted forward, with the mask of the tokens; an encoder alone has no prompt."""
+    """Encoder outputs come from an adapted forward, with the mask of the tokens; an encoder alone has no prompt."""
     model, x = models.adapted("t5", num_virtual_tokens=prompt, position=position), models.inputs(padding=padding)
     labels = models.targets("t5", x)
     whole = model(**x, **labels)
@@ -377,7 +377,7 @@ def test_encoder_outputs(prompt, padding, position):
 
 
 def test_hooks_on_the_embedding():
-    """NEFTune's noise reaches the tokens; what gradient checkpointing adds changes nothing."""
+    """NEFTune's noise reaches the tokens; the hook of gradient checkpointing changes nothing."""
     model, x = models.adapted("gpt2").train(), models.inputs()
 
     def results():

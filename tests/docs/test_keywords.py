@@ -1,4 +1,4 @@
-"""Every keyword of the public API stands in code on a page: those of a method on the method's, those of the operators on any."""
+"""Every keyword of the public API occurs in code on a page: a method's on the method's page, an operator's on any page."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ MODULES = {module.__name__.rpartition(".")[2]: module for module in (ops, pid, d
 
 
 def keywords_of(module) -> dict[str, set[str]]:
-    """Of public functions and classes, and of the methods of the classes: those that no base of another package has."""
+    """Keywords of public functions, classes and their methods, without those inherited from other packages."""
     public = {name: getattr(module, name) for name in module.__all__}
     keywords = {}
     for name, value in public.items():

@@ -1,4 +1,4 @@
-"""Links of the pages that the site does not hold lead to files; addresses are well-formed. Nobody is asked whether they answer."""
+"""Links of the pages outside the site lead to files, and URLs are well-formed. No URL is requested."""
 
 from pathlib import Path
 from urllib.parse import unquote, urlsplit

@@ -1,4 +1,4 @@
-"""Every block of Python in the README and in the documentation runs. A page's blocks share names, and its first block is given none."""
+"""Every block of Python in the README and in the documentation runs. The blocks of a page share names; the first block starts without any."""
 
 from doctest import NORMALIZE_WHITESPACE
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_page(page, tmp_path):
 
 
 def test_readme():
-    """Each block stands alone."""
+    """Each block runs alone."""
     blocks = list(BLOCKS.parse(ROOT / "README.md"))
     assert blocks
     for block in blocks:

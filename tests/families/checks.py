@@ -1,4 +1,4 @@
-"""What both PEFT methods promise of every class: an adapter that changes nothing leaves the stock model, and any other does what the formula says."""
+"""Properties of both PEFT methods for every class: an adapter that changes nothing leaves the stock model, and any other follows the formula."""
 
 import copy
 import inspect
@@ -16,7 +16,7 @@ from torch import nn
 from peft_kernels import DePTConfig, PASTAConfig
 
 M, R, S = 3, 2, 16  # DePT: prompt rows, rank, max_length
-RUNS = 2  # that a bound is made of: there are hundreds of models
+RUNS = 2  # runs per bound: there are hundreds of models
 FILLER = 40  # an ordinary token
 HEADS = ("ForSequenceClassification", "ForQuestionAnswering")  # these decode their own input
 _ENDINGS = ("logits", "last_hidden_state", "start_logits", "prediction_logits", "pooler_output", "text_embeds")
@@ -30,11 +30,11 @@ SCALED = {
 
 
 class Refused(Exception):
-    """By get_peft_model or by the call, in a sentence."""
+    """The adapter was refused in a sentence, by get_peft_model or by the call."""
 
 
 class Unusable(Exception):
-    """The stock model itself does not take text alone."""
+    """The stock model itself does not accept text alone."""
 
 
 def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dict:
@@ -55,7 +55,7 @@ def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dic
     names = inspect.signature(model.forward).parameters
     if "attention_mask" in names:
         x["attention_mask"] = mask
-    if type(model).__name__ == "LongformerForQuestionAnswering":  # would look for three separators
+    if type(model).__name__ == "LongformerForQuestionAnswering":  # expects three separators
         x["global_attention_mask"] = (ids == BOS).long()
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names and not type(model).__name__.endswith(HEADS):
         x["decoder_input_ids"] = torch.randint(10, 90, (rows, 5), generator=generator)
@@ -65,7 +65,7 @@ def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dic
 def labels(model, x: dict) -> dict:
     kind = type(model).__name__
     names = inspect.signature(model.forward).parameters
-    if model.config.model_type == "git":  # takes labels of text for as many logits behind those of its image
+    if model.config.model_type == "git":  # its labels of text must match the logits behind those of its image
         return {}
     if "labels" not in names or getattr(model.config, "is_encoder_decoder", False) or not kind.endswith(("CausalLM", "MaskedLM", "LMHeadModel")):
         return {}
@@ -81,7 +81,7 @@ def outputs(output) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(got: dict, function: Callable, shown: torch.Tensor | None, what: str):
-    """``got`` is what ``function()`` returns, up to rounding, at the tokens that are ``shown``."""
+    """Assert that ``got`` equals the result of ``function()``, up to rounding, at the tokens that are ``shown``."""
 
     def read(output):
         return {name: x if shown is None or x.shape[:2] != shown.shape else x[shown] for name, x in output.items()}
@@ -139,7 +139,7 @@ def generate(base, model):
         torch.manual_seed(5)
         expected = base.generate(**x, **settings)
     except Exception:
-        return  # not from text alone
+        return  # needs more than text
     torch.manual_seed(5)
     try:
         got = model.generate(**x, **settings)
@@ -162,7 +162,7 @@ def greedy(model, x, tokens):
 
 @torch.no_grad()
 def dept_by_formula(base):
-    """The oracle: stock, with ordinary tokens where the prompt stands; a hook on its embedding module puts prompt and update in."""
+    """Compare with the oracle: the stock model with ordinary tokens in the prompt's place; an embedding hook inserts prompt and update."""
     x = inputs(base)
     x |= labels(base, x)
     stock_of(base, x)
@@ -180,7 +180,7 @@ def dept_by_formula(base):
 
 @torch.no_grad()
 def filled(model):
-    """Random parameters: the prompt (m, d) and the update (s, d)."""
+    """Fill with random parameters; returns the prompt (m, d) and the update (s, d)."""
     layer, generator = model.base_model.model.dept, torch.Generator().manual_seed(7)
     prompt, a, b = (q["default"] for q in (layer.dept_prompt, layer.dept_a, layer.dept_b))
     for q in (prompt, a, b):
@@ -190,9 +190,9 @@ def filled(model):
 
 @contextmanager
 def prompted(base, prompt, update, first: int, scale: float, decoded=None):
-    """``base`` with ``prompt`` after ``first`` tokens and ``update`` added; ``scale``: what it multiplies by after its embedding module.
+    """``base`` with ``prompt`` after ``first`` tokens and ``update`` added; ``scale``: the factor that it applies after its embedding module.
 
-    ``decoded``: what a head that decodes its own input decodes without a prompt.
+    ``decoded``: the decoder input, without a prompt, of a head that decodes its own input.
     """
     module = base if base.can_generate() else base.base_model  # a head without generation sees no prompt
     pairs = base.config.is_encoder_decoder
@@ -216,7 +216,7 @@ def prompted(base, prompt, update, first: int, scale: float, decoded=None):
         ids = args[0] if args else kwargs["input"]
         if "ids" not in seen or "done" in seen or ids.ndim != 2:
             return None
-        if torch.equal(ids.T, seen["ids"]):  # XLNet
+        if torch.equal(ids.T, seen["ids"]):  # XLNet: (tokens, batch)
             return looked_up(None, (ids.T,), {}, output.transpose(0, 1)).transpose(0, 1)
         length = seen["ids"].shape[1]
         if not torch.equal(ids[:, :length], seen["ids"]):
@@ -268,7 +268,7 @@ def embedding_of(*parts):
 
 
 def scale_after(base) -> float:
-    """What the model multiplies its embedding module's output by; written down, not measured."""
+    """The factor that the model applies to its embedding module's output; written down, not measured."""
     kind, text = base.config.model_type, base.config.get_text_config()
     width = base.base_model.config.get_text_config().hidden_size
     if type(base).__name__ == "BlenderbotSmallForCausalLM":  # has a scale that it does not use
@@ -318,7 +318,7 @@ def pasta(base):
 
 @torch.no_grad()
 def is_causal(base) -> bool:
-    """Whether another last token leaves the first token's output as it is."""
+    """Whether changing the last token leaves the first token's output unchanged."""
     x = {name: value[:1] for name, value in inputs(base).items()}  # not padded
     y = x | {"input_ids": torch.cat([x["input_ids"][:, :-1], x["input_ids"][:, -1:] + 1], 1)}
     first = lambda given: {name: value[:, 0] for name, value in run(base.base_model, given).items() if value.ndim == 3}  # noqa: E731

@@ -1,6 +1,6 @@
-"""Every text class of transformers under both PEFT methods: as stock, or refused in a sentence. ``make test-families`` runs this.
+"""Every text class of transformers under both PEFT methods: equal to stock, or refused in a sentence. ``make test-families`` runs this.
 
-A class that is in none of the tables below has to be built, take text alone, and be equal.
+A class in none of the tables below must be built, accept text alone, and be equal.
 """
 
 import re
@@ -14,7 +14,7 @@ from peft_kernels import DePTConfig
 
 CLASSES = classes()
 
-# what DePT refuses -> configuration classes
+# reasons why DePT refuses -> configuration classes
 REFUSED_BY_DEPT = {
     "inputs_embeds, which .* does not take": "CLIPText|CpmAnt|Esmc",
     "must embed its tokens by a table": "Canine|FastSpeech2Conformer|FastSpeech2ConformerWithHifiGan|Flava|Vits",
@@ -24,15 +24,15 @@ REFUSED_BY_DEPT = {
     "cannot generate from inputs_embeds": "Bamba|CTRL|Exaone4_5_|FalconH1|Flaubert|Florence2|Gemma3|Gemma4Unified|HiggsAudioV2|HyperCLOVAXVisionV2|"
     "Kosmos2_5|NemotronH|OpenAIGPT|PaliGemma|RoCBert|XLM|XLNet|Zamba2",
 }
-# what PASTA refuses beside decoders and composites of text and other encoders -> configuration classes
+# reasons why PASTA refuses, other than decoders and composites of text and other encoders -> configuration classes
 REFUSED_BY_PASTA = {
     "must have one ModuleList": "Chameleon|Evolla|Flaubert|Funnel|Luke|Reformer|XLM",
     "must embed its tokens by a table": "Canine|Flava|Vits|FastSpeech2Conformer|FastSpeech2ConformerWithHifiGan",
     "must take hidden states": "HYV4VLText|SqueezeBert",
 }
-# decoders by transformers' mappings, whose tokens see what is behind them too -> configuration classes
+# decoders in transformers' mappings whose tokens also see later tokens -> configuration classes
 BIDIRECTIONAL = {"prefixes": "PaliGemma", "encoders by default": "BertGeneration|CpmAnt|XLNet"}
-# what the stock model says where it wants more than text, or cannot run on it -> configuration classes
+# errors of stock models that need more than text, or cannot run on it -> configuration classes
 NOT_TEXT_ALONE = {
     # images
     "pixel_values|image_embeds|visual_feats|'NoneType' object has no attribute": "Aimv2|Align|AltCLIP|Blip|CLIP|CLIPSeg|ChineseCLIP|GroupViT|Idefics|"
@@ -43,24 +43,24 @@ NOT_TEXT_ALONE = {
     "input_features|input_values|conv1d|'NoneType' object has no attribute": "Clap|Clvp|PeAudio|VoxtralRealtime",
     # a token for each of its codebooks
     "shape .* is invalid for input of size|must match the size of tensor": "Dia|KyutaiSpeechToText|MusicgenDecoder|MusicgenMelodyDecoder",
-    # what the model that it assists has seen
+    # the states of the model that it assists
     "inputs_embeds and shared_kv_states cannot be None": "Gemma4UnifiedAssistant",
-    # nothing: it asks its text part for what that does not return
+    # nothing: it expects outputs that its text model does not return
     "'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'": "Llama4",
-    # settings that its tiny form lacks
+    # settings that its tiny configuration lacks
     "has no attribute 'num_hidden_layers'": "Blt",
     "object of type 'NoneType' has no len": "HunYuanVL|HunYuanVLText",
     "must match the size of tensor": "Zamba",
 }
-# what building a class says -> configuration classes
+# errors of building a class -> configuration classes
 NOT_BUILT = {
     "requires the (timm|detectron2) library": "FastVlm|Gemma3n|LayoutLMv2|PeAudioVideo|PeVideo|PerceptionLM",
-    # the sizes of its parts depend on each other
+    # part sizes that depend on each other
     "validate_architecture|must be divisible|must be greater than 0|not a multiple": "BridgeTower|Csm|FunAsrNano|Glm5Next|Glm5NextText|"
     "GradiumPhononTTS|KyutaiSpeechToText|Molmo2|MuseSpark|NemotronH_Omni_Reasoning_V3_|NeoMME|PocketTTS|VibeVoiceAsr",
     # settings without a default
     "NoneType|existing size \\(0\\)|has no attribute": "DeepseekOcr2|DiffusionGemma|Ernie4_5_VLMoe|Granite4Vision|Qwen4Exp(Text)?|T5Gemma2Encoder",
-    # settings of single layers
+    # settings of individual layers
     "(full|sliding)_attention|per_layer_config|hidden_size_per_layer_input": "CohereCompass|CohereCompassText|Dots3Note|Gemma4Assistant",
     # a decoder among encoders of one configuration
     "make sure that `is_decoder=True`": "Reformer",
@@ -68,7 +68,7 @@ NOT_BUILT = {
 
 
 def test_how_many_are_built():
-    """On meta: whether a configuration can be made tiny, and a class of it."""
+    """Tiny configurations, and models from them, can be made on meta for most classes."""
     failed = {}
     for name, (kind, config) in CLASSES.items():
         try:
@@ -118,7 +118,7 @@ def refused_by_pasta(base, config, sentence):
 
 
 def is_listed(table: dict[str, str], config: type, error) -> bool:
-    """Under a reason that is the one in ``error``."""
+    """Whether the table lists ``config`` under a reason that matches ``error``."""
     return any(re.search(reason, str(error)) and is_of(config, {reason: names}) for reason, names in table.items())
 
 

@@ -1,4 +1,4 @@
-"""A dozen of the classes that ``every_class.py`` goes through, and what no table of classes shows: images, modes, weights that come later."""
+"""A dozen of the classes in ``every_class.py``, and cases outside its tables: images, modes, weights that are loaded later."""
 
 import copy
 
@@ -13,7 +13,7 @@ from peft import get_peft_model
 from peft_kernels import DePTConfig, PASTAConfig
 
 EMPTY = {"num_virtual_tokens": 0, "r": 2, "max_length": 16}
-# class -> settings: what scales its embeddings, or looks at its ids
+# class -> settings: models that scale their embeddings, or read their ids
 EQUAL = {
     "AfmoeForCausalLM": {},
     "CTRLLMHeadModel": {},
@@ -77,7 +77,7 @@ def test_pasta_adds_to_one_stream():
 
 
 def test_longformer_up_to_its_last_position():
-    """It pads to its window: without ids, the padding would count on, beyond the table."""
+    """It pads to its window: without ids, the positions of the padding would run past the table."""
     base = built("LongformerModel", max_position_embeddings=64, attention_window=16)
     model = get_peft_model(copy.deepcopy(base), DePTConfig(**EMPTY | {"max_length": 64})).eval()
     ids = torch.randint(10, 90, (2, 61))
@@ -85,7 +85,7 @@ def test_longformer_up_to_its_last_position():
 
 
 def test_padding_without_a_mask():
-    """RoBERTa's positions pass over padding tokens, whatever the mask says."""
+    """RoBERTa's positions skip padding tokens, whatever the mask says."""
     base = built("RobertaModel")
     model = get_peft_model(copy.deepcopy(base), DePTConfig(**EMPTY)).eval()
     ids = checks.inputs(base)["input_ids"]
@@ -125,7 +125,7 @@ def test_positions_of_images_come_from_ids():
     base = built("Qwen2VLForConditionalGeneration")
     model = get_peft_model(copy.deepcopy(base), DePTConfig(**EMPTY)).eval()
     x = checks.inputs(base)
-    model.base_model.model.model.rope_deltas = torch.full((2, 1), 5)  # as a call with images, of another batch, leaves it
+    model.base_model.model.model.rope_deltas = torch.full((2, 1), 5)  # a call with images, of another batch, leaves it so
     checks.assert_equal(checks.run(model, x), lambda: checks.run(base, x), x["attention_mask"].bool(), "text")
     images = {"pixel_values": torch.randn(4, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 2, 2]])}
     for call in (model, model.generate):
@@ -134,7 +134,7 @@ def test_positions_of_images_come_from_ids():
 
 
 def test_a_part_that_looks_at_ids():
-    """Handed on by the encoder around it, which gets the prompt."""
+    """The encoder around it passes the ids on and gets the prompt."""
     base = built("DPRQuestionEncoder")
     base.question_encoder.bert_model = built("RobertaModel")
     for check in (checks.dept_that_changes_nothing, checks.dept_by_formula):
@@ -146,7 +146,7 @@ def test_a_part_that_looks_at_ids():
 
 
 def test_weights_that_come_later():
-    """Made on meta, loaded afterwards: the model is probed at its first forward."""
+    """The model is made on meta and loaded afterwards: it is probed at its first forward."""
     base = built("GraniteForCausalLM")
     with torch.device("meta"):
         later = type(base)(base.config)
@@ -162,7 +162,7 @@ def test_weights_that_come_later():
 
 
 def test_scale_in_half_precision():
-    """What is measured in bfloat16 is the factor that the model has."""
+    """The factor measured in bfloat16 is the model's."""
     base = built("GraniteForCausalLM").to(torch.bfloat16)
     model = get_peft_model(base, DePTConfig(**EMPTY))
     assert model.base_model.model.dept.reading.input_scale == 3.0

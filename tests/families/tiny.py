@@ -1,4 +1,4 @@
-"""Every text class of transformers' auto mappings, built tiny: widths of 32, two layers, a hundred tokens."""
+"""Every text class of transformers' auto mappings at a tiny size: widths of 32, two layers, a hundred tokens."""
 
 import dataclasses
 import inspect
@@ -24,7 +24,7 @@ MAPPINGS = (
 )
 VOCAB, PAD, BOS, EOS, MASK, WIDTH = 120, 0, 1, 2, 3, 32
 
-# what a setting is called, in whatever family -> its tiny value; the first that matches
+# name of a setting in any family -> its tiny value; the first match counts
 _SIZES = [
     (r"vocab_size", VOCAB),
     (r"head_dim$|^d_kv$|_head_size$|^kv_channels$|^d_head$|^dim_head$|^rotary_dim$|_rank$", 8),
@@ -47,10 +47,10 @@ _SIZES = [
     (r"sliding_window$|^attention_window$|^local_attention$|^window_size$|chunk_size$", 8),
 ]
 
-_SWITCHES = {"embedding_multiplier": 3.0, "scale_embedding": True, "mup_enabled": True}  # what is added must come after the scale
+_SWITCHES = {"embedding_multiplier": 3.0, "scale_embedding": True, "mup_enabled": True}  # the adapter must add after the scale
 _IMAGE_VOCABULARY = {"<image>": 110, "<|extra_200|>": 111, "<|image start|>": 112}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-# by configuration class: what no rule knows
+# by configuration class: settings that no rule covers
 OVERRIDES = {
     "Apertus1p5Config": {"image_token_id": 50, "audio_token_id": 51, "image_token_offset": 60, "audio_token_offset": 70},
     "Apertus1p5VisionTokenizerConfig": {"codebook_size": 10},
@@ -96,7 +96,7 @@ OVERRIDES = {
     **{
         name: {"rope_parameters": _SECTIONS} for name in ("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5OmniTextConfig", "Qwen2_5_VLTextConfig")
     },
-    # stock reads it, and has it in the configuration of the whole model alone
+    # stock reads this setting, and only the whole model's configuration has it
     **{name: {"vision_start_token_id": 113} for name in ("Qwen2_5OmniThinkerConfig", "Qwen3OmniMoeThinkerConfig")},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {
@@ -122,14 +122,14 @@ OVERRIDES = {
 
 
 def classes() -> dict[str, tuple[type, type]]:
-    """Class name -> (model class, configuration class); those whose main input is tokens."""
+    """Class name -> (model class, configuration class), for classes whose main input is tokens."""
     found = {}
     for name in MAPPINGS:
         mapping = getattr(modeling_auto, name, {})
         for config in mapping:
             try:
                 value = mapping[config]
-            except ValueError:  # named, but not there
+            except ValueError:  # named, but missing
                 continue
             for kind in value if isinstance(value, (tuple, list)) else [value]:
                 if kind is not None and _reads_tokens(kind):
@@ -140,12 +140,12 @@ def classes() -> dict[str, tuple[type, type]]:
 def _reads_tokens(kind):
     try:
         return kind.main_input_name == "input_ids" and "input_ids" in inspect.signature(kind.forward).parameters
-    except ImportError:  # of a library that is not installed
+    except ImportError:  # from a library that is not installed
         return False
 
 
 def tiny_settings(config) -> dict:
-    """What to give to the class of ``config``, which has its defaults, for a tiny one."""
+    """Settings for a tiny configuration; ``config`` has its class's defaults."""
     settings, defaults = {}, _defaults(config)
     for name, value in defaults.items():
         if isinstance(value, transformers.PreTrainedConfig):
@@ -155,7 +155,7 @@ def tiny_settings(config) -> dict:
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in _SIZES if re.search(pattern, name)), None)
             if size is not None and value > 0:
-                settings[name] = size if size == VOCAB else min(value, size)  # in a part, also what differs from the defaults of its class
+                settings[name] = size if size == VOCAB else min(value, size)  # in a sub-configuration, also non-default settings
             elif name.endswith(("_token_id", "_token_index")) and value >= VOCAB:
                 settings[name] = 100 + value % 20
         elif value is None and name in ("vocab_size", "head_dim"):
@@ -175,7 +175,7 @@ def tiny_settings(config) -> dict:
 
 
 def _defaults(config) -> dict:
-    """The arguments of the class of ``config``, with their values in it."""
+    """The constructor arguments of ``config``'s class, with their values in ``config``."""
     names = [f.name for f in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else list(config.to_dict())
     defaults = {}
     for name in names:
@@ -192,7 +192,7 @@ def build(kind: type, config: type, **settings) -> nn.Module:
         settings["is_decoder"] = True
     torch.manual_seed(0)
     model = kind(config(**settings)).eval()
-    with torch.no_grad():  # as large as trained ones, padding included, and no gate shut, so that nothing hides behind zeros
+    with torch.no_grad():  # as large as trained ones, padding included, and with open gates, so that no zero hides an error
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(std=0.2)

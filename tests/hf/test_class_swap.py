@@ -1,4 +1,4 @@
-"""Mixins on one object, put on and taken off in any order, whatever others do to its class in between."""
+"""Mixins on one object, put on and taken off in any order, whatever other code does to its class in between."""
 
 import copy
 import functools
@@ -65,7 +65,7 @@ def test_any_order(off):
 
 
 def test_a_class_derived_by_others():
-    """As FSDP2 does."""
+    """FSDP2 derives such a class."""
     layer = Stock(3, 2)
     put_on(layer, Plus)
     put_on(layer, Twice)
@@ -121,7 +121,7 @@ def test_methods_that_others_keep():
 
 
 class Locked(nn.Module):
-    """Says itself what of it is pickled."""
+    """Defines its own pickled state."""
 
     def __init__(self):
         super().__init__()

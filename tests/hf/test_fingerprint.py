@@ -1,4 +1,4 @@
-"""The key of features changes with all that they depend on, and with nothing else."""
+"""The key of features changes with everything that they depend on, and with nothing else."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_adapters():
     model.set_adapter("a")
     assert a == again == key(model) and len({a, b, off}) == 3
     layer = model.base_model.model.encoder.layer[0].attention.self.query
-    with torch.no_grad():  # an adapter that is off does not count
+    with torch.no_grad():  # a disabled adapter does not count
         layer.lora_B["b"].weight.add_(1)
     assert key(model) == a
     layer.scaling["a"] *= 2

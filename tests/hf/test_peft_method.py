@@ -1,4 +1,4 @@
-"""What DePT and PASTA share: heads of tasks, the end of adapters, what is refused."""
+"""Common behaviour of DePT and PASTA: task heads, removal of adapters, errors."""
 
 import copy
 
@@ -62,7 +62,7 @@ def _out(model, x, **kwargs):
 
 @torch.no_grad()
 def _fill(model, adapter, seed):
-    """Every trained parameter of one adapter, as if it had been trained."""
+    """Randomise every trained parameter of one adapter, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if f".{adapter}." in f"{name}.":
@@ -70,7 +70,7 @@ def _fill(model, adapter, seed):
 
 
 def _rows_alone(model, x, names, base=None):
-    """Each row of batches with the adapter of its name for all rows, filled."""
+    """The expected mixed batch: each row from a batch that uses the row's adapter for all rows; fills the adapters."""
     for seed, name in enumerate(("default", "b")):
         _fill(model, name, seed)
 
@@ -103,7 +103,7 @@ def test_a_head_for_each_row(family, task, method):
 @torch.no_grad()
 @pytest.mark.parametrize("saved", ["word_embeddings", "embeddings", "pooler"])
 def test_other_modules_for_each_row(saved):
-    """Which take arguments by name, or take no rows at all."""
+    """These modules take arguments by name, or do not take rows."""
     base = _base("bert", "SEQ_CLS")
     model = get_peft_model(base, CONFIGS["pasta"](task_type="SEQ_CLS", modules_to_save=[saved])).eval()
     model.add_adapter("b", CONFIGS["pasta"](task_type="SEQ_CLS", modules_to_save=[saved]))
@@ -115,13 +115,13 @@ def test_other_modules_for_each_row(saved):
 @torch.no_grad()
 @pytest.mark.parametrize("method", CONFIGS)
 def test_heads_below_lora_of_another_name(method, tmp_path):
-    """PEFT leaves a head without any adapter where the name of the method above is new to it."""
+    """PEFT leaves a head without an adapter if the head does not know the name of the adapter above."""
     x, targets = _inputs(), {"target_modules": ["query", "value"]}
     below = get_peft_model(_base("bert", "SEQ_CLS"), CONFIGS[method](task_type="SEQ_CLS")).eval()
     _fill(below, "default", 0)
     expected = WithinRounding(lambda: _out(below, x))
     headless = get_peft_model(copy.deepcopy(below), LoraConfig(**targets), adapter_name="top").eval()
-    expected.check(_out(headless, x))  # a new LoRA adds nothing
+    expected.check(_out(headless, x))  # a new LoRA changes nothing
     model = get_peft_model(below, LoraConfig(task_type="SEQ_CLS", **targets), adapter_name="top").eval()
     (head,) = (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
     assert {name for name, p in head.named_parameters() if p.requires_grad} >= {f"modules_to_save.top.{n}" for n in ("weight", "bias")}
@@ -136,7 +136,7 @@ def test_heads_below_lora_of_another_name(method, tmp_path):
 
 
 def test_a_saved_module_in_a_checkpointed_layer():
-    """It would run again in the backward pass with the active adapter's weights for all rows."""
+    """The backward pass would run it again with the active adapter's weights for all rows."""
     model = get_peft_model(_base("bert", "SEQ_CLS"), CONFIGS["pasta"](task_type="SEQ_CLS", modules_to_save=["intermediate"])).train()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="bert.encoder.layer.0 is checkpointed and holds one of modules_to_save"):
@@ -166,8 +166,8 @@ def _wrapped(model):
 @torch.no_grad()
 @pytest.mark.parametrize(("method", "family", "task", "heads"), HEADS)
 def test_every_head_is_trained_and_saved(method, family, task, heads, tmp_path):
-    """Two fresh models from one checkpoint of the base have different heads; the adapter brings the one that it was trained with."""
-    kind = "ForMaskedLM" if family == "modernbert" else "Model"  # the former fills a part of the head
+    """Two fresh models from one checkpoint of the base have different heads; the adapter brings the head that it was trained with."""
+    kind = "ForMaskedLM" if family == "modernbert" else "Model"  # the former fills part of the head
     torch.manual_seed(0)
     _class(family, kind)(getattr(transformers, f"{MODELS[family][0]}Config")(**MODELS[family][1])).save_pretrained(tmp_path / "base")
     cls = _class(family, TASKS[task])
@@ -196,7 +196,7 @@ def test_a_pooler_that_the_checkpoint_has_not(tmp_path):
 
 
 def test_heads_that_a_checkpoint_has(tmp_path):
-    """Are trained as PEFT trains ``classifier``."""
+    """They are trained as PEFT trains ``classifier``."""
     _base("bart", "SEQ_CLS").save_pretrained(tmp_path)
     model = get_peft_model(_class("bart", TASKS["SEQ_CLS"]).from_pretrained(tmp_path), CONFIGS["dept"](task_type="SEQ_CLS"))
     assert _wrapped(model) == {"classification_head"}

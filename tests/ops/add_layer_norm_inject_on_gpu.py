@@ -1,4 +1,4 @@
-"""The tests of both GPU implementations, which their test files import: each brings a fixture ``implementation``."""
+"""Tests of both GPU implementations; their test files import this module and define a fixture ``implementation``."""
 
 from typing import NamedTuple
 
@@ -27,12 +27,12 @@ class Problem(NamedTuple):
     bias: bool = True
     chosen: bool = False  # adapter_ids, -1 among them
     dropout: float = 0.0
-    strided: bool = False  # every tensor, its last dimension too
+    strided: bool = False  # every tensor, including its last dimension
     integer: torch.dtype = torch.int32
     level: float = 0.0  # added to x: the mean is far from 0
 
     def make(self, dtype, device):
-        """What forward takes, and grad and grad_sum."""
+        """The arguments of forward, and grad and grad_sum."""
         every = 2 if self.strided else 1
 
         def rows(level=0.0):
@@ -145,7 +145,7 @@ def test_memory_that_is_not_aligned(pre, implementation, poisoned, device):
 
 def test_rows_more_than_two_gibi_elements_apart(implementation, device):
     apart = (1 << 31) + 16
-    if device.type == "cpu":  # pages that nothing touches take no memory
+    if device.type == "cpu":  # untouched pages take no memory
         memory = torch.from_numpy(np.empty(2 * apart + 64, np.float16))
     else:
         memory = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)

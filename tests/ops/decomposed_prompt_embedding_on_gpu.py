@@ -1,4 +1,4 @@
-"""The tests of both GPU implementations, which their test files import: each brings a fixture ``implementation``."""
+"""Tests of both GPU implementations; their test files import this module and define a fixture ``implementation``."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from against_reference import assert_like, expected_of
 from peft_kernels.ops.decomposed_prompt_embedding import decomposed_prompt_embedding, reference
 
 DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():  # the arithmetic of Triton's interpreter is wrong in it
+if torch.cuda.is_available():  # it breaks the arithmetic of Triton's interpreter
     DTYPES.append(torch.bfloat16)
 
 
@@ -25,13 +25,13 @@ class Problem(NamedTuple):
     more_positions: int = 0
     offsets: bool = False
     chosen: bool = False  # adapter_ids, -1 among them
-    first: bool = False  # the prompt behind the first token
+    first: bool = False  # the prompt follows the first token
     given: bool = False  # delta in place of a and b
     strided: bool = False
     integer: torch.dtype = torch.int64
 
     def make(self, dtype, device):
-        """What forward takes, and grad."""
+        """The arguments of forward, and grad."""
 
         def random(*shape):
             wide = torch.randn(*shape[:-1], shape[-1] * (2 if self.strided else 1), dtype=torch.float64)
@@ -74,7 +74,7 @@ PROBLEMS = {
 
 @pytest.fixture
 def poisoned():
-    """Every torch.empty is full of NaN."""
+    """Fill every torch.empty with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -145,7 +145,7 @@ def test_memory_that_is_not_aligned(implementation, poisoned, device):
 def test_rows_of_the_table_more_than_two_gibi_elements_apart(implementation, device):
     apart = (1 << 31) + 16
     elements = 2 * apart + 24
-    if device.type == "cpu":  # pages that nothing touches take no memory
+    if device.type == "cpu":  # untouched pages take no memory
         memory = torch.from_numpy(np.empty(elements, np.float16))
     else:
         memory = torch.empty(elements, dtype=torch.float16, device=device)

@@ -1,4 +1,4 @@
-"""A small call of every public operator, for what is tested of all of them."""
+"""A small call of every public operator, for tests of all operators."""
 
 from importlib import import_module
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """``tensors``: all arguments; ``laid_out``: those whose strides change; ``varying``: those that no stride of 0 fits."""
+    """``tensors``: all arguments; ``laid_out``: those whose strides change; ``varying``: those that cannot have a stride of 0."""
 
     package: str
     tensors: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""The tests of both GPU implementations, which their test files import: each brings a fixture ``implementation``."""
+"""Tests of both GPU implementations; their test files import this module and define a fixture ``implementation``."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from peft_kernels.ops.special_tokens import reference, special_token_add, specia
 from peft_kernels.ops.vector_dropout import factors
 
 DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():  # the arithmetic of Triton's interpreter is wrong in it
+if torch.cuda.is_available():  # it breaks the arithmetic of Triton's interpreter
     DTYPES.append(torch.bfloat16)
 
 
@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     adapters: int = 1
     chosen: bool = False  # adapter_ids, -1 among them
     dropout: float = 0.0
-    strided: bool = False  # every tensor, its last dimension too
+    strided: bool = False  # every tensor, including its last dimension
     integer: torch.dtype = torch.int32
 
     def make(self, dtype, device):
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
 
 def random_slots(batch, length, count):
-    """Distinct positions in no order, -1 anywhere."""
+    """Distinct positions in random order, with -1 anywhere."""
     positions = torch.rand(batch, max(length, count)).argsort(1)[:, :count]
     return positions.masked_fill((positions >= length) | (torch.rand(batch, count) < 0.3), -1)
 
@@ -67,7 +67,7 @@ PROBLEMS = {
 
 @pytest.fixture
 def poisoned():
-    """Every torch.empty is full of NaN."""
+    """Fill every torch.empty with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -150,7 +150,7 @@ def test_memory_that_is_not_aligned(implementation, poisoned, device):
 
 def test_rows_more_than_two_gibi_elements_apart(implementation, device):
     apart = (1 << 31) + 16
-    if device.type == "cpu":  # pages that nothing touches take no memory
+    if device.type == "cpu":  # untouched pages take no memory
         memory = torch.from_numpy(np.empty(2 * apart + 64, np.float16))
     else:
         memory = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)

@@ -18,7 +18,7 @@ EPS = 1e-5
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialised tensor holds NaN."""
+    """Fill every uninitialised tensor with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -79,7 +79,7 @@ def of(form, impl):
 
 
 def results(function, floats, grads, **options):
-    """Outputs, then the gradients of everything."""
+    """Outputs, then the gradients of all inputs."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in floats]
     outs = function(*leaves, **options)
     torch.autograd.backward(outs, [g.to(outs[0].dtype) for g in grads[: len(outs)]])
@@ -87,7 +87,7 @@ def results(function, floats, grads, **options):
 
 
 def compare(form, impl, floats, **options):
-    """Within rounding of plain PyTorch in the same dtype."""
+    """Assert equality within rounding of plain PyTorch in the same dtype."""
     x = floats[0]
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for _ in range(2)]
@@ -106,10 +106,10 @@ def test_parity(form, impl, case, dtype, options, device):
     compare(form, impl, floats, **where, **options)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "one of all"])  # one number's gradient is 0 but for rounding
+@pytest.mark.parametrize("case", [name for name in CASES if name != "one of all"])  # a gradient of a single number is 0 except for rounding
 @pytest.mark.parametrize("rms", [False, True])
 def test_the_reference_is_the_formula(form, case, rms, device):
-    """In float64, where it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     floats, where = tensors(CASES[case], torch.float64, device)
     floats = [x.double() for x in floats]
     grads = [torch.randn_like(floats[0]) for _ in range(2)]
@@ -138,7 +138,7 @@ def test_float32_weights_under_bfloat16(form, impl, device):
 
 
 def test_a_mean_far_from_zero(form, impl, device):
-    """The squares of what is left after the mean, not the mean of the squares less that of the mean."""
+    """The variance is the mean of the squared deviations, not the mean of squares minus the squared mean."""
     floats, where = tensors(CASES["odd width"], torch.float32, device)
     floats[0] = floats[0] + 3000
     compare(form, impl, floats, **where)

@@ -1,4 +1,4 @@
-"""docs/adding-an-operator.md with a toy: its folder and a line in ops/__init__.py are all that the commands ask for."""
+"""docs/adding-an-operator.md with a toy: its folder and a line in ops/__init__.py are all that the commands need."""
 
 import shutil
 import subprocess

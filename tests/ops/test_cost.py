@@ -1,4 +1,4 @@
-"""Bytes and operations of every operator against numbers worked out by hand."""
+"""Bytes and operations of every operator against numbers computed by hand."""
 
 import torch
 
@@ -21,7 +21,7 @@ def integers(*values):
 
 
 def test_shared_cross_attention_reads_each_input_once_and_no_padding():
-    # 2 inputs of 5 keys, 3 streams each, 1 token, 1 head of 4: a product is 6 rows x 5 keys x 4, 240 operations
+    # 2 inputs of 5 keys, 3 streams each, 1 token, 1 head of 4: a matmul is 6 rows x 5 keys x 4, 240 operations
     query, key, value = (empty(n, 1, t, 4, grad=True) for n, t in ((6, 1), (2, 5), (2, 5)))
     assert attention.shared_cross_attention(query, key, value) == Cost(2 * 96 + 2 * 160, 2 * 240)
     # 7 of the 10 keys; streams of the first input see 5, of the second 2: 3 * (5 + 2) pairs
@@ -33,14 +33,14 @@ def test_shared_cross_attention_reads_each_input_once_and_no_padding():
 
 def test_shared_cross_attention_does_no_gradient_work_for_what_is_frozen():
     query, key, value = empty(6, 1, 1, 4, grad=True), empty(2, 1, 5, 4), empty(2, 1, 5, 4)
-    # forward, then the output's gradient read and that of the query written: products for dP and dQ
+    # forward, then the output's gradient read and the query's written: matmuls for dP and dQ
     assert attention.shared_cross_attention(query, key, value, backward=True) == Cost(4 * 96 + 2 * 160, 4 * 240)
     key.requires_grad_(), value.requires_grad_()
     assert attention.shared_cross_attention(query, key, value, backward=True) == Cost(4 * 96 + 4 * 160, 6 * 240)
 
 
 def test_decomposed_prompt_embedding():
-    # 2 rows of 3 tokens, prompt of 2, rank 1, width 4: 24 elements, a product of 2 * 3 * 4 operations
+    # 2 rows of 3 tokens, prompt of 2, rank 1, width 4: 24 elements, a matmul of 2 * 3 * 4 operations
     ids, table = torch.zeros(2, 3, dtype=torch.int64), empty(9, 4, dtype=torch.bfloat16)
     parameters = empty(2, 4, grad=True), empty(3, 1, grad=True), empty(1, 4, grad=True)
     read, out = 48 + 24 * 2 + (8 + 3 + 4) * 4, 2 * 5 * 4 * 2

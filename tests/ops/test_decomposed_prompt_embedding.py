@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft_kernels.ops import decomposed_prompt_embedding
 from peft_kernels.ops.decomposed_prompt_embedding import implementations
 
-IMPLS = ["reference", "cpp", "cuda", "auto"]  # triton has a file of its own: its interpreter is slow
+IMPLS = ["reference", "cpp", "cuda", "auto"]  # triton is tested in another file: its interpreter is slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (batch, tokens, virtual tokens, rank, width, positions, adapters), offsets, adapter_ids
 CASES = {
@@ -32,7 +32,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialised tensor holds NaN."""
+    """Fill every uninitialised tensor with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -63,7 +63,7 @@ def make(case, dtype=torch.float32, device="cpu", seed=0, vocabulary=50, paramet
 
 
 def by_hand(ids, weight, prompt, a, b, *, scale=1.0, embed_scale=1.0, offsets=None, insert_after_first=False, adapter_ids=None):
-    """Row after row, token after token; autograd does the rest."""
+    """The formula, one row and one token at a time; autograd computes the gradients."""
     prompt, a, b = (x if x.ndim == 3 else x[None] for x in (prompt, a, b))
     delta = scale * a @ b
     rows = []
@@ -85,13 +85,13 @@ def results(embed, table, trained, grad, trainable=True, **options):
     leaves = [x.detach().requires_grad_() for x in trained]
     weight = weight.detach().requires_grad_(trainable)
     out = embed(ids, weight, *leaves, **options)
-    if out.requires_grad:  # by hand not without a row
+    if out.requires_grad:  # False for by_hand without rows
         out.backward(grad.to(out.dtype))
     return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in (*leaves, weight))]
 
 
 def compare(embed, table, trained, **options):
-    """Within rounding of plain PyTorch in the same dtype."""
+    """Assert equality within rounding of plain PyTorch in the same dtype."""
     ids, weight = table
     expected = by_hand(ids, weight.double(), *(x.double() for x in trained), **options)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(weight.device, weight.dtype)
@@ -123,7 +123,7 @@ def test_parity(impl, case, dtype, insert_after_first, device):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("insert_after_first", [False, True], ids=["before", "after-first"])
 def test_the_reference_is_the_formula(case, insert_after_first, device):
-    """In float64, where it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     table, trained, where = make(CASES[case], torch.float64, device)
     options = {"scale": 0.7, "embed_scale": 1.6, "insert_after_first": insert_after_first, **where}
     grad = torch.randn_like(by_hand(*table, *trained, **options))
@@ -174,7 +174,7 @@ def test_strides_of_the_gradient(impl, device):
 
 def test_table_rows_more_than_2_31_elements_apart(impl, device):
     step = 2**31 // 3 + 64
-    table = torch.empty(3 * step + 8, dtype=torch.bfloat16, device=device)  # pages that nobody touches cost nothing
+    table = torch.empty(3 * step + 8, dtype=torch.bfloat16, device=device)  # untouched pages take no memory
     weight = table.as_strided((4, 8), (step, 1))
     weight.copy_(torch.randn(4, 8))
     ids = torch.tensor([[3, 0, 2, 1]], device=device)

@@ -1,4 +1,4 @@
-"""What the operator promises around its numbers: registration, compilation, errors."""
+"""The operator's contract apart from its numbers: registration, compilation, errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels against the reference, with ``--device cuda``; without a GPU, that their library loads and says why it does not run."""
+"""The CUDA C++ kernels against the reference, with ``--device cuda``; without a GPU, their library loads and says why it does not run."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_says_that_it_is_not_built(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc")
 def test_the_library_loads_without_a_gpu():
-    """It is linked against nothing of CUDA; what is missing here is a driver, and `unavailable` says so."""
+    """It links against no CUDA library; `unavailable` says that a driver is missing here."""
     reason = cuda.unavailable("cuda", torch.float32)
     assert (reason is None) if torch.cuda.is_available() else "the device does not run the CUDA library" in reason
     for name in ("decomposed_prompt_embedding_cuda", "decomposed_prompt_embedding_backward_cuda"):

@@ -1,4 +1,4 @@
-"""``FlopCounterMode`` counts the matmuls of our operators: those of the formula in plain PyTorch."""
+"""``FlopCounterMode`` counts the same matmuls for our operators as for the formula in plain PyTorch."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from peft_kernels import ops
 
 
 def flops(function, *leaves):
-    """Of a forward, and of a backward for all ``leaves``."""
+    """Operations of a forward, and of a backward for all ``leaves``."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     with FlopCounterMode(display=False) as forward:
         out = function(*leaves)
@@ -29,11 +29,11 @@ def test_shared_cross_attention():
     forward, backward = flops(ops.shared_cross_attention, query, key, value)
     plain = flops(matmuls, query, key, value)
     assert forward == plain[0]
-    assert backward == plain[1] + forward // 2  # the scores once more
+    assert backward == plain[1] + forward // 2  # recomputes the scores
     shared = flops(ops.shared_cross_attention, query.repeat_interleave(4, 0), key, value)
     assert shared == (4 * forward, 4 * backward)
     frozen = flops(lambda q: ops.shared_cross_attention(q, key, value), query)
-    assert frozen == (forward, 3 * forward // 2)  # the scores once more, dP and dQ
+    assert frozen == (forward, 3 * forward // 2)  # recomputes the scores; dP and dQ
 
 
 def test_label_logits():

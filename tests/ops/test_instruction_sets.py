@@ -1,4 +1,4 @@
-"""The native kernels compiled for lesser processors than this one: each in a process of its own, which chooses once."""
+"""The native kernels compiled for lower instruction sets than this CPU's: each in a new process, because a process chooses once."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every implementation that runs on this device, and ``auto``, against attention with keys and values, row after row, in float64."""
+"""Every implementation that runs on this device, and ``auto``, against attention with keys and values, one row at a time, in float64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from peft_kernels.ops import label_cross_attention
 from peft_kernels.ops.label_cross_attention import choose, implementations
 
-IMPLS = ["reference", "explicit", "matmul", "cpp", "auto"]  # triton has a file of its own: its interpreter is slow
+IMPLS = ["reference", "explicit", "matmul", "cpp", "auto"]  # triton is tested in another file: its interpreter is slow
 # (rows, tokens, width, slots, heads), lengths
 CASES = {
     "plain": ((3, 7, 32, 3, 4), None),
@@ -30,7 +30,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialised tensor holds NaN."""
+    """Fill every uninitialised tensor with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -73,7 +73,7 @@ def ragged(features, lengths, num_heads):
 
 
 def by_hand(slots, w_q, w_k, w_v, features, *, lengths=None, offsets=None, num_heads):
-    """Queries, keys and values each in one product, as the operator makes them: a row's alone would be summed in another order."""
+    """Attention with one matmul each for queries, keys and values, as in the operator: separate rows would be summed in another order."""
     rows = [x[:k] for x, k in zip(features, lengths)] if lengths is not None else list(features)
     if offsets is not None:
         rows = [features[i:j] for i, j in zip(offsets[:-1], offsets[1:])]
@@ -108,7 +108,7 @@ def results(function, floats, features, grad, **options):
 
 
 def compare(impl, floats, features, **options):
-    """Within rounding of plain PyTorch in the same dtypes."""
+    """Assert equality within rounding of plain PyTorch in the same dtypes."""
     dtype = floats[0].dtype
     out = by_hand(*floats, features.to(dtype), **options)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -138,7 +138,7 @@ def test_parity(impl, case, per_row, dtypes, device):
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, per_row, device):
-    """In float64, where it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     floats, features, options = make(CASES[case], per_row, torch.float64, device=device)
     grad = torch.randn_like(by_hand(*floats, features, **options))
     got = results(of("reference"), floats, features, grad, **options)
@@ -175,7 +175,7 @@ def test_long_widths_lose_no_digits(impl, device):
 
 
 def test_large_scores(impl, device):
-    """One feature takes all: no gradient is left for the slots, and none may be lost in an overflow."""
+    """One feature takes all the weight: the slots get no gradient, and no overflow may lose one."""
     (slots, *weights), features = make_plain((2, 9, 32, 3, 4), torch.float32, device)
     floats = [slots * 3000, *weights]
     compare(impl, floats, features, num_heads=4)

@@ -1,4 +1,4 @@
-"""The Triton kernels against library products: in the interpreter without a GPU, on it with ``--device cuda``."""
+"""The Triton kernels against library matmuls: in the interpreter without a GPU, on it with ``--device cuda``."""
 
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ def runs(device):
 
 
 class Problem(NamedTuple):
-    lengths: tuple[int, ...]  # of every row
-    tokens: int = 0  # of every row, padding included; 0: no padding, offsets
+    lengths: tuple[int, ...]  # one per row
+    tokens: int = 0  # per row, padding included; 0: no padding, offsets
     slots: int = 3
     heads: int = 2
     width: int = 24
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     integer: torch.dtype = torch.int64
 
     def make(self, dtype, device, shared=True, wide=None):
-        """queries, features, lengths, offsets; and the gradient of what is pooled. NaN in the padding."""
+        """queries, features, lengths, offsets; and the gradient of the pooled output. NaN in the padding."""
         batch = len(self.lengths)
 
         def random(*shape):
@@ -94,7 +94,7 @@ def test_no_worse_than_torch(problem, dtype, shared, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_blackwell_multiplies_the_same(dtype, device, monkeypatch):
-    """What hides the width of features from the compiler there."""
+    """On Blackwell the kernels hide the feature width from the compiler."""
     given = PROBLEMS["padded"].make(dtype, device, True, torch.float32)
     monkeypatch.setattr(triton, "on_blackwell", lambda device: True)
     assert_like(matmul, triton, all_results, given, True)
@@ -113,7 +113,7 @@ def test_any_scale(scale, device):
 
 
 def test_a_row_does_not_depend_on_the_others(device):
-    """Nor on where its tokens begin."""
+    """A row does not depend on where its tokens begin either."""
     (queries, grad), features, _, offsets = PROBLEMS["ragged"].make(torch.float32, device, shared=False)
     expected = expected_of(all_results, matmul, ((queries, grad), features, None, offsets), False)
     alone = []
@@ -145,7 +145,7 @@ def test_empty(problem, shared, device):
 
 def test_rows_more_than_two_gibi_elements_apart(device):
     apart = (1 << 31) + 16
-    if device.type == "cpu":  # pages that nothing touches take no memory
+    if device.type == "cpu":  # untouched pages take no memory
         memory = torch.from_numpy(np.empty(2 * apart + 64, np.float16))
     else:
         memory = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)

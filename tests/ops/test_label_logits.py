@@ -1,4 +1,4 @@
-"""Every implementation that runs on this device, and ``auto``, against full logits in float64; and what the operator promises beside."""
+"""Every implementation that runs on this device, and ``auto``, against full logits in float64; and the operator's contract."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft_kernels.ops import label_logits
 from peft_kernels.ops.label_logits import implementations
 
-IMPLS = ["reference", "cpp", "auto"]  # triton has a file of its own: its interpreter is slow
+IMPLS = ["reference", "cpp", "auto"]  # triton is tested in another file: its interpreter is slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["max", "mean", "logsumexp"]
 # (batch, tokens or 0 for (B, H), width, vocabulary), label_ids
@@ -30,7 +30,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialised tensor holds NaN."""
+    """Fill every uninitialised tensor with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -59,7 +59,7 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
 
 
 def by_hand(hidden, weight, label_ids, bias=None, positions=None, reduce="max"):
-    """The logits of the whole vocabulary at every token; autograd does the rest."""
+    """The logits of the whole vocabulary at every token; autograd computes the gradients."""
     logits = hidden @ weight.mT if bias is None else hidden @ weight.mT + bias
     if positions is not None:
         logits = logits[torch.arange(len(hidden), device=hidden.device), positions.long()]
@@ -79,7 +79,7 @@ def results(function, hidden, weight, label_ids, bias, positions, grad, **option
 
 
 def compare(function, hidden, weight, label_ids, bias, positions, **options):
-    """Within rounding of plain PyTorch in the same dtype."""
+    """Assert equality within rounding of plain PyTorch in the same dtype."""
     shape = len(hidden), len(label_ids)
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(hidden.device)
     truth = results(by_hand, hidden.double(), weight.double(), label_ids, bias.double(), positions, grad, **options)
@@ -103,7 +103,7 @@ def test_parity(impl, case, dtype, reduce, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64, where it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     given = *make(CASES[case], torch.float64, device), torch.randn(CASES[case][0][0], len(CASES[case][1]), device=device)
     for reduce in REDUCTIONS:
         got = results(of("reference"), *given, reduce=reduce)
@@ -163,7 +163,7 @@ def test_the_first_of_equal_words_takes_the_gradient(impl, device):
 
 
 def test_tables_past_2_31_elements(impl, device, monkeypatch):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # pages that nobody touches cost nothing
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # untouched pages take no memory
     rows, width = 2**31 // 64 + 100, 64
     weight = torch.empty(rows, width, dtype=torch.bfloat16, device=device)
     weight[-1] = 1

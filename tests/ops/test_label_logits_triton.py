@@ -1,4 +1,4 @@
-"""The Triton kernels, held to the tests of every implementation: in the interpreter without a GPU, on it with ``--device cuda``."""
+"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device cuda``."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_words_that_are_none_have_no_gradient(impl, device):
 
 def test_rows_more_than_two_gibi_elements_apart(impl, device):
     apart = (1 << 31) + 16
-    if device.type == "cpu":  # pages that nothing touches take no memory
+    if device.type == "cpu":  # untouched pages take no memory
         memory = torch.from_numpy(np.empty(2 * apart + 64, np.float16))
     else:
         memory = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)

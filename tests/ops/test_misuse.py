@@ -1,4 +1,4 @@
-"""What torch would get wrong and say nothing is refused, or right: by every operator, in every implementation."""
+"""Calls that torch would silently get wrong are refused or computed right, by every operator in every implementation."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ DIFFERENTIABLE = [pair for pair in PAIRS if pair[0] != "special_token_slots"]
 
 @pytest.fixture
 def call(request, device):
-    """A function of a dictionary of arguments, and arguments of which those that may require a gradient do."""
+    """A function that takes a dictionary of arguments, and such arguments, which require gradients if they may."""
     name, impl = request.param
     case = CASES[name]()
     if reason := implementations_of(case.package).unavailable(impl, device.type, torch.float32):
@@ -118,7 +118,7 @@ def test_an_inference_tensor_changes_in_inference_mode_alone(impl, vectors, slot
 
 @pytest.mark.parametrize("columns", [3, 300])
 def test_slots_that_name_a_position_twice(columns, impl, vectors, device, monkeypatch):
-    """There implementations would differ: the sum of both, or either."""
+    """Implementations would differ: some add both vectors, some either."""
     monkeypatch.setenv("PEFT_KERNELS_DEBUG", "1")
     slots = torch.full((2, columns), -1, device=device)
     slots[0, 0], slots[1, 0] = 1, 3
@@ -142,7 +142,7 @@ def test_numbers_that_are_none(device):
 
 
 def scale_of(operator: str, x: Tensor, device):
-    """A call of ``operator`` with ``x`` where a number is expected."""
+    """Call ``operator`` with ``x`` as its scale or weight."""
     like = {"device": device}
     if operator == "shared_cross_attention":
         return shared_cross_attention(*(torch.randn(1, 1, 2, 4, **like) for _ in range(3)), scale=x)
@@ -161,7 +161,7 @@ def test_a_learned_scale_is_refused(operator, device):
 
 
 def test_autocast_does_not_lower_what_is_promised_in_float32(device):
-    """The library's products in operators that have their own say about the dtype."""
+    """Library matmuls in operators that fix their own dtype."""
     like = {"device": device}
     features, projection, prototypes, radius = (torch.randn(*size, **like) for size in ((5, 8), (6, 8), (3, 6), (3,)))
     labels, ids, table = torch.tensor([0, 1, 2, 1, 0], **like), torch.tensor([[1, 2, 0]], **like), torch.randn(9, 8, **like)

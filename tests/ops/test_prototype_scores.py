@@ -1,4 +1,4 @@
-"""Every implementation that runs on this device, and ``auto``, against autograd in float64; and what the operators promise beside."""
+"""Every implementation that runs on this device, and ``auto``, against autograd in float64; and the operators' contract."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy, normalize
 from peft_kernels.ops import prototype_cross_entropy, prototype_objective, prototype_scores
 from peft_kernels.ops.prototype_scores import adam, implementations
 
-IMPLS = ["reference", "cpp", "auto"]  # triton has a file of its own: its interpreter is slow
-# texts, features, projected to, classes
+IMPLS = ["reference", "cpp", "auto"]  # triton is tested in another file: its interpreter is slow
+# texts, features, projected width, classes
 CASES = {
     "plain": (6, 20, 16, 3),
     "one of all": (1, 1, 1, 1),
@@ -26,7 +26,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialised tensor holds NaN."""
+    """Fill every uninitialised tensor with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -52,7 +52,7 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
 
 
 def by_hand(features, projection, prototypes, radius, scores=None, *, weight=1.0):
-    """The formula, with an (N, C, D) temporary; autograd does the rest."""
+    """The formula, with an (N, C, D) temporary; autograd computes the gradients."""
     away = normalize(features @ projection.mT, dim=1)[:, None] - prototypes
     q = radius - away.norm(dim=2)
     return q if scores is None else q + weight * scores
@@ -73,7 +73,7 @@ def results(function, tensors, rest, frozen=(), **options):
 
 
 def compare(function, expected, tensors, rest, **options):
-    """Within rounding of plain PyTorch in the same dtype."""
+    """Assert equality within rounding of plain PyTorch in the same dtype."""
     wide = [x if x is None or not x.is_floating_point() else x.double() for x in rest]
     truth = results(expected, [x.double() for x in tensors], wide, **options)
     got = results(function, tensors, rest, **options)
@@ -102,7 +102,7 @@ def test_cross_entropy(impl, case, with_scores, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64, where it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     *tensors, scores, labels = make(CASES[case], torch.float64, device)
     for function, formula, rest, frozen in (
         (prototype_scores, by_hand, [scores], ()),
@@ -168,7 +168,7 @@ def test_large_scores_do_not_overflow(impl, device):
 
 @settings(max_examples=40, deadline=None)
 @given(case=st.tuples(st.sampled_from([0, 16, 23, 40]), st.integers(2, 20), st.integers(2, 40), st.integers(2, 6)), weight=st.floats(-2, 2))
-def test_any_shape(case, weight, device):  # several texts: PyTorch may round a single number well by chance
+def test_any_shape(case, weight, device):  # several texts: a single number of PyTorch's may be well rounded by chance
     *tensors, scores, labels = make(case, device=device)
     compare(prototype_scores, by_hand, tensors, [scores], weight=weight)
     compare(prototype_cross_entropy, loss_by_hand, tensors, [scores, labels], frozen=(2,), weight=weight)
@@ -231,7 +231,7 @@ def test_opcheck(impl):
     torch.library.opcheck(operators.prototype_scores.default, (projected, trained, wanted, scores, 0.5, impl))
     torch.library.opcheck(operators.prototype_scores.default, (projected, trained, wanted, None, 0.5, impl))
     torch.library.opcheck(operators.prototype_scores_backward.default, (scores, projected.detach(), prototypes, impl))
-    # its gradients are outputs, which have none of their own: what opcheck differentiates
+    # opcheck would differentiate its gradients, which are outputs without gradients
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(operators.prototype_cross_entropy.default, (projected, prototypes, wanted, scores, 0.5, labels, impl), test_utils=checks)
 

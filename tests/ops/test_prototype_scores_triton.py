@@ -1,4 +1,4 @@
-"""The Triton kernels, held to the tests of every implementation: in the interpreter without a GPU, on it with ``--device cuda``."""
+"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device cuda``."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def all_results(impl, arguments, grad):
 @pytest.mark.parametrize("with_scores", [True, False])
 @pytest.mark.parametrize("texts, width, classes", [(1, 1, 1), (7, 1, 3), (67, 5, 2), (40, 128, 3), (3, 1000, 4), (2, 1100, 2), (5, 130, 11)])
 def test_no_worse_than_torch(texts, width, classes, with_scores, impl, device):
-    """Blocks of every number of rows, and parts of the texts."""
+    """Blocks with every number of rows, and partitions of the texts."""
     (projected, prototypes, radius, scores, labels), grad = make(texts, width, classes, device)
     arguments = projected, prototypes, radius, scores if with_scores else None, labels
     assert_like(reference, triton, all_results, arguments, grad)

@@ -29,7 +29,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialised tensor holds NaN."""
+    """Fill every uninitialised tensor with NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -57,7 +57,7 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
 
 
 def by_hand(query, key, value, *, key_lengths=None, encoder_index=None, scale=None):
-    """Softmax attention of one stream after the other; autograd does the rest."""
+    """Softmax attention, one stream at a time; autograd computes the gradients."""
     per_input = query.shape[0] // max(key.shape[0], 1)
     outs, lses = [], []
     for u, q in enumerate(query):
@@ -65,7 +65,7 @@ def by_hand(query, key, value, *, key_lengths=None, encoder_index=None, scale=No
         length = key.shape[2] if key_lengths is None else int(key_lengths[i])
         scores = q @ key[i, :, :length].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         lses.append(scores.logsumexp(-1, keepdim=True))
-        outs.append((scores - lses[-1]).exp() @ value[i, :, :length])  # softmax's own backward is exact over one key: no measure of rounding
+        outs.append((scores - lses[-1]).exp() @ value[i, :, :length])  # softmax's own backward over one key is exact: no measure of rounding
     return torch.stack(outs), torch.stack(lses).squeeze(-1)
 
 
@@ -79,7 +79,7 @@ def results(attend, tensors, grads, **where):
 
 
 def assert_no_worse_than_plain(attend, tensors, where, grads, **options):
-    """Within rounding of plain PyTorch in the same dtype."""
+    """Assert equality within rounding of plain PyTorch in the same dtype."""
     exact = results(by_hand, [x.double() for x in tensors], grads, **where, **options)
     got = results(attend, tensors, grads, **where, **options)
     assert_within_rounding(got, lambda: results(by_hand, tensors, grads, **where, **options), exact)
@@ -105,7 +105,7 @@ def test_no_worse_than_plain(case, dtype, through_lse, impl, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64, where it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     tensors, where = make(CASES[case], torch.float64, device)
     grads = grads_of(tensors[0])
     got = results(attention("reference"), tensors, grads, **where)
@@ -133,7 +133,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout, case, impl, device):
     (query, key, value), where = make(CASES[case], device=device)
-    if "all" in layout:  # NaN of the padding would be everywhere
+    if "all" in layout:  # otherwise the padding's NaN would spread everywhere
         key, value = key.nan_to_num(0.5), value.nan_to_num(0.5)
     tensors = [LAYOUTS[layout](x) for x in (query, key, value)]
     assert not tensors[0].is_contiguous()
@@ -243,7 +243,7 @@ def test_frozen_inputs_get_no_gradient(frozen, impl, device):
 
 @pytest.mark.parametrize(("needs", "products"), [((1, 1, 1), 5), ((1, 0, 0), 3), ((0, 1, 0), 3), ((0, 0, 1), 2), ((1, 0, 1), 4)], ids=str)
 def test_frozen_inputs_get_no_work(needs, products):
-    """S and dP once, then one product for each gradient; dP only where dS is needed."""
+    """S and dP once, then one matmul for each gradient; dP only if dS is needed."""
     (query, key, value), _ = make(CASES["uniform"])
     module = implementations.module("matmul")
     out, lse = module.forward(query, key, value, None, None, 0.3, True)

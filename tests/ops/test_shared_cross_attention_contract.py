@@ -1,4 +1,4 @@
-"""What PyTorch and the user are promised around the numbers: registration, compilation, autocast, errors, a light import."""
+"""The operator's contract apart from its numbers: registration, compilation, autocast, errors, a light import."""
 
 import subprocess
 import sys

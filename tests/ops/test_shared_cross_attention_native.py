@@ -1,4 +1,4 @@
-"""The C++ implementation against float64, on this processor's kernels and on the lesser ones that it can run."""
+"""The C++ implementation against float64, with this CPU's kernels and with those of the lower instruction sets that it can run."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def check(query, key, value, lengths, index, scale):
 
 
 def with_lengths(key, value):
-    """Full, none and what lies between, with NaN beyond."""
+    """Full, empty and intermediate lengths, with NaN beyond them."""
     inputs, keys = key.shape[0], key.shape[2]
     lengths = torch.randint(0, keys + 1, (inputs,), dtype=torch.int32)
     lengths[0] = keys
@@ -82,7 +82,7 @@ def test_scale(dtype, scale):
     check(query, key, value, None, index, scale)
 
 
-CHANGES = (  # of the strides alone
+CHANGES = (  # changes of the strides alone
     lambda x: x.repeat_interleave(2, -1)[..., ::2],  # D stride 2
     lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1],  # rows an odd number of elements apart
     torch.Tensor.contiguous,
@@ -139,7 +139,7 @@ def test_empty(shape, dtype):
 
 
 def gradients(impl, query, key, value, lengths, index, scale, dtype):
-    """Of a weighted sum of the output and of the finite log-sum-exps."""
+    """The gradients of a weighted sum of the output and of the finite log-sum-exps."""
     generator = torch.Generator().manual_seed(1)
     inputs = [x.to(dtype).detach().requires_grad_() for x in (query, key, value)]
     out, lse = shared_cross_attention(*inputs, key_lengths=lengths, encoder_index=index, scale=scale, return_lse=True, impl=impl)

@@ -15,13 +15,13 @@ from peft_kernels.ops.shared_cross_attention import reference, shared_cross_atte
 from peft_kernels.ops.shared_cross_attention import triton as implementation
 
 DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():  # the interpreter's arithmetic is wrong in it
+if torch.cuda.is_available():  # it breaks the interpreter's arithmetic
     DTYPES.append(torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def poisoned(device):
-    """Every torch.empty is full of NaN."""
+    """Fill every torch.empty with NaN."""
     if reason := implementation.unavailable(device.type, torch.float32):
         pytest.skip(reason)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -30,7 +30,7 @@ def poisoned(device):
 
 
 class Problem(NamedTuple):
-    streams: tuple[int, ...]  # of each input
+    streams: tuple[int, ...]  # per input
     tokens: int
     keys: int
     head_dim: int
@@ -118,7 +118,7 @@ def test_any_scale(scale, device):
 
 
 def test_large_scores(device):
-    """A weight computed again from its score and the log-sum-exp inherits the rounding of both, and so does what does not cancel any more."""
+    """A weight recomputed from its score and the log-sum-exp has the rounding of both, and terms that would cancel do so no longer."""
     query, key, value, *rest = Problem((3, 2), 1, 21, 16, lengths=(21, 4)).make(torch.float32, device)
     tensors = 100 * query, 100 * key, value, *rest  # most weights underflow
 
@@ -175,7 +175,7 @@ def test_through_the_operator(device):
 @pytest.mark.parametrize("rows", [(7,), (0, 5, 0, 1), (40, 0, 0, 129, 16, 1, 15), (1,) * 50])
 @pytest.mark.parametrize("block", [16, 64])
 def test_the_grid_of_ragged_streams_covers_every_row(rows, block):
-    """The arithmetic that tile_of_rows bisects: programs from first_row // block + input on belong to that input."""
+    """The layout that tile_of_rows bisects: programs from first_row // block + input on belong to that input."""
     first = [sum(rows[:i]) for i in range(len(rows) + 1)]
     starts = [first[i] // block + i for i in range(len(rows))] + [first[-1] // block + len(rows)]
     assert starts[-1] == implementation._tiles(block, first[-1], len(rows), torch.empty(0))

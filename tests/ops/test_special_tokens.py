@@ -1,4 +1,4 @@
-"""Every implementation that runs on this device, and ``auto``, against row after row in float64; and what the operators promise beside."""
+"""Every implementation that runs on this device, and ``auto``, against one row at a time in float64; and the operators' contract."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from peft_kernels.ops import special_token_add, special_token_add_, special_toke
 from peft_kernels.ops.special_tokens import implementations
 from peft_kernels.ops.vector_dropout import factors, philox, threshold
 
-IMPLS = ["reference", "cpp", "cuda", "auto"]  # triton has a file of its own: its interpreter is slow
+IMPLS = ["reference", "cpp", "cuda", "auto"]  # triton is tested in another file: its interpreter is slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (batch, tokens, width, vectors, adapters), slots of each row, adapter_ids
 CASES = {
@@ -35,7 +35,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialised tensor holds NaN."""
+    """Fill every uninitialised tensor with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -63,7 +63,7 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
 
 
 def by_hand(hidden, vectors, slots, *, adapter_ids=None, dropout_p=0.0, seed=None):
-    """Token after token; autograd does the rest."""
+    """The formula, one token at a time; autograd computes the gradients."""
     vectors = vectors if vectors.ndim == 3 else vectors[None]
     kept = None
     if dropout_p:
@@ -89,7 +89,7 @@ def results(add, hidden, vectors, slots, grad, **options):
 
 
 def compare(add, hidden, vectors, slots, **options):
-    """Within rounding of plain PyTorch in the same dtype."""
+    """Assert equality within rounding of plain PyTorch in the same dtype."""
     grad = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.device, hidden.dtype)
     truth = results(by_hand, hidden.double(), vectors.double(), slots, grad, **options)
     got = results(add, hidden, vectors, slots, grad, **options)
@@ -118,7 +118,7 @@ def test_parity(impl, case, dtype, form, dropout, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
-    """In float64, where it is the truth of other tests."""
+    """Compare in float64: the reference is the truth of other tests."""
     hidden, vectors, slots, adapter_ids = make(CASES[case], torch.float64, device)
     grad, options = torch.randn_like(hidden), {"adapter_ids": adapter_ids, "dropout_p": 0.3, "seed": 5}
     tensors = hidden, vectors.double(), slots, grad
@@ -166,7 +166,7 @@ def test_strides_of_the_gradient(impl, device):
 
 
 def test_rows_more_than_2_31_elements_apart(impl, device, monkeypatch):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # pages that nobody touches cost nothing
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # untouched pages take no memory
     step = 2**31 // 3 + 64
     hidden = torch.empty(3 * step + 8, dtype=torch.bfloat16, device=device).as_strided((4, 1, 8), (step, 8, 1)).zero_()
     vectors = torch.randn(1, 8, device=device).bfloat16().float()

@@ -1,4 +1,4 @@
-"""Vectors and small matrices of any strides, every operator in every implementation: the results of contiguous ones."""
+"""Vectors and small matrices with any strides give the results of contiguous ones, for every operator in every implementation."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from peft_kernels import ops
 
 
 def column(x):
-    """One of three columns, the others 0: what a kernel that ignores the stride takes for values."""
+    """One of three columns; the others are 0, which a kernel that ignores the stride would read."""
     wide = x.new_zeros(*x.shape, 3)
     wide[..., 0] = x
     return wide[..., 0]
@@ -22,7 +22,7 @@ def every_second(x):
 
 
 def expanded(x):
-    """The first row for all; 0 lies behind it."""
+    """The first row, expanded to all rows; 0 follows it in memory."""
     return torch.cat([x[:1], torch.zeros_like(x)])[:1].expand(x.shape)
 
 
@@ -44,7 +44,7 @@ def gradients(results, inputs, of=torch.ones_like):
 
 
 def run(name, impl, tensors, options, of=torch.ones_like):
-    """Results and gradients. Leaves keep the strides of what they stand for."""
+    """Results and gradients. Leaves keep the strides of the tensors that they replace."""
     tensors = {key: x.detach().requires_grad_(key not in ("features", "scores")) if x.is_floating_point() else x for key, x in tensors.items()}
     if name == "prototype_cross_entropy":
         tensors["prototypes"] = tensors["prototypes"].detach()
@@ -57,12 +57,12 @@ def run(name, impl, tensors, options, of=torch.ones_like):
 
 
 def expected_of(name, tensors, options):
-    """The reference, from contiguous tensors. None: no gradient."""
+    """The reference's results from contiguous tensors. None: no gradient."""
     return WithinRounding(lambda: run(name, "reference", tensors, options), run(name, "reference", widened(tensors), options))
 
 
 def laid_out(case, layout, dtype, device):
-    """The arguments in this layout."""
+    """The case's arguments in ``layout``."""
     result = {}
     for key, x in case.tensors.items():
         x = x.to(device) if x.is_floating_point() or key in ("seed", "labels") else x.to(device, dtype)
@@ -90,7 +90,7 @@ def test_operator_honours_strides(runs, device):
 
 @pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
 def test_gradients_of_a_sum_are_those_of_ones(runs, device):
-    """What ``sum().backward()`` hands on has strides of 0."""
+    """``sum().backward()`` passes on a gradient with strides of 0."""
     case = CASES[runs[0]]()
     plain = laid_out(case, torch.Tensor.contiguous, torch.int64, device)
     results = run(*runs, plain, case.options, of=lambda x: x.new_ones(()).expand(x.shape))
@@ -98,7 +98,7 @@ def test_gradients_of_a_sum_are_those_of_ones(runs, device):
 
 
 class Recorder:
-    """An implementation whose calls are kept."""
+    """An implementation that records its calls."""
 
     def __init__(self, implementation):
         self.implementation, self.calls = implementation, []
@@ -118,7 +118,7 @@ class Recorder:
 
 @pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
 def test_implementation_honours_strides_of_integers(runs, device, monkeypatch):
-    """Below the operator: each takes index vectors as they are."""
+    """Below the operator: each implementation accepts index vectors with any stride."""
     name, impl = runs
     case = CASES[name]()
     package = implementations_of(case.package)

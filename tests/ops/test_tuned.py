@@ -1,4 +1,4 @@
-"""The cache of tuned launch options: what a launch takes from it, and that nothing in it ends a run."""
+"""The cache of tuned configs: how a launch uses it, and that no content of it ends a run."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SHIPPED = {"BW": 8, "BD": 256, "num_warps": 4, "num_stages": 1, "other": "stays"
 
 @pytest.fixture(autouse=True)
 def read_again(tmp_path, monkeypatch):
-    """Every test is a process of its own, with its own folder."""
+    """Every test behaves like a new process, with its own folder."""
     monkeypatch.delenv("PEFT_KERNELS_TUNED")
     monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path))
     tuned.entries.cache_clear()
@@ -37,7 +37,7 @@ def options(*key, operator="label_logits", kernel="forward"):
 
 
 def written(**changes):
-    """A file with one entry, and these of its fields changed."""
+    """A cache file with one entry, with some of its fields changed."""
     path = tuned.cache_file(CPU)
     tuned.write(path, CPU, [ENTRY])
     content = json.loads(path.read_text())
@@ -156,7 +156,7 @@ def test_a_cache_that_cannot_be_read_is_named(monkeypatch, tmp_path):
 
 
 class Spy:
-    """A kernel that keeps the grids and options it is launched with."""
+    """A kernel that records the grids and configs of its launches."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, []

@@ -1,4 +1,4 @@
-"""Tiny random encoders, and PASTA's formula put into the stock models by hooks: the truth that the method is held against."""
+"""Tiny random encoders, and PASTA's formula applied to stock models by hooks: the truth for the method."""
 
 import copy
 
@@ -59,7 +59,7 @@ _MODERNBERT = {
 _ALBERT = dict(_BERT, embedding_size=16, num_hidden_layers=4, classifier_dropout_prob=0.0)
 _T5 = {"vocab_size": VOCAB, "pad_token_id": PAD, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
 
-# name -> (prefix of its classes, settings, where its layers are below the head)
+# name -> (prefix of its classes, settings, path of its layers below the head)
 FAMILIES = {
     "bert": ("Bert", _BERT, "encoder.layer"),
     "roberta": ("Roberta", _BERT, "encoder.layer"),
@@ -67,7 +67,7 @@ FAMILIES = {
     "camembert": ("Camembert", _BERT, "encoder.layer"),
     "electra": ("Electra", dict(_BERT, embedding_size=16), "encoder.layer"),
     "deberta": ("Deberta", _DEBERTA, "encoder.layer"),
-    "deberta-v2": ("DebertaV2", _DEBERTA_CONV, "encoder.layer"),  # layer 0 has a convolution over the raw input beside it
+    "deberta-v2": ("DebertaV2", _DEBERTA_CONV, "encoder.layer"),  # layer 0 also has a convolution over the raw input
     "distilbert": ("DistilBert", _DISTILBERT, "transformer.layer"),
     "mpnet": ("MPNet", _BERT, "encoder.layer"),
     "modernbert": ("ModernBert", _MODERNBERT, "layers"),
@@ -109,7 +109,7 @@ def adapted(family: str, task: str | None = "SEQ_CLS", base=None, seed: int = 1,
 
 
 def pair(family: str, task: str | None = "SEQ_CLS", **config):
-    """Stock and adapted, with the same weights."""
+    """Stock and adapted models with the same weights."""
     base = stock(family, task)
     return base, adapted(family, task, copy.deepcopy(base), **config)
 
@@ -125,7 +125,7 @@ def vectors(model, adapter: str = "default") -> torch.nn.Parameter:  # [L, P, d]
 
 
 def layers(family: str, model) -> list:
-    """Those of a stock or an unwrapped model, below its head; one for each pass."""
+    """The layers of a stock or an unwrapped model, below its head, one for each pass."""
     encoder, path = model.base_model, (FAMILIES | GENERIC)[family][2]
     if path is not None:
         return list(encoder.get_submodule(path))
@@ -177,7 +177,7 @@ def slots(x: dict, special=SPECIAL) -> list[list[int]]:
 
 
 def dense(x: dict, v: torch.Tensor) -> torch.Tensor:
-    """(B, S, d): the vectors ``v`` (P, d), or (B, P, d) for each row, where the formula adds them."""
+    """The vectors ``v`` (P, d), or (B, P, d) for each row, at the positions where the formula adds them: (B, S, d)."""
     b, n = x["input_ids"].shape
     v = v.expand(b, *v.shape[-2:])
     one_hot = v.new_zeros(b, n, v.shape[1])
@@ -188,7 +188,7 @@ def dense(x: dict, v: torch.Tensor) -> torch.Tensor:
 
 
 class by_formula:
-    """Within, the layers of a stock model get ``additions`` (L of (B, S, d)) added to their input."""
+    """Context in which the layers of a stock model get ``additions`` (L of (B, S, d)) added to their input."""
 
     def __init__(self, family: str, model, additions):
         self.layers, self.additions = layers(family, model), list(additions)
@@ -208,12 +208,12 @@ class by_formula:
 
 
 def formula(family: str, model, v: torch.Tensor, x: dict, **kwargs):
-    """What a stock ``model`` makes of ``x`` with the vectors ``v`` (L, P, d)."""
+    """The output of a stock ``model`` for ``x`` with the vectors ``v`` (L, P, d)."""
     with by_formula(family, model, [dense(x, layer) for layer in v]):
         return model(**x, **kwargs)
 
 
 def heads(model) -> dict[str, torch.nn.Parameter]:
-    """What PEFT trains beside the vectors, under the names of the stock model."""
+    """The parameters that PEFT trains besides the vectors, under the stock model's names."""
     trained = {n: p for n, p in model.base_model.model.named_parameters() if ".modules_to_save.default." in n}
     return {n.replace(".modules_to_save.default.", "."): p for n, p in trained.items()}

@@ -1,4 +1,4 @@
-"""PASTA among others: other methods of PEFT, offloaded and sharded weights, the integration in transformers."""
+"""PASTA in combination with other PEFT methods, offloaded and sharded weights, and the integration in transformers."""
 
 import copy
 
@@ -58,14 +58,14 @@ COMPOSED += [
 @torch.no_grad()
 @pytest.mark.parametrize(("method", "name", "order", "fused"), COMPOSED)
 def test_with_another_method(method, name, order, fused):
-    """The vectors are added to what the other method makes of the model; taking either off leaves the other."""
+    """The vectors are added in the model that the other method makes; removing either leaves the other."""
     stock, x = models.stock("bert"), models.inputs()
     torch.manual_seed(3)
     alone = get_peft_model(copy.deepcopy(stock), METHODS[method](), adapter_name=name).eval()
     if method == "prefix":
         try:
             alone(**x)
-        except ValueError as error:  # PEFT 0.21 asks models for an argument that transformers 5.24 has taken from encoders
+        except ValueError as error:  # PEFT 0.21 passes an argument that transformers 5.24 has removed from encoders
             pytest.skip(str(error))
     model = copy.deepcopy(stock)
     if fused == "before":
@@ -91,7 +91,7 @@ def test_with_another_method(method, name, order, fused):
     for twin in (model, copy.deepcopy(model)):
         expected.check(twin(**x).logits)
     with model.disable_adapter():
-        kept = alone if method == "prefix" else stock  # PEFT switches modules off, of which a prefix has none
+        kept = alone if method == "prefix" else stock  # PEFT disables a method by disabling its modules; a prefix has none
         assert_within_rounding(model(**x).logits, lambda: _with_head(kept, stock.classifier)(**x).logits)
     expected.check(model(**x).logits)
     if order == "below":
@@ -151,7 +151,7 @@ def _offloaded(model, how, folder):
     ],
 )
 def test_offload(family, fused, how, order, tmp_path):
-    """Weights are on meta between the calls of their modules, before or after the adapter came."""
+    """Weights are on meta between the calls of their modules; offload comes before or after the adapter."""
     base, reference = models.pair(family)
     x = models.inputs()
     model = copy.deepcopy(base)
@@ -185,7 +185,7 @@ def one_rank(tmp_path):
 
 @pytest.mark.parametrize(("family", "fused"), [("bert", False), ("bert", True), ("modernbert", True)])
 def test_fsdp2(family, fused, one_rank):
-    """Layers and embeddings are shards of their own, as accelerate's policy makes them; shards have classes of FSDP's."""
+    """Layers and embeddings are their own shards, as accelerate's policy makes them; shards have FSDP classes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -221,7 +221,7 @@ def test_the_integration_in_transformers(tmp_path):
     try:
         model.add_adapter(PASTAConfig(num_special_tokens=3, special_token_ids=models.SPECIAL))
     except ValueError as error:
-        pytest.skip(str(error))  # a transformers that wants a newer PEFT
+        pytest.skip(str(error))  # a transformers that requires a newer PEFT
     model.pasta.pasta_vectors["default"].normal_()
     model.eval()
     stock, adapted = (WithinRounding(lambda m=m: m(**x).logits) for m in (base, model))
@@ -240,7 +240,7 @@ def test_the_integration_in_transformers(tmp_path):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_dynamic_int8(fused):
-    """The base's linear layers, quantised: the vectors meet the same layers."""
+    """The base's linear layers are quantised; the vectors go into the same layers."""
     quantised = torch.ao.quantization.quantize_dynamic(models.stock("bert"), {nn.Linear}, dtype=torch.qint8)
     model = models.adapted("bert", base=copy.deepcopy(quantised))
     if fused:

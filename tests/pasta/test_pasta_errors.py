@@ -1,4 +1,4 @@
-"""What is refused, and what the message says."""
+"""Refused models and calls, and their messages."""
 
 import copy
 

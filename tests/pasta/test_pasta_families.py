@@ -43,7 +43,7 @@ def test_outputs_and_gradients(family, task):
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_hidden_states_are_free_of_vectors(family, return_dict):
-    """What every layer returns, and the embeddings: as a stock model records them, without what is added to them next."""
+    """The embeddings and the layers' outputs are recorded as in a stock model, without the vectors that are added to them next."""
     base, model = models.pair(family, "FEATURE_EXTRACTION")
     x = models.inputs()
     additions = [models.dense(x, v) for v in models.vectors(model)]
@@ -51,7 +51,7 @@ def test_hidden_states_are_free_of_vectors(family, return_dict):
 
     def stock():
         states = []
-        with models.by_formula(family, base, additions):  # and with hooks after its own
+        with models.by_formula(family, base, additions):  # hooks that run after its own
             hooks = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in dict.fromkeys(layers)]
             last = base(**x).last_hidden_state
         for hook in hooks:
@@ -62,7 +62,7 @@ def test_hidden_states_are_free_of_vectors(family, return_dict):
     got = model(**x, output_hidden_states=True, return_dict=return_dict)
     recorded = got.hidden_states if return_dict else next(t for t in got if isinstance(t, tuple))
     assert len(recorded) == len(layers) + 1
-    # in deberta-v2 a convolution comes behind the first layer
+    # in deberta-v2 a convolution follows the first layer
     WithinRounding(stock).check({i: state for i, state in enumerate(recorded) if family != "deberta-v2" or i != 1}, partial=True)
     assert_within_rounding(recorded[-1], lambda: model(**x).last_hidden_state)
 
@@ -70,7 +70,7 @@ def test_hidden_states_are_free_of_vectors(family, return_dict):
 @torch.no_grad()
 def test_hidden_states_by_configuration():
     base, model = models.pair("bert")
-    model = model.base_model.model  # PEFT's own forward hands a None on, which transformers takes for a no
+    model = model.base_model.model  # PEFT's own forward passes on a None, which transformers takes as False
     x = models.inputs()
     for m in (base, model):
         m.config.output_hidden_states = True
@@ -95,7 +95,7 @@ def test_attentions(family):
 
 
 def test_multiple_choice():
-    """Rows of the encoder are the choices."""
+    """The encoder's rows are the choices."""
     torch.manual_seed(0)
     base = transformers.BertForMultipleChoice(transformers.BertConfig(**models.FAMILIES["bert"][1])).eval()
     model = get_peft_model(copy.deepcopy(base), PASTAConfig(num_special_tokens=models.P, special_token_ids=models.SPECIAL)).eval()

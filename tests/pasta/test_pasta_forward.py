@@ -1,4 +1,4 @@
-"""Which tokens get a vector, dropout, and what is changed in place."""
+"""Tokens that get a vector, dropout, and in-place changes."""
 
 import copy
 
@@ -17,7 +17,7 @@ from peft_kernels.ops.vector_dropout import factors
 @pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padding(family, padding):
-    """Special tokens are counted among what is no padding, also where [PAD] is one of them."""
+    """Special tokens are counted among the tokens that are not padding, even if [PAD] is one of them."""
     base = models.stock(family)
     model = models.adapted(family, base=copy.deepcopy(base), special_token_ids=[*models.SPECIAL, models.PAD])
     x = models.inputs(padding=padding)
@@ -37,7 +37,7 @@ def test_without_a_mask():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_packed_rows(family):
-    """Several texts in a row, each of which sees itself alone: special tokens are counted through the row."""
+    """A row holds several texts, each of which attends to itself only; special tokens are counted through the row."""
     base, model = models.pair(family, "FEATURE_EXTRACTION", num_special_tokens=4)
     ids = torch.randint(4, models.VOCAB, (2, 10))
     ids[:, [0, 5]], ids[:, [4, 9]] = models.CLS, models.SEP
@@ -80,7 +80,7 @@ def test_overflow():
     with pytest.raises(ValueError, match=message):
         model(**x)
     rows = {k: v[::2] for k, v in x.items()}
-    assert torch.isfinite(model(**rows).logits).all()  # and nothing is left of the forward that failed
+    assert torch.isfinite(model(**rows).logits).all()  # and the failed forward leaves nothing behind
     last = models.adapted("bert", base=copy.deepcopy(base), num_special_tokens=2, overflow="last")
     v = models.vectors(last).detach().clone().requires_grad_()
     expected = WithinRounding(lambda: _logits_and_gradient(lambda: models.formula("bert", base, v, x), v))
@@ -99,12 +99,12 @@ def test_a_failed_forward_leaves_nothing():
 
 @pytest.mark.parametrize("family", ["bert", "albert", "modernbert", "deberta-v2"])
 def test_dropout(family):
-    """Each row, special token and layer draws its own; evaluation draws nothing."""
+    """Each row, special token and layer has its own draw; evaluation draws nothing."""
     base, model = models.pair(family, dropout=0.4)
     x, p = models.inputs(), 0.4
     v = models.vectors(model).detach().clone().requires_grad_()
     assert_within_rounding(model(**x).logits, lambda: models.formula(family, base, v, x).logits)
-    model.base_model.model.base_model.train()  # the head of some drops, too
+    model.base_model.model.base_model.train()  # some heads drop as well
     generator = torch.get_rng_state()
     got = _logits_and_gradient(lambda: model(**x), models.vectors(model))
     torch.set_rng_state(generator)
@@ -121,7 +121,7 @@ def test_dropout(family):
 
 
 def _returned(family, model, run):
-    """What each layer has returned, as it is after ``run()``."""
+    """The output of each layer, in its state after ``run()``."""
     returned = []
     handles = [
         layer.register_forward_hook(lambda m, args, out: returned.append(out[0] if isinstance(out, tuple) else out))
@@ -136,7 +136,7 @@ def _returned(family, model, run):
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "in_place"), [("bert", True), ("mpnet", True), ("modernbert", True), ("deberta-v2", False)])
 def test_in_place(family, in_place):
-    """Where a hidden state is the layer's alone, what the layer before has returned gets the vectors; otherwise a copy does."""
+    """If only the layer uses a hidden state, the vectors are added in place to the previous layer's output; otherwise to a copy."""
     base, model = models.pair(family, "FEATURE_EXTRACTION")
     x = models.inputs()
     additions = [models.dense(x, v) for v in models.vectors(model)]
@@ -155,7 +155,7 @@ def test_in_place(family, in_place):
 
 @pytest.mark.parametrize("how", ["leaf", "view"])
 def test_inputs_of_others_are_copied(how):
-    """A hook that gives the first layer a leaf that wants its gradient, or a part of something else."""
+    """A hook gives the first layer a leaf that requires a gradient, or a view."""
     _, model = models.pair("bert")
     x, outer = models.inputs(), torch.randn(4, 12, models.WIDTH, requires_grad=how == "leaf")
     given = outer[:, 1:] if how == "view" else outer.detach()[:, 1:].clone().requires_grad_()
@@ -168,7 +168,7 @@ def test_inputs_of_others_are_copied(how):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype):
-    """Vectors are kept in float32 at least; one sum rounds as the formula's does."""
+    """Vectors are kept in float32 or wider; one addition rounds as the formula's does."""
     base = models.stock("bert").to(dtype)
     model = models.adapted("bert", base=copy.deepcopy(base))
     v = models.vectors(model)

@@ -1,4 +1,4 @@
-"""The fused add and norm: the unfused model within rounding, and undone."""
+"""The fused add and norm equals the unfused model within rounding, and can be undone."""
 
 import copy
 
@@ -16,7 +16,7 @@ FUSIBLE = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Whether each call of a fused operator had vectors to add, in order."""
+    """Whether each call of a fused operator got vectors, in order."""
     seen = []
     for name in ("add_layer_norm_inject", "add_inject_layer_norm"):
         operator = getattr(fused_layers, name)
@@ -30,7 +30,7 @@ def calls(monkeypatch):
 
 
 def _fused_calls(family, model):
-    """One add and norm in the middle of a layer and one at its end, which a last pre-norm layer leaves to others."""
+    """The expected calls: an add and norm in the middle of each layer and one at its end; the last pre-norm layer has none at its end."""
     depth = len(models.layers(family, model))
     calls = [False, True] * (depth - 1) + [False, False]
     return calls[:-1] if family == "modernbert" else calls
@@ -58,7 +58,7 @@ def test_outputs_and_gradients(family, task, calls):
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "modernbert"])
 def test_training_with_dropout(family):
-    """The model's own dropout and the vectors' draw what they draw in the unfused model."""
+    """The dropout of the model and of the vectors draw the same as in the unfused model."""
     model = models.adapted(family, dropout=0.3).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -95,7 +95,7 @@ def test_disabled_and_undone(family, calls):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FUSIBLE)
 def test_without_an_adapter(family, calls):
-    """The order in which adapter and fusion come and go does not matter."""
+    """Adapter and fusion can be added and removed in any order."""
     stock, reference = models.pair(family)
     x = models.inputs()
     base = copy.deepcopy(stock)
@@ -115,7 +115,7 @@ def test_without_an_adapter(family, calls):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FUSIBLE)
 def test_hidden_states(family, calls):
-    """What is recorded is free of vectors."""
+    """Recorded hidden states do not contain vectors."""
     model = models.adapted(family)
     x = models.inputs()
     expected = WithinRounding(lambda: model(**x, output_hidden_states=True))
@@ -127,7 +127,7 @@ def test_hidden_states(family, calls):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
 @pytest.mark.parametrize("why", ["autocast", "checkpointing", "norm"])
 def test_stock_path(family, why, calls):
-    """Where the fused operator would not do what the model does, or would read what is gone when a layer runs again."""
+    """The stock path runs if the fused operator would compute something else, or would read freed values when a layer runs again."""
     model = models.adapted(family)
     if why == "checkpointing":
         model.gradient_checkpointing_enable()
@@ -153,7 +153,7 @@ def test_stock_path(family, why, calls):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_an_input_changed_between_layers(family):
-    """A hook of the user's on a layer is heeded; what it sees holds the next layer's vectors, so this one changes a token without."""
+    """A user's hook on a layer takes effect; its input contains the next layer's vectors, so this one changes a token without a vector."""
     model = models.adapted(family)
     twin = copy.deepcopy(model)
     pasta.fuse(twin)
@@ -165,7 +165,7 @@ def test_an_input_changed_between_layers(family):
 
 @torch.no_grad()
 def test_half_precision():
-    """Against float64, within what the unfused model rounds."""
+    """Against float64, within the rounding of the unfused model."""
     model = models.adapted("bert", "FEATURE_EXTRACTION", base=models.stock("bert", "FEATURE_EXTRACTION").to(torch.bfloat16))
     x = models.inputs()
     unfused = WithinRounding(lambda: model(**x).last_hidden_state, copy.deepcopy(model).double()(**x).last_hidden_state)

@@ -1,4 +1,4 @@
-"""Save and load, copies, switch off, several adapters, mixed batches, take off again."""
+"""Save and load, copies, disable, several adapters, mixed batches, unload."""
 
 import copy
 import subprocess
@@ -194,7 +194,7 @@ def test_mixed_batch_equals_separate_runs(family, overflow, fused):
     parts = {"default": alone[0], "other": alone[1]}
     both.base_model.set_requires_grad(["default", "other"], True)
     x = models.inputs()
-    x["input_ids"][2, 3:6] = models.SEP  # more than the adapters have vectors for, in the row without an adapter
+    x["input_ids"][2, 3:6] = models.SEP  # more than the adapters have vectors, in the row without an adapter
     got = _out(both, x, adapter_names=MIXED)
     gradients = torch.autograd.grad(got.square().sum(), [models.vectors(both, adapter) for adapter in parts])
 

@@ -1,6 +1,6 @@
 """One adapted model, called by several threads at once, as servers and DataParallel do.
 
-What one thread gives is what all give, up to rounding: libraries may share a sum among as many threads as are free.
+All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are free.
 """
 
 import copy
@@ -32,14 +32,14 @@ def _two_adapters(family):
 
 
 def _requests():
-    """Of different lengths and different adapters, every third one without names, every seventh one an error."""
+    """Calls of different lengths and with different adapters; every third one has no names, every seventh one is an error."""
     requests = []
     for i in range(24):
         x = models.inputs(b=1 + i % 4, n=9 + i % 7, seed=i)
         if i % 3:
             x["adapter_names"] = [NAMES[(i + row) % 3] for row in range(1 + i % 4)]
         if i % 7 == 6:
-            x["input_ids"][0, :] = models.SEP  # more than the adapter has vectors for
+            x["input_ids"][0, :] = models.SEP  # more than the adapter has vectors
             x["adapter_names"] = ["default"] * len(x["input_ids"])
         requests.append(x)
     return requests
@@ -54,7 +54,7 @@ def _answer(model, request):
 
 @torch.no_grad()
 def _expected(model, request):
-    """The answer of one thread alone: an error, or numbers up to rounding."""
+    """The answer of a single thread: an error, or numbers up to rounding."""
     answer = _answer(model, request)
     return answer if isinstance(answer, str) else WithinRounding(lambda: _answer(model, request))
 
@@ -86,7 +86,7 @@ def test_threads(family, fused, calls):
 
 
 def test_gradients_in_threads():
-    """Each of its own rows, with checkpointing, whose layers run again in the backward pass."""
+    """Each thread gets the gradients of its own rows, with checkpointing, which runs layers again in the backward pass."""
     model = models.adapted("bert", "TOKEN_CLS").train()
     model.gradient_checkpointing_enable()
     requests = [models.inputs(n=9 + i, seed=i) for i in range(THREADS)]
@@ -101,7 +101,7 @@ def test_gradients_in_threads():
 
 
 def _replica(module):
-    """As torch.nn.parallel.replicate makes it: the same attributes and hooks, other submodules."""
+    """A replica as torch.nn.parallel.replicate makes it: the same attributes and hooks, other submodules."""
     twin = module._replicate_for_data_parallel()
     twin._modules = {name: child if child is None else _replica(child) for name, child in module._modules.items()}
     twin._parameters = {name: p if p is None else p * 1 for name, p in module._parameters.items()}
@@ -130,7 +130,7 @@ def _tensors():
 
 
 def test_memory_does_not_grow():
-    """Neither by calls nor by threads that have come and gone, also with an error."""
+    """It grows neither with calls nor with threads that have ended, some of them with an error."""
     model, requests = _two_adapters("bert"), _requests()
     pasta.fuse(model)
 
@@ -148,5 +148,5 @@ def test_memory_does_not_grow():
     before = len(gc.get_objects()), _tensors()
     rounds(10)
     after = len(gc.get_objects()), _tensors()
-    # objects that other libraries keep once in a while are fewer than the calls, tensors none
+    # other libraries may keep a few objects, fewer than the calls, but no tensors
     assert after[0] - before[0] < 100 and after[1] == before[1]

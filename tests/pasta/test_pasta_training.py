@@ -1,4 +1,4 @@
-"""Training: what is frozen, checkpointing, compilation, autocast, Trainer."""
+"""Training: frozen parameters, checkpointing, compilation, autocast, Trainer."""
 
 import copy
 
@@ -29,7 +29,7 @@ def _gradients(model):
 
 
 def _train_mode(model, dropout):
-    """Training, with dropout of the model's own in all places or none."""
+    """Train mode, with the model's own dropout everywhere or nowhere."""
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -42,7 +42,7 @@ def _train_mode(model, dropout):
     ("family", "fused"), [(f, fused) for f in CHECKPOINTED for fused in (False, True)] + [("deberta", False), ("deberta-v2", False)]
 )
 def test_gradient_checkpointing(family, fused, reentrant):
-    """The same, also where a second forward, of other rows, comes before the first backward. Checkpointing takes the model's own path."""
+    """Gradients are equal, also if a second forward, of other rows, precedes the first backward. Checkpointing uses the model's own path."""
     model = _train_mode(models.adapted(family, dropout=0.3), 0.2)
     batches = [_batch(1), _batch(2)]
 
@@ -80,7 +80,7 @@ def test_two_forwards_before_one_backward(family):
 
 @pytest.mark.parametrize("impl", ["NO_REENTRANT", "REENTRANT"])
 def test_checkpointing_around_a_layer_is_refused(impl):
-    """There the layer would run again without its vectors: an error, ours or autograd's, and not another gradient."""
+    """The layer would run again without its vectors: this gives an error, ours or autograd's, not a different gradient."""
     model = models.adapted("bert")
     layers = model.base_model.model.bert.encoder.layer
     layers[1] = checkpoint_wrapper(layers[1], CheckpointImpl[impl])
@@ -91,7 +91,7 @@ def test_checkpointing_around_a_layer_is_refused(impl):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
 def test_the_base_is_frozen(family, tmp_path):
-    """No weight of the base ever gets a gradient, whichever way the model came about; checkpointing included."""
+    """No weight of the base ever gets a gradient, however the model was made; with checkpointing too."""
     stock, model = models.pair(family)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(stock), tmp_path, is_trainable=True)

@@ -1,4 +1,4 @@
-"""A saved adapter loads after ``import peft_kernels``, in every order of imports, each in a process of its own."""
+"""A saved adapter loads after ``import peft_kernels``, in every order of imports, each in a new process."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def test_registered(order):
 
 
 def test_loading(tmp_path):
-    """By name of the class alone, with the imports that a user has for PEFT."""
+    """The class name alone is enough, with the usual imports for PEFT."""
     import pasta_models
 
     pasta_models.adapted("bert").save_pretrained(tmp_path)
@@ -39,7 +39,7 @@ print(model.base_model.model.pasta.pasta_vectors["default"].sum().item())
 
 
 def test_a_peft_that_does_not_fit(tmp_path):
-    """Its import goes on, with a warning that says what is missing."""
+    """PEFT's import succeeds, with a warning that says what is missing."""
     (tmp_path / "peft.py").write_text("")
     code = f"import sys, peft_kernels; sys.path.insert(0, {str(tmp_path)!r}); import peft; print('imported')"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`peft-kernels bench` on tiny shapes: that it measures everything, tells right from wrong, and writes what it shows; no figure is checked."""
+"""`peft-kernels bench` on tiny shapes: it measures all candidates, detects wrong ones, and writes what it shows; no measured number is checked."""
 
 import csv
 import functools
@@ -42,7 +42,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """One thread, peaks that are not measured, two turns, and a torch.compile that fails as it does without a compiler."""
+    """One thread, fixed peaks, two turns, and a torch.compile that fails as it does without a compiler."""
 
     def compile(*_, **__):
         raise RuntimeError("no C++ compiler was found\nand a long explanation")
@@ -57,7 +57,7 @@ def short(monkeypatch):
 
 
 def bench(name, out, *options, code=0):
-    """The output and the rows of a run."""
+    """Run the command; returns its output and rows."""
     arguments = ["bench", name, "--shapes", TINY[name], "--repeats", "2", "--out", str(out), *options]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
@@ -191,7 +191,7 @@ def test_what_has_nothing_to_measure_is_named(capsys):
 
 @pytest.fixture
 def repository(tmp_path):
-    """This package as a small repository, with a commit in which one operator is wrong and one is not there."""
+    """This package as a small repository with a commit in which one operator is wrong and one is missing."""
     root = tmp_path / "repository"
     shutil.copytree(ROOT / "peft_kernels", root / "peft_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "bench"))
     package = root / "peft_kernels" / "ops" / "__init__.py"

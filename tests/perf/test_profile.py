@@ -1,4 +1,4 @@
-"""``peft-kernels profile`` on tiny models: that it runs, writes what it says, and finds disagreements; no figure is checked."""
+"""``peft-kernels profile`` on tiny models: it runs, writes what it reports, and finds disagreements; no measured number is checked."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ OTHER_SIZES = {"batch": 2, "length": 11}
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny products on threads that other test processes hold up are slow for nothing."""
+    """Use one thread: tiny matmuls are slow on threads that other test processes hold up."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def one_thread():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Makes a folder with a tiny model, and a tokenizer where it is an encoder."""
+    """Make a folder with a tiny model, and a tokenizer if it is an encoder."""
 
     def make(kind):
         torch.manual_seed(0)
@@ -110,7 +110,7 @@ def test_method(kind, method, train, candidates, checkpoint, tmp_path):
     expected = {"generate": (18, "tokens"), "first token": (6, "tokens"), "training step": (6, "streams")} if method == "pid" else {}
     assert {(row.items, row.item) for row in found.rows} == {expected.get(phase, (2, "samples")) for phase in phases}
     assert not operators_in(tmp_path / "out" / f"{stem}_stock.trace.json.gz")
-    # T5 trains with attention dropout, which no operator of ours has
+    # T5 trains with attention dropout, which our operators do not support
     assert bool(operators_in(tmp_path / "out" / f"{stem}_ours.trace.json.gz")) == ((method, train) != ("pid", True))
 
 
@@ -140,7 +140,7 @@ def test_sweep_makes_a_plot_for_each_axis_and_starts_at_the_first_values(checkpo
     shapes = [(phase, dict(shape)) for _, shape, _, _, phase in found]
     generated = [(2, 2), (4, 2), (2, 3)]
     assert [(s["streams"], s["new_tokens"]) for phase, s in shapes if phase == "generate"] == generated
-    assert [s["streams"] for phase, s in shapes if phase == "first token"] == [2, 4]  # the same whatever follows
+    assert [s["streams"] for phase, s in shapes if phase == "first token"] == [2, 4]  # independent of the new tokens
     for axis in ("streams", "new_tokens"):
         assert (tmp_path / "out" / f"profile_pid_{axis}.png").read_bytes().startswith(b"\x89PNG")
     points = {axis: {(row.shape["streams"], row.shape["new_tokens"]) for row in along["generate"]} for axis, along in sides}

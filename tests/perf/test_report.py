@@ -1,4 +1,4 @@
-"""The page and the README's figures, from rows of the tests' own and from those of the repository."""
+"""The page and the README's figures, from rows made here and from those of the repository."""
 
 import re
 from dataclasses import replace
@@ -66,7 +66,7 @@ def test_pages_show_what_the_result_files_give():
 
 
 def test_picture_shows_what_the_result_files_give():
-    """The ranges in words: coordinates and markup depend on matplotlib's version."""
+    """Compare the ranges in words: coordinates and markup depend on matplotlib's version."""
     kept = ElementTree.fromstring((ROOT / "docs/images/methods.svg").read_text())
     made = ElementTree.fromstring(picture(load([ROOT / "benchmarks/results"])))
     name = "{http://www.w3.org/2000/svg}desc"
@@ -96,7 +96,7 @@ def test_every_operator_belongs_to_a_method():
 
 
 def test_known_names_are_those_of_the_rows():
-    """A baseline that is quoted or set apart by name would silently vanish once a benchmark renames it."""
+    """A baseline that is quoted or excluded by name would vanish silently once a benchmark renames it."""
     candidates: dict[str, set[str]] = {}
     for machine in load([ROOT / "benchmarks/results"]):
         for case in machine.cases:
@@ -148,7 +148,7 @@ def test_a_baseline_that_was_not_run_is_shown_with_its_reason(folder):
 
 
 def test_rows_alone_drive_the_page(folder):
-    """A benchmark that nobody knows, and ours without anything beside it."""
+    """An unknown benchmark, and ours without other candidates."""
     text = text_of(
         page(load([folder(new=results([Row(benchmark="brand new", shape={}, dtype="int8", phase="forward", candidate=OURS, median_s=1.0)]))]))
     )

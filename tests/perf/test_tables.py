@@ -1,4 +1,4 @@
-"""Tables of the terminal, narrow and wide."""
+"""Tables for narrow and wide terminals."""
 
 import pytest
 from rich.console import Console

@@ -1,4 +1,4 @@
-"""The tuner on tiny targets in Triton's interpreter, with a clock that says what it is told to."""
+"""The tuner on tiny targets in Triton's interpreter, with a clock that returns given times."""
 
 import json
 
@@ -33,12 +33,12 @@ def here(device, tmp_path, monkeypatch):
 
 @pytest.fixture
 def target(here) -> Target:
-    """(4, 8): eight words, BW 8 and BD 256."""
+    """The row (4, 8) of the table: eight words, BW 8 and BD 256."""
     return next(p for p in targets("label_logits", torch.float32, here, TINY) if p.site.kernel == "forward" and p.site.key == (4, 8))
 
 
 def clock(seconds, asked):
-    """A timer that runs nothing: ``seconds`` of a candidate's options. What is compared goes to ``asked``."""
+    """A timer that runs nothing: ``seconds`` maps a candidate's config to its time. ``asked`` collects the compared candidates."""
 
     def timer(functions):
         asked.append(list(functions))
@@ -95,7 +95,7 @@ def test_keeps_what_ships_where_nothing_is_faster_by_more_than_the_noise(target,
 
 
 def test_wins_only_in_the_last_comparison_too(target, here):
-    """What was fast once was luck."""
+    """A config that is fast only once is not kept."""
     rounds = []
 
     def timer(functions):
@@ -128,7 +128,7 @@ def test_refuses_what_fails_and_what_is_wrong(target, here, monkeypatch):
     assert reasons.pop("BW=4 BD=256 num_warps=4 num_stages=1") == "MemoryError: shared memory"
     assert set(reasons) == {f"BW=8 BD={columns} num_warps=4 num_stages=1" for columns in (128, 512)}
     assert all(reason.startswith("wrong result: differs from the shipped result by") for reason in reasons.values())
-    assert len(list(tune.mistakes([outcome]))) == 4  # with other warps, too
+    assert len(list(tune.mistakes([outcome]))) == 4  # also with other numbers of warps
 
 
 def test_neighbours_stay_within_bounds():
@@ -139,7 +139,7 @@ def test_neighbours_stay_within_bounds():
     assert {**options, "BM": 128} in found and {**options, "num_stages": 4} in found and {**options, "BN": 32, "num_warps": 16} in found
     assert all(one["BN"] >= 16 and one["num_stages"] <= 5 for one in found)
     assert {**options, "BM": 128, "BN": 32, "num_warps": 4} not in tune.neighbours({**options, "BM": 128, "num_warps": 4}, shipped, kernel)
-    double = tuned.kernels()["shared_cross_attention"]["key_value_grad"]  # of two gradients
+    double = tuned.kernels()["shared_cross_attention"]["key_value_grad"]  # has two gradients
     assert {**options, "num_warps": 4} in found and {**options, "num_warps": 4} not in tune.neighbours(options, shipped, double)
     assert {one["num_stages"] for one in tune.neighbours({**options, "num_stages": 1}, shipped, kernel)} == {1}
 

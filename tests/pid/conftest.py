@@ -5,7 +5,7 @@ from peft_kernels import pid
 
 @pytest.fixture
 def swapped():
-    """``pid.enable`` for the length of one test."""
+    """``pid.enable`` for the duration of one test."""
     models = []
 
     def enable(model, **kwargs):

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and what stock transformers makes of them: the truth that the swap is held against."""
+"""Tiny random models of every family, and the outputs of stock transformers for them: the truth for the enabled model."""
 
 import copy
 import inspect
@@ -12,7 +12,7 @@ from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderM
 
 transformers.logging.set_verbosity_error()
 
-# 5.17's UMT5 attends to the future of a prompt with sdpa where no mask says otherwise: eager tells the truth there
+# 5.17's UMT5 attends to the future of a prompt with sdpa if no mask prevents it: eager is right
 UMT5_SDPA_IS_CAUSAL = "is_causal=config.is_decoder" in inspect.getsource(inspect.getmodule(transformers.UMT5ForConditionalGeneration))
 
 VOCAB, PAD, EOS = 99, 0, 1
@@ -62,9 +62,9 @@ RELATIVE = [name for name in TEXT_FAMILIES if "t5" in name]
 
 
 def build(family: str, attention: str | None = None, seed: int = 0, **changes) -> transformers.PreTrainedModel:
-    """A model in eval mode whose weights depend on the arguments alone; large weights, so that its tokens depend on all it reads.
+    """A model in eval mode whose weights depend on the arguments alone; they are large, so that its tokens depend on everything that it reads.
 
-    ``attention`` None: what transformers takes, sdpa where the family has it (LongT5 and BigBirdPegasus: eager).
+    ``attention`` None: transformers' default, sdpa if the family has it (LongT5 and BigBirdPegasus: eager).
     """
     torch.manual_seed(seed)
     if family == "umt5" and attention is None and not UMT5_SDPA_IS_CAUSAL:
@@ -104,7 +104,7 @@ def _loud(model):
 
 @cache
 def shared(family: str, attention: str | None = None) -> transformers.PreTrainedModel:
-    """One model per process for tests that leave it as it was."""
+    """One model per process, for tests that do not change it."""
     return build(family, attention)
 
 
@@ -126,7 +126,7 @@ _rounding_of_logits: dict[str, float] = {}
 
 
 def rounding_of_logits(model) -> float:
-    """The root mean square by which logits are off those of float64, as a share of theirs; measured once per configuration."""
+    """The root mean square error of logits against float64, relative to the logits; measured once per configuration."""
     key = f"{type(model)} {model.config.to_dict()}"
     if key not in _rounding_of_logits:
         name, generator = model.main_input_name, torch.Generator().manual_seed(1)
@@ -143,7 +143,7 @@ def rounding_of_logits(model) -> float:
 
 @contextmanager
 def moved_logits(model, times: float = 16.0):
-    """Within, every logit moves by ``times`` what rounding moves it, at random."""
+    """Context in which every logit is perturbed at random by ``times`` its rounding error."""
     share, generator = times * rounding_of_logits(model), torch.Generator().manual_seed(0)
 
     def move(module, args, logits):
@@ -158,9 +158,9 @@ def moved_logits(model, times: float = 16.0):
 
 
 def decided(model, generate, of=lambda output: output):
-    """What ``generate()`` gives, once it is shown that rounding decides none of its tokens, those of ``of`` its result.
+    """The result of ``generate()``, after checking that rounding decides none of its tokens, which ``of`` takes from the result.
 
-    All that rounding changes on the way to a token comes out at the logits. To move those, by 16 times what they are off those of float64,
+    All rounding on the way to a token shows at the logits. Perturbing those, by 16 times their error against float64,
     takes one more run; ``Rounding`` in every operation takes as long as eight.
     """
     before = torch.get_rng_state()
@@ -177,7 +177,7 @@ def start_of(model) -> int:
 
 
 def tail(row: list[int]) -> list[int]:
-    """Generated ids up to the end token; where there is none, without trailing padding."""
+    """Generated ids up to the end token; if there is none, without trailing padding."""
     if EOS in row:
         return row[: row.index(EOS) + 1]
     while row and row[-1] == PAD:

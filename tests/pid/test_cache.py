@@ -1,4 +1,4 @@
-"""The growing cache layer holds what the stock layer holds, whatever is done to both in between."""
+"""The growing cache layer holds the same as the stock layer after the same operations."""
 
 import torch
 from transformers.cache_utils import DynamicLayer

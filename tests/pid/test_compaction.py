@@ -1,4 +1,4 @@
-"""Streams that have ended are no longer decoded once most have; nobody sees it but the clock."""
+"""Finished streams are no longer decoded once most have finished; only the time changes."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ class EarlyEnds(LogitsProcessor):
 
 
 def run(model, x, steps, **kwargs):
-    """The output and the number of rows that every decoder call saw."""
+    """The output, and the number of rows of every decoder call."""
     rows = []
     handle = model.get_decoder().register_forward_hook(lambda module, args, out: rows.append(out[0].shape[0]), always_call=True)
     torch.manual_seed(7)
@@ -53,7 +53,7 @@ def test_tokens_are_stock_from_fewer_rows(family, ends, kwargs, swapped):
     assert set(stock_rows) == {9} and len(rows) == len(stock_rows)
     unfinished = [sum(end >= step for end in ends) for step in range(len(rows))]
     assert all(alive <= count for alive, count in zip(unfinished, rows))
-    if ends != [1] * 9:  # there all end before the first look
+    if ends != [1] * 9:  # there all end before the first check
         assert min(rows) == min(unfinished) < 9 and sum(rows) < 0.7 * sum(stock_rows)
 
 

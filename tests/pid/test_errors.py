@@ -1,4 +1,4 @@
-"""What does not work is said, with what was expected and what came."""
+"""Unsupported calls raise errors that name the expected and the given values."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_what_is_no_model_is_named():
 
 
 def test_a_family_without_its_head_is_refused_or_works():
-    """EncoderDecoderModel around a decoder that has no cross-attention we know."""
+    """EncoderDecoderModel around a decoder whose cross-attention is unknown."""
     with pytest.raises(ValueError, match="model_type 't5'.*not supported|cross-attention"):
         pid.enable(transformers.T5EncoderModel(transformers.T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, vocab_size=20)))
 
@@ -154,7 +154,7 @@ def test_rows(family, rows, index, message, swapped):
         model.generate(**inputs(), decoder_input_ids=ids, max_new_tokens=2, **extra)
     with pytest.raises(ValueError, match=message):
         model(**inputs(), decoder_input_ids=ids, **extra)
-    assert model(**inputs(), decoder_input_ids=ids[:3]).logits.shape[0] == 3  # nothing of the failed calls is left
+    assert model(**inputs(), decoder_input_ids=ids[:3]).logits.shape[0] == 3  # the failed calls leave nothing behind
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])

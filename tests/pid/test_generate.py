@@ -1,4 +1,4 @@
-"""Plain ``model.generate`` on an enabled model: token for token what stock transformers gives, from shared keys and values."""
+"""Plain ``model.generate`` on an enabled model: the same tokens as stock transformers, from shared keys and values."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ MODES = {
 
 def generate(model, x, **kwargs):
     torch.manual_seed(3)
-    return model.generate(**x, **{"max_new_tokens": 10, "no_repeat_ngram_size": 2, **kwargs})  # without repetition tokens tell more
+    return model.generate(**x, **{"max_new_tokens": 10, "no_repeat_ngram_size": 2, **kwargs})  # repeated tokens tell less
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -32,7 +32,7 @@ def generate(model, x, **kwargs):
 def test_tokens_are_stock(family, mode, swapped):
     model, x, kwargs = shared(family), inputs(), MODES[mode]
     stock = decided(model, lambda: generate(model, x, **kwargs))
-    assert stock.unique().numel() > 6  # else nothing would be compared
+    assert stock.unique().numel() > 6  # otherwise the comparison would be empty
     assert torch.equal(generate(swapped(model), x, **kwargs), stock)
 
 
@@ -84,7 +84,7 @@ def test_encoder_outputs_can_be_handed_in(family, swapped):
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_more_decoder_rows_than_inputs(family, swapped):
-    """Decoder prefixes of equal length straight through ``generate``: N = b * M rows."""
+    """Decoder prefixes of equal length go straight through ``generate``: N = b * M rows."""
     model, x = shared(family), inputs()
     ids = torch.randint(4, 99, (6, 3), generator=torch.Generator().manual_seed(5))
     repeated = {k: v.repeat_interleave(2, 0) for k, v in x.items()}
@@ -139,7 +139,7 @@ def test_prefill_computes_the_last_position_only(family, swapped):
 
 
 def test_dtype_bfloat16_generates_from_shared_keys(swapped):
-    """In bfloat16 roundings differ, so tokens may; the logits of the first step may not, beyond the type's precision."""
+    """In bfloat16 rounding differs, so tokens may; the logits of the first step agree within the precision of the type."""
     model, x = build("t5").bfloat16(), inputs()
     settings = {"num_return_sequences": 2, "do_sample": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1}
     truth = generate(build("t5").double(), x, **settings).logits[0]

@@ -1,4 +1,4 @@
-"""``enable`` and ``disable`` leave no trace; copies, saved models and adapters are what they would be without them."""
+"""``enable`` and ``disable`` leave no trace; copies, saved models and adapters are the same as without them."""
 
 import copy
 
@@ -15,7 +15,7 @@ BEAMS = {"num_beams": 3, "max_new_tokens": 8, "no_repeat_ngram_size": 2}
 
 
 def everything(model):
-    """All that can be seen of a model: attributes and hooks of every module, classes, configurations."""
+    """All visible state of a model: attributes and hooks of every module, classes, configurations."""
     seen = {}
     for name, module in model.named_modules():
         seen[name] = type(module), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items() if k not in ("_modules", "config")}

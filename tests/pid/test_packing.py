@@ -1,4 +1,4 @@
-"""Decoding on packed weights: the same tokens, and no trace afterwards."""
+"""Decoding with packed weights: the same tokens, and no trace afterwards."""
 
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
@@ -23,7 +23,7 @@ BEAMS = {"num_beams": 3, "max_new_tokens": 10, "no_repeat_ngram_size": 2}
 
 
 class Watch(LogitsProcessor):
-    """Called once a step: looks at the model's linear layers, then does what it was told."""
+    """Called once a step: records which linear layers have a packed forward, then calls ``then``."""
 
     def __init__(self, model, then=lambda: None):
         self.model, self.then, self.seen = model, then, []
@@ -154,7 +154,7 @@ def test_merged_adapters_are_noticed(swapped):
 
 
 def assert_packed_weights_are_the_layers(model):
-    """The packed product of every layer is that of its weight as it is now."""
+    """The packed matmul of every layer uses its current weight."""
     with packing.packed_linears(model), torch.no_grad():
         packed = packing._packed.get()
         assert set(packed) == set(packing._linears(model))
@@ -164,7 +164,7 @@ def assert_packed_weights_are_the_layers(model):
 
 
 def test_threads_with_and_without_packed_weights(swapped):
-    """A forward in another thread, while this one generates, runs on plain weights and has gradients."""
+    """A forward in another thread uses plain weights and has gradients while this thread generates."""
     model = swapped(build("t5"))
     with packing.packed_linears(model), ThreadPoolExecutor(1) as pool:
         assert pool.submit(packing._packed.get).result() is None
@@ -175,7 +175,7 @@ def test_threads_with_and_without_packed_weights(swapped):
 
 
 def test_gradients_go_through_plain_weights(swapped):
-    """The packed product has none; whoever turns gradients on within ``generate`` gets those of ``nn.Linear``."""
+    """The packed matmul has no gradient; enabling gradients within ``generate`` gives those of ``nn.Linear``."""
     model, labels = swapped(build("t5")), torch.randint(4, 99, (6, 4))
 
     def gradients():
@@ -200,7 +200,7 @@ def test_packed_copies_go_with_disable_and_with_the_model():
 
 
 def test_bypassed_linears_keep_their_own_forward(swapped):
-    """A forward that somebody else has put on a layer stays."""
+    """A forward that other code has put on a layer stays."""
     model = swapped(build("t5"))
     calls, layer = [], model.get_output_embeddings()
     layer.forward = lambda x: (calls.append(1), nn.Linear.forward(layer, x))[1]

@@ -1,4 +1,4 @@
-"""``pid.generate``: many prompts of one input, against every stream decoded alone by stock transformers."""
+"""``pid.generate`` with many prompts of one input, against every stream decoded alone by stock transformers."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ MODES = {
 
 
 def log_probs(model, x, i, prompt, tokens):
-    """Log-probabilities of one stream's tokens by one stock forward without a cache."""
+    """Log-probabilities of one stream's tokens, from one stock forward without a cache."""
     ids = torch.tensor([[start_of(model), *prompt, *tokens]])
     with torch.no_grad():
         logits = model(**{k: v[i : i + 1] for k, v in x.items()}, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids)).logits
@@ -49,7 +49,7 @@ def test_encoder_masks(family, mask, swapped):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["t5", "umt5", "bart", "marian", "m2m_100", "encoder-decoder"])
 def test_scores_are_log_probabilities_of_the_tokens(family, attention, kwargs, swapped):
-    """This tells wrong positions where tokens happen to agree."""
+    """Scores reveal wrong positions even if the tokens agree by chance."""
     if (family, attention) == ("umt5", "sdpa") and not UMT5_SDPA_IS_CAUSAL:
         pytest.skip("stock is not causal here")
     model, x = shared(family, attention), inputs()
@@ -75,7 +75,7 @@ def test_scores_in_the_nesting_of_returned_sequences(family, swapped):
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_sampling_draws_what_repeated_inputs_draw(family, swapped):
-    """Prompts of one length: the same rows in the same order, so the same random numbers."""
+    """Prompts of one length give the same rows in the same order, so the same random numbers."""
     model, x, prompts = shared(family), inputs(), [[5, 6], [7, 8]]
     kwargs = {"do_sample": True, "num_return_sequences": 3, "temperature": 3.0, "max_new_tokens": 8}
     ids = torch.tensor([[start_of(model), *p] for p in prompts] * 3)
@@ -91,7 +91,7 @@ def test_sampling_draws_what_repeated_inputs_draw(family, swapped):
 
 @pytest.mark.parametrize("family", ["t5", "umt5", "bart", "encoder-decoder"])
 def test_one_prompt_each(family, swapped):
-    """Nothing is shared, but prompts differ in length: positions still have to be right."""
+    """Nothing is shared, but prompts differ in length: positions must still be right."""
     model, x, prompts = shared(family), inputs(), [[[5, 6, 7]], [[7]], [[8, 9]]]
     expected = stock_streams(model, x, prompts, max_new_tokens=8)
     for cache in ("dynamic", "static"):
@@ -107,7 +107,7 @@ def test_inputs_without_prompts(family, swapped):
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_use_cache_false(family, swapped):
-    """Without a cache prompts of one length are exact; of different length they are refused, for positions come from the cache."""
+    """Without a cache prompts of equal length are exact; those of different lengths are refused, because positions come from the cache."""
     model, x, prompts = shared(family), inputs(), [[5, 6], [7, 8]]
     expected = stock_streams(model, x, [prompts] * 3, max_new_tokens=6)
     assert pid.generate(swapped(model), prompts=prompts, **x, max_new_tokens=6, use_cache=False).sequences == expected

@@ -1,4 +1,4 @@
-"""N labelled streams on b encoded inputs: loss and every gradient are those of inputs repeated N / b times."""
+"""N labelled streams on b encoded inputs: the loss and every gradient equal those of inputs repeated N / b times."""
 
 import copy
 
@@ -28,7 +28,7 @@ def step(model, x, **kwargs):
 
 
 def assert_like_repeated(model, x, index, **kwargs):
-    """Loss, logits and every gradient are stock's on repeated inputs, in float64 and in float32."""
+    """Assert that loss, logits and every gradient equal stock's on repeated inputs, in float64 and in float32."""
     stock, labels = copy.deepcopy(model), labels_of(len(index))
     pid.enable(model)
     repeated, extra = {k: v[index] for k, v in x.items()}, {} if index is UNIFORM else {"encoder_index": index}
@@ -69,7 +69,7 @@ def test_gradient_checkpointing(family, index, reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_two_checkpointed_forwards_before_a_backward(family, reentrant):
-    """What a layer is run again with must be its own forward's, not the latest."""
+    """A layer that runs again must use the values of its own forward, not of the latest one."""
     model = checkpointed(family, reentrant)
     first, second = inputs(3, seed=1), inputs(2, 7, "left", seed=2)
     calls = [(first, torch.tensor([0, 0, 0, 2]), labels_of(4)), (second, torch.tensor([0, 1, 1]), labels_of(3))]
@@ -116,7 +116,7 @@ def test_frozen_but_one_query_projection(family):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("index", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
 def test_attention_dropout_is_taken(attention, index):
-    """In training outputs scatter around those without dropout, as far as stock's do; in eval mode they do not."""
+    """In training, outputs scatter around those without dropout as far as stock's do; in eval mode they do not scatter."""
     model, x = build("bart", attention, attention_dropout=0.2, decoder_layers=1, encoder_layers=1), inputs()
     module = model.get_decoder().layers[0]
     model.get_encoder().train(False)
@@ -184,7 +184,7 @@ def test_targets_without_tokens_count_nothing():
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_the_index_by_its_older_names(family):
-    """The decoder takes it too, and so does EncoderDecoderModel with the prefix of its decoder's arguments."""
+    """The decoder accepts it too, and so does EncoderDecoderModel with its prefix for decoder arguments."""
     model, x, labels = pid.enable(build(family)), inputs(), labels_of(6)
     by_name = model(**x, labels=labels, encoder_index=RAGGED).loss
     name = "decoder_encoder_index" if family == "encoder-decoder" else "encoder_index"

@@ -42,7 +42,7 @@ def test_cross_attention_weights_are_stock(family, index, mask, swapped):
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_weights_while_generating(family, swapped):
-    model, x = build(family, "eager").double(), inputs()  # where rounding decides the order of two beams, their weights change places
+    model, x = build(family, "eager").double(), inputs()  # if rounding decided the order of two beams, their weights would be swapped
 
     def generate(model):
         out = model.generate(**x, num_beams=3, max_new_tokens=5, output_attentions=True, return_dict_in_generate=True)
@@ -55,7 +55,7 @@ def test_weights_while_generating(family, swapped):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_decoder_step_compiles_as_one_graph(family, attention):
-    """Four streams per input, one token on top of six, keys and values of the inputs in the cache."""
+    """Four streams per input, one token after six, with the inputs' keys and values in the cache."""
     model, x = pid.enable(build(family, attention)), inputs(2, mask="full")
     ids = torch.randint(4, 99, (8, 7), generator=torch.Generator().manual_seed(1))
 
@@ -71,7 +71,7 @@ def test_decoder_step_compiles_as_one_graph(family, attention):
 
 
 def test_labelled_streams_compile():
-    """Training, with the graph broken where lengths are read."""
+    """Training, with a graph break where lengths are read."""
     model, x, extra = pid.enable(build("bart").double()), inputs(), {"encoder_index": INDEX["ragged"]}
     labels = torch.randint(4, 99, (6, 4), generator=torch.Generator().manual_seed(1))
     twin = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Whisper: one recording, several beams or samples; it has neither prompts of text nor an encoder mask."""
+"""Whisper: one recording, several beams or samples; it has no text prompts and no encoder mask."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_tokens_are_stock(kwargs, attention, x, swapped):
 
 
 def test_streams_that_end_early(x, swapped):
-    """For samples Whisper repeats the recordings itself: nothing is shared, nothing dropped, nothing wrong."""
+    """For samples Whisper repeats the recordings itself: nothing is shared or dropped, and the result is right."""
     model, ends = shared("whisper"), [99, 99, 99, 2, 1, 1, 1, 1, 1]
     kwargs = {"do_sample": True, "num_return_sequences": 3, "temperature": 3.0}
     stock = decided(model, lambda: generate(model, x, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), **kwargs))
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_repeated_inputs(x, use_cache):
 
 
 def test_ragged_streams_see_their_own_clip(x, swapped):
-    """Whisper's decoder takes no mask for the index to travel in: each stream gets encoder states of its own."""
+    """Whisper's decoder takes no mask that could carry the index: each stream gets its own encoder states."""
     model, index, ids = shared("whisper"), torch.tensor([0, 0, 1, 2]), torch.randint(4, 99, (4, 3))
     features = x["input_features"]
     expected = WithinRounding(lambda: model(input_features=features[index], decoder_input_ids=ids).logits)

@@ -1,4 +1,4 @@
-"""PiD in code that exists: other adapters, autocast, quantised weights, pickles, threads, a changed attention function, offload."""
+"""PiD in existing code: other adapters, autocast, quantised weights, pickles, threads, a changed attention function, offload."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ BEAMS = {"num_beams": 3, "max_new_tokens": 8, "no_repeat_ngram_size": 2}
 
 
 def loud(model, *names):
-    """Adapter parameters that matter, the same for every model that is built alike."""
+    """Set adapter parameters that are large enough to matter, the same for equally built models."""
     torch.manual_seed(6)
     for name, p in sorted(model.named_parameters()):
         if any(part in name for part in names):
@@ -39,7 +39,7 @@ def with_two_adapters(model, family="t5"):
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {}], ids=["beams", "returned", "greedy"])
 def test_an_adapter_for_each_row(family, kwargs):
-    """Each row's keys and values are its own adapter's."""
+    """Each row's keys and values are those of its own adapter."""
     x, names = inputs(b=3), ["a", "b", "__base__"]
     kwargs = {**BEAMS, "num_beams": 1, **kwargs, "adapter_names": names, "encoder_no_repeat_ngram_size": 3}
     stock = with_two_adapters(build(family), family)
@@ -55,7 +55,7 @@ def test_an_adapter_for_each_row(family, kwargs):
 @pytest.mark.parametrize("enabled_first", [True, False])
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_learned_prompts(family, enabled_first, config):
-    sizes = {"num_heads": 4, "d_kv": 8} if family == "t5" else {}  # prefix tuning takes heads that divide the width
+    sizes = {"num_heads": 4, "d_kv": 8} if family == "t5" else {}  # prefix tuning needs heads that divide the width
 
     def adapted(model):
         torch.manual_seed(6)
@@ -83,7 +83,7 @@ def test_learned_prompts(family, enabled_first, config):
 
 @pytest.mark.parametrize("family", ["t5", "bart", "umt5"])
 def test_autocast(family, swapped):
-    """The loss is stock's within the rounding of bfloat16, and packed weights stay out."""
+    """The loss equals stock's within the rounding of bfloat16, and no packed weights are used."""
     model, x = build(family), inputs()
     labels, index = torch.randint(4, 99, (6, 4)), torch.arange(3).repeat_interleave(2)
 
@@ -102,7 +102,7 @@ def test_autocast(family, swapped):
 
 
 class Quantised(torch.Tensor):
-    """A weight like torchao's: a subclass that knows how to multiply, and has no plain storage to pack."""
+    """A weight like torchao's: a subclass with its own matmul and without plain storage to pack."""
 
     @staticmethod
     def __new__(cls, weight):
@@ -174,7 +174,7 @@ def test_attention_function_changed_afterwards(family, name):
 
 
 def test_whisper_token_timestamps_and_long_form():
-    """transformers sets "eager" inside of the former; the latter's mask is of input frames, not of states."""
+    """transformers sets "eager" inside the former; the latter's mask covers input frames, not states."""
 
     def whisper():
         model = build("whisper")
@@ -197,7 +197,7 @@ def test_whisper_token_timestamps_and_long_form():
 
 
 def test_offloaded_weights(tmp_path):
-    """accelerate keeps weights on meta outside of their module's forward."""
+    """accelerate keeps weights on meta outside their module's forward."""
     x, prompts = inputs(), [[5], [6, 7, 8]]
     for family in ("bart", "m2m_100", "t5"):
         expected = pid.generate(pid.enable(build(family)), prompts=prompts, **x, max_new_tokens=6).sequences
@@ -218,7 +218,7 @@ class Failing(LogitsProcessor):
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_threads(family):
-    """One model, 8 threads: prompts of different length, beams, losses and calls that fail, 1,000 in all."""
+    """One model, 8 threads: prompts of different lengths, beams, losses and failing calls, 1,000 in all."""
     model = pid.enable(build(family))
     xs = [inputs(b=1 + i % 3, n=5 + i, seed=i) for i in range(8)]
     prompts = [[[5] * (1 + (i + j) % 4) for j in range(3)] for i in range(8)]
@@ -242,7 +242,7 @@ def test_threads(family):
 
 
 def test_calls_leave_nothing_behind():
-    """Tensors that are alive after 10 calls and after 110."""
+    """Compare the live tensors after 10 and after 110 calls."""
     import gc
 
     model, x = pid.enable(build("t5")), inputs()
@@ -259,7 +259,7 @@ def test_calls_leave_nothing_behind():
 
 
 def test_steps_by_hand_on_a_returned_cache():
-    """Keys and values of a cache that the model has filled are its inputs', with their lengths."""
+    """The keys and values in a cache that the model has filled are those of its inputs, with their lengths."""
     model, x = pid.enable(build("t5")), inputs()
     ids = torch.randint(4, 99, (6, 5))
     whole = WithinRounding(lambda: model(**x, decoder_input_ids=ids).logits[:, 3:])
@@ -278,7 +278,7 @@ def test_copies_are_apart():
 
 @pytest.mark.parametrize("version", ["5.16.1", "5.99.0", "6.0.0"])
 def test_versions_outside_of_the_range_are_refused(version, monkeypatch):
-    monkeypatch.setattr(names, "TESTED", ((5, 17), (5, 24)))  # --untested-transformers has another
+    monkeypatch.setattr(names, "TESTED", ((5, 17), (5, 24)))  # --untested-transformers changes it
     monkeypatch.setattr(names.transformers, "__version__", version)
     with pytest.raises(ImportError, match=rf"pid.enable .* 5\.17 to 5\.24, but {version} is installed: pip install 'transformers>=5\.17,<5\.25'"):
         pid.enable(build("t5"))

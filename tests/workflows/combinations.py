@@ -1,4 +1,4 @@
-"""The combinations of methods that the matrix has, on tiny random models."""
+"""The combinations of methods in the matrix, on tiny random models."""
 
 import torch
 import transformers
@@ -53,7 +53,7 @@ def tokenizer(folder):
 
 
 def put_on(model, name: str):
-    """One method more; the parameters of adapters are random and the same each time."""
+    """Add one method; its adapter parameters are random and reproducible."""
     if name == "PiD":
         return pid.enable(model)
     if name == "fuse":
@@ -71,7 +71,7 @@ def put_on(model, name: str):
 
 
 def build(combination: str, folder, without: tuple[str, ...] = ()):
-    """The model of a combination. ``without``: methods that are left out."""
+    """The model of a combination. ``without``: methods to leave out."""
     if combination == "DecT":
         return _dect(folder)
     if combination == "Y-Tuning":
@@ -94,7 +94,7 @@ def _dect(folder):
 
 
 def inputs(combination: str, seed: int = 1) -> dict:
-    """Two rows, the second padded; labels where the loss has some."""
+    """Two rows, the second padded; with labels if the loss needs them."""
     generator = torch.Generator().manual_seed(seed)
     if combination == "Y-Tuning":
         features = torch.randn(2, 6, 32, generator=generator)
@@ -112,14 +112,14 @@ def inputs(combination: str, seed: int = 1) -> dict:
 
 
 def repeated(x: dict) -> dict:
-    """The inputs of PiD as the stock model takes them: a row for each stream."""
+    """The inputs of PiD in the stock model's form: a row for each stream."""
     streams = x["labels"].shape[0] // x["input_ids"].shape[0]
     return {k: v if k == "labels" else v.repeat_interleave(streams, 0) for k, v in x.items()}
 
 
 @torch.no_grad()
 def result(model, x: dict, tokens: bool = True, numbers: bool = True) -> dict:
-    """What a user sees of a call: tokens of a beam search and the loss, or logits."""
+    """The visible results of a call: tokens of a beam search and the loss, or logits."""
     if not ("labels" in x and hasattr(model, "generate") and model.config.is_encoder_decoder):
         return {"logits": model(**x).logits}
     asked, found = {k: x[k] for k in ("input_ids", "attention_mask")}, {}
@@ -129,7 +129,7 @@ def result(model, x: dict, tokens: bool = True, numbers: bool = True) -> dict:
 
 
 class Expected:
-    """What ``model`` gives for ``x``: numbers up to rounding, and tokens that rounding does not decide."""
+    """The expected output of ``model`` for ``x``: numbers up to rounding, and tokens that rounding does not decide."""
 
     def __init__(self, model, x: dict):
         self.tokens = result(model, x, numbers=False).get("tokens")

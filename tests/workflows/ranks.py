@@ -9,7 +9,7 @@ from torch import distributed
 
 
 def gradients(model, x) -> dict:
-    """Of the trained parameters, whole where they are shards."""
+    """The gradients of the trained parameters, gathered if they are sharded."""
     model.zero_grad()
     model.train()(**x).loss.backward()
     grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -34,7 +34,7 @@ def fsdp2(model):
 
 
 def rank(number: int, ranks: int, rows: list[str], wrap, folder) -> None:
-    """Raises where the gradients are not those of one process."""
+    """Raise if the gradients differ from those of one process."""
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / "store"), ranks)
     distributed.init_process_group("gloo", store=store, rank=number, world_size=ranks, timeout=timedelta(seconds=120))

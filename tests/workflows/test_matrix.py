@@ -1,7 +1,7 @@
-"""Methods, alone and together, in what users do with a model: every cell is right, or refused in a sentence.
+"""Methods, alone and together, in typical uses of a model: every cell is right, or refused in a sentence.
 
-A row is a combination of methods in the order in which they are put on, a column a test. ``OF_PEFT`` has the cells in which another method
-of PEFT fails without ours as well.
+A row is a combination of methods in the order in which they are added, a column a test. ``OF_PEFT`` lists the cells in which another PEFT
+method fails without ours as well.
 """
 
 import copy
@@ -30,7 +30,7 @@ OF_PEFT = {
 
 @cache
 def expected_of(row, folder, seed=1):
-    """What a model gives to which nothing happens."""
+    """The results of an unchanged model."""
     return Expected(build(row, folder), inputs(row, seed))
 
 
@@ -50,9 +50,9 @@ def test_equals_the_stock_model(row, tmp_path):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_train_then_use(row, tmp_path):
-    """After steps of the Trainer's default optimizer, results are those of a model that never saw other weights."""
+    """After steps of the Trainer's default optimizer, results equal those of a model that has only had the new weights."""
     model, x = build(row, tmp_path), inputs(row)
-    result(model, x)  # what might be kept of the weights before is kept now
+    result(model, x)  # anything cached from the old weights is cached now
     if row == "DecT":
         with pytest.raises((ValueError, RuntimeError, NotImplementedError), match="DecT"):
             model.train()(**x).loss.backward()
@@ -74,7 +74,7 @@ def test_train_then_use(row, tmp_path):
 
 @pytest.mark.parametrize("row", ADAPTED)
 def test_merge(row, tmp_path, shared):
-    """LoRA and IA3 on top merge and unmerge; what cannot be merged says so."""
+    """LoRA and IA3 on top merge and unmerge; methods that cannot be merged say so."""
     model, x, expected = build(row, tmp_path), inputs(row), expected_of(row, shared)
     expected.check(result(model, x))
     top = [name for name in row.split(", ") if name not in ("PiD", "fuse")][-1]
@@ -92,7 +92,7 @@ def test_merge(row, tmp_path, shared):
 
 @pytest.mark.parametrize("row", ADAPTED)
 def test_save_and_load(row, tmp_path, shared):
-    """The adapter on top, saved and loaded on what is below it."""
+    """The adapter on top is saved, and loaded on the model below it."""
     model, x = build(row, tmp_path), inputs(row)
     names = row.removesuffix(" on BERT").split(", ")
     top = next(name for name in reversed(names) if name not in ("PiD", "fuse"))
@@ -135,7 +135,7 @@ def test_copies(row, how, tmp_path, shared):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_threads(row, tmp_path, shared):
-    """What one thread gives, up to rounding: libraries may share a sum among as many threads as are free."""
+    """All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are free."""
     model = build(row, tmp_path)
     xs = [inputs(row, seed) for seed in SEEDS]
     with ThreadPoolExecutor(4) as pool:
@@ -145,7 +145,7 @@ def test_threads(row, tmp_path, shared):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_autocast(row, tmp_path):
-    """Losses and logits within the rounding of bfloat16; of tokens the number."""
+    """Losses and logits agree within the rounding of bfloat16; tokens agree in number."""
     model, x = build(row, tmp_path), inputs(row)
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ def test_offload(row, tmp_path, shared):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_compile(row, tmp_path):
-    """One forward with a loss. PiD's reads the values of a padding mask once."""
+    """Compile one forward with a loss. With PiD it reads the values of the padding mask once."""
     model, x = build(row, tmp_path), inputs(row)
     with torch.no_grad():
         expected = WithinRounding(lambda: model(**x).loss)
@@ -186,7 +186,7 @@ def test_compile(row, tmp_path):
 
 @pytest.mark.parametrize("row", [row for row in ADAPTED if not row.endswith(("IA3", "prompt tuning", "prefix tuning"))])
 def test_mixed_batch(row, tmp_path):
-    """``adapter_names=``: each row has its adapter, and its head."""
+    """With ``adapter_names=`` each row has its adapter and its head."""
     model, x = build(row, tmp_path), inputs(row)
     x["labels"] = x["labels"][:2]
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
@@ -242,7 +242,7 @@ def test_refused_pairs(row, message):
 def test_prompt_tuning_above_dept():
     """Its vectors are the first tokens that DePT sees."""
     model, x = put_on(put_on(t5(), "DePT"), "prompt tuning"), inputs("DePT")
-    lower, vectors = model.base_model, model.get_prompt(2)[:, :3]  # those of the decoder follow
+    lower, vectors = model.base_model, model.get_prompt(2)[:, :3]  # the decoder's follow
     embeddings = torch.cat([vectors, lower.get_input_embeddings()(x["input_ids"])], 1)
     mask = torch.cat([torch.ones(2, 3, dtype=torch.long), x["attention_mask"]], 1)
     settings = {"max_new_tokens": 5, "num_beams": 2}
@@ -258,7 +258,7 @@ def test_generate_below_prefix_tuning_is_refused():
 
 
 def test_nothing_is_left_of_a_refusal():
-    """A model that refuses a method is the one it was."""
+    """A model that refuses a method is unchanged."""
     model = t5()
     with pytest.raises(ValueError, match="PASTA: model must be an encoder"):
         put_on(model, "PASTA")

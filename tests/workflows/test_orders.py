@@ -1,4 +1,4 @@
-"""Methods are put on and taken off in any order; results are those of what is left on."""
+"""Methods are added and removed in any order; the results are those of the methods that remain."""
 
 from functools import cache
 from itertools import permutations
@@ -22,13 +22,13 @@ def take_off(model, name):
 
 
 def plain(x, enabled):
-    """Labels for one stream of each input where PiD is off."""
+    """Labels for one stream per input if PiD is off."""
     return x if enabled else x | {"labels": x["labels"][:2]}
 
 
 @cache
 def expected_of(model_of, names: frozenset):
-    """With what is on, put on alone: adapters first, PiD last."""
+    """The results of a model with only the remaining methods: adapters first, PiD last."""
     model = model_of()
     for name in sorted(names, key=lambda name: (name in ("PiD", "fuse"), name)):
         model = put_on(model, name)

@@ -1,4 +1,4 @@
-"""The cache of features: what it holds, and what becomes of interrupted, damaged and stale ones."""
+"""The cache of features: its content, and the handling of interrupted, damaged and stale caches."""
 
 import json
 import pickle
@@ -32,7 +32,7 @@ def _contents(folder):
 
 
 class Counted:
-    """A model that counts its batches, and perhaps fails before one of them."""
+    """A model that counts its batches, and may fail before one of them."""
 
     def __init__(self, model, fails_at=None):
         self.model, self.fails_at, self.batches = model, fails_at, 0

@@ -1,4 +1,4 @@
-"""Models, texts and labels in the forms that users have; caches that several use, that are damaged, or that are no caches."""
+"""Models, texts and labels in the forms that users have; caches that are shared, damaged, or no caches at all."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def features(*arguments, **options):
 
 
 def in_one_batch(model, tokenizer, texts):
-    """What the stock model makes of every text, without padding."""
+    """The stock model's features of every text, without padding."""
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         states = model(**batch).last_hidden_state
@@ -128,7 +128,7 @@ def test_a_backbone_reads_padding_on_either_side():
 
 
 def test_threads_share_a_backbone(tmp_path):
-    """What one thread gives, up to rounding: libraries may share a sum among as many threads as are free."""
+    """All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are free."""
     tiny.backbone().save_pretrained(tmp_path / "backbone")
     model = tiny.model(backbone=str(tmp_path / "backbone"))
     batches = [torch.randint(5, 45, (1, n), generator=torch.Generator().manual_seed(n)) for n in range(3, 11)]

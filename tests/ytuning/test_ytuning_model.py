@@ -1,4 +1,4 @@
-"""The label blocks: what they compute, what is frozen, what is saved."""
+"""The label blocks: their results, frozen parameters, and saved files."""
 
 import copy
 
@@ -25,7 +25,7 @@ def _ids(lengths=(5, 9, 2), seed=0):
 
 
 def _by_hand(model, features):
-    """One row, (n, d), with keys and values."""
+    """The expected result for one row, (n, d), with keys and values."""
 
     def attend(q, k, v):
         q, k, v = (x.unflatten(-1, (4, -1)).transpose(0, 1) for x in (q, k, v))

@@ -45,7 +45,7 @@ def test_a_short_run(form, tmp_path):
 
 
 def test_both_forms_train_alike(tmp_path):
-    """The same rows in the same order: the features are the same, and so are the updates, up to rounding."""
+    """The same rows in the same order give the same features, and the same updates up to rounding."""
     texts, labels = tiny.texts(16)
     tokenizer, backbone = tiny.tokenizer(tmp_path), tiny.backbone()
     data = CachedFeatures(cache_features(backbone, tokenizer, texts, tmp_path / "cache", dtype=torch.float32), labels)

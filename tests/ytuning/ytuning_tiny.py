@@ -24,7 +24,7 @@ def tokenizer(folder):
 
 
 def texts(count=24, seed=0):
-    """A text's label is whether it begins with w1."""
+    """Texts whose label is whether they begin with w1."""
     generator = torch.Generator().manual_seed(seed)
     rows, labels = [], []
     for i in range(count):

@@ -1,1 +1,1 @@
-"""What the compiled kernels hold, without a GPU: see __main__.py."""
+"""Resources and instructions of the compiled kernels, without a GPU: see __main__.py."""

@@ -1,12 +1,12 @@
-"""Compile every shipped configuration of every kernel for GPUs that are not here, and say what the binaries hold.
+"""Compile every default config of every kernel for GPUs that are not present, and report on the binaries.
 
     python -m tools.kernel_report [--only "^sm_90 .* bf16"]    one line of JSON for every Triton kernel
-    python -m tools.kernel_report --cuda                       the same of every kernel in the built CUDA library
-    python -m tools.kernel_report --check [--cuda]             and what is wrong with it, or worse than in the table: then the exit status is 1
+    python -m tools.kernel_report --cuda                       the same for every kernel in the built CUDA library
+    python -m tools.kernel_report --check [--cuda]             and its faults and regressions against the table; the exit status is 1 if any
     python -m tools.kernel_report --write [--cuda]             the same, into kernels.json and docs/kernels.md
 
-``--write`` keeps, of every row, the worst of this and the versions of the compiler recorded before; delete kernels.json first to forget
-them. A kernel that spills or is otherwise not as its operator expects keeps the row that it had, and the exit status is 1.
+``--write`` keeps for every row the worst of this compiler version and the versions recorded before; delete kernels.json first to discard
+them. A kernel that spills or otherwise violates its operator's expectations keeps its old row, and the exit status is 1.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
-os.environ.pop("TRITON_INTERPRET", None)  # it is read when kernels are decorated, Triton's own among them: before the first import
+os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are decorated, Triton's own among them: before the first import
 import triton
 
 from peft_kernels.ops.registry import declared
@@ -36,7 +36,7 @@ def triton_variants() -> dict[str, Variant]:
 
 
 def cuda_kernels() -> dict[str, str]:
-    """Kernel of CUDA C++ -> the package of its operator."""
+    """CUDA C++ kernel -> the package of its operator."""
     return {kernel: package for package, module in declared("variants").items() for kernel in getattr(module, "CUDA_KERNELS", ())}
 
 

@@ -1,31 +1,31 @@
-"""The GPUs that kernels are compiled for, what a processor of each has, and how many blocks that holds."""
+"""The GPUs that kernels are compiled for, the resources of an SM (a CU on AMD), and how many blocks it holds."""
 
 from typing import NamedTuple
 
 
 class Architecture(NamedTuple):
-    """A processor is a streaming multiprocessor (NVIDIA) or a compute unit (AMD), with four schedulers; a warp is a wavefront on AMD."""
+    """Limits of a streaming multiprocessor (NVIDIA) or a compute unit (AMD), with four schedulers; a warp is a wavefront on AMD."""
 
     backend: str
     arch: int | str
-    lanes: int  # of a warp
-    warps: int  # of a processor, at most
-    blocks: int  # of a processor, at most
-    registers: int  # of 32 bits, of each lane, of a scheduler
-    register_granularity: int  # of a lane
-    shared: int  # bytes of a processor
-    shared_per_block: int  # bytes that a kernel may ask for
+    lanes: int  # per warp
+    warps: int  # maximum per SM
+    blocks: int  # maximum per SM
+    registers: int  # of 32 bits, per lane, of a scheduler
+    register_granularity: int  # per lane
+    shared: int  # bytes per SM
+    shared_per_block: int  # maximum bytes per block
     shared_granularity: int
-    shared_reserved: int  # bytes of every block
-    tensor_memory: int = 0  # columns of a processor
-    scalars: int = 0  # scalar registers of a scheduler, where they are allocated
+    shared_reserved: int  # bytes per block
+    tensor_memory: int = 0  # columns per SM
+    scalars: int = 0  # scalar registers per scheduler, if they are allocated
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the tuning guides of Ampere, Hopper and
-# Blackwell: 65536 registers for four schedulers in units of 256 to a warp, 1 KiB of shared memory reserved for every block. Tensor memory:
-# PTX ISA, "Tensor Memory". sm_80 also serves 8.6 and 8.9, where a block has 99 KiB: that is what its kernels may ask for.
-# AMD: CDNA3 Instruction Set Architecture guide, and LLVM's AMDGPUBaseInfo.cpp, whose occupancy of gfx942 this is: 512 vector registers to a
-# lane with the accumulation registers among them, 800 scalar registers in units of 16 and 16 for the trap handler, 8 wavefronts to a SIMD,
+# Blackwell: 65536 registers for four schedulers in units of 256 per warp, 1 KiB of shared memory reserved for every block. Tensor memory:
+# PTX ISA, "Tensor Memory". sm_80 also serves 8.6 and 8.9, where a block has 99 KiB: kernels for sm_80 may use no more.
+# AMD: CDNA3 Instruction Set Architecture guide, and LLVM's AMDGPUBaseInfo.cpp, whose occupancy for gfx942 this computes: 512 vector registers
+# per lane including the accumulation registers, 800 scalar registers in units of 16 and 16 for the trap handler, 8 wavefronts per SIMD,
 # 64 KiB of LDS, 16 workgroups of several wavefronts.
 ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 32, 64, 32, 512, 8, 164 << 10, 99 << 10, 128, 1 << 10),
@@ -38,9 +38,9 @@ SCALARS_OF_TRAP_HANDLER = 16
 
 
 def blocks_per_processor(name: str, warps: int, registers: int, scalars: int, shared: int, tensor_memory: int) -> int:
-    """How many blocks of ``warps`` warps are resident at once.
+    """The number of blocks of ``warps`` warps that are resident on an SM at once.
 
-    ``registers`` to a lane, ``scalars`` to a warp, ``shared`` bytes and columns of ``tensor_memory`` to a block.
+    ``registers`` per lane, ``scalars`` per warp, ``shared`` bytes and columns of ``tensor_memory`` per block.
     """
     has = ARCHITECTURES[name]
     resident = min(has.warps // SCHEDULERS, has.registers // _up(max(registers, 1), has.register_granularity))

@@ -1,4 +1,4 @@
-"""What a binary holds, read out of it: one compiled by Triton, and the kernels of the library of CUDA C++."""
+"""The resources and instructions of a binary: one compiled by Triton, or the kernels of the CUDA C++ library."""
 
 import re
 import subprocess
@@ -40,15 +40,15 @@ def of_triton(binary) -> dict:
         registers, scalars, spills, private = (
             int(re.search(rf"\.{key}: +(\d+)", text)[1]) for key in ("vgpr_count", "sgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        spills += private  # scalars spill into vector registers, not into memory
+        spills += private  # spilled scalars go to vector registers, not to memory
         widths = {key: _widest(map(_amdgcn_bytes, re.findall(pattern, text))) for key, pattern in AMDGCN.items()}
-    units = [key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)]  # two: one product of the kernel has lost its own
+    units = [key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)]  # two units: one matmul of the kernel fell back
     unit = "+".join(units) or ("fma" if "tt.dot " in binary.asm["ttgir"] else None)
     return {"registers": registers, "scalars": scalars, "spills": spills, "shared": metadata.shared, **row, "matrix_unit": unit, **widths}
 
 
 def of_cuda_library(operators: dict[str, str]):
-    """(architecture, operator, kernel, dtype, constants, row) of every kernel whose operator is named."""
+    """Yield (architecture, operator, kernel, dtype, constants, row) of every kernel that belongs to a named operator."""
     threads = {
         (architecture, symbol): int(found[1], 16)
         for architecture, symbol, text in _sections(_cuobjdump("-elf", LIBRARY), r"\.nv\.info\.(\S+)")
@@ -68,14 +68,14 @@ def of_cuda_library(operators: dict[str, str]):
         kernel, storage, constants = found.groups("")
         registers, stack, shared, local = map(int, re.search(RESOURCES, text).groups())
         if shared and architecture != "sm_80":
-            shared -= ARCHITECTURES[architecture].shared_reserved  # from sm_90 on the compiler counts it
+            shared -= ARCHITECTURES[architecture].shared_reserved  # from sm_90 on the compiler includes it
         row = {"registers": registers, "scalars": 0, "spills": stack + local, "shared": shared, "tensor_memory": 0}
         row |= {"warps": threads[architecture, symbol] // 32, **code[architecture, symbol]}
         yield architecture, operators[kernel], kernel, DTYPES[storage], re.findall(r"\d+", constants), row
 
 
 def cuda_version() -> str:
-    """Of the compiler that built the library."""
+    """The version of the compiler that built the library."""
     found = re.search(rb"Cuda compilation tools, release ([0-9.]+)", LIBRARY.read_bytes())
     return found[1].decode() if found else "unknown"
 
@@ -85,7 +85,7 @@ def _cuobjdump(option: str, file) -> str:
 
 
 def _sections(text: str, heading: str):
-    """The architecture, what the heading says, and the text below."""
+    """Yield the architecture, the heading's match, and the text below it."""
     for architecture, below in zip(*[iter(re.split(r"arch = (sm_\d+)", text)[1:])] * 2):
         for symbol, content in zip(*[iter(re.split(heading, below)[1:])] * 2):
             yield architecture, symbol, content
@@ -96,7 +96,7 @@ def _widest(sizes) -> int:
 
 
 def _ptx_bytes(modifiers: str) -> int:
-    """.v4.b32 and the like."""
+    """Bytes of modifiers such as .v4.b32."""
     vector, bits = re.search(r"\.v(\d)", modifiers), re.search(r"\.[bfsu](\d+)$", modifiers)
     return (int(vector[1]) if vector else 1) * int(bits[1]) // 8
 
@@ -106,6 +106,6 @@ def _amdgcn_bytes(suffix: str) -> int:
 
 
 def _sass_bytes(modifiers: str) -> int:
-    """.U16, .128 and the like; without a size it is a register."""
+    """Bytes of modifiers such as .U16 or .128; without a size it is a 32-bit register."""
     found = re.search(r"\.[SU]?(8|16|64|128|256)\b", modifiers)
     return int(found[1]) // 8 if found else 4

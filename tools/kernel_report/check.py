@@ -1,4 +1,4 @@
-"""What is wrong with a kernel, in itself and beside its row of the table."""
+"""Faults of a kernel, in itself and against its row of the table."""
 
 from peft_kernels.ops.variant import Expected
 
@@ -7,7 +7,7 @@ from .table import WORST, with_occupancy
 
 
 def problems(name: str, row: dict, expected: Expected) -> list[str]:
-    """Of a binary, by any compiler."""
+    """The faults of a binary, from any compiler."""
     if "error" in row:
         return [f"{name}: {row['error']}"]
     architecture = ARCHITECTURES[name.split()[0]]
@@ -29,7 +29,7 @@ def problems(name: str, row: dict, expected: Expected) -> list[str]:
 
 
 def changes(found: dict[str, dict], rows: dict[str, dict], version: str) -> list[str]:
-    """Beside the table. A version of the compiler that is not recorded there may differ in what it needs, not in which kernels there are."""
+    """Regressions against the table. A compiler version that is not recorded there may need other resources, but not have other kernels."""
     names = [f"{name}: not in the table" for name in found.keys() - rows.keys()]
     names += [f"{name}: in the table, but no kernel is shipped so" for name in rows.keys() - found.keys()]
     worse = []

@@ -1,4 +1,4 @@
-"""Compiling a variant for a GPU that is not here."""
+"""Compiling a variant for a GPU that is not present."""
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -10,11 +10,11 @@ from . import binary
 from .architectures import ARCHITECTURES
 
 FLOATS = ("scale", "embed_scale", "eps")
-DENSE = ("stride_hd", "stride_wd")  # of columns
+DENSE = ("stride_hd", "stride_wd")  # strides of columns
 
 
 def row_of(variant: Variant) -> dict:
-    """What the binary holds, or the error that there is none."""
+    """The report on the binary, or the error if there is none."""
     function, architecture = variant.function, ARCHITECTURES[variant.architecture]
     constants = {key: value for key, value in variant.options.items() if key in function.arg_names}
     options = {key: value for key, value in variant.options.items() if key not in constants}

@@ -1,4 +1,4 @@
-"""docs/kernels.md, made of the table alone."""
+"""docs/kernels.md, generated from the table alone."""
 
 from collections import Counter
 from pathlib import Path
@@ -33,7 +33,7 @@ COLUMNS = {
     "registers": "registers", "scalars": "scalar", "spills": "spills", "shared": "shared", "tensor_memory": "TMEM",
     "warps": "warps", "blocks": "blocks", "occupancy": "occupancy", "matrix_unit": "matrix unit", "load": "load", "store": "store",
 }  # fmt: skip
-OPTIONAL = ("scalars", "tensor_memory")  # which not every architecture has
+OPTIONAL = ("scalars", "tensor_memory")  # columns that not every architecture has
 IMPLEMENTATIONS = {"triton": "Triton", "cuda": "CUDA C++"}
 
 
@@ -81,7 +81,7 @@ def shown(key: str, value) -> str:
 
 
 def grouped(rows: list[dict], *keys: str):
-    """Groups of rows with the same values, in the order in which the values come first."""
+    """Groups of rows with equal values, in order of first appearance."""
     groups = {}
     for row in rows:
         groups.setdefault(row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys), []).append(row)
@@ -89,6 +89,6 @@ def grouped(rows: list[dict], *keys: str):
 
 
 def markdown(heads, lines, names: int) -> str:
-    """The first ``names`` columns to the left, numbers to the right."""
+    """A Markdown table with the first ``names`` columns left-aligned and the numbers right-aligned."""
     rule = ["---"] * names + ["---:"] * (len(heads) - names)
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (heads, rule, *lines))

@@ -1,6 +1,6 @@
-"""The table: of every kernel the worst that any of the recorded versions of its compiler made of it.
+"""The table: for every kernel the worst result of any recorded version of its compiler.
 
-One line to a kernel, under its name: architecture, operator, kernel, dtype, configuration.
+One line per kernel, keyed by its name: architecture, operator, kernel, dtype, configuration.
 """
 
 import json
@@ -18,7 +18,7 @@ def read() -> dict:
 
 
 def write(table: dict) -> None:
-    """Sorted, so that a difference is that of the kernels."""
+    """Write the table sorted, so that a diff shows changes of kernels only."""
     sections = []
     for name, kernels in sorted(table.items()):
         rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(kernels.items(), key=by_name))
@@ -27,7 +27,7 @@ def write(table: dict) -> None:
 
 
 def updated(before: dict[str, dict], found: dict[str, dict | None], version: str, only: str) -> dict[str, dict]:
-    """Rows with what was found. One found as None stays as it is; names that ``only`` matches and that were not found are gone."""
+    """Update the rows with ``found``. A kernel found as None keeps its row; names that match ``only`` and were not found are removed."""
     rows = {name: row for name, row in before.items() if not re.search(only, name) or (name in found and found[name] is None)}
     for name, row in found.items():
         if row is not None:
@@ -41,13 +41,13 @@ def worst(row: dict, before: dict) -> dict:
 
 
 def with_occupancy(name: str, row: dict) -> dict:
-    """With the blocks that a processor holds, and the share of its warps that they are."""
+    """Add the blocks that an SM holds, and the share of its warps that they fill."""
     architecture = name.split()[0]
     blocks = blocks_per_processor(architecture, *(row[key] for key in ("warps", "registers", "scalars", "shared", "tensor_memory")))
     return {**row, "blocks": blocks, "occupancy": blocks * row["warps"] / ARCHITECTURES[architecture].warps}
 
 
 def by_name(item):
-    """Architectures in their order, then names with numbers as numbers."""
+    """Sort key: architectures in their order, then names with numbers compared as numbers."""
     architecture, rest = item[0].split(" ", 1)
     return list(ARCHITECTURES).index(architecture), [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", rest)]

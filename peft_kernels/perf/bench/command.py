@@ -1,4 +1,4 @@
-"""The command that measures operators: what is asked for, a progress bar, a table for each case, files."""
+"""The command that measures operators: parses the request, shows a progress bar and a table for each case, and writes the files."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,12 +19,12 @@ from ..tables import table
 from .revision import Checkout, running
 from .runner import Case, cases_of, compare, failed, rate_dtype
 
-SECONDS, QUICK_SECONDS = 3.0, 1.0  # for the turns of one case; short candidates are repeated more often, as their times scatter most
+SECONDS, QUICK_SECONDS = 3.0, 1.0  # time per case; short candidates are repeated more often, as their times scatter most
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
 
 def run(wanted: Sequence[Case], device: str, repeats: int, quick: bool, out: Path, console: Console, against: Checkout | None = None) -> bool:
-    """Measure, show and write; False where our operator was wrong or failed."""
+    """Measure, show and write; False if our operator was wrong or failed."""
     console.print(f"on: {device_name(device)}, {torch.get_num_threads()} threads")
     limits = {dtype: peaks(getattr(torch, dtype), device) for dtype in dict.fromkeys(rate_dtype(case.dtype) for case in wanted)}
     for dtype, limit in limits.items():
@@ -54,7 +54,7 @@ def run(wanted: Sequence[Case], device: str, repeats: int, quick: bool, out: Pat
 
 
 def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], phase: str, quick: bool, console: Console) -> list[Case]:
-    """All that is to be measured.
+    """The cases to be measured.
 
     Raises:
         ValueError: an operator, shape or dtype that does not exist.
@@ -76,10 +76,10 @@ def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], ph
 
 
 def parsed(text: str, one: Operator) -> dict[str, int]:
-    """``"B=16,L=256"`` as sizes, in the operator's order of letters.
+    """Parse ``"B=16,L=256"`` into sizes, in the operator's order of letters.
 
     Raises:
-        ValueError: other letters than the operator's, or sizes that are no positive integers.
+        ValueError: other letters than the operator's, or sizes that are not positive integers.
     """
     sizes = {}
     for part in text.split(","):
@@ -94,7 +94,7 @@ def parsed(text: str, one: Operator) -> dict[str, int]:
 
 @contextmanager
 def starting(against: Checkout, device: str, console: Console):
-    """The other revision, with a word while its library may be built."""
+    """Start the other revision; says so, because its library may have to be built."""
     with ExitStack() as stack:
         with console.status(f"preparing {against.ref}"):
             revision = stack.enter_context(running(against, device))

@@ -1,4 +1,4 @@
-"""Ours at another git revision: a worktree of it, and a process that imports it and takes its turns with this one."""
+"""Our operators at another git revision: a worktree of it, and a process that imports it and takes turns with this one."""
 
 import json
 import shutil
@@ -17,11 +17,11 @@ from ..results import OURS
 
 ROOT = Path(__file__).parents[3]
 LIBRARIES = "_native", "_native_cuda"
-PAUSE = 1e-3  # between runs in different processes: the threads of the one before are still spinning
+PAUSE = 1e-3  # between runs in different processes: the threads of the previous one are still spinning
 
 
 class Missing(Exception):
-    """The revision has no such operator, or it is wrong there."""
+    """The revision lacks the operator, or its result is wrong there."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Checkout:
 
 
 def found(ref: str, root: Path = ROOT) -> Checkout:
-    """
+    """Resolve ``ref`` in the repository at ``root``.
+
     Raises:
-        ValueError: no such revision, or the package does not run from a checkout of its own.
+        ValueError: no such revision, or the package does not run from its own checkout.
     """
     if shutil.which("git") is None:
         raise ValueError("--against needs git, which is not installed")
@@ -51,7 +52,7 @@ def found(ref: str, root: Path = ROOT) -> Checkout:
 
 @contextmanager
 def running(checkout: Checkout, device: str) -> Iterator["Revision"]:
-    """The revision as a process; it and its worktree are gone afterwards, however this ends."""
+    """Run the revision in a process; the process and its worktree are removed afterwards, also after an error."""
     with tempfile.TemporaryDirectory(prefix="peft_kernels-") as folder:
         tree = Path(folder) / "tree"
         try:
@@ -69,7 +70,7 @@ def running(checkout: Checkout, device: str) -> Iterator["Revision"]:
 
 
 def provide_libraries(checkout: Checkout, tree: Path):
-    """The libraries that this checkout has, so that both sides are compared with the same: copied where their sources agree, else built."""
+    """Provide the libraries that this checkout has, so that both sides are comparable: copied if their sources agree, otherwise built."""
     package = checkout.root / "peft_kernels"
     here = [name for name in LIBRARIES if (package / f"{name}.so").exists()]
     if not here:
@@ -80,26 +81,27 @@ def provide_libraries(checkout: Checkout, tree: Path):
         return
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     build = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    # a library that does not build leaves its reason in a text file, and setup.py ends well
+    # a library that does not build leaves its reason in a text file, and setup.py still exits with 0
     if build.returncode or not all((tree / "peft_kernels" / f"{name}.so").exists() for name in here):
         raise SystemExit(f"peft-kernels bench: building {checkout.ref} failed:\n{build.stdout[-2000:]}")
 
 
 class Revision:
-    """The process: a line of JSON asks, a line of JSON answers."""
+    """The process of a revision: one line of JSON per question, one per answer."""
 
     def __init__(self, ref: str, tree: Path, device: str, errors):
         self.ref, self.candidate, self.errors = ref, f"{OURS} at {ref}", errors
         command = [sys.executable, str(Path(__file__).with_name("revision_worker.py")), str(tree), device, str(torch.get_num_threads()), str(PAUSE)]
-        # a session of its own: Ctrl-C reaches this process, which then ends that one
+        # in its own session Ctrl-C does not reach it: this process ends it
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=tree, start_new_session=True
         )
 
     def prepare(self, case) -> "Elsewhere":
-        """
+        """Prepare a case in the process.
+
         Raises:
-            Missing: the revision cannot do it, with the reason.
+            Missing: the revision cannot run it, with the reason.
         """
         answer = self.ask(operator=case.operator.name, shape=case.shape, variant=case.variant, dtype=case.dtype, backward=case.backward)
         if "missing" in answer:
@@ -127,7 +129,7 @@ class Revision:
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What a revision has prepared, a ``SelfTimed`` function."""
+    """A function prepared by a revision, as ``SelfTimed``."""
 
     revision: Revision
     error: float

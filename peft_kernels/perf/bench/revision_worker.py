@@ -11,7 +11,7 @@ from pathlib import Path
 
 def main(tree: str, device: str, threads: str, pause: str):
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing else may write between the answers
+    os.dup2(2, 1)  # keeps other output out of the answers
     sys.path[0] = tree
 
     import torch
@@ -34,11 +34,11 @@ def main(tree: str, device: str, threads: str, pause: str):
             function()
             answer(seconds=clock(function))
             continue
-        function = None  # frees the tensors of the case before
+        function = None  # frees the tensors of the previous case
         try:
             function, error = prepare(device, **question)
             answer(error=error)
-        except Exception as error:  # an answer: why this revision has nothing to compare with
+        except Exception as error:  # the answer says why this revision cannot be compared
             from peft_kernels.perf.results import first_line
 
             answer(missing=first_line(error))

@@ -1,4 +1,4 @@
-"""An operator against its baselines: every candidate is checked against float64 first, then all are timed turn by turn."""
+"""An operator against its baselines: every candidate is first checked against float64, then all are timed turn by turn."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ..measure import Peaks, Timing, captured, interleaved
 from ..results import OURS, Row, compared, first_line
 from .revision import Missing, Revision
 
-# Norm of the error over norm of the truth, of the output and of every gradient. Integers are exact.
+# Norm of the error over norm of the truth, for the output and every gradient. Integers must be equal.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 WARMUP = 3
 MAX_REPEATS = 1001
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def named(self) -> dict:
-        """The fields that its rows share."""
+        """The fields that all rows of the case share."""
         return {"benchmark": self.operator.name, "shape": self.shape, "variant": self.variant, "dtype": self.dtype, "phase": self.phase}
 
     def __str__(self):
@@ -49,7 +49,7 @@ class Case:
 
 
 def cases_of(operator: Operator, shapes: list[dict[str, int]], dtypes: list[str], phases: list[bool]) -> list[Case]:
-    """``phases``: whether backward. Without a backward pass the operator has none of that phase."""
+    """Cases for all combinations. ``phases``: whether backward; an operator without a backward pass has no such case."""
     phases = [backward for backward in phases if operator.has_backward or not backward]
     return [Case(operator, s, v, d, b) for d in dtypes for b in phases for s in shapes for v in operator.variants if d in operator.dtypes]
 
@@ -64,17 +64,17 @@ def compare(
     revision: Revision | None = None,
     notify: Callable[[str, float], None] = lambda candidate, share: None,
 ) -> list[Row]:
-    """A row for each candidate, ours first. One that is wrong or cannot run has a row that says so; so has ours where there is no such problem.
+    """A row for each candidate, ours first. A candidate that is wrong or cannot run has a row that says why; so has ours if making the problem fails.
 
-    ``repeats`` timed runs of each candidate, more where ``seconds`` allow. ``revision`` takes its turns too.
-    ``notify`` gets what is done next and the share of this case that is done.
+    ``repeats`` timed runs of each candidate, more if ``seconds`` allow. ``revision`` is timed as one more candidate.
+    ``notify`` gets the next step and the share of this case that is done.
     """
-    torch.compiler.reset()  # the shapes before count towards the limit of recompilations
+    torch.compiler.reset()  # earlier shapes count towards the recompilation limit
     notify("preparing", 0)
     try:
         problem = case.problem(device)
         expected = truth(problem, case.backward)
-    except Exception as error:  # a shape that does not fit, or not into memory, must not cost the rows of the others
+    except Exception as error:  # a shape that is invalid or too large for memory must not cost the other cases their rows
         return [Row(candidate=OURS, missing=first_line(error), **case.named)]
     functions, errors, reasons = {}, {}, {}
     prepare = candidates(case, problem, device)
@@ -82,7 +82,7 @@ def compare(
         notify(f"checking {name}", 0)
         try:
             functions[name], errors[name] = checked(candidate(), problem, expected, case, device)
-        except Exception as error:  # whatever a baseline lacks here is its row's reason; ours fails the command
+        except Exception as error:  # a baseline's error becomes the reason in its row; an error of ours fails the command
             reasons[name] = first_line(error)
     del expected
     if revision is not None:
@@ -102,9 +102,9 @@ def compare(
 
 
 def candidates(case: Case, problem: Problem, device: str) -> dict[str, Callable[[], Candidate]]:
-    """Ours; each implementation of ours that can run, where there is a choice; the baselines.
+    """Ours; every implementation of ours that can run, if there is a choice; the baselines.
 
-    The reference and a Triton that would be interpreted compete with nobody.
+    The reference and an interpreted Triton are no candidates.
     """
     implementations = sys.modules[getattr(ops, case.operator.name).__module__].implementations
     dtype = getattr(torch, rate_dtype(case.dtype))
@@ -115,7 +115,7 @@ def candidates(case: Case, problem: Problem, device: str) -> dict[str, Callable[
 
 
 def rate_dtype(dtype: str) -> str:
-    """Whose matrix rate is a ceiling; integers are counted in bytes alone."""
+    """The dtype whose matrix rate bounds the operator; integer operators are bound by bytes alone."""
     return dtype if getattr(torch, dtype).is_floating_point else "float32"
 
 
@@ -126,10 +126,10 @@ def truth(problem: Problem, backward: bool) -> list[Tensor]:
 
 
 def checked(candidate: Candidate, problem: Problem, expected: list[Tensor], case: Case, device: str) -> tuple[Callable[[], Any], float]:
-    """``candidate`` as a function to be timed, and its error.
+    """``candidate`` as a function to time, and its error.
 
     Raises:
-        ValueError: a result that is wrong.
+        ValueError: the result is wrong.
     """
     function = prepared(candidate.compute, problem.leaves if candidate.leaves is None else candidate.leaves, problem.grads, case.backward)
     results = function()
@@ -139,7 +139,7 @@ def checked(candidate: Candidate, problem: Problem, expected: list[Tensor], case
 
 
 def prepared(compute: Callable[..., Any], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...], backward: bool) -> Callable[[], tuple[Tensor, ...]]:
-    """A function of nothing: outputs, and with ``backward`` the gradients of all leaves."""
+    """A function without arguments that returns the outputs and, with ``backward``, the gradients of all leaves."""
     leaves = _leaves(leaves, backward)
 
     def forward():
@@ -154,10 +154,10 @@ def prepared(compute: Callable[..., Any], leaves: tuple[Tensor, ...], grads: tup
 
 
 def worst_error(results: tuple[Tensor, ...], expected: list[Tensor], allowed: float) -> float:
-    """The largest norm of an error over the norm of its truth.
+    """The largest ratio of the norm of an error to the norm of its truth.
 
     Raises:
-        ValueError: larger than ``allowed``, or not a number, or of another shape.
+        ValueError: it exceeds ``allowed`` or is NaN, or a shape differs.
     """
     worst = 0.0
     for result, true in zip(results, expected, strict=True):
@@ -172,12 +172,12 @@ def worst_error(results: tuple[Tensor, ...], expected: list[Tensor], allowed: fl
 
 
 def failed(row: Row) -> bool:
-    """Whether the row is one of ours, at this revision, that was wrong or did not run."""
+    """Whether the row is one of ours, at this revision, and was wrong or did not run."""
     return row.missing is not None and (row.candidate == OURS or row.candidate.startswith(f"{OURS}, "))
 
 
 def _timed(functions, roofline, repeats, seconds, device, notify) -> tuple[dict[str, Timing], float | None]:
-    """Timings by candidate; and that of the roofline bound, which takes its turns with them."""
+    """Timings by candidate, and the median of ``roofline``, which is timed in turn with them."""
     if roofline is not None:
         functions = {**functions, "roofline": roofline}
     notify("warming up", 0)

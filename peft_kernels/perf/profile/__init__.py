@@ -1,5 +1,5 @@
 """``peft-kernels profile``: a model of transformers end to end, stock and with a method's kernels swapped in.
 
-A module per method says what the two do (``pid``, ``dept``, ``pasta``, ``dect``, ``ytuning``), each as ``Measurement``s at a point of a sweep;
-``run`` measures them, ``operators`` looks into one run, ``show`` and ``plot`` tell what came out.
+Each method has a module (``pid``, ``dept``, ``pasta``, ``dect``, ``ytuning``) that yields its candidates as ``Measurement``s at a point of a
+sweep; ``run`` measures them, ``operator_times`` profiles one run, ``show`` and ``plot`` present the results.
 """

@@ -1,4 +1,4 @@
-"""Decoder tuning's extraction: logits of every position against those of the label words at the mask."""
+"""Decoder tuning's extraction: logits of every position against logits of the label words at the mask."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -34,7 +34,7 @@ class DecT:
         words = [*self.template.replace(".", " .").split(), *LABEL_WORDS, *built_in_text().split()]
         self.tokenizer = word_tokenizer(source.config, source.kind, words) if source.random else AutoTokenizer.from_pretrained(source.name)
         check_length(self.model.base_model, largest["length"])
-        self.extract([""], 1)  # says early what is not supported
+        self.extract([""], 1)  # fails early for an unsupported model
         self.candidates = {
             STOCK: "texts tokenized, logits of the whole vocabulary at every position, then those of two label words at the mask",
             OURS: "dect.extract: the head computes two label words at the mask alone",
@@ -54,7 +54,7 @@ class DecT:
         yield Measurement("forward", point, len(texts), "samples", candidates, check)
 
     def text(self, length: int, start: int) -> str:
-        """As many words as stay within ``length`` tokens in the template."""
+        """As many words as fit into ``length`` tokens together with the template."""
         words = list(islice(cycle(built_in_text().split()), start, start + length))
         while words and len(self.ids([" ".join(words)])[0]) > length:
             words.pop()
@@ -69,7 +69,7 @@ class DecT:
 
     @torch.no_grad()
     def by_hand(self, texts: list[str]) -> dect.Extraction:
-        """The texts in one batch, then the empty text, as ``dect.extract`` has it."""
+        """Process the texts in one batch, then the empty text, as ``dect.extract`` does."""
         (features, scores), (_, empty) = self.batch_by_hand(texts), self.batch_by_hand([""])
         return dect.Extraction(features, scores, empty[0])
 
@@ -94,6 +94,6 @@ class DecT:
 
     @cached_property
     def label_ids(self) -> list[int]:
-        """Of each word's first piece behind a space."""
+        """The id of each word's first piece after a space."""
         before = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return [self.tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][len(before)] for word in LABEL_WORDS]

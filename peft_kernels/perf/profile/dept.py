@@ -1,4 +1,4 @@
-"""Decomposed prompt tuning: our embedding against the authors' order of work, and against PEFT's prompt tuning."""
+"""Decomposed prompt tuning: our embedding against the authors' order of operations, and against PEFT's prompt tuning."""
 
 import copy
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from .models import Source, check_length
 from .tokens import random_sentences
 
 PROMPT_TUNING = "prompt tuning"
-VIRTUAL_TOKENS, RANK = 60, 30  # the paper's trade, table 1, at T5-base: as many trained numbers as 100 prompt rows
+VIRTUAL_TOKENS, RANK = 60, 30  # the paper's setting at T5-base (table 1): as many trained parameters as 100 prompt rows
 LABEL_TOKENS = 4
 TASKS = {"encoder-decoder": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "encoder": "SEQ_CLS"}
 
@@ -38,7 +38,7 @@ class DePT:
         ours = get_peft_model(pid_baselines.twin(self.base), config)
         layer = ours.base_model.model.dept
         prompt, a, b = (parameters["default"] for parameters in (layer.dept_prompt, layer.dept_a, layer.dept_b))
-        for parameter in (prompt, b):  # as large as embeddings: an update of zero, from which training starts, would compare nothing
+        for parameter in (prompt, b):  # as large as embeddings: with the zero update that training starts from, the comparison would be empty
             parameter.data.normal_(std=float(table.weight.float().std()))
         tuning = PromptTuningConfig(task_type=task, num_virtual_tokens=rows, num_transformer_submodules=1)
         self.models = {
@@ -68,7 +68,7 @@ class DePT:
 
 
 class Official(nn.Module):
-    """DePT as its authors write it, around a stock model that is frozen but for its head."""
+    """DePT as its authors write it, around a stock model that is frozen except for its head."""
 
     def __init__(self, model: nn.Module, prompt: Tensor, a: Tensor, b: Tensor, scale: float):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is timed together at one point of a sweep, and whether its candidates agree."""
+"""The candidates that are timed together at one point of a sweep, and whether they agree."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ class Agreement:
 class Measurement:
     phase: str  # "generate", "first token", "forward", "training step"
     shape: dict[str, int]
-    items: int  # what a run gets through
+    items: int  # number of items that a run processes
     item: str  # "tokens", "streams", "samples"
-    candidates: dict[str, Callable[[], Run]]  # STOCK, OURS and others; called for a run that holds nothing yet
-    check: Callable[[dict[str, Any]], Agreement]  # takes what a run of every candidate returned
-    missing: dict[str, str] = field(default_factory=dict)  # candidates that this model cannot take, and why
+    candidates: dict[str, Callable[[], Run]]  # STOCK, OURS and others; each call returns a run with fresh state
+    check: Callable[[dict[str, Any]], Agreement]  # takes the results of one run of every candidate
+    missing: dict[str, str] = field(default_factory=dict)  # candidates that do not support this model, and why
 
     @property
     def case(self) -> tuple:
@@ -36,13 +36,13 @@ class Measurement:
 
 
 class Subject(Protocol):
-    """A method on a model. Made of a source, whether to train, and the largest size on every axis."""
+    """A method on a model, made from a source, whether to train, and the largest size on every axis."""
 
-    kinds: tuple[str, ...]  # of models that it takes
+    kinds: tuple[str, ...]  # kinds of models that it supports
     trains: bool
-    sizes: dict[str, int]  # by axis, where no option names one
+    sizes: dict[str, int]  # default sizes by axis
     quick: dict[str, int]
-    candidates: dict[str, str]  # what each of them does, in words
+    candidates: dict[str, str]  # descriptions
 
     def cases(self, point: dict[str, int]) -> Iterator[Measurement]: ...
 
@@ -60,9 +60,9 @@ def run_of(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> Run:
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
-    """Forward, backward and AdamW on what is trainable in ``model``, whose state is made in the first step.
+    """Forward, backward and AdamW on the trainable parameters of ``model``; the first step creates the optimizer's state.
 
-    The rate is 0: the work is the same, and weights stay what they are, so that the candidates can be compared at any time.
+    The learning rate is 0: the work is the same, and the weights do not change, so that the candidates can be compared at any time.
     """
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -77,7 +77,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
 
 @contextmanager
 def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Without dropout and gradients."""
+    """Turn off dropout and gradients."""
     training = [m for model in models for m in model.modules() if m.training]
     for module in training:
         module.training = False
@@ -90,12 +90,12 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference over norm of the expected tensor."""
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def close(dtype: torch.dtype, differences: dict[str, float]) -> Agreement:
-    """``differences``: what was compared -> relative difference."""
+    """Whether all ``differences`` (name -> relative difference) are within the limit of ``dtype``."""
     limit = LIMITS[dtype]
     text = "; ".join(f"{what}: relative difference {error:.1e}" for what, error in differences.items())
     return Agreement(all(error <= limit for error in differences.values()), f"{text} (at most {limit:.0e})")

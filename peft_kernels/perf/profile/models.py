@@ -1,4 +1,4 @@
-"""What to profile: a checkpoint, or an architecture at full size with random weights, which needs no network."""
+"""Models to profile: a checkpoint, or an architecture at full size with random weights, which needs no network."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ NAMES = {"encoder-decoder": "an encoder-decoder model", "causal": "a causal mode
 
 @dataclass(frozen=True)
 class Source:
-    """Where models come from; every call loads another one, in eval mode, with the same weights."""
+    """Loads models; every call returns a new one, in eval mode, with the same weights."""
 
     name: str
     config: PreTrainedConfig
@@ -77,11 +77,11 @@ class Source:
         return self._load(LANGUAGE_MODELS[self.kind])
 
     def classifier(self) -> nn.Module:
-        """With a head for two classes."""
+        """The model with a head for two classes."""
         return self._load(AutoModelForSequenceClassification, num_labels=2, ignore_mismatched_sizes=True)
 
     def _load(self, auto, **options) -> nn.Module:
-        torch.manual_seed(0)  # a head may be new
+        torch.manual_seed(0)  # the head may be newly initialised
         if self.random:
             model = auto.from_config(self.config)
             if isinstance(model, T5ForConditionalGeneration):
@@ -89,16 +89,16 @@ class Source:
         else:
             try:
                 model = auto.from_pretrained(self.name, **options)
-            except Exception as error:  # each format of weights has its own
+            except Exception as error:  # each weight format raises its own
                 raise ValueError(f"{self.name} cannot be loaded: {first_line(error)}") from error
         return model.to(self.device, self.dtype).eval()
 
 
 def source_of(name: str, dtype: torch.dtype, device: str) -> Source:
-    """``name`` is a folder, else one of ``ARCHITECTURES``, else a hub id.
+    """Make a source. ``name`` is a folder, otherwise one of ``ARCHITECTURES``, otherwise a hub id.
 
     Raises:
-        OSError, ValueError: nothing of that name that transformers can read.
+        OSError, ValueError: transformers cannot read anything of that name.
     """
     if name in ARCHITECTURES and not Path(name).exists():
         return Source(name, ARCHITECTURES[name], True, dtype, device)
@@ -106,9 +106,10 @@ def source_of(name: str, dtype: torch.dtype, device: str) -> Source:
 
 
 def check_length(encoder: nn.Module, length: int, prompt_rows: int = 0) -> None:
-    """
+    """Check that the model has enough positions.
+
     Raises:
-        typer.BadParameter: the table of positions, where there is one, has fewer rows.
+        typer.BadParameter: the position table, if there is one, has fewer rows.
     """
     limit = most_columns(encoder)
     if limit is not None and length + prompt_rows > limit:

@@ -1,4 +1,4 @@
-"""Special token adaptation: the stock model against one with vectors, and with the norms fused too."""
+"""Special token adaptation: the stock model against one with vectors, unfused and with fused norms."""
 
 import copy
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class PASTA:
         # [CLS] and [SEP]: any two ids that no other token has
         self.special_ids = [i for i in range(FIRST_ORDINARY_ID) if i != stock.config.pad_token_id][:2]
         config = PASTAConfig(task_type="SEQ_CLS", num_special_tokens=2, special_token_ids=self.special_ids)
-        # what is tuned in full needs weights of its own
+        # full fine-tuning needs its own weights
         base = copy.deepcopy(stock) if train else pid_baselines.twin(stock)
         ours, fused = (get_peft_model(pid_baselines.twin(base), config) for _ in range(2))
         vectors_of(fused).copy_(vectors_of(ours))
@@ -57,7 +57,7 @@ class PASTA:
         yield Measurement("training step" if self.train else "forward", point, point["batch"], "samples", candidates, check, self.missing)
 
     def differences(self, inputs: dict) -> dict[str, float]:
-        """Those of ours agree; with vectors of zero they are the stock model."""
+        """Differences between our candidates, and from the stock model with vectors of zero."""
         stock, ours = (self.models[candidate](**inputs).logits for candidate in (STOCK, OURS))
         found = {}
         if FUSED in self.models:

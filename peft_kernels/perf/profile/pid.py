@@ -29,7 +29,7 @@ class PiD:
     def __init__(self, source: Source, train: bool, largest: dict[str, int]):
         self.train, self.dtype = train, source.dtype
         self.model = source.language_model()
-        self.enabled()  # says early what is not supported
+        self.enabled()  # fails early for an unsupported model
         check_length(self.model, largest["length"])
         limit, needed = max_positions(self.model), 1 + PROMPT_TOKENS + largest["new_tokens"]
         if limit is not None and needed > limit:
@@ -41,7 +41,7 @@ class PiD:
             STOCK: f"{encoded_once}; {'forward, backward and AdamW on all weights' if train else 'greedy generate'}",
             OURS: f"pid.enable and pid.{'forward' if train else 'generate'}: keys and values of an input computed and kept once",
         }
-        if not train and source.device == "cpu":  # nothing is packed elsewhere
+        if not train and source.device == "cpu":  # weights are packed on CPUs only
             self.candidates[UNPACKED] = "without the second copy of linear weights, packed for few rows"
         if train and getattr(source.config, "attention_dropout", getattr(source.config, "dropout_rate", 0)):
             self.candidates[OURS] += "; the model has attention dropout, which runs in stock attention on queries folded by input"
@@ -77,7 +77,7 @@ class PiD:
         return Measurement(phase, shape, shape["batch"] * shape["streams"] * new_tokens, "tokens", candidates, check)
 
     def training(self, shape: dict[str, int], ids: Tensor, prompts: Tensor, targets: Tensor) -> Measurement:
-        """The targets of an input's prompts are those of every input's."""
+        """A training step; the targets of the prompts are the same for every input."""
         batch, streams = len(ids), len(prompts)
         starts = prompts.new_full((streams, 1), pid_baselines.start_token(self.model))
         decoder_ids = torch.cat((starts, prompts, targets[:, :-1]), 1).repeat(batch, 1)  # [b*M, P + t]

@@ -14,7 +14,7 @@ OTHER_COLOURS = ("#9aa5b1", "#7a9e7e")
 
 
 def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
-    """Throughput, time to first token where it was measured, and peak memory over ``axis``, a line for each candidate."""
+    """Plot throughput, time to first token if measured, and peak memory over ``axis``, a line for each candidate."""
     from matplotlib import pyplot as plt
 
     along = _along([row for row in rows if axis in row.shape and not row.missing], axis)
@@ -52,7 +52,7 @@ def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
 
 
 def _along(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
-    """Phase -> the rows in which only ``axis`` differs from where all sweeps start, the first row."""
+    """Phase -> the rows that differ only in ``axis`` from the first one, where all sweeps start."""
     found = {}
     for phase in dict.fromkeys(row.phase for row in rows):
         of_phase = [row for row in rows if row.phase == phase]

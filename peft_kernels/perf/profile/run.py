@@ -1,4 +1,4 @@
-"""Measure, compare, look inside, show and write."""
+"""Measure, compare, profile, show and write."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,12 +51,12 @@ def run(
     out: Path,
     console: Console,
 ) -> bool:
-    """Profile ``name``; False where candidates disagree in float32.
+    """Profile ``name``; False if candidates disagree in float32.
 
     Raises:
-        typer.BadParameter: an option that does not apply, or a model that cannot be read or that the method does not take.
+        typer.BadParameter: an option does not apply, or the model cannot be read or is not supported by the method.
     """
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # raised between PEFT and transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with _refusing("MODEL"):

@@ -1,4 +1,4 @@
-"""What the terminal says."""
+"""Output for the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ def point(case: Measurement) -> str:
 
 
 def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int, ...]]) -> None:
-    """A table for each phase, a line for each candidate at each point."""
+    """Print a table for each phase, with a line for each candidate at each point."""
     points = {}
     for row in rows:
         points.setdefault(row.phase, {}).setdefault(row.case, []).append(row)
@@ -80,7 +80,7 @@ def _cells(row: Row, stock: Row) -> list[str]:
 
 
 def agreements(console: Console, found: Iterable[tuple[Measurement, Agreement]], dtype: torch.dtype) -> bool:
-    """Whether the candidates agree, or need not: in 16 bits a near-tie falls either way with the order of a sum, which is told and is no failure."""
+    """Whether the candidates agree or need not: in 16 bits the summation order may decide a near-tie, which is reported and is no failure."""
     found = list(found)
     for case, agreement in found:
         if not agreement.agrees:
@@ -96,7 +96,7 @@ def agreements(console: Console, found: Iterable[tuple[Measurement, Agreement]],
 
 
 def operators(console: Console, times: Mapping[str, Mapping[str, float]]) -> None:
-    """Self times side by side, those of this package marked."""
+    """Print self times side by side, with this package's operators marked."""
     totals = {candidate: sum(of_candidate.values()) for candidate, of_candidate in times.items()}
     names = {name for of_candidate in times.values() for name in of_candidate}
     largest = sorted(names, key=lambda name: -max(of_candidate.get(name, 0.0) / totals[candidate] for candidate, of_candidate in times.items()))

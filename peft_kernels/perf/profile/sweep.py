@@ -1,4 +1,4 @@
-"""From options to the points that are measured."""
+"""The points to measure, from the options."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,16 +9,16 @@ AXES = {"batch": "--batch", "streams": "--streams", "length": "--length", "new_t
 
 
 def parsed(given: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[int, ...]]:
-    """The axes that the command line names.
+    """Values for the axes that the command line names.
 
     Raises:
-        typer.BadParameter: a value that is no positive integer.
+        typer.BadParameter: a value that is not a positive integer.
     """
     return {axis: _values(axis, texts) for axis, texts in given.items() if texts}
 
 
 def sizes_of(given: Mapping[str, tuple[int, ...]], defaults: Mapping[str, int], method: str) -> dict[str, tuple[int, ...]]:
-    """Of every axis of a method its values: those of the command line, or the default.
+    """Values of every axis of a method: those from the command line, or the default.
 
     Raises:
         typer.BadParameter: an axis that the method does not have.
@@ -31,7 +31,7 @@ def sizes_of(given: Mapping[str, tuple[int, ...]], defaults: Mapping[str, int], 
 
 
 def points(sizes: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
-    """Every axis with several values in turn, the others at their first one, which is where all start."""
+    """The points of the sweep: each axis with several values varies in turn, with the others at their first value."""
     base = {axis: values[0] for axis, values in sizes.items()}
     return [base, *({**base, axis: value} for axis, values in sizes.items() for value in values[1:])]
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from ...dect.template import T5_MASK
 
-FIRST_ORDINARY_ID = 5  # random ids stay clear of what usually comes first: padding, start, end, unknown
+FIRST_ORDINARY_ID = 5  # random ids avoid the usual special tokens: padding, start, end, unknown
 
 
 def random_ids(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
-    """Without padding, and the same at every call."""
+    """Random ids without padding, the same in every call."""
     vocab_size = min(model.get_input_embeddings().num_embeddings, model.config.get_text_config(decoder=True).vocab_size)
     ids = torch.randint(FIRST_ORDINARY_ID, vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     pad = model.config.pad_token_id
@@ -21,13 +21,13 @@ def random_ids(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
 
 
 def random_sentences(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-    """Ids and mask, (B, S), and labels of two classes, (B,)."""
+    """Ids and mask (B, S), and labels of two classes (B,)."""
     ids = random_ids(model, batch, length)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch, device=ids.device) % 2}
 
 
 def word_tokenizer(config: PreTrainedConfig, kind: str, words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """An id per word, those of ``words`` that fit into the vocabulary, around them what tokenizers of this kind of model put there."""
+    """A tokenizer with one id per word, for the ``words`` that fit into the vocabulary, and this model type's special tokens around them."""
     mask, template = {"encoder": ("[MASK]", "[CLS] $A [SEP]"), "causal": ("[MASK]", "$A"), "encoder-decoder": (T5_MASK, "$A [SEP]")}[kind]
     ordered = list(dict.fromkeys(["[CLS]", "[SEP]", "[UNK]", mask, *words]))[: config.vocab_size - 1]
     ordered.insert(min(config.pad_token_id or 0, len(ordered)), "[PAD]")

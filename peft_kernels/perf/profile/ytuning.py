@@ -25,7 +25,7 @@ class YTuning:
         self.train, self.dtype = train, source.dtype
         self.stock = source.classifier()
         check_length(self.stock.base_model, largest["length"])
-        # what is tuned in full needs weights of its own
+        # full fine-tuning needs its own weights
         self.backbone = (copy.deepcopy(self.stock) if train else pid_baselines.twin(self.stock)).base_model
         width, heads = self.stock.config.hidden_size, self.stock.config.num_attention_heads
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Bars that the page draws itself, as boxes of a width in per cent: they stay readable on a narrow screen."""
+"""Bars that the page draws itself, as boxes with widths in per cent: they stay readable on a narrow screen."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ class Group:
 
     label: str
     bars: tuple[Bar, ...]
-    share: float | None = None  # of the roofline, that ours reaches
+    share: float | None = None  # % of roofline that ours reaches, as a fraction
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Panel:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Characters of labels and of texts, for the widths of their columns."""
+        """The longest label and the longest text, in characters, for the widths of their columns."""
         bars = [bar for group in self.groups for bar in group.bars]
         return max((len(bar.label) for bar in bars), default=0), max((len(bar.text) for bar in bars), default=0)
 
 
 class RatioAxis:
-    """Logarithmic, so that half and twice are as far from 1; what lies outside of the widest range ends at its edge."""
+    """Logarithmic axis: half and twice are equally far from 1. Ratios outside the widest range end at its edge."""
 
     def __init__(self, ratios: Iterable[float]):
         ratios = list(ratios)
@@ -66,7 +66,7 @@ class RatioAxis:
 
 
 def speed(cases: list[CaseResult]) -> list[Panel]:
-    """Every candidate's time over ours, a panel for each phase and dtype; all on one axis."""
+    """Every candidate's time over ours, a panel for each phase and dtype, all on one axis."""
     axis = RatioAxis(row.ratio for case in cases for row in case.timed if row.ratio is not None and row.candidate not in case.section.other_work)
 
     def group(case):
@@ -77,7 +77,7 @@ def speed(cases: list[CaseResult]) -> list[Panel]:
 
 
 def _ratio(row: Row, case: CaseResult, axis: RatioAxis) -> Bar:
-    """From 1 to the ratio."""
+    """A bar from 1 to the ratio."""
     one, here = axis.at(1), axis.at(row.ratio)
     return Bar(row.candidate, min(one, here), round(abs(here - one), 2), _tone(row, case), times(row.ratio))
 
@@ -91,7 +91,7 @@ def _tone(row: Row, case: CaseResult) -> str:
 
 
 def rooflines(cases: list[CaseResult]) -> list[Panel]:
-    """The share of the roofline that ours reaches."""
+    """The share of the roofline bound that ours reaches."""
     found = [case for case in cases if case.ours and case.ours.share_of_roofline is not None]
     full = max([1.0, *(case.ours.share_of_roofline for case in found)])
 
@@ -103,7 +103,7 @@ def rooflines(cases: list[CaseResult]) -> list[Panel]:
 
 
 def amounts(cases: list[CaseResult]) -> dict[str, list[Panel]]:
-    """What is counted beside time, from zero: throughput and memory, where they were measured."""
+    """Quantities other than time, on axes from zero: throughput and memory, if measured."""
     kinds = {
         "Throughput": (lambda row: row.items and row.median_s and row.items / row.median_s, lambda value, row: f"{_count(value)} {row.item}/s"),
         "Peak memory, above what stood before": (lambda row: row.peak_bytes, lambda value, row: megabytes(value)),
@@ -125,7 +125,7 @@ def _amounts(case: CaseResult, value: Callable, word: Callable) -> Group:
 
 
 def _panels(cases: list[CaseResult], group: Callable[[CaseResult], Group], ticks=()) -> list[Panel]:
-    """One for each phase and dtype that has bars."""
+    """A panel for each phase and dtype that has bars."""
     found: dict[str, list[Group]] = {}
     for case in cases:
         if (one := group(case)).bars:

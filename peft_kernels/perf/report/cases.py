@@ -1,4 +1,4 @@
-"""Result files as the report shows them: for every machine its cases, and how the candidates of each compare."""
+"""Result files as the report shows them: the cases of every machine, and how the candidates of each case compare."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class CaseResult:
 
     rows: tuple[Row, ...]
     results: Results
-    fixed: frozenset[str] = frozenset()  # letters with one size in all cases of the benchmark: not told apart by them
+    fixed: frozenset[str] = frozenset()  # letters with the same size in all cases of the benchmark: they do not tell cases apart
 
     @cached_property
     def section(self) -> Section:
@@ -24,7 +24,7 @@ class CaseResult:
 
     @property
     def of(self) -> Row:
-        """Any row: all agree in what was done."""
+        """Any row: all agree on the case."""
         return self.rows[0]
 
     @property
@@ -54,14 +54,14 @@ class CaseResult:
 
     @property
     def problem(self) -> str:
-        """What sets it apart beside dtype and phase: sizes and variant."""
+        """The sizes and the variant, which distinguish it from cases of the same dtype and phase."""
         sizes = " ".join(f"{letter}={size}" for letter, size in self.of.shape.items() if letter not in self.fixed)
         return ", ".join(part for part in (sizes, self.of.variant) if part)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, the files that were measured on it, oldest first, and of each case the newest result."""
+    """A device, the files that were measured on it, oldest first, and the newest result of each case."""
 
     device: str
     name: str
@@ -73,7 +73,7 @@ class Machine:
 
 
 def is_ours(candidate: str) -> bool:
-    """Ours, or another implementation or setting of ours: ``ours, cpp``."""
+    """Whether the candidate is ours, or another implementation or setting of ours: ``ours, cpp``."""
     return candidate == OURS or candidate.startswith(f"{OURS}, ")
 
 
@@ -81,7 +81,7 @@ def load(folders: Iterable[Path]) -> list[Machine]:
     """The machines of all JSON files in the folders, GPUs first.
 
     Raises:
-        ValueError: a folder without results, or a file that is not of the schema.
+        ValueError: a folder has no results, or a file does not have the schema.
     """
     by_machine: dict[tuple[str, str], list[tuple[Path, Results]]] = {}
     for folder in folders:
@@ -106,7 +106,7 @@ def _machine(device: str, name: str, files: list[tuple[Path, Results]]) -> Machi
 
 
 def _fixed(shapes: list[dict[str, int]]) -> dict[str, int]:
-    """Letters that all shapes have in one size; none where all shapes are the same."""
+    """Letters with one size in all shapes; empty if all shapes are the same."""
     first = shapes[0]
     same = {letter: size for letter, size in first.items() if all(shape.get(letter) == size for shape in shapes)}
     return same if same != first else {}

@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colours are the page's: one drawing for the light theme, the dark one and paper."""
+"""Plots as inline SVG in the page's colours: one drawing serves the light theme, the dark one and paper."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from ..results import Row
 from .methods import Comparison
 from .words import rate, seconds, timeses
 
-# Drawn in colours that stand for the variables of style.css.
+# Placeholder colours, which stand for the variables of style.css.
 VARIABLES = {"ink": "#fe0001", "muted": "#fe0002", "line": "#fe0003", "panel": "#fe0004", **{f"series-{i}": f"#fe001{i}" for i in range(7)}}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
@@ -51,7 +51,7 @@ SIZE = (4.4, 3.3)  # inches
 
 
 def roofline(rows: Sequence[Row], peaks: Peaks, name: str) -> Markup:
-    """Operations per second over operations per byte, a point for each row; all have bytes, operations and a time."""
+    """Operations per second over operations per byte, a point for each row; all rows have bytes, operations and a time."""
     phases = list(dict.fromkeys(row.phase for row in rows))
     intensities = [row.operations / row.bytes for row in rows]
     rates = [row.operations / row.median_s for row in rows]
@@ -80,7 +80,7 @@ def roofline(rows: Sequence[Row], peaks: Peaks, name: str) -> Markup:
 
 
 def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, candidates: Sequence[str], name: str) -> Markup:
-    """Seconds over one size; ``lines``: candidate -> points, ``candidates``: all of the section, which fixes a candidate's colour."""
+    """Seconds over one size. ``lines``: candidate -> points; ``candidates``: all of the section, which fixes a candidate's colour."""
     sizes = sorted({x for points in lines.values() for x, _ in points})
 
     def draw(axes):
@@ -102,7 +102,7 @@ def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, candidates: 
 
 
 def methods(comparisons: Sequence[Comparison], name: str) -> str:
-    """A file: a tick for each measured case at the alternative's time over ours, a line for each comparison."""
+    """A standalone file: a tick for each measured case at the alternative's time over ours, a line for each comparison."""
     rows = [(-i, comparison) for i, comparison in enumerate(comparisons)]
     names = list(dict.fromkeys(comparison.method.name for comparison in comparisons))
     text = [f"{one.subject} against {one.against}" for one in comparisons]
@@ -129,7 +129,7 @@ def methods(comparisons: Sequence[Comparison], name: str) -> str:
 
 
 def _standalone(svg: str, description: str) -> str:
-    """A file of its own: with the colours of both themes, and a background, because the page around it may have the other theme."""
+    """An SVG file with the colours of both themes and a background, because the page around it may have the other theme."""
     colours = (files(__package__) / "style.css").read_text(encoding="utf-8").partition("* {")[0]
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     size = f'width="{1.4 * width:.0f}" height="{1.4 * height:.0f}"'
@@ -140,12 +140,12 @@ def _standalone(svg: str, description: str) -> str:
 
 
 def _look(i: int) -> dict:
-    """Of the i-th series; the eighth has the colour of the first and a marker of its own."""
+    """Colour and marker of the i-th series; the eighth has the colour of the first and its own marker."""
     return {"color": VARIABLES[f"series-{i % 7}"], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def _svg(draw, name: str, size: tuple[float, float] = SIZE, prefix: str | None = None) -> Markup:
-    """``name`` is what the drawing is called aloud; its ids begin with ``prefix``, or with the name, which no other drawing has."""
+    """``name`` is the drawing's accessible name; its ids begin with ``prefix``, or with the name, which is unique."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(size, layout="constrained")
         draw(figure.subplots())
@@ -159,11 +159,11 @@ def _svg(draw, name: str, size: tuple[float, float] = SIZE, prefix: str | None =
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: _ours(key.rpartition("}")[2], value, prefix) for key, value in element.attrib.items()}
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": name}
-    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))  # its text is escaped by ElementTree
+    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))  # ElementTree escapes its text
 
 
 def _ours(key: str, value: str, prefix: str) -> str:
-    """An attribute with ids of this drawing alone, the page's fonts and its colours."""
+    """An attribute with ids unique to this drawing, the page's fonts and its colours."""
     if key == "id":
         return f"{prefix}-{value}"
     if key == "href":

@@ -14,10 +14,10 @@ BEGIN, END = r"<!-- figures(?:: (?P<benchmarks>[\w ]+))? -->", "<!-- /figures --
 def updated(text: str, machines: list[Machine]) -> str:
     """``text`` with the figures of ``machines`` between ``<!-- figures -->`` and ``<!-- /figures -->``.
 
-    ``<!-- figures: NAME ... -->`` has those of these benchmarks alone, ``<!-- figures: methods -->`` one table with a row for each method.
+    ``<!-- figures: NAME ... -->`` shows these benchmarks only, ``<!-- figures: methods -->`` one table with a row for each method.
 
     Raises:
-        ValueError: no pair of markers, or the name of a benchmark that has no results.
+        ValueError: a marker is missing, or a named benchmark has no results.
     """
     blocks = list(re.finditer(f"({BEGIN}\n).*?({END})", text, re.DOTALL))
     if (len(re.findall(BEGIN, text)), text.count(END), len(blocks)) != (1, 1, 1):
@@ -29,7 +29,7 @@ def updated(text: str, machines: list[Machine]) -> str:
 
 
 def figures(machines: list[Machine], named: Sequence[str] | None = None) -> str:
-    """Markdown: for every machine a table for each benchmark. Profiles are of models of one's own and are left to the page."""
+    """Markdown: for every machine a table for each benchmark. Profiles measure the user's own models and appear on the page only."""
     measured = {case.of.benchmark for machine in machines for case in machine.cases if not case.section.is_profile}
     if unknown := [one for one in named or () if one not in measured]:
         raise ValueError(f"no results of {', '.join(unknown)}; there are {', '.join(sorted(measured, key=order))}")
@@ -42,7 +42,7 @@ def figures(machines: list[Machine], named: Sequence[str] | None = None) -> str:
 
 
 def methods(machines: list[Machine]) -> str:
-    """Markdown: a row for each method, ranges over all of its cases on all machines."""
+    """Markdown: a row for each method, with ranges over all of its cases on all machines."""
     head = ["method", "what it gives", "end to end", "memory, best alternative over ours", "its operators, over the best alternative"]
     lines = [head, ["---"] * len(head)]
     for method in METHODS:
@@ -93,7 +93,7 @@ def _table(one: Section, cases: list[CaseResult]) -> list[str]:
 
 
 def _operator(where: Iterable[str], by_dtype: list[list[CaseResult]], one: Section) -> list[str]:
-    """One line: ranges over the shapes."""
+    """One line with ranges over the shapes."""
     shapes = max(map(len, by_dtype))
     return [", ".join(filter(None, [*where, counted(shapes, "shape")])), *(_ranges(cases, one) for cases in by_dtype)]
 
@@ -108,7 +108,7 @@ def _ranges(cases: list[CaseResult], one: Section) -> str:
 
 
 def _end_to_end(where: Iterable[str], by_dtype: list[list[CaseResult]]) -> list[list[str]]:
-    """A line for each candidate, then shares and memory; a dtype has one case at most."""
+    """A line for each candidate, then % of roofline and memory; a dtype has one case at most."""
     cases = [some[0] if some else None for some in by_dtype]
     known = [case for case in cases if case]
     lines = []

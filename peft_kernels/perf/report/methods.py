@@ -10,7 +10,7 @@ from .sections import section
 
 @dataclass(frozen=True)
 class Method:
-    name: str  # also the first word in what its operators declare as ``about``
+    name: str  # also the first word of its operators' ``about``
     gives: str
     benchmark: str  # end to end
 
@@ -51,7 +51,7 @@ def operators(method: Method, machines: Iterable[Machine]) -> Comparison:
 
 
 def memory(method: Method, machines: Iterable[Machine]) -> list[float]:
-    """Memory of the best alternative over ours, end to end: kept from step to step where that was measured, else the peak."""
+    """Memory of the best alternative over ours, end to end: memory kept between steps if measured, otherwise the peak."""
     pairs = [(case.strongest, case.ours) for case in _cases([method.benchmark], machines) if case.strongest and case.ours]
     fields = ("kept_bytes", "peak_bytes")
     sizes = [next(((a, b) for field in fields if (a := getattr(other, field)) and (b := getattr(ours, field))), None) for other, ours in pairs]

@@ -1,4 +1,4 @@
-"""The page: what the template shows, and the template filled in."""
+"""The page: the content of the template, and the template filled in."""
 
 import re
 import statistics
@@ -15,11 +15,11 @@ from .cases import CaseResult, Machine
 from .methods import METHODS, end_to_end, operators
 from .sections import order, section
 
-LEAST_INTENSITY = 1  # a benchmark that does less for each byte only moves memory: bars of its share of the roofline say it all
+LEAST_INTENSITY = 1  # operations per byte: a benchmark below only moves memory, and bars of % of roofline show all of it
 
 
 def page(machines: list[Machine]) -> str:
-    """HTML with everything in it: styles and drawings too."""
+    """HTML with everything in it, including styles and drawings."""
     environment = Environment(loader=FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {name: getattr(words, name) for name in words.__all__}
     benchmarks = sorted({case.of.benchmark for machine in machines for case in machine.cases}, key=order)
@@ -36,7 +36,7 @@ def page(machines: list[Machine]) -> str:
 
 
 def picture(machines: list[Machine]) -> str:
-    """SVG: all methods in one drawing, end to end and by their operators."""
+    """SVG of all methods in one drawing, end to end and by their operators."""
     comparisons = [one for method in METHODS for one in (*end_to_end(method, machines), operators(method, machines)) if one.ratios]
     if not comparisons:
         raise ValueError("expected results of at least one method, found none")
@@ -48,7 +48,7 @@ def _source(name: str) -> str:
 
 
 def _facts(machine: Machine) -> dict:
-    """What the machine is, as its files say; of values that changed between files, all."""
+    """The machine as its files describe it; lists all values of a field that changed between files."""
     environments = [results.environment for _, results in machine.files]
 
     def all_of(word) -> str:
@@ -83,7 +83,7 @@ def _overviews(machines, benchmarks, axis) -> dict[str, list[dict]]:
 
 
 def _cell(cases: list[CaseResult], axis) -> dict | None:
-    """How ours compares over all cases of a benchmark on a machine; None where nothing was measured."""
+    """The ratios of ours over all cases of a benchmark on a machine; None if nothing was measured."""
     if not cases:
         return None
     compared = [case for case in cases if case.strongest]
@@ -116,7 +116,7 @@ def _section(machines: list[Machine], benchmark: str) -> dict:
 
 
 def _common(found: list[tuple[Machine, list[CaseResult]]]) -> dict | None:
-    """Things that several machines were asked, side by side."""
+    """Cases that several machines measured, side by side."""
     columns = [(machine, {case.of.case: case for case in cases}) for machine, cases in found if cases]
     counts = Counter(case for _, by_case in columns for case in by_case)
     rows = [[by_case.get(case) for _, by_case in columns] for case, count in counts.items() if count > 1]
@@ -124,7 +124,7 @@ def _common(found: list[tuple[Machine, list[CaseResult]]]) -> dict | None:
 
 
 def _block(machine: Machine, cases: list[CaseResult]) -> dict:
-    """A benchmark on a machine."""
+    """The content for one benchmark on one machine."""
     on_roof = [case for case in cases if _intensity(case) is not None]
     if max(map(_intensity, on_roof), default=0) < LEAST_INTENSITY:
         on_roof = []
@@ -143,13 +143,13 @@ def _block(machine: Machine, cases: list[CaseResult]) -> dict:
 
 
 def _intensity(case: CaseResult) -> float | None:
-    """Operations per byte, where there is a roof to hold them against."""
+    """Operations per byte, if the roofline bound is known."""
     known = case.ours and case.ours.bytes and case.ours.operations and case.peaks
     return case.ours.operations / case.ours.bytes if known else None
 
 
 def _roofs(machine: Machine, cases: list[CaseResult]) -> list[dict]:
-    """A drawing for each dtype and each file's peaks."""
+    """A roofline drawing for each dtype and each file's peaks."""
     by_roof: dict[tuple, list[CaseResult]] = {}
     for case in cases:
         by_roof.setdefault((case.of.dtype, case.peaks.bandwidth, case.peaks.rate), []).append(case)
@@ -161,7 +161,7 @@ def _roofs(machine: Machine, cases: list[CaseResult]) -> list[dict]:
 
 
 def _scaling(machine: Machine, cases: list[CaseResult]) -> list[dict]:
-    """Drawings of the candidates' times where problems differ in one letter only."""
+    """Drawings of the candidates' times over a letter, for problems that differ only in this letter."""
     candidates = [OURS, *dict.fromkeys(row.candidate for case in cases for row in case.baselines)]
     sweeps: dict[tuple, list[tuple[int, CaseResult]]] = {}
     for case in cases:
@@ -185,7 +185,7 @@ def _scaling(machine: Machine, cases: list[CaseResult]) -> list[dict]:
 
 
 def _sizes(case: CaseResult, cases: list[CaseResult]) -> tuple[dict[str, int], str]:
-    """Shape and variant; a variant that is a number of something ("16 adapters") is one size more, 1 where no variant is told."""
+    """Shape and variant; a variant that counts something ("16 adapters") becomes one more size, 1 if there is no variant."""
     counts = {one.of.variant: match for one in cases if (match := re.fullmatch(r"(\d+) (\w+)", one.of.variant))}
     if not counts or case.of.variant not in ("", *counts):
         return case.of.shape, case.of.variant
@@ -194,6 +194,6 @@ def _sizes(case: CaseResult, cases: list[CaseResult]) -> tuple[dict[str, int], s
 
 
 def _missing(cases: Iterable[CaseResult]) -> list[tuple[str, str, int]]:
-    """Candidate, reason, and in how many cases."""
+    """Candidate, reason, and the number of cases."""
     counts = Counter((row.candidate, row.missing) for case in cases for row in case.missing)
     return [(*key, count) for key, count in counts.items()]

@@ -1,4 +1,4 @@
-"""What is known of a benchmark beside its rows: its title, what its letters mean, and which of its candidates do other work."""
+"""Descriptions of the benchmarks: title, meaning of the letters, and which candidates do other work."""
 
 import re
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from ...ops.registry import operator
 
 @dataclass(frozen=True)
 class Section:
-    """How a benchmark is presented."""
+    """Presentation of a benchmark."""
 
     benchmark: str
     title: str
     about: str = ""
-    published: str | None = None  # of an operator, the baseline of a paper or a library: quoted beside the strongest
-    other_work: tuple[str, ...] = ()  # candidates that do less or something else: shown for scale, and no baselines
+    published: str | None = None  # for an operator, the baseline of a paper or a library: quoted beside the strongest
+    other_work: tuple[str, ...] = ()  # candidates that do less or something else: shown for scale, not as baselines
 
     @property
     def anchor(self) -> str:
@@ -31,7 +31,7 @@ class Section:
 
     @property
     def command(self) -> str:
-        """What measures it."""
+        """The command that measures it."""
         if self.is_operator:
             return f"peft-kernels bench {self.benchmark}"
         if self.is_profile:
@@ -71,11 +71,11 @@ KNOWN = {one.benchmark: one for one in (*map(_of_operator, ops.__all__), *END_TO
 
 
 def section(benchmark: str) -> Section:
-    """The section of a benchmark; one that is not known has its name for a title."""
+    """The section of a benchmark; an unknown one has its name as the title."""
     return KNOWN.get(benchmark, Section(benchmark, benchmark))
 
 
 def order(benchmark: str) -> tuple[int, str]:
-    """The known ones as they stand here, then all others by name."""
+    """Sort key: the known benchmarks in the order of this file, then all others by name."""
     names = list(KNOWN)
     return (names.index(benchmark) if benchmark in names else len(names), benchmark)

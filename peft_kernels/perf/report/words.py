@@ -8,7 +8,7 @@ __all__ = ["counted", "date", "megabytes", "percent", "percents", "rate", "secon
 
 
 def times(ratio: float) -> str:
-    """Three digits: ``1.86x``"""
+    """Format with three digits: ``1.86x``"""
     return f"{ratio:.0f}x" if ratio >= 99.5 else f"{ratio:.1f}x" if ratio >= 9.95 else f"{ratio:.2f}x" if ratio >= 0.01 else f"{ratio:.1g}x"
 
 
@@ -17,7 +17,7 @@ def percent(share: float) -> str:
 
 
 def timeses(ratios: Iterable[float]) -> str:
-    """The range: 1.08 to 3.46x"""
+    """Format as a range: 1.08 to 3.46x"""
     return _range(ratios, times, "x")
 
 
@@ -31,7 +31,7 @@ def _range(values, word, unit: str) -> str:
 
 
 def rate(value: float) -> str:
-    """With a prefix: ``200 G``"""
+    """Format with an SI prefix: ``200 G``"""
     for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.3g} {prefix}"

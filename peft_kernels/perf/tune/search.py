@@ -1,4 +1,4 @@
-"""``peft-kernels tune``: neighbours of the shipped launch options, checked against them and timed beside them; what wins is kept."""
+"""``peft-kernels tune``: checks and times neighbours of the default configs beside them, and keeps the ones that are faster."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +20,9 @@ from ..interruption import Keeping
 from ..measure import Timing, captured, interleaved
 from .targets import Target, targets
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # norm of the difference over norm of the shipped result
-LEAST_GAIN = 0.03  # of the time; where runs scatter more than that, their spread
-MOST_REGISTERS = 0.7  # for tiles; the shipped table has no row with more, and beyond it most rows spill
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # norm of the difference over norm of the default config's result
+LEAST_GAIN = 0.03  # share of the time; if runs scatter more than that, their spread
+MOST_REGISTERS = 0.7  # for tiles; no default config exceeds it, and most configs beyond it spill
 MAX_ROUNDS = 8
 REPEATS = 31
 WRONG = "wrong result"
@@ -33,7 +33,7 @@ Options = dict[str, int]
 
 @dataclass(frozen=True)
 class Outcome:
-    """``options`` is what is faster than the shipped options, None if nothing is; ``rejected`` says why a candidate was not timed."""
+    """``options`` are the values that differ in the faster config, None if none is faster; ``rejected`` says why a candidate was not timed."""
 
     target: Target
     options: Options | None
@@ -44,9 +44,10 @@ class Outcome:
 
 
 def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | None, quick: bool, console: Console):
-    """
+    """Tune on this machine's GPU.
+
     Raises:
-        SystemExit: there is no GPU here that Triton's kernels run on.
+        SystemExit: there is no GPU that can run Triton kernels.
     """
     if not torch.cuda.is_available():
         raise SystemExit("peft-kernels tune: torch sees no CUDA or ROCm device here")
@@ -57,7 +58,7 @@ def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | Non
 
 
 def tune(operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, path: Path, timer: Timer, rounds: int, console: Console):
-    """One operator after the other; the file is written after each, and after an interruption with what was found until then."""
+    """Tune one operator after the other; the file is written after each, and after an interruption with the results until then."""
     for operator in operators:
         given = [target for dtype in dtypes for target in targets(operator, dtype, device)]
         if not given:
@@ -83,7 +84,7 @@ def on_gpu(functions: Mapping[str, Callable]) -> dict[str, Timing]:
 
 
 def search(target: Target, device: torch.device, timer: Timer, rounds: int) -> Outcome:
-    """Go to the fastest neighbour as long as there is one that is faster, then time that once more beside the shipped options."""
+    """Move to the fastest neighbour while one is faster than the current config, then time the result once more beside the default config."""
     launches = tuned.entries(device)
     launches.pop(target.site, None)
     kernel = tuned.kernels()[target.site.operator][target.site.kernel]
@@ -120,13 +121,13 @@ def search(target: Target, device: torch.device, timer: Timer, rounds: int) -> O
 
 
 def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterator[Options]:
-    """One size halved or doubled, with as many threads or with threads to match; half or twice the threads; one stage less or more."""
+    """Configs one step away: one size halved or doubled, with threads unchanged or to match; half or twice the threads; one stage fewer or more."""
     allowed = {**kernel.blocks, "num_warps": tuned.WARPS, "num_stages": tuned.STAGES}
     steps = [{"num_warps": factor} for factor in (0.5, 2)]
     for block in kernel.blocks:
         steps += [step for factor in (0.5, 2) for step in ({block: factor}, {block: factor, "num_warps": factor})]
     found = [{**options, **{name: int(options[name] * factor) for name, factor in step.items()}} for step in steps]
-    if options["num_stages"] > 1:  # 1: nothing that is worth a pipeline
+    if options["num_stages"] > 1:  # 1: no loop worth pipelining
         found += [{**options, "num_stages": options["num_stages"] + step} for step in (-1, 1)]
     for one in found:
         if all(least <= one[name] <= most for name, (least, most) in allowed.items()) and fits(one, shipped, kernel):
@@ -134,7 +135,7 @@ def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterato
 
 
 def fits(options: Options, shipped: dict, kernel: tuned.Kernel) -> bool:
-    """Whether all tiles leave a thread some of its registers: what would spill need not be compiled. Shared memory is the compiler's to judge."""
+    """Whether all tiles leave a thread some of its registers: configs that would spill are not compiled. The compiler checks shared memory."""
     sizes = [options[name] for name in kernel.blocks] + [shipped[name] for name in {"BLOCK_D", "BD", "BQ"} - {*kernel.blocks} if name in shipped]
     tiles = [prod(pair) for pair in combinations([*sizes, 1], 2)]
     lanes, most = (64, 512) if torch.version.hip else (32, 255)
@@ -143,13 +144,13 @@ def fits(options: Options, shipped: dict, kernel: tuned.Kernel) -> bool:
 
 
 def wrong(function: Callable[[], tuple], expected: tuple, tolerance: float) -> str | None:
-    """Why a candidate is out of the question: it does not run here, or its results are others."""
+    """Why a candidate is rejected: it does not run here, or its results differ. None if it is right."""
     try:
         results = function()
         errors = [difference(x, y) for x, y in zip(results, expected) if y is not None]
-    except Exception as error:  # of the compiler, the assembler or the driver: each has its own
+    except Exception as error:  # the compiler, the assembler and the driver each raise their own
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    if all(error <= tolerance for error in errors):  # not so for NaN
+    if all(error <= tolerance for error in errors):  # False for NaN
         return None
     return f"{WRONG}: differs from the shipped result by {max(errors):.2g}, allowed {tolerance:.2g}"
 
@@ -169,7 +170,7 @@ def described(options: Options) -> str:
 
 
 def save(path: Path, device: torch.device, outcomes: Sequence[Outcome], console: Console):
-    """What was measured replaces what the file says of it; the rest of the file stays, unless it was made for something else."""
+    """Replace the file's entries for the measured rows; the other entries stay, unless the file was made for another device or version."""
     try:
         before = tuned.read(path, device)
     except FileNotFoundError:
@@ -201,7 +202,7 @@ def table(operator: str, outcomes: Sequence[Outcome]) -> Table:
 
 
 def mistakes(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Kernels that run with other options and then give other results are broken, here or in the compiler."""
+    """A message for each kernel whose results depend on the config: a bug here or in the compiler."""
     for one in outcomes:
         for options, reason in one.rejected.items():
             if reason.startswith(WRONG):

@@ -1,4 +1,4 @@
-"""What ``peft-kernels tune`` times: for every row of every table of default configs a call that spends much of its time in that row's kernel."""
+"""Calls that ``peft-kernels tune`` times: for every row of every default config table, one that spends much of its time in that row's kernel."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +14,7 @@ LARGE = Sizes()
 
 
 class Target(NamedTuple):
-    """``make()`` returns a call on fresh inputs, the same every time. The call returns tensors, or None among them."""
+    """``make()`` returns a call on fresh inputs, the same every time. The call returns tensors, some of which may be None."""
 
     site: Site
     shipped: dict[str, Any]
@@ -23,7 +23,7 @@ class Target(NamedTuple):
 
 
 def targets(operator: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = LARGE) -> Iterator[Target]:
-    """The targets of one package of operators. Those that depend on no dtype belong to float32."""
+    """The targets of one package of operators. Targets that depend on no dtype belong to float32."""
     setting = Setting(dtype, device, sizes)
     for kernel, key, shipped, make in declared("tunable")[operator].targets(setting):
         yield Target(Site(operator, kernel, key), shipped, dtype, partial(make, setting))
