@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from tools.kernel_report.variant import Expected
-
 from peft_kernels.ops.cuda_library import LIBRARY
+from peft_kernels.ops.variant import Expected
 from tools.kernel_report import check, page, table
 from tools.kernel_report.architectures import ARCHITECTURES, blocks_per_processor
 

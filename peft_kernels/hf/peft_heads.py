@@ -64,7 +64,9 @@ class RowWise(Swapped):
 
     @property
     def active_adapters(self):
-        return super().active_adapters or [name for name in self.layer[0].active_adapters if name in self.modules_to_save]
+        own = self._active_adapter  # torch.compile cannot read the property of super()
+        own = [own] if isinstance(own, str) else own
+        return own or [name for name in self.layer[0].active_adapters if name in self.modules_to_save]
 
     @property
     def active_adapter(self):
