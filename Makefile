@@ -18,7 +18,7 @@ QUICK = (any_shape and not triton) or saved_and_loaded or weights_are_stock or w
 FULL = not triton and not cuda and not instruction_sets and not errors
 ARITHMETIC ?= QUICK
 
-.PHONY: env demo figures test test-arithmetic test-oldest test-newest test-families lint docs kernels clean FORCE
+.PHONY: env demo figures test test-arithmetic test-oldest test-newest test-kernels test-families lint docs kernels clean FORCE
 
 env: .venv/.ready
 demo: env
@@ -49,7 +49,11 @@ lint: env
 	.venv/bin/mypy
 docs: env
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
-# the report on the compiled kernels: the table that the tests compare with, and docs/kernels.md; on CUDA C++ kernels if nvcc built them
+# every default config of every kernel compiled for every architecture, and compared with the table; CUDA C++ kernels if nvcc built them
+test-kernels: env
+	.venv/bin/python -m tools.kernel_report --check >/dev/null
+	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m tools.kernel_report --cuda --check >/dev/null
+# the table, and docs/kernels.md, written anew
 kernels: env
 	.venv/bin/python -m tools.kernel_report --write >/dev/null
 	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m tools.kernel_report --cuda --write >/dev/null

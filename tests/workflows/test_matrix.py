@@ -173,7 +173,7 @@ def test_offload(row, tmp_path, shared):
     expected_of(row, shared).check(result(model, x))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [row for row in ROWS if "IA3" not in row and "tuning" not in row])
 def test_compile(row, tmp_path):
     """Compile one forward with a loss. With PiD it reads the values of the padding mask once."""
     model, x = build(row, tmp_path), inputs(row)

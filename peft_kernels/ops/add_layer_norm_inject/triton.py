@@ -15,7 +15,7 @@ __all__ = ["backward", "forward", "unavailable"]
 
 SLOTS = 16  # slots compared at a time
 # Elements per program, in whole rows, and per warp: with more, registers would limit an SM to fewer warps.
-# tests/test_kernel_report.py compiles the configs for every architecture, without a GPU.
+# `make test-kernels` compiles the configs for every architecture, without a GPU.
 ELEMENTS = 2048
 ELEMENTS_PER_WARP = 512
 MAX_ROWS = 32

@@ -34,7 +34,7 @@ class Configs(NamedTuple):
 
 
 # (vendor, bytes per element of the table); an architecture gets a row of its own only if measurements show that it needs one.
-# tests/test_kernel_report.py compiles every row for every architecture, without a GPU.
+# `make test-kernels` compiles every row for every architecture, without a GPU.
 # A 16-bit result does not need the last bits of the matmul: three TF32 matmuls on tensor cores have an error below 2^-20.
 CONFIGS = {
     ("nvidia", 2): Configs(Config(32, 128, 16, 8, "tf32x3", 128), Config(8, 256)),

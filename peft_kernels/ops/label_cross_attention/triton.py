@@ -33,7 +33,7 @@ class Configs(NamedTuple):
 
 
 # (matrix unit, queries per block): the launcher takes the smallest block that holds all queries, so that features are read once, else the largest.
-# "fma": float32 on NVIDIA, where a thread keeps whole rows and columns of the depth in registers. tests/test_kernel_report.py compiles
+# "fma": float32 on NVIDIA, where a thread keeps whole rows and columns of the depth in registers. `make test-kernels` compiles
 # every row for its architectures, without a GPU: no spills, tensor cores, and shared memory below the 99 KiB of small chips.
 C = Config
 CONFIGS = {

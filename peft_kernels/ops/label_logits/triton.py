@@ -21,7 +21,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# Forward takes the first config that holds all words, else the last. tests/test_kernel_report.py compiles every row for every
+# Forward takes the first config that holds all words, else the last. `make test-kernels` compiles every row for every
 # architecture, without a GPU.
 FORWARD = (Config(2, 1024, 4), Config(8, 256, 4))
 BACKWARD = Config(4, 512, 4)

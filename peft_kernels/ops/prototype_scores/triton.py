@@ -11,7 +11,7 @@ triton_kernels = kernel_module(__package__)
 
 __all__ = ["backward", "cross_entropy", "forward", "unavailable"]
 
-# Elements per program, in whole rows, and per warp. tests/test_kernel_report.py compiles the configs for every architecture, without a
+# Elements per program, in whole rows, and per warp. `make test-kernels` compiles the configs for every architecture, without a
 # GPU.
 ELEMENTS = 1024
 ELEMENTS_PER_WARP = 256

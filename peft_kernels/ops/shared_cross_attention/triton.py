@@ -48,7 +48,7 @@ class Configs(NamedTuple):
     apart: bool = False
 
 
-# (family, bytes per element, BLOCK_D; 64 also for less). tests/test_kernel_report.py compiles every row without a GPU:
+# (family, bytes per element, BLOCK_D; 64 also for less). `make test-kernels` compiles every row without a GPU:
 # no spills, tensor cores of the family, shared memory that fits. sm_80 also serves the families without rows, whose
 # shared memory may be smaller: it stays below 99 KiB.
 C = Config

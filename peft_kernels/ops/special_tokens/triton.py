@@ -23,7 +23,7 @@ class Config(NamedTuple):
     rows: int = 1
 
 
-# Keyed by bytes per element. tests/test_kernel_report.py compiles every row for every architecture, without a GPU.
+# Keyed by bytes per element. `make test-kernels` compiles every row for every architecture, without a GPU.
 SLOTS = Config(1024, 4)
 ADD = {2: Config(1024, 4), 4: Config(512, 4)}
 BACKWARD = {2: Config(256, 4, 8), 4: Config(128, 4, 8)}
