@@ -180,6 +180,12 @@ class AddedLayerTuner(BaseTuner):
                 raise ValueError(
                     f"{layer.method}: model has the {layer.method} adapters {list(layer.configs)}; add_adapter() adds one of another name to them"
                 )
+        if isinstance(model, PeftModel) and adapter_name in model.peft_config and model.active_peft_config.is_prompt_learning:
+            kind = model.active_peft_config.peft_type.value  # PEFT would look for its model by our configuration
+            raise ValueError(
+                f"{self.tuner_layer_cls.method}: adapter_name must differ from that of {kind} below, got {adapter_name!r}; get_peft_model takes"
+                " adapter_name="
+            )
         others = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if others is None:

@@ -51,7 +51,6 @@ COMPOSED += [
     ("ia3", "default", "above", None),
     ("lora", "other", "below", "after"),
     ("prefix", "other", "below", None),
-    ("prefix", "default", "below", None),
 ]
 
 
@@ -118,6 +117,12 @@ def test_methods_that_replace_the_input_are_refused(method, order, message):
         for add in (METHODS[method], None) if order == "below" else (None, METHODS[method]):
             model = _pasta(model, "pasta") if add is None else get_peft_model(model, add())
         model(**models.inputs())
+
+
+def test_the_name_of_prefix_tuning_below_is_refused():
+    model = get_peft_model(models.stock("bert"), METHODS["prefix"]())
+    with pytest.raises(ValueError, match="PASTA: adapter_name must differ from that of PREFIX_TUNING below, got 'default'"):
+        _pasta(model)
 
 
 def test_another_method_stays_trainable():
