@@ -11,7 +11,7 @@ namespace {
 using namespace peft_kernels;
 
 void check_rows(const Tensor& x, const Tensor& like, const char* name) {
-  bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.scalar_type() == like.scalar_type() && x.dim() == 3;
+  bool fits = same_device(x, like) && x.scalar_type() == like.scalar_type() && x.dim() == 3;
   for (int i = 0; fits && i < 3; ++i) fits = x.size(i) == like.size(i);
   STD_TORCH_CHECK(fits && (x.stride(2) == 1 || x.size(2) <= 1), name, " must be (B, S, d) with dense rows, like the others");
   STD_TORCH_CHECK(x.size(2) <= kMaxWidth, "d must be at most ", kMaxWidth, " for these kernels, got ", x.size(2), "; triton has no limit");
@@ -19,11 +19,10 @@ void check_rows(const Tensor& x, const Tensor& like, const char* name) {
 
 int log_warps_per_row(int width) { return std::bit_width(static_cast<unsigned>(std::max(1, divide_up(width, kLanes * kElements)) - 1)); }
 
-template <class Kernel, class Arguments>
-void launch(Kernel kernel, const Arguments& n, int device) {
+template <class Params>
+void launch_rows(void (*kernel)(Params), const Params& n, int device) {
   const int warps = std::max(kBlockWarps, 1 << n.log_warps);
-  kernel<<<grid(divide_up(n.tokens, warps >> n.log_warps)), warps * kLanes, 0, current_stream(device)>>>(n);
-  check_cuda(cudaGetLastError(), "launch");
+  launch(kernel, divide_up(n.tokens, warps >> n.log_warps), warps * kLanes, device, n);
 }
 
 // Returns the result, sum, mean and rstd. Without `keep`, mean and rstd are empty, and so is sum unless pre; with rms, mean is empty.
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const bool wide = aligned(
         {n.x, n.residual, n.out, n.sum, n.weight, n.bias, n.injection.vectors},
         {width * size, n.x_batch_stride * size, n.x_token_stride * size, n.residual_batch_stride * size, n.residual_token_stride * size});
-    launch(wide ? add_layer_norm_inject<T, 16 / size> : add_layer_norm_inject<T, 1>, n, x.get_device_index());
+    launch_rows(wide ? add_layer_norm_inject<T, 16 / size> : add_layer_norm_inject<T, 1>, n, x.get_device_index());
   });
   return {out, sum, mean, rstd};
 }
@@ -113,12 +112,12 @@ std::tuple<Tensor, Tensor> backward(
     const bool wide = aligned(
         {n.grad, n.grad_sum, n.sum, n.weight, n.grad_x, n.grad_slots},
         {width * size, n.grad_batch_stride * size, n.grad_token_stride * size, n.sum_batch_stride * size, n.sum_token_stride * size});
-    launch(wide ? add_layer_norm_inject_backward<T, 16 / size> : add_layer_norm_inject_backward<T, 1>, n, sum.get_device_index());
+    launch_rows(wide ? add_layer_norm_inject_backward<T, 16 / size> : add_layer_norm_inject_backward<T, 1>, n, sum.get_device_index());
   });
   return {grad_x, grad_slots};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, DISPATCH_KEY, m) {
   m.impl("add_layer_norm_inject_backward_cuda", TORCH_BOX(&backward));
   m.impl("add_layer_norm_inject_cuda", TORCH_BOX(&forward));
 }

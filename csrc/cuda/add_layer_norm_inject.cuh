@@ -67,7 +67,7 @@ __device__ void sum_over_row(float (&x)[C], int warps, float (&shared)[kMaxWarps
 #pragma unroll
   for (int c = 0; c < C; ++c) {
 #pragma unroll
-    for (int offset = kLanes / 2; offset; offset /= 2) x[c] += __shfl_xor_sync(kWarp, x[c], offset);
+    for (int offset = kLanes / 2; offset; offset /= 2) x[c] += __shfl_xor_sync(kWarpMask, x[c], offset);
   }
   if (warps == 1) return;
   const int warp = threadIdx.x / kLanes;

@@ -9,21 +9,18 @@ namespace {
 
 using namespace peft_kernels;
 
-constexpr int kBlocksPerProcessor = 2;  // minimum per SM before a block takes several rows of the batch
+constexpr int kBlocksPerMultiprocessor = 2;  // minimum per SM before a block takes several rows of the batch
 constexpr int kMaxRowsPerBlock = 16;
 
 template <class T, int V, int P>
 void launch_forward(Embedding& e, int device) {
-  int processors;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   e.column_tiles = divide_up(e.width, kLanes * V);
   e.prompt_tiles = divide_up(e.virtual_tokens, kWarps * P);
   e.tiles = e.prompt_tiles + divide_up(e.length, kWarps * P);
   const int64_t blocks_per_row = int64_t(e.column_tiles) * e.tiles;
-  e.rows_per_block = static_cast<int>(std::clamp<int64_t>(e.batch * blocks_per_row / (kBlocksPerProcessor * processors), 1, kMaxRowsPerBlock));
-  const auto blocks = grid(blocks_per_row * divide_up(e.batch, e.rows_per_block));
-  embedding_forward<T, V, P><<<blocks, kWarps * kLanes, 0, current_stream(device)>>>(e);
-  check_cuda(cudaGetLastError(), "launch");
+  e.rows_per_block = static_cast<int>(std::clamp<int64_t>(e.batch * blocks_per_row / (kBlocksPerMultiprocessor * multiprocessors(device)), 1, kMaxRowsPerBlock));
+  const int64_t blocks = blocks_per_row * divide_up(e.batch, e.rows_per_block);
+  launch(embedding_forward<T, V, P>, blocks, kWarps * kLanes, device, e);
 }
 
 template <class T>
@@ -41,9 +38,7 @@ void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
 template <class T, int V>
 void launch_backward(Gradient& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
-  const auto blocks = grid(int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps));
-  embedding_backward<T, V><<<blocks, kWarps * kLanes, 0, current_stream(device)>>>(g);
-  check_cuda(cudaGetLastError(), "launch");
+  launch(embedding_backward<T, V>, int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps), kWarps * kLanes, device, g);
 }
 
 template <class T>
@@ -55,7 +50,7 @@ Tensor forward(
     const Tensor& input_ids, const Tensor& weight, const Tensor& prompt, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
     const std::optional<Tensor>& delta, double scale, double embed_scale, const std::optional<Tensor>& offsets, bool insert_after_first,
     const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(weight.is_cuda() && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must be (V, d) with dense rows");
+  STD_TORCH_CHECK(on_device(weight) && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must be (V, d) with dense rows");
   STD_TORCH_CHECK(input_ids.dim() == 2, "input_ids must be (B, L)");
   const bool fits = prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value() && (a ? *a : *delta).dim() == 3;
   STD_TORCH_CHECK(fits, "prompt must be (K, m, d), with a and b or delta");
@@ -101,7 +96,7 @@ Tensor forward(
 std::tuple<Tensor, Tensor> backward(
     const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions, const std::optional<Tensor>& offsets, bool insert_after_first,
     const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
-  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, m + L, d) with dense rows");
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, m + L, d) with dense rows");
   Gradient g{};
   g.grad = grad.const_data_ptr();
   g.batch_stride = grad.stride(0);
@@ -133,16 +128,9 @@ std::tuple<Tensor, Tensor> backward(
   return {grad_prompt, grad_delta};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, DISPATCH_KEY, m) {
   m.impl("decomposed_prompt_embedding_cuda", TORCH_BOX(&forward));
   m.impl("decomposed_prompt_embedding_backward_cuda", TORCH_BOX(&backward));
 }
 
 }  // namespace
-
-// Returns why this file's kernels do not run on the current device, or null.
-extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_problem() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, embedding_backward<float, 4>);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}

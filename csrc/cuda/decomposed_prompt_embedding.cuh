@@ -43,8 +43,6 @@ struct Gradient {
   int column_tiles;
 };
 
-__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; threads without a column compute nothing.
 template <int V, int P>
 __device__ void multiply(const Embedding& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
@@ -74,7 +72,8 @@ __device__ void multiply(const Embedding& e, int adapter, int tile_position, int
       load_floats<V>(b_row, b + int64_t(start + r) * e.width);
 #pragma unroll
       for (int p = 0; p < P; p += 4) {
-        *reinterpret_cast<float4*>(a_row + p) = *reinterpret_cast<const float4*>(&a_tile[r][warp * P + p]);
+        const float4 x = *reinterpret_cast<const float4*>(&a_tile[r][warp * P + p]);
+        a_row[p] = x.x, a_row[p + 1] = x.y, a_row[p + 2] = x.z, a_row[p + 3] = x.w;
       }
 #pragma unroll
       for (int p = 0; p < P; ++p) {
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
     const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
     const int64_t source = id * e.weight_stride;
     if (row + 1 < end) id = id_of(row + 1);  // loaded while this row is written
-    const auto embedding_of = [&](int p) { return static_cast<const T*>(e.weight) + __shfl_sync(~0u, source, p) + column; };
+    const auto embedding_of = [&](int p) { return static_cast<const T*>(e.weight) + __shfl_sync(kWarpMask, source, p) + column; };
     if (adapter != current && adapter >= 0) {  // uniform over the block
       current = adapter;
       if (e.delta) {
@@ -184,7 +183,6 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
 template <class T, int V>
 __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __grid_constant__ Gradient g) {
   using Addend = typename Packed<T, V>::Type;
-  constexpr unsigned kAll = ~0u;
   const int lane = threadIdx.x % kLanes;
   const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
   const bool inside = column < g.width;
@@ -209,13 +207,13 @@ __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __gri
         if (token < g.length) source = b * g.batch_stride + (token < g.first ? token : token + g.virtual_tokens) * g.column_stride;
       }
     }
-    for (unsigned left = __ballot_sync(kAll, source >= 0); left;) {
+    for (unsigned left = __ballot_sync(kWarpMask, source >= 0); left;) {
       Addend addends[kLoadsInFlight];
 #pragma unroll
       for (auto& addend : addends) {
         addend = Addend{};
         if (left) {
-          const int64_t from = __shfl_sync(kAll, source, __ffs(left) - 1);
+          const int64_t from = __shfl_sync(kWarpMask, source, __ffs(left) - 1);
           left &= left - 1;
           if (inside) addend = load<T, V>(grad + from);
         }

@@ -7,8 +7,6 @@
 
 namespace peft_kernels {
 
-constexpr unsigned kWarp = ~0u;  // mask of all lanes
-
 struct Slots {
   const int* data;  // (B, each), int32 or the low words of int64; -1: none
   int64_t row_stride, stride;  // in 32-bit words
@@ -20,7 +18,7 @@ struct Slots {
   __device__ int find(int64_t row, int position) const {
     for (int start = 0; start < each; start += kLanes) {
       const int slot = start + static_cast<int>(threadIdx.x % kLanes);
-      const unsigned found = __ballot_sync(kWarp, slot < each && get(row, slot) == position);
+      const unsigned found = __ballot_sync(kWarpMask, slot < each && get(row, slot) == position);
       if (found) return start + __ffs(static_cast<int>(found)) - 1;
     }
     return -1;

@@ -17,7 +17,7 @@ inline Slots slots_of(const Tensor& slots, const Tensor& like, int64_t batch) {
 
 inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const Tensor& like) {
   if (p == 0) return {};
-  const bool fits = 0 < p && p < 1 && seed && seed->is_cuda() && seed->get_device_index() == like.get_device_index() &&
+  const bool fits = 0 < p && p < 1 && seed && same_device(*seed, like) &&
       seed->scalar_type() == ScalarType::Long && seed->numel() == 1;
   STD_TORCH_CHECK(fits, "dropout_p must lie in [0, 1), with one int64 for a seed");
   const double threshold = std::min(std::nearbyint(std::ldexp(p, 32)), 4294967295.0);  // rounds halves to even, as Python does

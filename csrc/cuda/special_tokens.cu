@@ -18,7 +18,7 @@ Ids ids(const Tensor& x, const Tensor& like, const char* name) {
 }
 
 Mask mask_of(const Tensor& x, const Tensor& like) {
-  const bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.dim() == 2 && x.size(0) == like.size(0) &&
+  const bool fits = same_device(x, like) && x.dim() == 2 && x.size(0) == like.size(0) &&
       x.size(1) == like.size(1);
   STD_TORCH_CHECK(fits, "attention_mask must be (B, S), on the device of input_ids");
   const int bytes = static_cast<int>(x.element_size());
@@ -31,7 +31,7 @@ Mask mask_of(const Tensor& x, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> slots(
     const Tensor& input_ids, const Tensor& special_ids, const std::optional<Tensor>& attention_mask, int64_t max_slots) {
-  STD_TORCH_CHECK(input_ids.is_cuda() && input_ids.dim() == 2 && special_ids.dim() == 1, "input_ids must be (B, S) and special_ids (n,)");
+  STD_TORCH_CHECK(on_device(input_ids) && input_ids.dim() == 2 && special_ids.dim() == 1, "input_ids must be (B, S) and special_ids (n,)");
   Search s{};
   s.batch = to_int(input_ids.size(0), "B");
   s.length = to_int(input_ids.size(1), "S");
@@ -45,23 +45,22 @@ std::tuple<Tensor, Tensor> slots(
   if (s.batch == 0) return {found, counts};
   s.slots = static_cast<int*>(found.mutable_data_ptr());
   s.counts = static_cast<int*>(counts.mutable_data_ptr());
-  const torch::stable::accelerator::DeviceGuard guard(input_ids.get_device_index());
-  special_token_slots<<<grid(divide_up(s.batch, kSlotWarps)), kSlotWarps * kLanes, 0, current_stream(input_ids.get_device_index())>>>(s);
-  check_cuda(cudaGetLastError(), "launch");
+  const int device = input_ids.get_device_index();
+  const DeviceGuard guard(device);
+  launch(special_token_slots, divide_up(s.batch, kSlotWarps), kSlotWarps * kLanes, device, s);
   return {found, counts};
 }
 
 template <class T, int V>
 void launch_add(Addition& a, int64_t items, int device) {
   a.column_tiles = divide_up(a.injection.width, kAddThreads * V);
-  special_token_add<T, V><<<grid(items * a.column_tiles), kAddThreads, 0, current_stream(device)>>>(a);
-  check_cuda(cudaGetLastError(), "launch");
+  launch(special_token_add<T, V>, items * a.column_tiles, kAddThreads, device, a);
 }
 
 void add(
     Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
     const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(hidden.is_cuda() && hidden.dim() == 3, "hidden must be (B, S, d)");
+  STD_TORCH_CHECK(on_device(hidden) && hidden.dim() == 3, "hidden must be (B, S, d)");
   Addition a{};
   a.injection = injection_of(vectors, slots, adapter_ids, dropout_p, seed, hidden);
   a.batch_stride = hidden.stride(0);
@@ -82,16 +81,15 @@ void add(
 template <class T, int V>
 void launch_backward(VectorGradient& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
-  const auto blocks = grid(int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.each, kSumWarps));
-  special_token_add_backward<T, V><<<blocks, kSumWarps * kLanes, 0, current_stream(device)>>>(g);
-  check_cuda(cudaGetLastError(), "launch");
+  const int64_t blocks = int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.each, kSumWarps);
+  launch(special_token_add_backward<T, V>, blocks, kSumWarps * kLanes, device, g);
 }
 
 // Returns partial sums, (parts, K, P, d). The number of parts depends on sizes alone, and so does the order of the sum.
 Tensor backward(
     const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors, bool by_slot, double dropout_p,
     const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, S, d) with dense rows");
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, S, d) with dense rows");
   STD_TORCH_CHECK(vectors > 0 && (adapters == 1 || adapter_ids), "adapter_ids must choose among the adapters, of at least one vector");
   VectorGradient g{};
   g.grad = grad.const_data_ptr();
@@ -124,7 +122,7 @@ Tensor backward(
   return partial;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, DISPATCH_KEY, m) {
   m.impl("special_token_add_backward_cuda", TORCH_BOX(&backward));
   m.impl("special_token_add_cuda", TORCH_BOX(&add));
   m.impl("special_token_slots_cuda", TORCH_BOX(&slots));

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kSlotWarps* kLanes) special_token_slots(const 
     for (int i = 0; i < kIdsInFlight; ++i) {
       const int position = start + i * kLanes + lane;
       const bool found = special[i] && position < s.length && (!s.mask.data || s.mask.get(row, position));
-      const unsigned all = __ballot_sync(kWarp, found);
+      const unsigned all = __ballot_sync(kWarpMask, found);
       const int slot = count + __popc(all & ((1u << lane) - 1));
       if (found && slot < s.max_slots) slots[slot] = position;
       count += __popc(all);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kSumWarps* kLanes) special_token_add_backward(
       const int position = g.slots.get(row, slot);
       if (position >= 0 && g.adapter_ids.get(row) == adapter) source = row * g.batch_stride + (g.by_slot ? slot : position) * g.token_stride;
     }
-    for (unsigned left = __ballot_sync(kWarp, source >= 0); left;) {
+    for (unsigned left = __ballot_sync(kWarpMask, source >= 0); left;) {
       Addend addends_of[kAddendsInFlight];
       unsigned kept[kAddendsInFlight];
 #pragma unroll
@@ -157,10 +157,10 @@ __global__ void __launch_bounds__(kSumWarps* kLanes) special_token_add_backward(
         if (left) {
           const int from = __ffs(static_cast<int>(left)) - 1;
           left &= left - 1;
-          const int64_t at = __shfl_sync(kWarp, source, from);
+          const int64_t at = __shfl_sync(kWarpMask, source, from);
           if (inside) addends_of[i] = load<T, V>(grad + at);
           if (g.dropout.seed) {
-            const int of_slot = __shfl_sync(kWarp, slot, from), of_row = __shfl_sync(kWarp, row, from);
+            const int of_slot = __shfl_sync(kWarpMask, slot, from), of_row = __shfl_sync(kWarpMask, row, from);
             kept[i] = 0;
 #pragma unroll 1
             for (int v = 0; v < V; ++v) kept[i] |= unsigned{g.dropout.keeps(column + v, of_slot, of_row)} << v;

@@ -1,5 +1,6 @@
 """The CUDA C++ kernels against the reference, with ``--device cuda``."""
 
+import cuda_on_host
 import pytest
 import torch
 from add_layer_norm_inject_on_gpu import *  # noqa: F403
@@ -10,10 +11,8 @@ from peft_kernels.ops.add_layer_norm_inject import cuda
 
 
 @pytest.fixture
-def implementation(device):
-    if reason := cuda.unavailable(device.type, torch.float32):
-        pytest.skip(reason)
-    return cuda
+def implementation(device, monkeypatch):
+    return cuda_on_host.implementation(cuda, device, monkeypatch)
 
 
 def test_refuses_rows_that_do_not_fit_in_registers(device):

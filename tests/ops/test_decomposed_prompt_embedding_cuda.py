@@ -1,5 +1,6 @@
 """The CUDA C++ kernels against the reference, with ``--device cuda``; without a GPU, their library loads and says why it does not run."""
 
+import cuda_on_host
 import pytest
 import torch
 from decomposed_prompt_embedding_on_gpu import *  # noqa: F403
@@ -10,10 +11,8 @@ from peft_kernels.ops.decomposed_prompt_embedding import cuda
 
 
 @pytest.fixture
-def implementation(device):
-    if reason := cuda.unavailable(device.type, torch.float32):
-        pytest.skip(reason)
-    return cuda
+def implementation(device, monkeypatch):
+    return cuda_on_host.implementation(cuda, device, monkeypatch)
 
 
 @pytest.mark.parametrize("chosen", [[0] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1], [-1, 0, 1, 0, -1, 0, 0, -1, -1]])
