@@ -48,7 +48,7 @@ template <int V, int P>
 __device__ void multiply(const Embedding& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
   constexpr int kTile = kWarps * P;
   // a is transposed, so that a thread reads its positions at once; the padding of 4 reduces bank conflicts
-  __shared__ float a_tile[kRanks][kTile + 4];
+  __shared__ alignas(16) float a_tile[kRanks][kTile + 4];
   const float* a = e.a + int64_t(adapter) * e.positions * e.rank;
   const float* b = e.b + int64_t(adapter) * e.rank * e.width + column;
   const int warp = threadIdx.x / kLanes;
