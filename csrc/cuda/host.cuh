@@ -2,18 +2,17 @@
 
 #pragma once
 
-#include "packed.cuh"
-
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <limits>
 #include <optional>
+
+#include "packed.cuh"
 
 namespace peft_kernels {
 
@@ -24,7 +23,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// Returns the current stream from libtorch_cuda, which is looked up on first use, so that this file links against a torch without CUDA.
+// Returns the current stream from libtorch_cuda, which is looked up on first use, so that this file links against a
+// torch without CUDA.
 inline cudaStream_t current_stream(int device) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
@@ -45,9 +45,10 @@ inline int to_int(int64_t x, const char* name) {
   return static_cast<int>(x);
 }
 
-inline const float* parameter(const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
+inline const float* parameter(const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape,
+                              const char* name) {
   bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.scalar_type() == ScalarType::Float &&
-      x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
+              x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = x.size(i) == shape.begin()[i];
   STD_TORCH_CHECK(fits, name, " must be a contiguous float32 tensor that fits the others, on their device");
   return static_cast<const float*>(x.const_data_ptr());
@@ -56,7 +57,8 @@ inline const float* parameter(const Tensor& x, const Tensor& like, std::initiali
 inline Integers integers(const Tensor& x, const Tensor& like, const char* name) {
   const bool wide = x.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, " must be on the device of the other tensors");
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name,
+                  " must be on the device of the other tensors");
   return {static_cast<const int*>(x.const_data_ptr()), x.stride(-1) * (wide ? 2 : 1)};
 }
 
@@ -67,8 +69,9 @@ inline Integers integers(const std::optional<Tensor>& x, const Tensor& like, int
 }
 
 inline bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
-      std::all_of(strides.begin(), strides.end(), [](int64_t bytes) { return bytes % 16 == 0; });
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
+         std::all_of(strides.begin(), strides.end(), [](int64_t bytes) { return bytes % 16 == 0; });
 }
 
 inline dim3 grid(int64_t blocks) {
@@ -81,10 +84,14 @@ template <class F>
 void dispatch(const Tensor& x, const char* name, const F& f) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(__half{});
-    case ScalarType::BFloat16: return f(__nv_bfloat16{});
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(__half{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
   }
 }
 

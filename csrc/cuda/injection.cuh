@@ -10,7 +10,7 @@ namespace peft_kernels {
 constexpr unsigned kWarp = ~0u;  // mask of all lanes
 
 struct Slots {
-  const int* data;  // (B, each), int32 or the low words of int64; -1: none
+  const int* data;             // (B, each), int32 or the low words of int64; -1: none
   int64_t row_stride, stride;  // in 32-bit words
   int each;
 

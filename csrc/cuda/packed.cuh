@@ -33,7 +33,9 @@ struct Packed<T, 1> {
 template <>
 struct Packed<float, 4> {
   using Type = float4;
-  static __device__ void unpack(const float4& x, float (&into)[4]) { into[0] = x.x, into[1] = x.y, into[2] = x.z, into[3] = x.w; }
+  static __device__ void unpack(const float4& x, float (&into)[4]) {
+    into[0] = x.x, into[1] = x.y, into[2] = x.z, into[3] = x.w;
+  }
   static __device__ float4 pack(const float (&x)[4]) { return make_float4(x[0], x[1], x[2], x[3]); }
 };
 
@@ -88,7 +90,9 @@ __device__ typename Packed<T, V>::Type load_once(const T* from) {
     return __ldg(from);
   } else {
     uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
     return reinterpret_cast<const typename Packed<T, V>::Type&>(x);
   }
 }
@@ -98,7 +102,9 @@ __device__ void store(T* to, const float (&x)[V]) {
   const auto packed = Packed<T, V>::pack(x);
   if constexpr (sizeof(packed) == 16) {  // an assignment compiles to four stores
     const uint4& words = reinterpret_cast<const uint4&>(packed);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
   } else {
     *to = packed;
   }
@@ -110,7 +116,8 @@ __device__ void load_floats(float (&into)[V], const float* from) {
     into[0] = __ldg(from);
   } else {
 #pragma unroll
-    for (int v = 0; v < V; v += 4) *reinterpret_cast<float4*>(into + v) = __ldg(reinterpret_cast<const float4*>(from + v));
+    for (int v = 0; v < V; v += 4)
+      *reinterpret_cast<float4*>(into + v) = __ldg(reinterpret_cast<const float4*>(from + v));
   }
 }
 
