@@ -39,8 +39,9 @@ def prepare(
 ) -> tuple[Workload, nn.Module]:
     """Load the tokenizer and the model, and encode the texts.
 
-    Raises: ValueError: the model or the tokenizer cannot be loaded, ``pid`` does not support the model, or the texts do
-        not fit it.
+    Raises:
+        ValueError: the model or the tokenizer cannot be loaded, ``pid`` does not support the model, or the texts do not
+            fit it.
     """
     if name is not None:
         with _naming("--model"):

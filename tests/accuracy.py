@@ -145,10 +145,11 @@ def _how(function) -> str | None:
 class WithinRounding:
     """The expected result of ``function()``, up to rounding; one object checks any number of results.
 
-    Args: function: the formula in plain PyTorch in the dtype whose rounding counts (the kernel's); or the stock model,
-        with which another
-            order of evaluation is compared. It is called several times, without arguments, under ``Rounding``, and
-            computes gradients itself. Results are tensors, or lists, tuples, dictionaries or model outputs of them.
+    Args:
+        function: the formula in plain PyTorch in the dtype whose rounding counts (the kernel's); or the stock model,
+            with which another order of evaluation is compared. It is called several times, without arguments, under
+            ``Rounding``, and computes gradients itself. Results are tensors, or lists, tuples, dictionaries or model
+            outputs of them.
         truth: the same results in float64. Without it results are compared with ``function()`` itself.
         runs: number of runs under ``Rounding``. Fewer take less time and widen the bound of small groups, through
             ``draws``.

@@ -36,14 +36,18 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
     W and r and frozen random prototypes p; Adam on the cross-entropy of q, all texts in every epoch. The same seed
     gives the same classifier.
 
-    Args: dim: D, the number of rows of W (D, H) and the width of the prototypes. lr: learning rate of Adam. epochs:
-        number of steps, each on all texts. score_weight: lambda; None: C / N, 1 over the mean number of texts per
-        class. The authors use 1 for MNLI. calibration: calibration of the model's scores, ``"official"``, ``"logprob"``
-        or ``"none"``; see ``dect.head.calibrated``. empty_scores: (C,), scores of the empty text, from
-        ``dect.extract``; needed by the first two calibrations. classes: names of the classes in the order of the
-        scores' columns; None: 0, 1, … with scores, else the sorted labels. class_weight: mapping from class to the loss
-        weight of its texts; ``"balanced"``: N / (C * number of texts of the class);
-            None: 1.
+    Args:
+        dim: D, the number of rows of W (D, H) and the width of the prototypes.
+        lr: learning rate of Adam.
+        epochs: number of steps, each on all texts.
+        score_weight: lambda; None: C / N, 1 over the mean number of texts per class. The authors use 1 for MNLI.
+        calibration: calibration of the model's scores, ``"official"``, ``"logprob"`` or ``"none"``; see
+            ``dect.head.calibrated``.
+        empty_scores: (C,), scores of the empty text, from ``dect.extract``; needed by the first two calibrations.
+        classes: names of the classes in the order of the scores' columns; None: 0, 1, … with scores, else the sorted
+            labels.
+        class_weight: mapping from class to the loss weight of its texts; ``"balanced"``: N / (C * number of texts of
+            the class); None: 1.
         seed: random seed of W and the prototypes.
 
     With scikit-learn installed, this is one of its estimators: ``check_estimator`` passes, and pipelines, searches,
@@ -81,9 +85,10 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
             0: a text of weight 2 counts as two texts, and a text of weight 0 is ignored. Sets ``classes_``, ``head_``,
             ``losses_`` (one per epoch), ``score_weight_``, ``n_features_in_`` and, for a table, ``feature_names_in_``.
 
-        Raises: ValueError: shapes do not match, features or scores are not finite, a label is outside the classes or
-            has a fraction, a class
-                has no texts, the calibration is unknown, or scores are to be calibrated without ``empty_scores``.
+        Raises:
+            ValueError: shapes do not match, features or scores are not finite, a label is outside the classes or has a
+                fraction, a class has no texts, the calibration is unknown, or scores are to be calibrated without
+                ``empty_scores``.
             TypeError: features are sparse.
         """
         if self.calibration not in CALIBRATIONS:
@@ -141,9 +146,9 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
     def logits(self, features: Values, scores: Values | None = None) -> Tensor:
         """The logits q, (N, C) float32, on the device on which the classifier was trained.
 
-        Raises: ValueError: the classifier is not fitted, shapes do not match, values are not finite, or scores are
-            given to a classifier
-                that was trained without them, or the reverse.
+        Raises:
+            ValueError: the classifier is not fitted, shapes do not match, values are not finite, or scores are given to
+                a classifier that was trained without them, or the reverse.
         """
         if not hasattr(self, "head_"):
             raise NotFittedError("DecoderTuning: fit must come first")

@@ -60,8 +60,9 @@ def vector_of(x) -> Tensor:
 def matrix_of(name: str, x) -> Tensor:
     """``x`` as a finite (N, M) tensor.
 
-    Raises: ValueError: it is not two-dimensional, has no columns, or has a value that is not finite. TypeError: it is
-        sparse.
+    Raises:
+        ValueError: it is not two-dimensional, has no columns, or has a value that is not finite. TypeError: it is
+            sparse.
     """
     if hasattr(x, "tocsr") or isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(f"DecoderTuning: {name} must be a dense matrix, got sparse data; use .toarray()")
@@ -87,8 +88,7 @@ def same_features(estimator, features, x: Tensor, reset: bool) -> None:
     elif x.shape[1] != estimator.n_features_in_:
         raise ValueError(
             f"DecoderTuning: features must be (N, {estimator.n_features_in_}) as in fit, got {tuple(x.shape)}: X has"
-            f" {x.shape[1]} features, but"
-            f" DecoderTuning is expecting {estimator.n_features_in_} features as input"
+            f" {x.shape[1]} features, but DecoderTuning is expecting {estimator.n_features_in_} features as input"
         )
     if validate_data is not None:
         validate_data(

@@ -55,10 +55,11 @@ def extract(
     Decoder tuning (DecT), arXiv 2212.08408, section 3.1. The head reads only the mask's row and computes only the label
     words.
 
-    Args: model: a transformers model, in training or eval mode: a masked language model, a causal one (the template
-        ends with the mask),
-            one of the T5 family (``<extra_id_0>`` is the mask; the decoder reads it after its start token), or an
-            encoder without a head if ``label_words`` is None. With PEFT the features are those of the active adapter.
+    Args:
+        model: a transformers model, in training or eval mode: a masked language model, a causal one (the template ends
+            with the mask), one of the T5 family (``<extra_id_0>`` is the mask; the decoder reads it after its start
+            token), or an encoder without a head if ``label_words`` is None. With PEFT the features are those of the
+            active adapter.
         tokenizer: the model's tokenizer.
         texts: strings, in any ordered iterable.
         template: for example ``"{text} It was {mask}."``. A text that is too long is cut at its end; the template is
@@ -72,9 +73,9 @@ def extract(
             autocast, token ids and words; otherwise it is written. It is saved every half minute, and an interrupted
             run continues from it. Its contents are used only if their checksum matches.
 
-    Raises: ValueError: the template has no text or mask or is too long, a class is empty, a word has no pieces, the
-        model gives no scores, or
-            ``cache`` cannot be written or is another kind of file.
+    Raises:
+        ValueError: the template has no text or mask or is too long, a class is empty, a word has no pieces, the model
+            gives no scores, or ``cache`` cannot be written or is another kind of file.
         TypeError: ``model`` is not a transformers model, or a text or word is not a string.
 
     Several threads may extract from one model at once; meanwhile it is in eval mode for all.

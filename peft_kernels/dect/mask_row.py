@@ -136,8 +136,7 @@ class MaskRow:
         if hidden.shape[1] != call.length:
             raise ValueError(
                 f"DecT: the last hidden state of {type(module).__name__} must have {call.length} rows, one for each"
-                f" token, got {hidden.shape[1]}:"
-                " an adapter that adds tokens moves the mask"
+                f" token, got {hidden.shape[1]}: an adapter that adds tokens moves the mask"
             )
         call.rows.append(hidden[torch.arange(len(hidden), device=hidden.device), call.positions.to(hidden.device)])
         row = call.rows[-1][:, None]

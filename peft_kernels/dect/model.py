@@ -107,9 +107,10 @@ class DecTForSequenceClassification(PreTrainedModel):
         """Build the model from a fitted classifier and the arguments of its ``extract``. Shares the backbone's weights,
         without a copy.
 
-        Raises: ValueError: the classifier is not fitted; it was trained with scores and ``label_words`` is None, or the
-            reverse; or the
-                backbone could not be loaded again, because it has adapters or its class is not in transformers.
+        Raises:
+            ValueError: the classifier is not fitted; it was trained with scores and ``label_words`` is None, or the
+                reverse; or the backbone could not be loaded again, because it has adapters or its class is not in
+                transformers.
         """
         if not hasattr(classifier, "head_") or classifier.takes_scores_ != (label_words is not None):
             raise ValueError(

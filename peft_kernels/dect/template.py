@@ -23,14 +23,16 @@ class Template:
 
     Decoder tuning (DecT), arXiv 2212.08408. A text that is too long is cut at its end; the template is never cut.
 
-    Args: template: see above. A causal model's template ends with ``{mask}``, because the model predicts the next
-        token. tokenizer: the model's tokenizer; its mask token replaces ``{mask}``, in T5 ``<extra_id_0>``, in a causal
-        model nothing. max_length: the most tokens of a text in its template. causal: whether the model predicts the
-        next token instead of a mask.
+    Args:
+        template: see above. A causal model's template ends with ``{mask}``, because the model predicts the next token.
+        tokenizer: the model's tokenizer; its mask token replaces ``{mask}``, in T5 ``<extra_id_0>``, in a causal model
+            nothing.
+        max_length: the most tokens of a text in its template.
+        causal: whether the model predicts the next token instead of a mask.
 
-    Raises: ValueError: a placeholder is missing or occurs twice, ``{mask}`` is not last in a causal model's template,
-        or the tokenizer has no
-            mask token.
+    Raises:
+        ValueError: a placeholder is missing or occurs twice, ``{mask}`` is not last in a causal model's template, or
+            the tokenizer has no mask token.
     """
 
     def __init__(self, template: str, tokenizer, max_length: int, *, causal: bool = False):
@@ -111,14 +113,14 @@ class Template:
             otherwise after a character that is not a letter, or at the start of a text. BPE tokenizers distinguish
             these.
 
-        Raises: ValueError: a class has no words, a word has no pieces or is unknown to the tokenizer, or two classes
-            have the same pieces.
+        Raises:
+            ValueError: a class has no words, a word has no pieces or is unknown to the tokenizer, or two classes have
+                the same pieces.
         """
         if isinstance(label_words, Mapping):
             raise TypeError(
                 "DecT: label_words must be a sequence with the words of each class in order, got a mapping: give"
-                " list(label_words.values()),"
-                " and list(label_words) as classes of DecoderTuning"
+                " list(label_words.values()), and list(label_words) as classes of DecoderTuning"
             )
         if not ordered(label_words):
             kind = "one string" if isinstance(label_words, str) else type(label_words).__name__

@@ -19,11 +19,13 @@ _KEYS = {
 def load_official(folder: str | Path) -> tuple[DePTConfig, dict[str, Tensor]]:
     """Read a folder with the ``adapter_config.json`` and ``adapter_model.bin`` that the authors' code writes.
 
-    Returns: The configuration, and the parameters under PEFT's names: ``peft.set_peft_model_state_dict(model, state)``
-        loads them into a model that was made with the configuration.
+    Returns:
+        The configuration, and the parameters under PEFT's names: ``peft.set_peft_model_state_dict(model, state)`` loads
+        them into a model that was made with the configuration.
 
-    Raises: ValueError: the checkpoint is of another method, lacks parameters, or has shapes that differ from its
-        configuration.
+    Raises:
+        ValueError: the checkpoint is of another method, lacks parameters, or has shapes that differ from its
+            configuration.
     """
     folder = Path(folder)
     official = json.loads((folder / "adapter_config.json").read_text())

@@ -16,9 +16,11 @@ class DePTConfig(PeftConfig):
     """Decomposed prompt tuning (arXiv 2309.05173): m prompt rows P, and row i of ``scale * A @ B`` added to the
     embedding at position i.
 
-    Args: num_virtual_tokens: m, the number of rows of P. r: rank of the update. max_length: s, the number of rows of A:
-        the longest input in tokens, without the prompt. Longer inputs are refused. Tokens that a
-            causal model generates beyond it get their embedding without an update.
+    Args:
+        num_virtual_tokens: m, the number of rows of P.
+        r: rank of the update.
+        max_length: s, the number of rows of A: the longest input in tokens, without the prompt. Longer inputs are
+            refused. Tokens that a causal model generates beyond it get their embedding without an update.
         scale: factor of the update. None: 8 / sqrt(r), as in the authors' code (the paper has none).
         position: how the row of A is chosen where inputs are padded on the left. ``"padded"`` counts columns of the
             padded array, as in the authors' code. ``"token"`` counts tokens, so that an input's result does not depend

@@ -150,8 +150,9 @@ class Hooks:
         """The inputs of a batch with its prompts: replacements for ``kwargs``, the positions of the prompts, the
             adapters, the offsets.
 
-        Raises: ValueError: the input is too long, the mask is not (B, L), or padding is on the left and the prompt
-            follows the first token.
+        Raises:
+            ValueError: the input is too long, the mask is not (B, L), or padding is on the left and the prompt follows
+                the first token.
         """
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         batch, length = (ids if ids is not None else embeds).shape[:2]
@@ -174,8 +175,7 @@ class Hooks:
         if self.placeholders and self.keeps_rope_deltas and family.is_multimodal(kwargs):
             raise ValueError(
                 f"DePT: {type(self.module).__name__} takes positions of images and videos from input_ids, which a"
-                " prompt does not have: it can be"
-                " given text alone"
+                " prompt does not have: it can be given text alone"
             )
         inputs |= {
             name: insertion.widen(kwargs[name], fill) for name, fill in _FILL.items() if kwargs.get(name) is not None
@@ -279,8 +279,7 @@ class Hooks:
             if "attention_mask" not in self.argument_names or (self.causal and self.counts_columns):
                 raise ValueError(
                     f"DePT: rows without an adapter cannot share a batch with others in {type(self.module).__name__},"
-                    " which cannot be told to"
-                    " pass over the prompt"
+                    " which cannot be told to pass over the prompt"
                 )
             used = selection.adapter_ids >= 0
         if self.causal:
@@ -316,8 +315,7 @@ class Hooks:
         if looks and length and bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
             raise ValueError(
                 "DePT: insert_after_first=True with position='padded' needs inputs that are padded on the right, got an"
-                " attention_mask that starts"
-                " with 0"
+                " attention_mask that starts with 0"
             )
         return leading_padding(mask) if config.position == "token" else None
 
@@ -330,8 +328,7 @@ class Hooks:
         if self.most_columns is not None and columns > self.most_columns:
             raise ValueError(
                 f"DePT: {config.num_virtual_tokens} prompt rows and {length} tokens make {columns} columns, but the"
-                " model has positions for"
-                f" {self.most_columns}"
+                f" model has positions for {self.most_columns}"
             )
 
     def check_arguments(self, kwargs, shape):
@@ -341,8 +338,7 @@ class Hooks:
             if not known and isinstance(value, Tensor) and tuple(value.shape[:2]) == shape and shape[1] > 1:
                 raise ValueError(
                     f"DePT: {type(self.module).__name__} must be given no {name}, which has a value for each token: the"
-                    " prompt's rows have none,"
-                    f" got {tuple(value.shape)}"
+                    f" prompt's rows have none, got {tuple(value.shape)}"
                 )
 
     def decoder_inputs(self, kwargs: dict) -> dict:

@@ -24,8 +24,7 @@ class DePTModel(AddedLayerTuner):
     tuner_layer_cls = DePTLayer
     why_unmergeable = (
         "DePT cannot be merged: the prompt is input of its own, and the update of an embedding depends on the token's"
-        " position, while the"
-        " embedding table has one row per token."
+        " position, while the embedding table has one row per token."
     )
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -43,9 +43,9 @@ class _Reached(Exception):
 def read(module: nn.Module, table: nn.Embedding) -> Reading:
     """Probe ``module``, which gets the prompt, with its input embedding ``table``.
 
-    Raises: ValueError: the module cannot be called with tokens alone, does not use ``table``, or is a decoder or an
-        encoder-decoder that uses
-            ``input_ids`` for more than their embeddings.
+    Raises:
+        ValueError: the module cannot be called with tokens alone, does not use ``table``, or is a decoder or an
+            encoder-decoder that uses ``input_ids`` for more than their embeddings.
     """
     what = type(module).__name__
     with _undisturbed(module, table):

@@ -19,8 +19,9 @@ UNLIMITED = 10**6  # a tokenizer without a limit reports a huge number
 def frozen_model(method: str, model: nn.Module) -> Any:
     """The transformers model inside wrappers of PEFT or ``torch.compile``, with the adapters that are active in it.
 
-    Raises: TypeError: there is no transformers model. ValueError: an adapter adds tokens, or works in the wrapper
-        instead of the model.
+    Raises:
+        TypeError: there is no transformers model. ValueError: an adapter adds tokens, or works in the wrapper instead
+            of the model.
     """
     while True:
         if isinstance(model, PeftModel | PeftMixedModel):

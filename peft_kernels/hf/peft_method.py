@@ -141,8 +141,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The adapters for ``batch`` rows, and the index of each row's adapter, -1 for none; None if all rows have the
         same adapter.
 
-        Raises: ValueError: several adapters are active, a name is unknown, or the batch's adapters differ in a field
-            that they must share.
+        Raises:
+            ValueError: several adapters are active, a name is unknown, or the batch's adapters differ in a field that
+                they must share.
         """
         method, rows = self.method, self.row_adapters.get()
         if rows is None:
@@ -198,8 +199,7 @@ class AddedLayerTuner(BaseTuner):
             if not isinstance(layer, self.tuner_layer_cls):
                 raise ValueError(
                     f"{self.tuner_layer_cls.method}: model has a {layer.method} adapter, and DePT replaces the"
-                    " input_ids in which PASTA finds special"
-                    " tokens; unload() it before you add the other"
+                    " input_ids in which PASTA finds special tokens; unload() it before you add the other"
                 )
             if isinstance(model, PeftModel) or adapter_name in layer.configs:
                 raise ValueError(
@@ -214,8 +214,7 @@ class AddedLayerTuner(BaseTuner):
             kind = model.active_peft_config.peft_type.value  # PEFT would look for its model by our configuration
             raise ValueError(
                 f"{self.tuner_layer_cls.method}: adapter_name must differ from that of {kind} below, got"
-                f" {adapter_name!r}; get_peft_model takes"
-                " adapter_name="
+                f" {adapter_name!r}; get_peft_model takes adapter_name="
             )
         others = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)

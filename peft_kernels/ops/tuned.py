@@ -87,8 +87,7 @@ def entries(device: torch.device) -> dict[Site, dict[str, int]]:
     except (OSError, ValueError) as error:
         warnings.warn(
             "peft_kernels uses its shipped launch configurations, because its cache of tuned ones cannot be used:"
-            f" {error}."
-            " Run `peft-kernels tune` again, or set PEFT_KERNELS_TUNED=0.",
+            f" {error}. Run `peft-kernels tune` again, or set PEFT_KERNELS_TUNED=0.",
             stacklevel=2,
         )
         return {}

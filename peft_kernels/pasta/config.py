@@ -20,9 +20,9 @@ class PASTAConfig(PeftConfig):
     The special tokens of a row, [CLS] and each [SEP], are counted from 0: number j has its own vector in every layer,
     shared by all rows. L layers of width d have L * P * d parameters. Padding and [MASK] get no vector.
 
-    Args: num_special_tokens: P, the number of special tokens of a row with their own vectors: 2 for ``[CLS] a [SEP]``,
-        3 for
-            ``[CLS] a [SEP] b [SEP]``, 4 for RoBERTa's pairs ``<s> a </s></s> b </s>``.
+    Args:
+        num_special_tokens: P, the number of special tokens of a row with their own vectors: 2 for ``[CLS] a [SEP]``, 3
+            for ``[CLS] a [SEP] b [SEP]``, 4 for RoBERTa's pairs ``<s> a </s></s> b </s>``.
         special_token_ids: ids of the special tokens. None: the tokenizer's ``cls_token_id`` and ``sep_token_id``
             (``bos_token_id`` and ``eos_token_id`` if it has none), which are then stored here, so that loading an
             adapter needs no tokenizer.

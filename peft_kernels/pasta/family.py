@@ -50,8 +50,9 @@ def adapted_module(model: nn.Module) -> nn.Module:
 def passes_of(module: nn.Module) -> list[nn.Module]:
     """The layer of each of the L passes of a forward; ALBERT's layers repeat.
 
-    Raises: ValueError: the model has no list of ``num_hidden_layers`` layers that take hidden states, or several, or a
-        layer occurs twice.
+    Raises:
+        ValueError: the model has no list of ``num_hidden_layers`` layers that take hidden states, or several, or a
+            layer occurs twice.
     """
     what, depth = type(module).__name__, getattr(module.config, "num_hidden_layers", None)
     if module.config.model_type == "albert":

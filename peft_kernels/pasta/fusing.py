@@ -48,8 +48,9 @@ def fuse(model: nn.Module) -> None:
     A forward under autocast and a layer under gradient checkpointing take the model's own path. If hidden states are
     requested, the next layer adds its vectors itself, so that the recorded states do not contain them.
 
-    Args: model: a transformers model, or a ``PeftModel`` of it: BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT,
-        MPNet, RoBERTa, XLM-R.
+    Args:
+        model: a transformers model, or a ``PeftModel`` of it: BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, MPNet,
+            RoBERTa, XLM-R.
 
     Raises:
         ValueError: the model is of another type, computes feed-forward layers in chunks, or is already fused.

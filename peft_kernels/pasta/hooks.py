@@ -79,8 +79,7 @@ class Hooks:
         except ValueError as error:
             raise ValueError(
                 f"PASTA: {error}. The adapter has num_special_tokens={config.num_special_tokens} vectors for tokens"
-                f" {config.special_token_ids};"
-                " overflow='last' gives the last one to all that follow."
+                f" {config.special_token_ids}; overflow='last' gives the last one to all that follow."
             ) from error
 
     def records(self, kwargs: dict) -> bool:

@@ -102,8 +102,7 @@ class State:
         if injection is None and self.adapters.is_active():
             raise RuntimeError(
                 "PASTA: a layer runs outside of its encoder's forward, where nobody knows what to add; checkpointing"
-                " other than"
-                " gradient_checkpointing_enable() does that in the backward pass"
+                " other than gradient_checkpointing_enable() does that in the backward pass"
             )
         return injection or None
 

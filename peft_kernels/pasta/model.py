@@ -27,8 +27,7 @@ class PASTAModel(AddedLayerTuner):
     tuner_layer_cls = PASTALayer
     why_unmergeable = (
         "PASTA cannot be merged: its vectors are added to the hidden states of special tokens alone, and no weight of"
-        " the model knows where"
-        " those stand."
+        " the model knows where those stand."
     )
 
     def adapter_layer(self) -> PASTALayer:

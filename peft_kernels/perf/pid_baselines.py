@@ -54,8 +54,9 @@ def sharpened(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
 def check_kind(name: str) -> None:
     """Check the kind of model from its configuration alone.
 
-    Raises: OSError, ValueError: transformers cannot read a model of that name, or ``pid`` does not support it: it takes
-        text encoder-decoder models.
+    Raises:
+        OSError, ValueError: transformers cannot read a model of that name, or ``pid`` does not support it: it takes
+            text encoder-decoder models.
     """
     config = AutoConfig.from_pretrained(name)
     kind = config.model_type

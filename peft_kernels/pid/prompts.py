@@ -17,9 +17,9 @@ Prompts = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
 class PiDOutput:
     """The result of ``pid.generate``.
 
-    Attributes: sequences: ``sequences[i][u]`` is the list of generated token ids for input i and prompt u, without the
-        prompt and padding, with
-            the end token; with ``num_return_sequences`` > 1, a list of such lists.
+    Attributes:
+        sequences: ``sequences[i][u]`` is the list of generated token ids for input i and prompt u, without the prompt
+            and padding, with the end token; with ``num_return_sequences`` > 1, a list of such lists.
         scores: with ``output_scores=True``, the log-probabilities of these tokens in the same nesting, as 1-d float32
             tensors on the CPU; otherwise None.
         output: the return value of transformers' ``generate``, with the rows of all streams in order.
@@ -44,17 +44,19 @@ def generate(
     on the left, which is exact: padding is masked, and positions do not count it. Attention masks of the inputs may be
     padded on either side or have holes; this is exact too.
 
-    Args: model: a model that ``pid.enable`` has changed. input_ids: (b, n), the encoder's inputs. prompts: a list of
-        prompts, each a list of token ids, for every input; or a list of such lists, one per input, where
-            ``prompts[i][u]`` is prompt u of input i. The nesting depth tells the two apart. An empty prompt is the
-            start token alone.
+    Args:
+        model: a model that ``pid.enable`` has changed.
+        input_ids: (b, n), the encoder's inputs.
+        prompts: a list of prompts, each a list of token ids, for every input; or a list of such lists, one per input,
+            where ``prompts[i][u]`` is prompt u of input i. The nesting depth tells the two apart. An empty prompt is
+            the start token alone.
         attention_mask: (b, n), nonzero where ``input_ids`` are not padding; None: no padding.
         generate_kwargs: any argument of ``model.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``,
             ``cache_implementation``... ``max_length`` includes the longest prompt.
 
-    Raises: ValueError: the model is not enabled; there are no inputs or no prompts; the number of prompt lists differs
-        from the number of
-            inputs; or a prompt is longer than the decoder has positions for.
+    Raises:
+        ValueError: the model is not enabled; there are no inputs or no prompts; the number of prompt lists differs from
+            the number of inputs; or a prompt is longer than the decoder has positions for.
         TypeError: a token id is not an integer.
     """
     base = _checked(model, "generate")
@@ -124,12 +126,13 @@ def forward(
         attention_mask: (b, n) or None.
         kwargs: any other argument of the model's forward.
 
-    Returns: The model's output; ``loss`` is a scalar, ``logits`` are (N, T, V) for the streams in order, padded on the
+    Returns:
+        The model's output; ``loss`` is a scalar, ``logits`` are (N, T, V) for the streams in order, padded on the
         right.
 
-    Raises: ValueError, TypeError: as in ``generate``; also if the number of targets differs from the number of prompts,
-        or if no target has
-            a token.
+    Raises:
+        ValueError, TypeError: as in ``generate``; also if the number of targets differs from the number of prompts, or
+            if no target has a token.
     """
     base = _checked(model, "forward")
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
@@ -181,8 +184,7 @@ def _checked(model, what):
     if adapter is not None and adapter.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
             f"pid.{what}: {adapter.peft_type.value} puts keys of its own in front of the decoder's, where the masks of"
-            " prompts do not count them;"
-            " use model.generate with decoder_input_ids"
+            " prompts do not count them; use model.generate with decoder_input_ids"
         )
     return base
 

@@ -47,16 +47,16 @@ def prepare(
         streams: N, the number of decoder rows.
         encoder_index: (N,) or None.
 
-    Raises: ValueError: N is not a multiple of b and there is no index; the index decreases or is out of range; or the
-        mask has another shape.
+    Raises:
+        ValueError: N is not a multiple of b and there is no index; the index decreases or is out of range; or the mask
+            has another shape.
     """
     inputs, n = states.shape[:2]
     if encoder_index is None:
         if streams % inputs:
             raise ValueError(
                 f"the decoder's rows must be a multiple of the encoder's inputs, got {streams} rows for {inputs}"
-                " inputs: "
-                "pass encoder_index, the input of every row, where inputs have different numbers of streams"
+                " inputs: pass encoder_index, the input of every row, where inputs have different numbers of streams"
             )
     else:
         encoder_index = _checked(encoder_index.to(states.device), inputs, streams)

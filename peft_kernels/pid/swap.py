@@ -19,9 +19,10 @@ def enable(model: nn.Module, *, pack_weights: bool = True) -> nn.Module:
     of each stream. Tokens, losses and gradients are those of repeated encoder outputs. No module is replaced, so
     adapters on the projections keep working.
 
-    Args: model: an encoder-decoder model of transformers, or a PEFT model around one, with "sdpa" or "eager" attention.
-        Changed in place.
-            "sdpa" runs our operator; "eager" can return attention weights (``output_attentions=True``).
+    Args:
+        model: an encoder-decoder model of transformers, or a PEFT model around one, with "sdpa" or "eager" attention.
+            Changed in place. "sdpa" runs our operator; "eager" can return attention weights
+            (``output_attentions=True``).
         pack_weights: on a CPU, generate with a second copy of the linear weights, packed for few rows (see
             pid/packing.py): about 1.4 times as fast, at the cost of a second copy in memory. False: plain weights.
 

@@ -48,9 +48,9 @@ def cache_features(
     complete shard when called again. Existing shards are checked; damaged or missing ones are computed again. A second
     process with the same folder waits for the first.
 
-    Args: model: the backbone, without its head if it has one; the encoder of an encoder-decoder model; a PEFT model
-        with its active
-            adapter. It runs in eval mode on its own device.
+    Args:
+        model: the backbone, without its head if it has one; the encoder of an encoder-decoder model; a PEFT model with
+            its active adapter. It runs in eval mode on its own device.
         tokenizer: the model's tokenizer.
         texts: strings, or pairs of strings, in any ordered iterable.
         folder: folder of shards and index; created if it does not exist.
@@ -63,9 +63,9 @@ def cache_features(
     The key of a cache is a digest of the weights, config, active adapters and autocast of the model, the token ids of
     all texts, ``dtype`` and ``layer``.
 
-    Raises: ValueError: ``dtype``, ``layer`` or ``batch_size`` is out of range; ``folder`` has a cache with another key,
-        cannot be written, or
-            has another kind of index.
+    Raises:
+        ValueError: ``dtype``, ``layer`` or ``batch_size`` is out of range; ``folder`` has a cache with another key,
+            cannot be written, or has another kind of index.
         TypeError: ``model`` is not a transformers model, or ``texts`` are not strings or pairs of strings.
     """
     if dtype not in (torch.bfloat16, torch.float32):
@@ -175,8 +175,7 @@ def _continue(folder, head, overwrite) -> dict:
     if not overwrite:
         raise ValueError(
             f"cache_features: {folder} holds features of another model, tokenizer or texts, or of another dtype, layer"
-            " or max_length;"
-            " give overwrite=True to replace them, or another folder"
+            " or max_length; give overwrite=True to replace them, or another folder"
         )
     for path in shards:
         path.unlink()

@@ -12,15 +12,21 @@ class YTuningConfig(PreTrainedConfig):
     """Configuration of Y-Tuning (arXiv 2202.09817). The number of labels is ``num_labels``, as in every transformers
     model.
 
-    Attributes: hidden_size: d, the width of the features and of the label blocks. num_blocks: number of label blocks,
-        at least one. num_attention_heads: heads of self-attention and cross-attention; divides ``hidden_size``.
-        intermediate_size: width of a block's feed-forward part. hidden_dropout_prob: dropout of each part of a block
-        before its residual add. loss: ``"triplet"``, the sum over wrong labels c of ``max(0, margin + t_c - t_y)``, or
-        ``"cross_entropy"``; the mean over rows. margin: margin of the triplet loss. backbone: name or folder of the
-        frozen model that computes features from ``input_ids``; None: the model takes only ``features``. backbone_layer:
-        index of the features in the backbone's ``hidden_states``; -1: the last. initializer_range: standard deviation
-        of the initial matrices. Slots start from N(0, 1), the scale of a LayerNorm's output. layer_norm_eps: eps of
-        every LayerNorm.
+    Attributes:
+        hidden_size: d, the width of the features and of the label blocks.
+        num_blocks: number of label blocks, at least one.
+        num_attention_heads: heads of self-attention and cross-attention; divides ``hidden_size``.
+        intermediate_size: width of a block's feed-forward part.
+        hidden_dropout_prob: dropout of each part of a block before its residual add.
+        loss: ``"triplet"``, the sum over wrong labels c of ``max(0, margin + t_c - t_y)``, or ``"cross_entropy"``; the
+            mean over rows.
+        margin: margin of the triplet loss.
+        backbone: name or folder of the frozen model that computes features from ``input_ids``; None: the model takes
+            only ``features``.
+        backbone_layer: index of the features in the backbone's ``hidden_states``; -1: the last.
+        initializer_range: standard deviation of the initial matrices. Slots start from N(0, 1), the scale of a
+            LayerNorm's output.
+        layer_norm_eps: eps of every LayerNorm.
 
     Raises:
         ValueError: a value is out of range.

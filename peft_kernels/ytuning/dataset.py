@@ -27,9 +27,9 @@ class CachedFeatures(Dataset):
         labels: the class index of every text, in any iterable; None: items have only features.
         verify: compare every shard with its checksum now, which reads all of them.
 
-    Raises: ValueError: the folder has no cache, or one that is incomplete or damaged; the number of labels is wrong, or
-        they are not whole
-            numbers. Reading an item with damaged features raises it too.
+    Raises:
+        ValueError: the folder has no cache, or one that is incomplete or damaged; the number of labels is wrong, or
+            they are not whole numbers. Reading an item with damaged features raises it too.
     """
 
     def __init__(self, folder: str | Path, labels: Sequence[int] | None = None, *, verify: bool = False) -> None:

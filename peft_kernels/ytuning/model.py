@@ -128,13 +128,14 @@ class YTuningForSequenceClassification(PreTrainedModel):
             input_ids: (B, n), for the backbone, with ``token_type_ids`` if it takes them.
             labels: (B,) integers in [0, num_labels).
 
-        Returns: ``logits`` (B, num_labels), inner products of the final states of task and label, and ``loss`` if
-            ``labels`` are given.
+        Returns:
+            ``logits`` (B, num_labels), inner products of the final states of task and label, and ``loss`` if ``labels``
+            are given.
 
-        Raises: ValueError: none or both of ``features`` and ``input_ids`` are given, or both of ``lengths`` and
-            ``attention_mask``; features
-                have another width; a label is not a class index; or the loss is for regression, several labels per text
-                or one class.
+        Raises:
+            ValueError: none or both of ``features`` and ``input_ids`` are given, or both of ``lengths`` and
+                ``attention_mask``; features have another width; a label is not a class index; or the loss is for
+                regression, several labels per text or one class.
         """
         if (features is None) == (input_ids is None):
             raise ValueError(

@@ -233,8 +233,7 @@ def test_another_method_after_unloading():
 
 def test_import_needs_torch_only():
     code = (
-        "import sys, peft_kernels; assert not {'transformers', 'peft'} & set(sys.modules);"
-        "from peft_kernels import DePTConfig; import peft; assert 'DEPT' in peft.PeftType.__members__;"
-        " peft_kernels.__version__"
+        "import sys, peft_kernels; assert not {'transformers', 'peft'} & set(sys.modules);from peft_kernels import"
+        " DePTConfig; import peft; assert 'DEPT' in peft.PeftType.__members__; peft_kernels.__version__"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,16 +20,14 @@ implementations = Implementations(__name__)
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
     "add_layer_norm_inject(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? vectors, Tensor? slots,"
-    " Tensor? adapter_ids,"
-    " float eps, bool rms, bool pre, float dropout_p, Tensor? seed, bool keep, str impl) -> (Tensor, Tensor, Tensor,"
-    " Tensor)"
+    " Tensor? adapter_ids, float eps, bool rms, bool pre, float dropout_p, Tensor? seed, bool keep, str impl) ->"
+    " (Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "add_layer_norm_inject_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, Tensor weight,"
-    " Tensor? slots,"
-    " Tensor? adapter_ids, SymInt adapters, SymInt vectors, bool rms, bool pre, float dropout_p, Tensor? seed, bool"
-    " need_x,"
-    " bool need_weight, bool need_bias, bool need_vectors, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? slots, Tensor? adapter_ids, SymInt adapters, SymInt vectors, bool rms, bool pre, float dropout_p, Tensor?"
+    " seed, bool need_x, bool need_weight, bool need_bias, bool need_vectors, str impl) -> (Tensor, Tensor, Tensor,"
+    " Tensor)"
 )
 
 
@@ -68,14 +66,17 @@ def add_layer_norm_inject(
         adapter_ids: as in ``special_token_add``.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
-    Returns: (B, S, d) in ``x``'s dtype, contiguous. The sum is rounded to ``x``'s dtype, as in separate operations;
+    Returns:
+        (B, S, d) in ``x``'s dtype, contiguous. The sum is rounded to ``x``'s dtype, as in separate operations;
         everything after it is float32 (float64 for a float64 ``x``) until the result is rounded.
 
     The sum, and the mean and reciprocal standard deviation of every row, are saved for backward. A frozen ``weight`` or
     ``bias`` costs nothing. Gradients are summed in a fixed order.
 
-    Raises: ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message
-        says why. TypeError: invalid dtypes.
+    Raises:
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
+        TypeError: invalid dtypes.
     """
     return _apply(
         "add_layer_norm_inject",

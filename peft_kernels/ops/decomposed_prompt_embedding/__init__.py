@@ -17,14 +17,12 @@ _NAME = "decomposed_prompt_embedding"
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
     f"{_NAME}(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? a, Tensor? b, Tensor? delta, float scale, float"
-    " embed_scale,"
-    " Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, str impl) -> Tensor"
+    " embed_scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, str impl) -> Tensor"
 )
 _lib.define(
     f"{_NAME}_backward(Tensor grad, SymInt adapters, SymInt virtual, SymInt positions, Tensor? a, Tensor? b, float"
-    " scale,"
-    " Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool need_prompt, bool need_delta, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    " scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool need_prompt, bool need_delta, str"
+    " impl) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -49,14 +47,18 @@ def decomposed_prompt_embedding(
     One pass, without a (B, L, d) temporary or a concatenation. Decomposed prompt tuning (DePT), arXiv 2309.05173,
     section 2.2; the authors' code has ``scale = 8 / sqrt(r)``.
 
-    Args: input_ids: (B, L) int32 or int64 in [0, V). weight: (V, d) embedding table; float32, float16, bfloat16 or
-        float64. prompt: (m, d), or (K, m, d) for K adapters; in ``weight``'s dtype or float32. m may be 0. a: (s, r) or
-        (K, s, r), with L <= s; the dtype of ``a``, ``b`` and ``delta`` is ``weight``'s or float32, as for ``prompt``.
-        b: (r, d) or (K, r, d). delta: (s, d) or (K, s, d), in place of ``a`` and ``b``: a precomputed ``scale * a @
-        b``. scale: factor of the low-rank update; not applied to ``delta``. embed_scale: factor of the embedding, for
-        models that scale it outside of the embedding module. offsets: (B,) int32 or int64 in [0, L]: row i of ``a``
-        goes to token ``offsets + i``, for left-padded inputs. Tokens before
-            the offset get no update. None: 0.
+    Args:
+        input_ids: (B, L) int32 or int64 in [0, V).
+        weight: (V, d) embedding table; float32, float16, bfloat16 or float64.
+        prompt: (m, d), or (K, m, d) for K adapters; in ``weight``'s dtype or float32. m may be 0.
+        a: (s, r) or (K, s, r), with L <= s; the dtype of ``a``, ``b`` and ``delta`` is ``weight``'s or float32, as for
+            ``prompt``.
+        b: (r, d) or (K, r, d).
+        delta: (s, d) or (K, s, d), in place of ``a`` and ``b``: a precomputed ``scale * a @ b``.
+        scale: factor of the low-rank update; not applied to ``delta``.
+        embed_scale: factor of the embedding, for models that scale it outside of the embedding module.
+        offsets: (B,) int32 or int64 in [0, L]: row i of ``a`` goes to token ``offsets + i``, for left-padded inputs.
+            Tokens before the offset get no update. None: 0.
         insert_after_first: put the prompt after the first token instead of before it, for models that pool the first
             token.
         adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row. -1: none; the prompt of that row is 0, to
@@ -72,8 +74,10 @@ def decomposed_prompt_embedding(
     Values of ``input_ids``, ``offsets`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would
     synchronize with the device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
-    Raises: ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message
-        says why. TypeError: invalid dtypes.
+    Raises:
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
+        TypeError: invalid dtypes.
     """
     implementations.check(_NAME, impl)
     check_numbers(_NAME, scale=scale, embed_scale=embed_scale)

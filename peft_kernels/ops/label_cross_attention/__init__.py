@@ -26,14 +26,12 @@ ABSORBED = ("matmul", "cpp", "triton")
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
     "label_cross_attention(Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor? lengths, Tensor? offsets, int"
-    " num_heads, bool keep,"
-    " str impl) -> (Tensor, Tensor, Tensor)"
+    " num_heads, bool keep, str impl) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "label_cross_attention_backward(Tensor grad, Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor weights,"
-    " Tensor kept,"
-    " Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value, str impl) ->"
-    " (Tensor, Tensor, Tensor)"
+    " Tensor kept, Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value,"
+    " str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -56,15 +54,19 @@ def label_cross_attention(
     f)_h = (W_k,h^T (W_q s)_h) . f``, and ``sum_i p_i (W_v f_i)_h = W_v,h sum_i p_i f_i``. Then every matmul over the
     tokens has S * num_heads columns instead of d.
 
-    Args: slots: (S, d), the same for every row, or (B, S, d); float32 or in ``features``'s dtype. features: (B, n, d),
-        or with ``offsets`` (total, d); float32, float16, bfloat16 or float64. They are constants. w_q: (d, d) as in
-        ``nn.Linear`` without bias, in ``slots``'s dtype. w_k: (d, d), as ``w_q``. A bias of the keys would not change
-        the result. w_v: (d, d), as ``w_q``. lengths: (B,) int32 or int64 in [0, n]: the number of features in each row;
-        padding after them is never read. None: n. offsets: (B + 1,) int32 or int64, from 0 to total: row b has the
-        features ``offsets[b]:offsets[b + 1]``. Not with ``lengths``. num_heads: number of heads; must divide d. impl:
-        ``"auto"``, or ``"reference"``, ``"explicit"`` (keys and values by the library), ``"matmul"`` (absorbed, by the
-        library),
-            ``"cpp"`` or ``"triton"``.
+    Args:
+        slots: (S, d), the same for every row, or (B, S, d); float32 or in ``features``'s dtype.
+        features: (B, n, d), or with ``offsets`` (total, d); float32, float16, bfloat16 or float64. They are constants.
+        w_q: (d, d) as in ``nn.Linear`` without bias, in ``slots``'s dtype.
+        w_k: (d, d), as ``w_q``. A bias of the keys would not change the result.
+        w_v: (d, d), as ``w_q``.
+        lengths: (B,) int32 or int64 in [0, n]: the number of features in each row; padding after them is never read.
+            None: n.
+        offsets: (B + 1,) int32 or int64, from 0 to total: row b has the features ``offsets[b]:offsets[b + 1]``. Not
+            with ``lengths``.
+        num_heads: number of heads; must divide d.
+        impl: ``"auto"``, or ``"reference"``, ``"explicit"`` (keys and values by the library), ``"matmul"`` (absorbed,
+            by the library), ``"cpp"`` or ``"triton"``.
 
     Returns:
         (B, S, d) in ``slots``'s dtype; 0 if a row has no features.
@@ -75,8 +77,10 @@ def label_cross_attention(
     Values of ``lengths`` and ``offsets`` are checked on the CPU. On a GPU the check would synchronize with the device,
     so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
-    Raises: ValueError: invalid shapes, devices or values, features that require a gradient, or a named implementation
-        that cannot run here. TypeError: invalid dtypes.
+    Raises:
+        ValueError: invalid shapes, devices or values, features that require a gradient, or a named implementation that
+            cannot run here.
+        TypeError: invalid dtypes.
     """
     name = "label_cross_attention"
     implementations.check(name, impl)

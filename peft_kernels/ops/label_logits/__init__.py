@@ -56,8 +56,10 @@ def label_logits(
     Values of ``label_ids`` and ``positions`` are checked on the CPU. On a GPU the check would synchronize with the
     device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
-    Raises: ValueError: invalid shapes, devices or values, a class without words, or a named implementation that cannot
-        run here. TypeError: invalid dtypes.
+    Raises:
+        ValueError: invalid shapes, devices or values, a class without words, or a named implementation that cannot run
+            here.
+        TypeError: invalid dtypes.
     """
     name = "label_logits"
     implementations.check(name, impl)

@@ -24,8 +24,7 @@ _lib.define(
 _lib.define("prototype_scores_backward(Tensor grad, Tensor projected, Tensor prototypes, str impl) -> (Tensor, Tensor)")
 _lib.define(
     "prototype_cross_entropy(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, Tensor"
-    " labels, str impl)"
-    " -> (Tensor, Tensor, Tensor)"
+    " labels, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -53,8 +52,9 @@ def prototype_scores(
         weight: factor of ``scores``, lambda in the paper.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"`` or ``"triton"``.
 
-    Returns: (N, C), without an (N, C, D) temporary. The gradient of a distance of 0 is 0. A feature projected to 0
-        stays 0 and gets no gradient.
+    Returns:
+        (N, C), without an (N, C, D) temporary. The gradient of a distance of 0 is 0. A feature projected to 0 stays 0
+        and gets no gradient.
 
     Gradients go to ``features``, ``projection``, ``prototypes`` and ``radius``, not to ``scores``.
 
@@ -107,8 +107,9 @@ def prototype_objective(
 
     Arguments and errors are those of ``prototype_cross_entropy``; scores (N, C) and labels (N,) determine N.
 
-    Returns: A function of the projected features, (N, D) contiguous, and of ``radius`` (C,). It returns the loss (),
-        the gradient of the projected features, (N, D), and the gradient of ``radius``, (C,).
+    Returns:
+        A function of the projected features, (N, D) contiguous, and of ``radius`` (C,). It returns the loss (), the
+        gradient of the projected features, (N, D), and the gradient of ``radius``, (C,).
     """
     name = "prototype_objective"
     implementations.check(name, impl)

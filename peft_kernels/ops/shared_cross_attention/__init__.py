@@ -30,10 +30,8 @@ _lib.define(
 )
 _lib.define(
     "shared_cross_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor"
-    " out, Tensor lse,"
-    " Tensor? key_lengths, Tensor? encoder_index, float scale, bool need_query, bool need_key, bool need_value, str"
-    " impl)"
-    " -> (Tensor, Tensor, Tensor)"
+    " out, Tensor lse, Tensor? key_lengths, Tensor? encoder_index, float scale, bool need_query, bool need_key, bool"
+    " need_value, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -54,25 +52,30 @@ def shared_cross_attention(
     Ordinary cross-attention gives the same on ``key.repeat_interleave(M, 0)``, with M copies in memory. Non-causal; no
     mask is built. Prompt-in-Decoder (PiD), arXiv 2403.13112, section 3.
 
-    Args: query: (N, H, t, D), float32, float16, bfloat16 or float64, any strides. D at most 256. key: (b, H, n, D),
-        same dtype and device, any strides. value: (b, H, n, D), as ``key``. key_lengths: (b,) int32 or int64 in [0, n]:
-        input i has keys [0, key_lengths[i]); None: all n. Keys and values beyond them
-            never affect a result, even if they are NaN. A row without keys gives output 0, log-sum-exp -inf and
-            gradient 0.
+    Args:
+        query: (N, H, t, D), float32, float16, bfloat16 or float64, any strides. D at most 256.
+        key: (b, H, n, D), same dtype and device, any strides.
+        value: (b, H, n, D), as ``key``.
+        key_lengths: (b,) int32 or int64 in [0, n]: input i has keys [0, key_lengths[i]); None: all n. Keys and values
+            beyond them never affect a result, even if they are NaN. A row without keys gives output 0, log-sum-exp -inf
+            and gradient 0.
         encoder_index: (N,) int32 or int64, non-decreasing, in [0, b): the input that each stream belongs to. None: N =
             b*M and stream u belongs to input u // M.
         scale: factor on the scores; ``D ** -0.5`` by default (T5: 1.0).
         return_lse: also return the natural log-sum-exp of the scaled scores; gradients flow through it.
         impl: ``"auto"``, or ``"reference"``, ``"sdpa"``, ``"matmul"``, ``"cpp"`` or ``"triton"``.
 
-    Returns: (N, H, t, D) in ``query``'s dtype, laid out in memory as (N, t, H, D), so that ``out.transpose(1, 2)`` is
+    Returns:
+        (N, H, t, D) in ``query``'s dtype, laid out in memory as (N, t, H, D), so that ``out.transpose(1, 2)`` is
         contiguous. With ``return_lse``, also (N, H, t) in float32 (float64 for float64 inputs).
 
     Values of ``key_lengths`` and ``encoder_index`` are checked on the CPU. On a GPU the check would synchronize with
     the device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
-    Raises: ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message
-        says why. TypeError: invalid dtypes.
+    Raises:
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
+        TypeError: invalid dtypes.
     """
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:

@@ -33,8 +33,7 @@ _lib.define(
 )
 _lib.define(
     "special_token_add_backward(Tensor grad, Tensor slots, SymInt adapters, SymInt vectors, float dropout_p, Tensor?"
-    " seed,"
-    " Tensor? adapter_ids, str impl) -> Tensor"
+    " seed, Tensor? adapter_ids, str impl) -> Tensor"
 )
 
 
@@ -50,10 +49,13 @@ def special_token_slots(
 
     Special token adaptation (PASTA), arXiv 2210.04382, section 3.
 
-    Args: input_ids: (B, S) int32 or int64. special_ids: (n,) int32 or int64, the ids of special tokens; a sequence of
-        numbers is copied to the device. max_slots: the maximum number of special tokens in a row. attention_mask: (B,
-        S), integer, bool or float; a special token at a 0 is padding and does not count. None: no padding. impl:
-        ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
+    Args:
+        input_ids: (B, S) int32 or int64.
+        special_ids: (n,) int32 or int64, the ids of special tokens; a sequence of numbers is copied to the device.
+        max_slots: the maximum number of special tokens in a row.
+        attention_mask: (B, S), integer, bool or float; a special token at a 0 is padding and does not count. None: no
+            padding.
+        impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
         (B, max_slots) int32: positions, ascending, then -1 in the unused slots.
@@ -61,8 +63,10 @@ def special_token_slots(
     The call does not synchronize with the device. A row with more special tokens than ``max_slots`` raises on the CPU;
     on a GPU it fails a device-side assertion, which surfaces at the next synchronization.
 
-    Raises: ValueError: invalid shapes, devices or values, too many special tokens, or a named implementation that
-        cannot run here. TypeError: invalid dtypes.
+    Raises:
+        ValueError: invalid shapes, devices or values, too many special tokens, or a named implementation that cannot
+            run here.
+        TypeError: invalid dtypes.
     """
     name = "special_token_slots"
     implementations.check(name, impl)
@@ -103,10 +107,11 @@ def special_token_add(
 
     Special token adaptation (PASTA), arXiv 2210.04382, equation 1.
 
-    Args: hidden: (B, S, d); float32, float16, bfloat16 or float64. vectors: (P, d), or (K, P, d) for K adapters; in
-        ``hidden``'s dtype or float32. P is at least 1. slots: (B, k) int32 or int64 in [-1, S), the positions of a
-        row's special tokens (``special_token_slots``), without repeats; -1: an
-            unused slot. Slots from P on get the last vector.
+    Args:
+        hidden: (B, S, d); float32, float16, bfloat16 or float64.
+        vectors: (P, d), or (K, P, d) for K adapters; in ``hidden``'s dtype or float32. P is at least 1.
+        slots: (B, k) int32 or int64 in [-1, S), the positions of a row's special tokens (``special_token_slots``),
+            without repeats; -1: an unused slot. Slots from P on get the last vector.
         dropout_p: probability, in [0, 1), that an element of a vector is dropped, drawn for every row and slot; the
             kept elements are divided by 1 - dropout_p.
         seed: seed of the draws, which also depend on row, slot and column: a number or (1,) int64. None: drawn from
@@ -123,8 +128,10 @@ def special_token_add(
     Values of ``slots`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would synchronize with the
     device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
-    Raises: ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message
-        says why. TypeError: invalid dtypes.
+    Raises:
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
+        TypeError: invalid dtypes.
     """
     arguments = _checked("special_token_add", hidden, vectors, slots, dropout_p, seed, adapter_ids, impl)
     return torch.ops.peft_kernels.special_token_add.default(*arguments)
