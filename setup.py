@@ -119,9 +119,8 @@ class BuildNative(build_ext):
                 Path(self.get_ext_fullpath(extension.name)),
             )
             for suffix in (".so", ".txt"):
-                in_place.with_suffix(suffix).unlink(
-                    missing_ok=True
-                )  # not overwritten: a running process may have it loaded
+                # not overwritten: a running process may have it loaded
+                in_place.with_suffix(suffix).unlink(missing_ok=True)
                 if built.with_suffix(suffix).exists():
                     shutil.copy2(built.with_suffix(suffix), in_place.with_suffix(suffix))
 

@@ -165,9 +165,8 @@ def compare(size, dtype, device, repeats) -> list[list[Row]]:
         "dtype": str(dtype).removeprefix("torch."),
     }
     common |= {"items": BATCH, "item": "samples"}
-    forwards = {
-        name: forward_of(model, ids) for name, model in models.items() if name != OFFICIAL_FROZEN
-    }  # its forward equals official's
+    # its forward equals official's
+    forwards = {name: forward_of(model, ids) for name, model in models.items() if name != OFFICIAL_FROZEN}
     timings = interleaved(forwards, repeats, device=device)
     timings |= interleaved({OPERATORS: operators(vectors, ids)}, 5 * repeats, warmup=5, device=device)
     forward = compared(timings, {OPERATORS: {"items": None, "item": ""}}, phase="forward", **common)

@@ -156,17 +156,15 @@ class Bench:
 
                 return decode
 
-            runs = (
-                self.repeats if self.quick else max(self.repeats, OVERHEAD_RUNS)
-            )  # enough runs to resolve one per cent
+            # enough runs to resolve one per cent
+            runs = self.repeats if self.quick else max(self.repeats, OVERHEAD_RUNS)
             interleaved(
                 {STOCK: decoding(STOCK, self.stock), OURS: decoding(OURS, self.plain)}, runs, device=self.device
             )
         if not torch.equal(tokens[STOCK], tokens[OURS]):
             raise SystemExit("tokens of a model that shares nothing differ once it is enabled")
-        timings = {
-            name: Timing(tuple(s for run in runs[1:] for s in run)) for name, runs in steps.items()
-        }  # without the warm-up
+        # without the warm-up
+        timings = {name: Timing(tuple(s for run in runs[1:] for s in run)) for name, runs in steps.items()}
         return compared(
             timings,
             shape={"b": 2, "n": ids.shape[1], "M": 1},

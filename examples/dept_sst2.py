@@ -86,9 +86,8 @@ def main():
     console.print(f"saved to {options.out} and loaded again: accuracy {again:.1%} both times")
     if options.baseline_epochs:
         arguments = options, tokenizer, train, dev, options.baseline_epochs
-        with patch.object(
-            layer, "decomposed_prompt_embedding", official_formulation
-        ):  # its batches have a fixed length
+        # its batches have a fixed length
+        with patch.object(layer, "decomposed_prompt_embedding", official_formulation):
             results[OFFICIAL] = train_and_evaluate(*model_of(options), *arguments, options.max_length)
         results[PROMPT_TUNING] = train_and_evaluate(*prompt_tuning_model(options), *arguments)
     console.print(table(results))

@@ -148,9 +148,8 @@ def main():
     )
     tags = sorted({tag for _, sentence in (*train, *dev) for tag in sentence})
     tag_ids = {tag: i for i, tag in enumerate(tags)}
-    tokenizer = AutoTokenizer.from_pretrained(
-        options.model, add_prefix_space=True
-    )  # RoBERTa needs it for pre-split words
+    # RoBERTa needs it for pre-split words
+    tokenizer = AutoTokenizer.from_pretrained(options.model, add_prefix_space=True)
     rows = {
         name: encode(sentences, tokenizer, tag_ids, options.max_length)
         for name, sentences in (("train", train), ("dev", dev))

@@ -55,6 +55,7 @@ FACTOR = 2
 RUNS = 4
 GROUP = 16  # least numbers in a group, if the tensor has as many
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
+# MoE experts count their tokens in floats
 INTEGERS = {
     torch.bool,
     torch.uint8,
@@ -62,7 +63,7 @@ INTEGERS = {
     torch.int16,
     torch.int32,
     torch.int64,
-}  # MoE experts count their tokens in floats
+}
 EXACT = {  # operations that do not round
     "_to_copy", "_unsafe_index", "abs", "amax", "amin", "bernoulli", "bernoulli_", "cat", "ceil", "clamp", "clamp_min",
     "clone",
@@ -213,9 +214,8 @@ def assert_same_tokens(got: torch.Tensor, function: Callable) -> None:
 
 
 def _is_float(x) -> bool:
-    return (
-        isinstance(x, torch.Tensor) and x.is_floating_point() and x.layout == torch.strided
-    )  # oneDNN's packed weights cannot be perturbed
+    # oneDNN's packed weights cannot be perturbed
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.layout == torch.strided
 
 
 def _floats(values) -> list:

@@ -5,9 +5,8 @@ import os
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # read when torch is loaded: with as many workers as cores, spinning threads stall each other
+# read when torch is loaded: with as many workers as cores, spinning threads stall each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["PEFT_KERNELS_TUNED"] = "0"  # tests the default configs, whatever was tuned on this machine
 import odd_addresses
 import pytest

@@ -60,9 +60,8 @@ def test_attention(impl):
         for j in typical(x):
             caught(expected, [one_percent_off(y, j) if k == i else y for k, y in enumerate(got)])
     lengths = torch.tensor([40, 39])
-    caught(
-        expected, problem.results(shared_cross_attention, impl=impl, key_lengths=lengths)
-    )  # drops a key of one of two inputs
+    # drops a key of one of two inputs
+    caught(expected, problem.results(shared_cross_attention, impl=impl, key_lengths=lengths))
     for scale in (1 / 16, 0.25 * 1.001):
         caught(expected, problem.results(shared_cross_attention, impl=impl, scale=scale))
 
@@ -184,9 +183,8 @@ def test_a_few_numbers_and_none():
     formula = WithinRounding(lambda: (x.exp().sum(), x[:0].exp(), x * 0, x[:1].log()))
     formula.check((x.flip(0).exp().sum(), x[:0], x - x, x[:1].log()))
     caught(formula, (x.exp().sum() * 1.0001, x[:0], x * 0, x[:1].log()))
-    caught(
-        formula, (x.exp().sum(), x[:0], x * 0 + 1e-30, x[:1].log())
-    )  # values that are 0 under any rounding must be 0
+    # values that are 0 under any rounding must be 0
+    caught(formula, (x.exp().sum(), x[:0], x * 0 + 1e-30, x[:1].log()))
 
 
 def test_a_mean_far_from_zero():

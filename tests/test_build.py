@@ -123,9 +123,8 @@ def test_wheel_after_a_failure_has_nothing_of_the_wheel_before(tree):
 def test_files_in_place_do_not_slip_into_a_wheel(tree):
     for name in ("_native.so", "_native_cuda.so", "_native.txt"):
         tree.write(tree.sources / "peft_kernels" / name, "old")
-    manifest = "".join(
-        f"peft_kernels/{name}\n" for name in tree.in_place()
-    )  # as an older version's build in place wrote it
+    # as an older version's build in place wrote it
+    manifest = "".join(f"peft_kernels/{name}\n" for name in tree.in_place())
     tree.write(tree.sources / "peft_kernels.egg-info/SOURCES.txt", manifest)
     platform, files, _ = tree.wheel(PEFT_KERNELS_BUILD="skip")
     assert platform == "any"

@@ -39,9 +39,8 @@ def test_layers_import_downwards_only():
     wrong = []
     for importer, imported in IMPORTS:
         above, below = importer.split(".")[0], imported.split(".")[0]
-        if (
-            not above or not below or above == below or (importer, below) in MAY
-        ):  # the package itself names the public modules
+        # the package itself names the public modules
+        if not above or not below or above == below or (importer, below) in MAY:
             continue
         if LEVEL[below] >= LEVEL[above]:
             wrong.append(f"{importer} imports {imported}")

@@ -13,9 +13,8 @@ NEEDS = ("typer", "rich", "matplotlib", "jinja2", "transformers")
 
 def app():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(
-            signal.SIGINT, end_at_once
-        )  # until there are results to keep: an interrupted import may carry on in a broken state
+        # until there are results to keep: an interrupted import may carry on in a broken state
+        signal.signal(signal.SIGINT, end_at_once)
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         sys.exit(

@@ -148,9 +148,8 @@ def _run(
     if file and done < len(encoded):
         file.check_writable()
 
-    device = (
-        None if model.device.type == "meta" else model.device
-    )  # accelerate's hooks fetch offloaded weights and move the inputs
+    # accelerate's hooks fetch offloaded weights and move the inputs
+    device = None if model.device.type == "meta" else model.device
 
     def together():
         return {name: torch.cat([x[name] for x in rows]) for name in rows[0]}

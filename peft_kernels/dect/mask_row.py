@@ -102,9 +102,8 @@ class MaskRow:
 
     def _run(self, inputs, positions) -> tuple[Tensor, Tensor | None]:
         call = _Call(positions, inputs["input_ids" if self.decoder_ids is None else "decoder_input_ids"].shape[1])
-        handle = self.base.register_forward_hook(
-            partial(self._keep, call)
-        )  # forwards of other threads pass through it unchanged
+        # forwards of other threads pass through it unchanged
+        handle = self.base.register_forward_hook(partial(self._keep, call))
         self.call.set(call)
         try:
             output = self.runs(**inputs)

@@ -102,9 +102,8 @@ class Template:
             return []
         rows = self.tokenizer([self.fill(text) for text in texts], truncation=False, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return [
-            ids[:-1] if self.causal and ids[-1:] == [end] else list(ids) for ids in rows
-        ]  # nothing is predicted after an end token
+        # nothing is predicted after an end token
+        return [ids[:-1] if self.causal and ids[-1:] == [end] else list(ids) for ids in rows]
 
     def label_ids(self, label_words: Sequence[Sequence[str] | str]) -> list[list[int]]:
         """For every class, the ids of its words' first pieces, padded with -1.

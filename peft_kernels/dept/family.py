@@ -114,10 +114,11 @@ def _check(model):
     embedding = embedding_of(module)
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"DePT: the input embedding of {what} must be an nn.Embedding, got {type(embedding).__name__}")
+    # others are called
     if embedding.weight.device.type != "meta" and type(embedding.weight) in (
         torch.Tensor,
         nn.Parameter,
-    ):  # others are called
+    ):
         ids = torch.arange(min(4, embedding.num_embeddings), device=embedding.weight.device)
         with torch.no_grad():
             rows, expected = embedding(ids), embedding.weight[ids] * getattr(embedding, "embed_scale", 1.0)

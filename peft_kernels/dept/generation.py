@@ -111,9 +111,8 @@ class DePTGenerationMixin(Swapped):
         length = (ids if embeds is None else embeds).shape[1]
         inputs, _, selection, offsets = hooks.widened(kwargs if embeds is None else kwargs | {"input_ids": None})
         if hooks.takes_position_ids and hooks.first_position and inputs.get("position_ids") is None:
-            inputs["position_ids"] = positions_of(
-                inputs["attention_mask"], hooks.first_position
-            )  # transformers starts at 0
+            # transformers starts at 0
+            inputs["position_ids"] = positions_of(inputs["attention_mask"], hooks.first_position)
         kwargs = kwargs | inputs | settings.new_tokens(length)
         if ids is None:
             del kwargs["input_ids"]

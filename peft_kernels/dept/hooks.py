@@ -15,11 +15,12 @@ GENERATION = "dept_generation"  # the argument that tells a forward within gener
 _HAS_PROMPT = (
     "_has_dept_prompt"  # marks caches of adapted forwards; other caches, such as prefix tuning's, cannot be continued
 )
+# per-token arguments beside mask, positions and labels
 _FILL = {
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
     "global_attention_mask": 0,
-}  # per-token arguments beside mask, positions and labels
+}
 _WIDENED = {
     "input_ids",
     "inputs_embeds",
@@ -58,9 +59,8 @@ class Hooks:
         self.most_columns = family.most_columns(module)
         self.argument_names = list(inspect.signature(module.forward).parameters)
         self.placeholders, self.keeps_rope_deltas = family.placeholder_ids(module), family.keeps_rope_deltas(module)
-        self.embeddings = (
-            CallState()
-        )  # (B, m + L, d), replaces the embedding module's output for a model that needs ids
+        # (B, m + L, d), replaces the embedding module's output for a model that needs ids
+        self.embeddings = CallState()
         self.handles = []
         self.read()
         self.handles += [

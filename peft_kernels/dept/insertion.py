@@ -51,9 +51,8 @@ class Insertion:
             return x
         first, lead = int(self.after_first), self.lead[:, None]
         columns = torch.arange(self.virtual + self.length, device=x.device)
-        written = torch.where(
-            columns < first, columns, columns + self.virtual
-        )  # a token's column in the operator's layout
+        # a token's column in the operator's layout
+        written = torch.where(columns < first, columns, columns + self.virtual)
         return _gather(
             x,
             torch.where(

@@ -80,10 +80,11 @@ def _parts(
     for name, x in (*module._parameters.items(), *module._buffers.items()):
         if x is not None and id(x) not in seen:
             seen.add(id(x))
+            # an offloaded weight is read when it is hashed
             yield (
                 f"{prefix}{name}",
                 partial(_values, module, f"{prefix}{name}", name, x),
-            )  # an offloaded weight is read when it is hashed
+            )
     for name, child in module._modules.items():
         if child is None or id(child) in seen:
             continue

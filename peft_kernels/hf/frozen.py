@@ -48,9 +48,8 @@ def strings(method: str, argument: str, values, *, pairs: bool = False) -> list:
         TypeError: ``values`` is one string, a mapping, a set or a table, or an element is not a string.
     """
     expected = f"{method}: {argument} must be a sequence of strings{' or of pairs of strings' if pairs else ''}"
-    dimensions = (
-        (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)
-    )  # a pandas table has two, and iterates over column names
+    # a pandas table has two, and iterates over column names
+    dimensions = (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)
     if not ordered(values) or getattr(values, "ndim", 1) not in dimensions:
         raise TypeError(f"{expected}, got {'one string' if isinstance(values, str) else type(values).__name__}")
     found = list(values)
@@ -76,9 +75,8 @@ def max_length_of(model, tokenizer, default: Default) -> int | Default:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions > 0:
         embeddings = getattr(model.base_model, "embeddings", None)
-        from_padding = hasattr(
-            embeddings, "create_position_ids_from_inputs_embeds"
-        )  # RoBERTa and its derivatives count from padding_idx + 1
+        # RoBERTa and its derivatives count from padding_idx + 1
+        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")
         limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
     return min(limits, default=default)
 

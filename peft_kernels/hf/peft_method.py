@@ -239,9 +239,8 @@ class AddedLayerTuner(BaseTuner):
             self.active_adapter = adapter_name
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         follow(model, self.adapter_layer())
-        if (
-            isinstance(model, PeftModel) and adapter_name in self.active_adapters
-        ):  # PEFT does not switch a head that the method below has wrapped
+        # PEFT does not switch a head that the method below has wrapped
+        if isinstance(model, PeftModel) and adapter_name in self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     @contextmanager

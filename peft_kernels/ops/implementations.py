@@ -33,9 +33,8 @@ class Implementations:
     def check(self, operator: str, impl: str) -> None:
         if impl != "auto" and impl not in self.names:
             raise ValueError(f"{operator}: impl must be 'auto' or one of {list(self.names)}, got {impl!r}")
-        if (
-            forward_ad._current_level >= 0
-        ):  # torch silently drops the tangents of operators without a forward-mode formula
+        # torch silently drops the tangents of operators without a forward-mode formula
+        if forward_ad._current_level >= 0:
             raise NotImplementedError(f"{operator}: forward-mode differentiation is not implemented")
 
     def runnable(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:

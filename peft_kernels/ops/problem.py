@@ -33,9 +33,8 @@ class Problem:
     ours: Callable[[str], Candidate]  # impl -> candidate
     truth: Callable[..., Any]  # called with the leaves in float64
     cost: Callable[..., Any]  # called with the leaves and the keyword backward; returns a Cost
-    baselines: Mapping[
-        str, Callable[[], Candidate]
-    ]  # each is prepared once; if it does not apply here, it raises and says why
+    # each is prepared once; if it does not apply here, it raises and says why
+    baselines: Mapping[str, Callable[[], Candidate]]
     roofline: Callable[[], Any] | None = (
         None  # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
     )
@@ -51,9 +50,8 @@ class Operator:
     published: str | None = None  # the baseline of a paper or a library, quoted beside the strongest one
     shapes: tuple[dict[str, int], ...]  # the letters of the operator's docstring -> sizes
     quick_shapes: tuple[dict[str, int], ...]
-    problem: Callable[
-        [Mapping[str, int], str, torch.dtype, str, bool], Problem
-    ]  # shape, variant, dtype, device, backward
+    # shape, variant, dtype, device, backward
+    problem: Callable[[Mapping[str, int], str, torch.dtype, str, bool], Problem]
     variants: tuple[str, ...] = ("",)
     dtypes: tuple[str, ...] = DTYPES  # or int64 alone
     has_backward: bool = True

@@ -27,9 +27,8 @@ def adapted_module(model: nn.Module) -> nn.Module:
             f"PASTA: model must be an encoder, but {what} has a decoder as well, which special tokens of the input do"
             " not reach"
         )
-    by_masks = (
-        getattr(module.config, "causal", None) is False
-    )  # XLM and Flaubert generate, but attend in both directions
+    # XLM and Flaubert generate, but attend in both directions
+    by_masks = getattr(module.config, "causal", None) is False
     if not by_masks and (is_causal(model) or is_causal(module)):
         raise ValueError(
             f"PASTA: model must be an encoder, but {what} is a decoder, whose tokens see only what is before them"

@@ -164,9 +164,10 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         function()
 
+    # the default argument keeps the function alive, and with it the tensors that the graph reads
     def replay(
         function=function,
-    ):  # the default argument keeps the function alive, and with it the tensors that the graph reads
+    ):
         graph.replay()
 
     return replay

@@ -16,6 +16,7 @@ from .measure import Peaks, Timing, cpu_model, environment
 
 OURS = "ours"
 SCHEMA = 2
+# the facts that a report shows of a machine
 ENVIRONMENT = {
     "cores",
     "cpu",
@@ -25,7 +26,7 @@ ENVIRONMENT = {
     "system",
     "threads",
     "versions",
-}  # the facts that a report shows of a machine
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,9 +60,8 @@ def is_adopted(configs: list) -> bool:
 
 
 def rename(configs: list, names: dict[str, str]) -> None:
-    current = [
-        config._attn_implementation for config in configs
-    ]  # read all first: a parent's setter also sets its sub-configs
+    # read all first: a parent's setter also sets its sub-configs
+    current = [config._attn_implementation for config in configs]
     for config, name in zip(configs, current):
         config._attn_implementation = names.get(name, name)
 

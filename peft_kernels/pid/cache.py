@@ -29,9 +29,8 @@ class GrowingLayer(DynamicLayer):
     def _append(self, held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
         before, after = held.shape[2], held.shape[2] + new.shape[2]
         ours = memory is not None and held.data_ptr() == memory.data_ptr() and held.stride() == memory.stride()
-        if (
-            not ours or after > memory.shape[2]
-        ):  # the first tokens, rows were selected in between, or the capacity is used up
+        # the first tokens, rows were selected in between, or the capacity is used up
+        if not ours or after > memory.shape[2]:
             memory = new.new_empty((*held.shape[:2], after + self.room, held.shape[3]))
             memory[:, :, :before] = held
         memory[:, :, before:after] = new

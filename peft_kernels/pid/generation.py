@@ -67,9 +67,8 @@ class PiDGenerationMixin(Swapped):
     ):
         """Fill the cross-attention cache with one row per input."""
         shared = model_kwargs.pop("shared_streams", None)  # N
-        own_keys = model_kwargs.pop(
-            "index_of_own_keys", None
-        )  # (N,), the input of each stream, if streams cannot share
+        # (N,), the input of each stream, if streams cannot share
+        own_keys = model_kwargs.pop("index_of_own_keys", None)
         left_padded = model_kwargs.pop("left_padded_prompts", False)
         expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if shared:
@@ -135,9 +134,8 @@ class PiDGenerationMixin(Swapped):
             last_only.set(None)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        if not isinstance(
-            self, PiDGenerationMixin
-        ):  # PEFT's prompt tuning keeps a reference to this method after disable
+        # PEFT's prompt tuning keeps a reference to this method after disable
+        if not isinstance(self, PiDGenerationMixin):
             return type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = cache_of(inputs)

@@ -17,9 +17,8 @@ class DecoderHooks:
         self.model, self.family, self.configs = model, family_of(model), attention.configs_of(model)
         self.encoder_index = CallState()  # from the model's hook to the decoder's
         self.positions = CallState()  # from the decoder's hook to the hook of embed_positions
-        self.last_only = (
-            CallState()
-        )  # True in the prefill of ``generate``, which reads only the logits of the last position
+        # True in the prefill of ``generate``, which reads only the logits of the last position
+        self.last_only = CallState()
         decoder = model.get_decoder()
         self.handles = [
             model.register_forward_pre_hook(self.before_model, with_kwargs=True),

@@ -216,9 +216,8 @@ def _features(model, tokenizer, rows, batch_size, layer):
 
 
 def _batch(model, tokenizer, rows, layer):
-    device = (
-        None if model.device.type == "meta" else model.device
-    )  # accelerate's hooks fetch offloaded weights and move the inputs
+    # accelerate's hooks fetch offloaded weights and move the inputs
+    device = None if model.device.type == "meta" else model.device
     mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True).to(
         device
     )

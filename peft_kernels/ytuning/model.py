@@ -54,9 +54,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, slots, features, lengths):
         weights = self.query(), self.key(), self.value()
-        with torch.autocast(
-            features.device.type, enabled=False
-        ):  # the operator accumulates in float32 and takes features in their stored dtype
+        # the operator accumulates in float32 and takes features in their stored dtype
+        with torch.autocast(features.device.type, enabled=False):
             states = label_cross_attention(
                 slots.to(weights[0].dtype), features, *weights, lengths=lengths, num_heads=self.heads
             )

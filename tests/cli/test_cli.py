@@ -175,9 +175,8 @@ def test_demo_on_a_checkpoint(checkpoint, files, tmp_path):
     assert found["environment"]["versions"]["torch"] == torch.__version__
     pie, repeated, ours = found["results"]
     assert [pie["runs"], repeated["runs"], ours["runs"]] == [1, 2, 2]
-    if (
-        json.loads((checkpoint / "config.json").read_text())["model_type"] == "t5"
-    ):  # one generate for prompts of all lengths
+    # one generate for prompts of all lengths
+    if json.loads((checkpoint / "config.json").read_text())["model_type"] == "t5":
         assert repeated["cross_kv_bytes"] == 3 * ours["cross_kv_bytes"]
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
 

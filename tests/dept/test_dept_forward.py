@@ -27,9 +27,8 @@ def test_equals_the_formula(name):
     p = [q.detach().clone().requires_grad_() for q in models.parameters(model)]
 
     def results(output, main, parameters):
-        loss = (
-            output.loss if labels else main[..., :8].square().mean()
-        )  # over all columns, a norm before would leave nothing to learn
+        # over all columns, a norm before would leave nothing to learn
+        loss = output.loss if labels else main[..., :8].square().mean()
         return main.detach(), loss.detach(), torch.autograd.grad(loss, parameters)
 
     def expected():

@@ -131,9 +131,8 @@ def test_positions_of_images_come_from_ids():
     base = built("Qwen2VLForConditionalGeneration")
     model = get_peft_model(copy.deepcopy(base), DePTConfig(**EMPTY)).eval()
     x = checks.inputs(base)
-    model.base_model.model.model.rope_deltas = torch.full(
-        (2, 1), 5
-    )  # a call with images, of another batch, leaves it so
+    # a call with images, of another batch, leaves it so
+    model.base_model.model.model.rope_deltas = torch.full((2, 1), 5)
     checks.assert_equal(checks.run(model, x), lambda: checks.run(base, x), x["attention_mask"].bool(), "text")
     images = {"pixel_values": torch.randn(4, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 2, 2]])}
     for call in (model, model.generate):

@@ -53,11 +53,12 @@ _SIZES = [
     (r"sliding_window$|^attention_window$|^local_attention$|^window_size$|chunk_size$", 8),
 ]
 
+# the adapter must add after the scale
 _SWITCHES = {
     "embedding_multiplier": 3.0,
     "scale_embedding": True,
     "mup_enabled": True,
-}  # the adapter must add after the scale
+}
 _IMAGE_VOCABULARY = {"<image>": 110, "<|extra_200|>": 111, "<|image start|>": 112}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # by configuration class: settings that no rule covers
@@ -175,9 +176,8 @@ def tiny_settings(config) -> dict:
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in _SIZES if re.search(pattern, name)), None)
             if size is not None and value > 0:
-                settings[name] = (
-                    size if size == VOCAB else min(value, size)
-                )  # in a sub-configuration, also non-default settings
+                # in a sub-configuration, also non-default settings
+                settings[name] = size if size == VOCAB else min(value, size)
             elif name.endswith(("_token_id", "_token_index")) and value >= VOCAB:
                 settings[name] = 100 + value % 20
         elif value is None and name in ("vocab_size", "head_dim"):
@@ -221,9 +221,8 @@ def build(kind: type, config: type, **settings) -> nn.Module:
         settings["is_decoder"] = True
     torch.manual_seed(0)
     model = kind(config(**settings)).eval()
-    with (
-        torch.no_grad()
-    ):  # as large as trained ones, padding included, and with open gates, so that no zero hides an error
+    # as large as trained ones, padding included, and with open gates, so that no zero hides an error
+    with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(std=0.2)

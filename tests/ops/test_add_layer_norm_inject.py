@@ -123,9 +123,8 @@ def test_parity(form, impl, case, dtype, options, device):
     compare(form, impl, floats, **where, **options)
 
 
-@pytest.mark.parametrize(
-    "case", [name for name in CASES if name != "one of all"]
-)  # a gradient of a single number is 0 except for rounding
+# a gradient of a single number is 0 except for rounding
+@pytest.mark.parametrize("case", [name for name in CASES if name != "one of all"])
 @pytest.mark.parametrize("rms", [False, True])
 def test_the_reference_is_the_formula(form, case, rms, device):
     """Compare in float64: the reference is the truth of other tests."""

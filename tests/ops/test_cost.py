@@ -69,9 +69,8 @@ def test_special_tokens():
 def test_add_layer_norm_inject():
     x, residual, weight = empty(2, 3, 5, grad=True), empty(2, 3, 5, grad=True), empty(5)
     assert norms.add_layer_norm_inject(x, residual, weight).bytes == 3 * 120 + 20
-    assert (
-        norms.add_layer_norm_inject(x, residual, weight, backward=True).bytes == 5 * 120 + 20
-    )  # one gradient for both
+    # one gradient for both
+    assert norms.add_layer_norm_inject(x, residual, weight, backward=True).bytes == 5 * 120 + 20
     assert norms.add_inject_layer_norm(x, residual, weight).bytes == 4 * 120 + 20
     assert norms.add_inject_layer_norm(x, residual, weight, backward=True).bytes == 7 * 120 + 20
     vectors, slots = empty(2, 5, grad=True), torch.zeros(2, 2, dtype=torch.int32)

@@ -69,9 +69,8 @@ def by_hand(query, key, value, *, key_lengths=None, encoder_index=None, scale=No
         length = key.shape[2] if key_lengths is None else int(key_lengths[i])
         scores = q @ key[i, :, :length].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         lses.append(scores.logsumexp(-1, keepdim=True))
-        outs.append(
-            (scores - lses[-1]).exp() @ value[i, :, :length]
-        )  # softmax's own backward over one key is exact: no measure of rounding
+        # softmax's own backward over one key is exact: no measure of rounding
+        outs.append((scores - lses[-1]).exp() @ value[i, :, :length])
     return torch.stack(outs), torch.stack(lses).squeeze(-1)
 
 

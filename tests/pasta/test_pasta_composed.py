@@ -96,9 +96,8 @@ def test_with_another_method(method, name, order, fused):
     for twin in (model, copy.deepcopy(model)):
         expected.check(twin(**x).logits)
     with model.disable_adapter():
-        kept = (
-            alone if method == "prefix" else stock
-        )  # PEFT disables a method by disabling its modules; a prefix has none
+        # PEFT disables a method by disabling its modules; a prefix has none
+        kept = alone if method == "prefix" else stock
         assert_within_rounding(model(**x).logits, lambda: _with_head(kept, stock.classifier)(**x).logits)
     expected.check(model(**x).logits)
     if order == "below":

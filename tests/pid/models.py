@@ -79,11 +79,12 @@ CONFIGS = {
     "bigbird_pegasus": ("BigBirdPegasus", dict(_BART, attention_type="original_full")),
     "whisper": ("Whisper", _WHISPER),
 }
+# wide: with enc_to_dec_proj
 TEXT_FAMILIES = [
     *(name for name in CONFIGS if name != "whisper"),
     "encoder-decoder",
     "encoder-decoder-wide",
-]  # wide: with enc_to_dec_proj
+]
 RELATIVE = [name for name in TEXT_FAMILIES if "t5" in name]
 
 

@@ -77,9 +77,10 @@ def test_ragged_prompts_and_streams(family, swapped):
     handle = model.get_decoder().register_forward_hook(lambda module, args, out: rows.append(out[0].shape[0]))
     ours = pid.generate(model, **settings, logits_processor=LogitsProcessorList([EarlyEnds(ends)]))
     dropped, rows[:] = rows.copy(), []
+    # drops nothing
     scored = pid.generate(
         model, **settings, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), output_scores=True
-    )  # drops nothing
+    )
     handle.remove()
     assert ours.sequences == scored.sequences
     assert min(dropped) == 2 and set(rows) == {6}

@@ -24,9 +24,8 @@ MODES = {
 
 def generate(model, x, **kwargs):
     torch.manual_seed(3)
-    return model.generate(
-        **x, **{"max_new_tokens": 10, "no_repeat_ngram_size": 2, **kwargs}
-    )  # repeated tokens tell less
+    # repeated tokens tell less
+    return model.generate(**x, **{"max_new_tokens": 10, "no_repeat_ngram_size": 2, **kwargs})
 
 
 @pytest.mark.parametrize("mode", MODES)

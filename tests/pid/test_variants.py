@@ -47,10 +47,11 @@ def test_cross_attention_weights_are_stock(family, index, mask, swapped):
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_weights_while_generating(family, swapped):
+    # if rounding decided the order of two beams, their weights would be swapped
     model, x = (
         build(family, "eager").double(),
         inputs(),
-    )  # if rounding decided the order of two beams, their weights would be swapped
+    )
 
     def generate(model):
         out = model.generate(**x, num_beams=3, max_new_tokens=5, output_attentions=True, return_dict_in_generate=True)

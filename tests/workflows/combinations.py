@@ -92,9 +92,8 @@ def put_on(model, name: str):
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if (
-                id(p) not in before and p.requires_grad and "modules_to_save" not in name
-            ):  # a trained head stays after unload
+            # a trained head stays after unload
+            if id(p) not in before and p.requires_grad and "modules_to_save" not in name:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
     return model
 

@@ -19,9 +19,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
-os.environ.pop(
-    "TRITON_INTERPRET", None
-)  # read when kernels are decorated, Triton's own among them: before the first import
+# read when kernels are decorated, Triton's own among them: before the first import
+os.environ.pop("TRITON_INTERPRET", None)
 import triton
 
 from peft_kernels.ops.registry import declared

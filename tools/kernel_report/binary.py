@@ -56,9 +56,8 @@ def of_triton(binary) -> dict:
         )
         spills += private  # spilled scalars go to vector registers, not to memory
         widths = {key: _widest(map(_amdgcn_bytes, re.findall(pattern, text))) for key, pattern in AMDGCN.items()}
-    units = [
-        key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)
-    ]  # two units: one matmul of the kernel fell back
+    # two units: one matmul of the kernel fell back
+    units = [key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)]
     unit = "+".join(units) or ("fma" if "tt.dot " in binary.asm["ttgir"] else None)
     return {
         "registers": registers,

@@ -108,9 +108,8 @@ def decomposed_prompt_embedding_fwd_kernel(
         m_out = m_row[:, None] & m_d[None, :]  # [BP, BD]
         offset, o_token, b_id = _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row)
         for _ in range(begin, end):
-            b_x = tl.load(
-                weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0
-            )  # [BP, BD]
+            # [BP, BD]
+            b_x = tl.load(weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0)
             m_update = o_token >= offset
             o_column = tl.where(o_token < FIRST, o_token, o_token + virtual)
             # The ids of the next row are loaded while this row is written.

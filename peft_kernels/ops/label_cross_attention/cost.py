@@ -65,9 +65,8 @@ def _absorbed(tokens, rows, batch, per_row, width, heads, needs):
     if needs is None:
         return forward
     query, key, value, slots, w_q = needs
-    scores = (
-        2 * attend + of_pooled if query or key else 0
-    )  # gradients of the pooled features, the scores and the queries
+    # gradients of the pooled features, the scores and the queries
+    scores = 2 * attend + of_pooled if query or key else 0
     return forward + (slots + w_q + query + key) * of_queries + value * of_pooled + scores
 
 

@@ -14,9 +14,8 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, n, width, heads, slots = (shape[name] for name in ("B", "n", "d", "num_heads", "S"))
     numbers = RandomInputs(device, dtype)
     lengths = numbers.integers(1, n + 1, batch) if variant == "padded" else None
-    visible = (
-        None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
-    )  # [B, 1, 1, n]
+    # [B, 1, 1, n]
+    visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
     weights = ((numbers.normal(width, width, dtype=torch.float32) / width**0.5).to(dtype) for _ in range(3))
     features, grad = numbers.normal(batch, n, width), numbers.normal(batch, slots, width)
 

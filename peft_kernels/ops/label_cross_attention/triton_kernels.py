@@ -71,12 +71,13 @@ def label_cross_attention_scores_kernel(
     o_q = tl.program_id(0) % blocks * BQ + tl.arange(0, BQ)
     m_n, m_q = o_n < tokens, o_q < queries
     p_f = features_of_row(features, offsets, row, b, stride_fb, stride_fn) + (first - row + o_n) * stride_fn  # [BN]
+    # [BQ]
     p_q = (
         queries_of
         + b.to(tl.int64) * stride_qb
         + (o_q // slots).to(tl.int64) * stride_qh
         + (o_q % slots).to(tl.int64) * d
-    )  # [BQ]
+    )
     b_scores = tl.zeros([BN, BQ], tl.float32)
     for start in range(0, d, BK):
         m_k = start + o_k < d
@@ -111,9 +112,8 @@ def label_cross_attention_softmax_kernel(
         o, m = block_of_weights(first, start, o_n, o_q, given, queries)
         b_scores = tl.where(m, tl.load(scores + o, mask=m, other=0.0) * scale, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_scores, 0))
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)[
-            None, :
-        ]  # queries beyond the last have a maximum of -inf
+        # queries beyond the last have a maximum of -inf
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)[None, :]
         b_sum = b_sum * tl.exp2(b_max[None, :] - b_shift) + tl.exp2(b_scores - b_shift)
         b_max = b_new
     b_sum = tl.sum(b_sum, 0)

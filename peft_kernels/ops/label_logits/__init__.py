@@ -161,9 +161,10 @@ def _autograd(ctx, grad_words):
     ids = label_ids.clamp_min(0).flatten().long()
     grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
+        # [B, H]
         rows = torch.ops.peft_kernels.label_logits_backward.default(grad_words, weight, label_ids, ctx.impl).to(
             weight.dtype
-        )  # [B, H]
+        )
         grad_hidden = (
             rows
             if positions is None

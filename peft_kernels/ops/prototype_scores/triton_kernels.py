@@ -153,8 +153,7 @@ def prototype_cross_entropy_fwd_kernel(
         b_grad = tl.exp(b_q - b_max) / b_sum - tl.where(b_label == k, 1.0, 0.0)
         b_grad = tl.where(m_i, b_grad / texts, 0.0)
         b_grad_normal -= pull(b_grad, b_distance)[:, None] * b_away
-        tl.store(
-            partial, tl.sum(b_grad, 0)
-        )  # with this store above the line for b_grad_normal, Triton 3.6 spills registers on sm_90
+        # with this store above the line for b_grad_normal, Triton 3.6 spills registers on sm_90
+        tl.store(partial, tl.sum(b_grad, 0))
         partial += tl.num_programs(0)
     store_grad(grad_projected, b_grad_normal, b_normal, b_inverse, o_i, m_i, o_d, d)

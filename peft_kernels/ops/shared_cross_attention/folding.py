@@ -46,9 +46,8 @@ def groups(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index
 def forward(attend, query, key, value, key_lengths, encoder_index, scale, need_lse) -> tuple[Tensor, Tensor | None]:
     """Run ``attend(query, key, value, scale, need_lse) -> out, lse`` on every group."""
     streams, heads, tokens, _ = query.shape
-    if (
-        key_lengths is None and encoder_index is None and query.numel() and key.numel()
-    ):  # no plan, no slices: they cost microseconds
+    # no plan, no slices: they cost microseconds
+    if key_lengths is None and encoder_index is None and query.numel() and key.numel():
         out, lse = attend(fold(query, key.shape[0]), key, value, scale, need_lse)
         return unfold(out, tokens), unfold(lse, tokens) if need_lse else None
     out = token_major(*query.shape, like=query)

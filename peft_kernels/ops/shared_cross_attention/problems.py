@@ -21,9 +21,8 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
     query, grad = (numbers.normal(inputs * streams, tokens, heads, width).transpose(1, 2) for _ in range(2))
     key, value = (numbers.normal(inputs, heads, n, width) for _ in range(2))
     lengths = numbers.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
-    visible = (
-        None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
-    )  # [b, 1, 1, n]
+    # [b, 1, 1, n]
+    visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
 
     def ours(impl):
         return Candidate(

@@ -57,9 +57,8 @@ def shared_cross_attention_bwd_key_value_kernel(
 
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     m_n = o_n < keys
-    p_k = (
-        k + i.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh + start.to(tl.int64) * stride_kn + o_n * stride_kn
-    )  # [BN]
+    # [BN]
+    p_k = k + i.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh + start.to(tl.int64) * stride_kn + o_n * stride_kn
     p_v = v + i.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh + start.to(tl.int64) * stride_vn + o_n * stride_vn
     q += first * stride_qr + h.to(tl.int64) * stride_qh
     grad_out += first * stride_gr + h.to(tl.int64) * stride_gh
@@ -112,9 +111,8 @@ def _query_grad_block(
 ):  # fmt: skip
     b_k = load_tile(p_k, m_n, 0, D, BLOCK_D, MASKED)  # [BN, BLOCK_D]
     b_v = load_tile(p_v, m_n, 0, D, BLOCK_D, MASKED)
-    b_p = tl.exp2(
-        dot_over_d(b_q, p_q, m_m, b_k, p_k, m_n, D, BLOCK_D, BK, MASKED) * qk_scale - b_lse[:, None]
-    )  # [BM, BN]
+    # [BM, BN]
+    b_p = tl.exp2(dot_over_d(b_q, p_q, m_m, b_k, p_k, m_n, D, BLOCK_D, BK, MASKED) * qk_scale - b_lse[:, None])
     b_ds = b_p * (dot_over_d(b_g, p_g, m_m, b_v, p_v, m_n, D, BLOCK_D, BK, MASKED) - b_delta[:, None])
     if MASKED:
         b_ds = tl.where(m_n[None, :], b_ds, 0.0)  # P of a padded key can be inf, and inf * 0 is NaN

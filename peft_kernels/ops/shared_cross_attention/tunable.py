@@ -27,9 +27,8 @@ def targets(setting: Setting):
             return triton.launch_options(config, family, size, head_dim)
 
         for config in configs.forward:
-            rows = config.rows * (
-                4 if config is configs.forward[-1] else 1
-            )  # the last config also serves all larger row counts
+            # the last config also serves all larger row counts
+            rows = config.rows * (4 if config is configs.forward[-1] else 1)
             yield (
                 "forward",
                 (*key, config.rows),

@@ -36,9 +36,8 @@ def finding(shape, variant, dtype, device, backward) -> Problem:
 
     def scattered():
         special = torch.isin(ids, listed)
-        column = (special.cumsum(1) - 1).masked_fill(
-            ~special, count
-        )  # the extra column past the end takes all other tokens
+        # the extra column past the end takes all other tokens
+        column = (special.cumsum(1) - 1).masked_fill(~special, count)
         positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch, -1)
         return torch.full((batch, count + 1), -1, dtype=torch.int32, device=device).scatter_(1, column, positions)[
             :, :count

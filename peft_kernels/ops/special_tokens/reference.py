@@ -17,9 +17,8 @@ def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Te
     if attention_mask is not None:
         special &= attention_mask != 0
     counts = special.sum(1)
-    slot = (
-        (special.cumsum(1) - 1).masked_fill(~special, max_slots).clamp_max(max_slots)
-    )  # the extra column past the end takes all other tokens
+    # the extra column past the end takes all other tokens
+    slot = (special.cumsum(1) - 1).masked_fill(~special, max_slots).clamp_max(max_slots)
     positions = torch.arange(length, dtype=torch.int32, device=input_ids.device).expand(batch, -1)
     found = torch.full((batch, max_slots + 1), -1, dtype=torch.int32, device=input_ids.device).scatter_(
         1, slot, positions

@@ -153,9 +153,10 @@ def special_token_add_bwd_kernel(
         o_n = start + tl.arange(0, BN)
         o_row, o_slot = begin + o_n // taken, vector + o_n % taken
         m_n = o_n < addends
+        # [BN]
         b_position = tl.load(
             slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj, mask=m_n, other=-1
-        )  # [BN]
+        )
         m_n = m_n & (b_position >= 0) & (adapters_of(adapter_ids, o_row, stride_k, m_n) == adapter)
         if BY_SLOT:
             b_token = o_slot.to(tl.int64)

@@ -21,10 +21,11 @@ from ..tables import table
 from .revision import Checkout, running
 from .runner import Case, cases_of, compare, failed, rate_dtype
 
+# time per case; short candidates are repeated more often, as their times scatter most
 SECONDS, QUICK_SECONDS = (
     3.0,
     1.0,
-)  # time per case; short candidates are repeated more often, as their times scatter most
+)
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
 

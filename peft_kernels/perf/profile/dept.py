@@ -40,10 +40,11 @@ class DePT:
         ours = get_peft_model(pid_baselines.twin(self.base), config)
         layer = ours.base_model.model.dept
         prompt, a, b = (parameters["default"] for parameters in (layer.dept_prompt, layer.dept_a, layer.dept_b))
+        # as large as embeddings: with the zero update that training starts from, the comparison would be empty
         for parameter in (
             prompt,
             b,
-        ):  # as large as embeddings: with the zero update that training starts from, the comparison would be empty
+        ):
             parameter.data.normal_(std=float(table.weight.float().std()))
         tuning = PromptTuningConfig(task_type=task, num_virtual_tokens=rows, num_transformer_submodules=1)
         self.models = {

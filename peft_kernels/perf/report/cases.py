@@ -16,9 +16,8 @@ class CaseResult:
 
     rows: tuple[Row, ...]
     results: Results
-    fixed: frozenset[str] = (
-        frozenset()
-    )  # letters with the same size in all cases of the benchmark: they do not tell cases apart
+    # letters with the same size in all cases of the benchmark: they do not tell cases apart
+    fixed: frozenset[str] = frozenset()
 
     @cached_property
     def section(self) -> Section:

@@ -189,9 +189,8 @@ def _svg(draw, name: str, size: tuple[float, float] = SIZE, prefix: str | None =
             for key, value in element.attrib.items()
         }
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": name}
-    return Markup(
-        ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
-    )  # ElementTree escapes its text
+    # ElementTree escapes its text
+    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
 
 
 def _ours(key: str, value: str, prefix: str) -> str:

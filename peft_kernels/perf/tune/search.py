@@ -22,11 +22,12 @@ from ..interruption import Keeping
 from ..measure import Timing, captured, interleaved
 from .targets import Target, targets
 
+# norm of the difference over norm of the default config's result
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
-}  # norm of the difference over norm of the default config's result
+}
 LEAST_GAIN = 0.03  # share of the time; if runs scatter more than that, their spread
 MOST_REGISTERS = 0.7  # for tiles; no default config exceeds it, and most configs beyond it spill
 MAX_ROUNDS = 8
