@@ -1,16 +1,17 @@
 """Builds peft_kernels/_native.so from csrc/ if there is a C++ compiler, and _native_cuda.so if there is nvcc as well.
 
-Without them the package is pure Python, and its wheel is tagged as such. The build needs no GPU: it compiles CUDA for every
-architecture below, against any torch. If a library cannot be built, the reason is written to a text file of the same name, which
-`peft-kernels info` prints. PEFT_KERNELS_BUILD=require makes that an error, PEFT_KERNELS_BUILD=skip builds no library.
+Without them the package is pure Python, and its wheel is tagged as such. The build needs no GPU: it compiles CUDA for
+every architecture below, against any torch. If a library cannot be built, the reason is written to a text file of the
+same name, which `peft-kernels info` prints. PEFT_KERNELS_BUILD=require makes that an error, PEFT_KERNELS_BUILD=skip
+builds no library.
 
-The library uses libtorch's stable ABI and no Python API: one file serves every Python version, and every libtorch from 2.11 on.
-It runs on any CPU of its architecture: the CPU kernels are compiled once per instruction set below, and the variant is selected
-when the library is loaded.
+The library uses libtorch's stable ABI and no Python API: one file serves every Python version, and every libtorch from
+2.11 on. It runs on any CPU of its architecture: the CPU kernels are compiled once per instruction set below, and the
+variant is selected when the library is loaded.
 
-With the sanitizers:
-    CXXFLAGS="-g -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" python setup.py build_ext --inplace
-    ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" pytest tests/ops
+With the sanitizers: CXXFLAGS="-g -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" python setup.py
+    build_ext --inplace ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++
+    -print-file-name=libubsan.so)" pytest tests/ops
 """
 
 import atexit
@@ -25,7 +26,10 @@ from pathlib import Path
 import setuptools
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    raise SystemExit(f"peft_kernels is built by setuptools 77 or newer, this is {setuptools.__version__}: pip install 'setuptools>=77'")
+    raise SystemExit(
+        f"peft_kernels is built by setuptools 77 or newer, this is {setuptools.__version__}: pip install"
+        " 'setuptools>=77'"
+    )
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -48,7 +52,8 @@ X86_CAPABILITIES = {"AVX2": ["-mavx2", "-mfma"], "AVX512": AVX512, "AVX512BF16":
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 CAPABILITIES = {"Default": [], **(X86_CAPABILITIES if IS_X86 else {})}
 
-# The CUDA runtime is linked statically and libtorch_cuda is looked up at run time, so the library also loads where neither is installed.
+# The CUDA runtime is linked statically and libtorch_cuda is looked up at run time, so the library also loads where
+# neither is installed.
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 CUDA_ARCHITECTURES = ("80", "90", "100")  # 80 also serves 86 and 89; newer architectures than the last compile its PTX
 NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", "-DUSE_CUDA", STABLE_ABI]
@@ -56,7 +61,10 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility
 
 def find_nvcc():
     homes = [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    return shutil.which(
+        "nvcc",
+        path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]),
+    )
 
 
 def wanted() -> str:
@@ -87,7 +95,10 @@ def run_compiler(command, **options):
 
 
 class BuildNative(build_ext):
-    """Builds the libraries. If one cannot be built, no older library of its name is left, neither in the wheel nor in place."""
+    """Builds the libraries.
+
+    If one cannot be built, no older library of its name is left, neither in the wheel nor in place.
+    """
 
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")) + ".so"
@@ -95,15 +106,21 @@ class BuildNative(build_ext):
     def run(self):
         wanted()
         super().run()
-        if not any(Path(self.build_lib, self.get_ext_filename(extension.name)).exists() for extension in self.extensions):
+        if not any(
+            Path(self.build_lib, self.get_ext_filename(extension.name)).exists() for extension in self.extensions
+        ):
             self.distribution.ext_modules = None
             self.get_finalized_command("bdist_wheel").root_is_pure = True
 
     def copy_extensions_to_source(self):
         for extension in self.extensions:
-            built, in_place = Path(self.build_lib, self.get_ext_filename(extension.name)), Path(self.get_ext_fullpath(extension.name))
+            built, in_place = (
+                Path(self.build_lib, self.get_ext_filename(extension.name)),
+                Path(self.get_ext_fullpath(extension.name)),
+            )
             for suffix in (".so", ".txt"):
-                in_place.with_suffix(suffix).unlink(missing_ok=True)  # not overwritten: a running process may have it loaded
+                # not overwritten: a running process may have it loaded
+                in_place.with_suffix(suffix).unlink(missing_ok=True)
                 if built.with_suffix(suffix).exists():
                     shutil.copy2(built.with_suffix(suffix), in_place.with_suffix(suffix))
 
@@ -140,8 +157,12 @@ class BuildNative(build_ext):
         objects = self.compiler.compile(operators, self.build_temp, macros, include_paths(), extra_postargs=FLAGS)
         for name, flags in CAPABILITIES.items():
             directory = os.path.join(self.build_temp, name)
-            objects += self.compiler.compile(kernels, directory, [("CPU_CAPABILITY", name)], extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags])
-        self.compiler.link_shared_object(objects, library, libraries=["torch_cpu"], library_dirs=library_paths(), target_lang="c++")
+            objects += self.compiler.compile(
+                kernels, directory, [("CPU_CAPABILITY", name)], extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags]
+            )
+        self.compiler.link_shared_object(
+            objects, library, libraries=["torch_cpu"], library_dirs=library_paths(), target_lang="c++"
+        )
 
     def build_cuda(self, extension, library, include_paths, library_paths):
         nvcc = find_nvcc()

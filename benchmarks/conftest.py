@@ -2,5 +2,7 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption("--benchmark-device", choices=("cpu", "cuda"), default="cpu", help="where operators run: cpu (default) or cuda")
+    parser.addoption(
+        "--benchmark-device", choices=("cpu", "cuda"), default="cpu", help="where operators run: cpu (default) or cuda"
+    )
     parser.addoption("--benchmark-quick", action="store_true", help="small shapes")

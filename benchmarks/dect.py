@@ -2,9 +2,9 @@
 
     python benchmarks/dect.py --out results/dect.json
 
-extract: RoBERTa-base's shape with random weights, 64 texts of 128 tokens, against the authors' procedure: padded to 512, all hidden states,
-logits of every token. fit: 30 epochs, 16 shots, H = 1024, against an ordinary PyTorch loop; the roofline bound is the two matmuls of each
-epoch. Every candidate is checked before it is timed.
+extract: RoBERTa-base's shape with random weights, 64 texts of 128 tokens, against the authors' procedure: padded to
+512, all hidden states, logits of every token. fit: 30 epochs, 16 shots, H = 1024, against an ordinary PyTorch loop; the
+roofline bound is the two matmuls of each epoch. Every candidate is checked before it is timed.
 """
 
 import argparse
@@ -26,9 +26,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 OFFICIAL, PLAIN, PRODUCTS = "official", "plain PyTorch", "the products alone"
 
 
-def extract(texts: int, tokens: int, padded: int, settings: dict, dtype: torch.dtype, device: str, repeats: int) -> list[Row]:
+def extract(
+    texts: int, tokens: int, padded: int, settings: dict, dtype: torch.dtype, device: str, repeats: int
+) -> list[Row]:
     torch.manual_seed(0)
-    model = RobertaForMaskedLM(RobertaConfig(max_position_embeddings=padded + 2, type_vocab_size=1, **settings)).eval().to(device, dtype)
+    model = (
+        RobertaForMaskedLM(RobertaConfig(max_position_embeddings=padded + 2, type_vocab_size=1, **settings))
+        .eval()
+        .to(device, dtype)
+    )
     ids = torch.randint(4, model.config.vocab_size, (texts, tokens), device=device)
     positions, words = torch.full((texts,), tokens - 3, device=device), [[17], [18]]
     row = MaskRow(model, words)
@@ -45,11 +51,20 @@ def extract(texts: int, tokens: int, padded: int, settings: dict, dtype: torch.d
         return output.hidden_states[-1][at, positions], output.logits[at, positions][:, [17, 18]]
 
     candidates = {OURS: ours, OFFICIAL: official}
-    error = max(float((got - expected).float().norm() / expected.float().norm()) for got, expected in zip(ours(), official()))
+    error = max(
+        float((got - expected).float().norm() / expected.float().norm()) for got, expected in zip(ours(), official())
+    )
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(f"{OURS} and {OFFICIAL} differ: {error:.1e}")
     shape, dtype_name = {"B": texts, "S": tokens, "H": model.config.hidden_size}, str(dtype).removeprefix("torch.")
-    common = {"benchmark": "dect", "shape": shape, "dtype": dtype_name, "phase": "extract", "items": texts, "item": "texts"}
+    common = {
+        "benchmark": "dect",
+        "shape": shape,
+        "dtype": dtype_name,
+        "phase": "extract",
+        "items": texts,
+        "item": "texts",
+    }
     timings = interleaved(candidates, repeats, warmup=0, device=device)
     each = {
         candidate: {"peak_bytes": peak_memory(call, device)[1]} for candidate, call in candidates.items()
@@ -95,23 +110,39 @@ def fit(width: int, classes: int, device: str, repeats: int) -> list[Row]:
 
     torch.testing.assert_close(ours(), plain(), rtol=1e-3, atol=1e-4)
     timings = interleaved({OURS: ours, PLAIN: plain, PRODUCTS: products}, repeats, device=device)
-    common = {"benchmark": "dect", "shape": {"N": len(labels), "C": classes, "H": width}, "dtype": "float32", "phase": "fit"}
+    common = {
+        "benchmark": "dect",
+        "shape": {"N": len(labels), "C": classes, "H": width},
+        "dtype": "float32",
+        "phase": "fit",
+    }
     return compared(timings, roofline_s=timings[PRODUCTS].median, **common)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of the model that is asked")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of the model that is asked"
+    )
     parser.add_argument("--repeats", type=int, default=25, help="timed runs of each candidate; of extraction a fifth")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two runs: does it work at all")
     options = parser.parse_args()
     repeats = 2 if options.quick else options.repeats
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 500}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 500,
+    }
     sizes = (4, 8, 32, small) if options.quick else (64, 128, 512, {"vocab_size": 50265})
     console, results = Console(), []
-    cases_of = [lambda name=name: extract(*sizes, getattr(torch, name), options.device, max(2, repeats // 5)) for name in options.dtype]
+    cases_of = [
+        lambda name=name: extract(*sizes, getattr(torch, name), options.device, max(2, repeats // 5))
+        for name in options.dtype
+    ]
     cases_of += [lambda n=n: fit(32 if options.quick else 1024, n, options.device, repeats) for n in (2, 14)]
     for measure in cases_of:
         rows = measure()

@@ -1,13 +1,15 @@
-"""PASTA in a whole BERT: the cost that the vectors add to a forward and to a training step, against the published ways to add them.
+"""PASTA in a whole BERT: the cost that the vectors add to a forward and to a training step, against the published ways
+to add them.
 
     python benchmarks/pasta_layer.py --model base large --dtype float32 bfloat16 --out results/pasta_layer.json
 
-Random weights, 32 rows of 128 random tokens with [CLS] and [SEP], a classification head. A training step is forward and backward with
-the dropout of the vectors, 0.1, and none in the model. The candidates:
+Random weights, 32 rows of 128 random tokens with [CLS] and [SEP], a classification head. A training step is forward and
+backward with the dropout of the vectors, 0.1, and none in the model. The candidates:
 
 - stock: without vectors; a training step trains the head alone
-- official: the authors' order of operations: Python loops over the rows for the special tokens, then for each of them a product of the
-  shape of all hidden states and an addition, in every layer. Their weights take gradients that are not used; "frozen" is without those.
+- official: the authors' order of operations: Python loops over the rows for the special tokens, then for each of them a
+  product of the shape of all hidden states and an addition, in every layer. Their weights take gradients that are not
+  used; "frozen" is without those.
 - dense: one matmul of one-hot and vectors and one addition in every layer, weights frozen
 - ours, and ours with the norms fused (pasta.fuse)
 
@@ -156,9 +158,15 @@ def compare(size, dtype, device, repeats) -> list[list[Row]]:
     models, vectors = candidates(size, dtype, device)
     ids, labels = tokens(device)
     check(models, ids, labels, dtype)
-    common = {"benchmark": "pasta_layer", "shape": {"B": BATCH, "S": LENGTH}, "variant": f"BERT-{size}", "dtype": str(dtype).removeprefix("torch.")}
+    common = {
+        "benchmark": "pasta_layer",
+        "shape": {"B": BATCH, "S": LENGTH},
+        "variant": f"BERT-{size}",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     common |= {"items": BATCH, "item": "samples"}
-    forwards = {name: forward_of(model, ids) for name, model in models.items() if name != OFFICIAL_FROZEN}  # its forward equals official's
+    # its forward equals official's
+    forwards = {name: forward_of(model, ids) for name, model in models.items() if name != OFFICIAL_FROZEN}
     timings = interleaved(forwards, repeats, device=device)
     timings |= interleaved({OPERATORS: operators(vectors, ids)}, 5 * repeats, warmup=5, device=device)
     forward = compared(timings, {OPERATORS: {"items": None, "item": ""}}, phase="forward", **common)

@@ -1,9 +1,10 @@
-"""Generation end to end on T5-base's architecture: many prompts of one input, beam search, and the overhead if nothing is shared.
+"""Generation end to end on T5-base's architecture: many prompts of one input, beam search, and the overhead if nothing
+is shared.
 
     python benchmarks/pid_generate.py --device cpu --dtype float32 bfloat16 --out results/pid_generate.json
 
-Weights are random and every run decodes all its steps. Tokens are compared before anything is timed. In float32 a difference stops the
-run; in 16 bits it is counted, since the summation order may decide a near-tie.
+Weights are random and every run decodes all its steps. Tokens are compared before anything is timed. In float32 a
+difference stops the run; in 16 bits it is counted, since the summation order may decide a near-tie.
 """
 
 import argparse
@@ -26,7 +27,15 @@ from peft_kernels.perf.workloads import VOCAB_SIZE, built_in
 NEW_TOKENS, BEAM_TOKENS, OVERHEAD_TOKENS = 10, 24, 32
 OVERHEAD_RUNS = 12
 BEAM_SHAPES = ((2, 512, 8), (2, 1024, 16))  # b, n, beams
-TINY = {"vocab_size": VOCAB_SIZE, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 16}
+TINY = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "d_kv": 16,
+}
 PIE, REPEATED, STOCK = "prompts in the encoder", "repeated encoder outputs", "stock"  # each with stock generate
 UNPACKED = "ours, not packed"
 
@@ -57,7 +66,9 @@ class Bench:
         n, streams, prefix = len(workload.inputs[0]), len(workload.prompts), len(workload.prompts[0])
         roofline = generation_roofline(self.stock, self.limits, 1, n, streams, prefix, NEW_TOKENS)
         shape = {"b": 1, "n": n, "M": streams, "T": prefix, "new": NEW_TOKENS}
-        return self.compare("prompts", shape, candidates, REPEATED, streams * NEW_TOKENS, roofline, {PIE: max(1, self.repeats // 4)})
+        return self.compare(
+            "prompts", shape, candidates, REPEATED, streams * NEW_TOKENS, roofline, {PIE: max(1, self.repeats // 4)}
+        )
 
     def beams(self, inputs: int, n: int, beams: int) -> list[Row]:
         """Ordinary beam search through ``model.generate``."""
@@ -84,17 +95,36 @@ class Bench:
         shape = {"b": inputs, "n": n, "M": beams, "new": BEAM_TOKENS}
         return self.compare("beams", shape, candidates, STOCK, inputs * BEAM_TOKENS, roofline, {})
 
-    def compare(self, variant: str, shape: dict, candidates: dict, truth: str, tokens: int, roofline: float, repeats: dict[str, int]) -> list[Row]:
+    def compare(
+        self,
+        variant: str,
+        shape: dict,
+        candidates: dict,
+        truth: str,
+        tokens: int,
+        roofline: float,
+        repeats: dict[str, int],
+    ) -> list[Row]:
         answers = {name: candidate() for name, candidate in candidates.items()}  # also the warm-up
         wrong = {name: pid_baselines.differing(answers[truth], answers[name]) for name in (OURS, UNPACKED)}
         if self.dtype == torch.float32 and any(wrong.values()):
             raise SystemExit(f"{variant}, {shape}: tokens differ from {truth} in {wrong} streams")
-        timings = interleaved(candidates, {**dict.fromkeys(candidates, self.repeats), **repeats}, warmup=0, device=self.device)
+        timings = interleaved(
+            candidates, {**dict.fromkeys(candidates, self.repeats), **repeats}, warmup=0, device=self.device
+        )
         each = {name: {"kept_bytes": answer.cross_bytes} for name, answer in answers.items()}
         for name, streams in wrong.items():
             each[name]["error"] = streams / len(answers[truth].tokens)
         return compared(
-            timings, each, shape=shape, variant=variant, phase="generate", roofline_s=roofline, items=tokens, item="tokens", **self.common
+            timings,
+            each,
+            shape=shape,
+            variant=variant,
+            phase="generate",
+            roofline_s=roofline,
+            items=tokens,
+            item="tokens",
+            **self.common,
         )
 
     @property
@@ -102,7 +132,9 @@ class Bench:
         return {"benchmark": "pid_generate", "dtype": str(self.dtype).removeprefix("torch.")}
 
     def overhead(self) -> list[Row]:
-        """A decoding step without sharing, stock and enabled without packed weights: the Python overhead of enabling."""
+        """A decoding step without sharing, stock and enabled without packed weights: the Python overhead of
+        enabling.
+        """
         ids = random_ids(2, 16 if self.quick else 512, self.device)
         steps = {STOCK: [], OURS: []}
         tokens = {}
@@ -124,12 +156,22 @@ class Bench:
 
                 return decode
 
-            runs = self.repeats if self.quick else max(self.repeats, OVERHEAD_RUNS)  # enough runs to resolve one per cent
-            interleaved({STOCK: decoding(STOCK, self.stock), OURS: decoding(OURS, self.plain)}, runs, device=self.device)
+            # enough runs to resolve one per cent
+            runs = self.repeats if self.quick else max(self.repeats, OVERHEAD_RUNS)
+            interleaved(
+                {STOCK: decoding(STOCK, self.stock), OURS: decoding(OURS, self.plain)}, runs, device=self.device
+            )
         if not torch.equal(tokens[STOCK], tokens[OURS]):
             raise SystemExit("tokens of a model that shares nothing differ once it is enabled")
-        timings = {name: Timing(tuple(s for run in runs[1:] for s in run)) for name, runs in steps.items()}  # without the warm-up
-        return compared(timings, shape={"b": 2, "n": ids.shape[1], "M": 1}, variant="nothing shared", phase="a decoding step", **self.common)
+        # without the warm-up
+        timings = {name: Timing(tuple(s for run in runs[1:] for s in run)) for name, runs in steps.items()}
+        return compared(
+            timings,
+            shape={"b": 2, "n": ids.shape[1], "M": 1},
+            variant="nothing shared",
+            phase="a decoding step",
+            **self.common,
+        )
 
 
 class StepClock:
@@ -153,10 +195,14 @@ def random_ids(inputs: int, n: int, device: str) -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE, (inputs, n), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def generation_roofline(model: nn.Module, limits: Peaks, inputs: int, n: int, streams: int, prefix: int, new_tokens: int) -> float:
-    """The roofline bound: encoder once, keys and values once, one pass over the prompts, the remaining steps; each bound by bytes or operations.
+def generation_roofline(
+    model: nn.Module, limits: Peaks, inputs: int, n: int, streams: int, prefix: int, new_tokens: int
+) -> float:
+    """The roofline bound: encoder once, keys and values once, one pass over the prompts, the remaining steps; each
+    bound by bytes or operations.
 
-    ``streams`` counts those of all inputs. Weights, keys and values are read once per pass; self-attention's own keys are left out.
+    ``streams`` counts those of all inputs. Weights, keys and values are read once per pass; self-attention's own keys
+    are left out.
     """
     config, itemsize = model.config, model.dtype.itemsize
     inner = config.num_heads * config.d_kv
@@ -168,10 +214,14 @@ def generation_roofline(model: nn.Module, limits: Peaks, inputs: int, n: int, st
     keys = 2 * inputs * n * inner * config.num_decoder_layers
 
     def decode(tokens):
-        operations = 2 * streams * (decoder * tokens + head) + 4 * streams * tokens * n * inner * config.num_decoder_layers
+        operations = (
+            2 * streams * (decoder * tokens + head) + 4 * streams * tokens * n * inner * config.num_decoder_layers
+        )
         return limits.roofline((decoder + head + keys) * itemsize, operations)
 
-    encode = limits.roofline(encoder * itemsize, 2 * encoder * inputs * n + 4 * inputs * n * n * inner * config.num_layers)
+    encode = limits.roofline(
+        encoder * itemsize, 2 * encoder * inputs * n + 4 * inputs * n * n * inner * config.num_layers
+    )
     project = limits.roofline((cross + keys) * itemsize, 2 * cross * inputs * n)
     return encode + project + decode(prefix + 1) + (new_tokens - 1) * decode(1)
 
@@ -180,7 +230,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each candidate; a quarter of them for PiE")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="timed runs of each candidate; a quarter of them for PiE"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a tiny model, two runs: does it work at all")
     options = parser.parse_args()

@@ -1,9 +1,10 @@
 """The operators and baselines of ``peft-kernels bench`` for pytest-benchmark, which keeps a history and compares runs.
 
-    pytest benchmarks/ -k "shared_cross_attention and float32" [--benchmark-quick] [--benchmark-device cuda] [--benchmark-autosave]
+    pytest benchmarks/ -k "shared_cross_attention and float32" [--benchmark-quick] [--benchmark-device cuda]
+    [--benchmark-autosave]
 
-A group is one problem; its tests are the candidates, checked before they are timed. Candidates that cannot run here are skipped with a reason.
-For ratios prefer ``peft-kernels bench``, where the candidates take turns.
+A group is one problem; its tests are the candidates, checked before they are timed. Candidates that cannot run here are
+skipped with a reason. For ratios prefer ``peft-kernels bench``, where the candidates take turns.
 """
 
 from functools import lru_cache
@@ -25,7 +26,10 @@ def pytest_generate_tests(metafunc):
         small = {v: Case(one, one.quick_shapes[0], v, one.dtypes[0], False).problem(device) for v in one.variants}
         for case in cases_of(one, one.quick_shapes if quick else one.shapes, one.default_dtypes, [False, True]):
             # the names of the candidates do not depend on the shape
-            found += [pytest.param(case, candidate, device, id=f"{case}, {candidate}") for candidate in candidates(case, small[case.variant], device)]
+            found += [
+                pytest.param(case, candidate, device, id=f"{case}, {candidate}")
+                for candidate in candidates(case, small[case.variant], device)
+            ]
     metafunc.parametrize(("case", "candidate", "device"), found)
 
 
@@ -39,7 +43,9 @@ def solved(name: str, shape: tuple, variant: str, dtype: str, backward: bool, de
 
 
 def test_operator(benchmark, case, candidate, device):
-    problem, expected, prepare = solved(case.operator.name, tuple(case.shape.items()), case.variant, case.dtype, case.backward, device)
+    problem, expected, prepare = solved(
+        case.operator.name, tuple(case.shape.items()), case.variant, case.dtype, case.backward, device
+    )
     try:
         function, error = checked(prepare[candidate](), problem, expected, case, device)
     except Exception as reason:

@@ -2,9 +2,10 @@
 
     python benchmarks/ytuning_step.py --device cpu --dtype float32 --out results/ytuning_step.json
 
-BERT-base's architecture with random weights, 32 rows of 128 tokens, 2 labels. A step is forward, backward and AdamW. Y-Tuning has one
-label block as wide as the encoder; its weights are float32, and --dtype applies to the encoder and the cached features. Before anything
-is timed, its loss is compared with that of the same blocks with keys and values in plain PyTorch, and has to decrease.
+BERT-base's architecture with random weights, 32 rows of 128 tokens, 2 labels. A step is forward, backward and AdamW.
+Y-Tuning has one label block as wide as the encoder; its weights are float32, and --dtype applies to the encoder and the
+cached features. Before anything is timed, its loss is compared with that of the same blocks with keys and values in
+plain PyTorch, and has to decrease.
 """
 
 import argparse
@@ -24,7 +25,13 @@ from peft_kernels.ytuning import model as blocks
 
 BATCH, LENGTH, LABELS = 32, 128, 2
 LR, STEPS = 1e-5, 20  # steps in which the loss has to decrease
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 1000}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 1000,
+}
 PLAIN, FULL = "keys and values, sdpa", "full fine-tuning"
 
 
@@ -53,8 +60,16 @@ def step_of(model, attention=blocks.label_cross_attention, **inputs):
 def label_blocks(encoder, device: str):
     torch.manual_seed(0)
     config = encoder.config
-    options = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads, "intermediate_size": config.hidden_size}
-    return YTuningForSequenceClassification(YTuningConfig(**options, hidden_dropout_prob=0.0, num_labels=LABELS)).to(device).train()
+    options = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.hidden_size,
+    }
+    return (
+        YTuningForSequenceClassification(YTuningConfig(**options, hidden_dropout_prob=0.0, num_labels=LABELS))
+        .to(device)
+        .train()
+    )
 
 
 def check(ours, plain):
@@ -83,7 +98,12 @@ def compare(settings: dict, dtype: torch.dtype, device: str, repeats: int) -> li
     each = {candidate: {"peak_bytes": peak_memory(step, device)[1]} for candidate, step in steps.items()}
     timings = interleaved(steps, repeats, device=device)
     shape = {"B": BATCH, "S": LENGTH, "d": encoder.config.hidden_size}
-    common = {"benchmark": "ytuning_step", "shape": shape, "dtype": str(dtype).removeprefix("torch."), "phase": "training step"}
+    common = {
+        "benchmark": "ytuning_step",
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "phase": "training step",
+    }
     return compared(timings, each, items=BATCH, item="samples", **common)
 
 
@@ -97,7 +117,9 @@ def main():
     options = parser.parse_args()
     console, results = Console(), []
     for name in options.dtype:
-        rows = compare(TINY if options.quick else {}, getattr(torch, name), options.device, 2 if options.quick else options.repeats)
+        rows = compare(
+            TINY if options.quick else {}, getattr(torch, name), options.device, 2 if options.quick else options.repeats
+        )
         results += rows
         console.print(table(rows))
     if options.out:

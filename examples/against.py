@@ -1,4 +1,6 @@
-"""The cost of the accuracy of a method on frozen features by other means: full fine-tuning and DePT, each trained until it reaches it."""
+"""The cost of the accuracy of a method on frozen features by other means: full fine-tuning and DePT, each trained until
+it reaches it.
+"""
 
 import time
 
@@ -14,13 +16,20 @@ def fine_tuning(options):
     return model, [{"params": list(model.parameters()), "lr": 5e-5}]
 
 
-METHODS = {"finetuning": ("full fine-tuning", fine_tuning), "dept": ("DePT", lambda options: dept_model(options.model, options.max_length, **DEPT))}
+METHODS = {
+    "finetuning": ("full fine-tuning", fine_tuning),
+    "dept": ("DePT", lambda options: dept_model(options.model, options.max_length, **DEPT)),
+}
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--against", nargs="+", choices=list(METHODS), default=[], help="also train these to the same accuracy on dev")
+    parser.add_argument(
+        "--against", nargs="+", choices=list(METHODS), default=[], help="also train these to the same accuracy on dev"
+    )
     parser.add_argument("--against-steps", type=int, default=500, help="steps after which they give up")
-    parser.add_argument("--against-every", type=int, default=20, help="steps from one look at dev to the next, which is not timed")
+    parser.add_argument(
+        "--against-every", type=int, default=20, help="steps from one look at dev to the next, which is not timed"
+    )
 
 
 def run(options, tokenizer, train: list[dict], dev: list[dict], target: float) -> dict[str, dict]:
@@ -37,7 +46,11 @@ def trained_to(target: float, model, groups, options, collate, train, dev) -> di
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    batches = endless(DataLoader(train, options.batch_size, shuffle=True, collate_fn=collate, generator=torch.Generator().manual_seed(0)))
+    batches = endless(
+        DataLoader(
+            train, options.batch_size, shuffle=True, collate_fn=collate, generator=torch.Generator().manual_seed(0)
+        )
+    )
     seconds, steps, reached = 0.0, 0, 0.0
     while reached < target and steps < options.against_steps:
         start = time.perf_counter()
@@ -72,5 +85,12 @@ def cost_table(rows: dict[str, dict], title: str) -> Table:
     for name, row in rows.items():
         extraction = f"{row['extraction_seconds']:.1f}" if "extraction_seconds" in row else "-"
         steps = str(row.get("steps", "-"))
-        result.add_row(name, f"{row['trained_parameters']:,}", f"{row['accuracy']:.1%}", extraction, f"{row['training_seconds']:.3f}", steps)
+        result.add_row(
+            name,
+            f"{row['trained_parameters']:,}",
+            f"{row['accuracy']:.1%}",
+            extraction,
+            f"{row['training_seconds']:.3f}",
+            steps,
+        )
     return result

@@ -1,10 +1,11 @@
-"""Decoder tuning (DecT) on SST-2: extracts features once from a frozen model, then trains few-shot classifiers in milliseconds each.
+"""Decoder tuning (DecT) on SST-2: extracts features once from a frozen model, then trains few-shot classifiers in
+milliseconds each.
 
     python examples/dect_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
-The model is a masked or causal language model or T5, or an encoder without a head, which has no scores. Every classifier is compared with a
-logistic regression (scikit-learn) on the same features. With --against finetuning dept these two are trained on the shots of the first seed
-until they are as accurate on dev as DecT with that seed.
+The model is a masked or causal language model or T5, or an encoder without a head, which has no scores. Every
+classifier is compared with a logistic regression (scikit-learn) on the same features. With --against finetuning dept
+these two are trained on the shots of the first seed until they are as accurate on dev as DecT with that seed.
 """
 
 import argparse
@@ -69,29 +70,53 @@ def compare(train, train_labels, dev, dev_labels, options, shots: int) -> dict:
         start = time.perf_counter()
         regression.fit(features.numpy(), labels.numpy())
         seconds = time.perf_counter() - start
-        found["logistic regression"].append((regression.score(dev.features.numpy(), dev_labels.numpy()), seconds, features.shape[1] + 1))
+        found["logistic regression"].append(
+            (regression.score(dev.features.numpy(), dev_labels.numpy()), seconds, features.shape[1] + 1)
+        )
     result = {}
     for name, runs in found.items():
         accuracies, seconds, (trained, *_) = zip(*runs)
-        result[name] = {"accuracy": statistics.mean(accuracies), "deviation": statistics.stdev(accuracies), "accuracies": accuracies}
+        result[name] = {
+            "accuracy": statistics.mean(accuracies),
+            "deviation": statistics.stdev(accuracies),
+            "accuracies": accuracies,
+        }
         result[name] |= {"training_seconds": statistics.median(seconds), "trained_parameters": trained}
     return result
 
 
 def compare_training(options, tokenizer, labels: torch.Tensor, results: dict) -> None:
-    """Train the methods of --against on the shots of the first seed until they are as accurate as DecT, and add them to ``results``."""
-    train, dev = read(options.train, tokenizer, options.max_length, options.limit), read(options.dev, tokenizer, options.max_length)
+    """Train the methods of --against on the shots of the first seed until they are as accurate as DecT, and add them to
+    ``results``.
+    """
+    train, dev = (
+        read(options.train, tokenizer, options.max_length, options.limit),
+        read(options.dev, tokenizer, options.max_length),
+    )
     for shots, methods in results.items():
         rows = [train[i] for i in few(labels, int(shots), SEEDS[0]).tolist()]
         methods |= against.run(options, tokenizer, rows, dev, methods[OURS]["accuracies"][0])
 
 
 def table(results: dict) -> Table:
-    result = Table("shots", "method", "trained numbers", "accuracy", "training, ms", title="mean and standard deviation over 5 seeds")
+    result = Table(
+        "shots",
+        "method",
+        "trained numbers",
+        "accuracy",
+        "training, ms",
+        title="mean and standard deviation over 5 seeds",
+    )
     for shots, methods in results.items():
         for name, row in methods.items():
-            accuracy = f"{row['accuracy']:.1%} ± {row['deviation']:.1%}" if "deviation" in row else f"{row['accuracy']:.1%}, first seed"
-            result.add_row(shots, name, f"{row['trained_parameters']:,}", accuracy, f"{row['training_seconds'] * 1e3:,.1f}")
+            accuracy = (
+                f"{row['accuracy']:.1%} ± {row['deviation']:.1%}"
+                if "deviation" in row
+                else f"{row['accuracy']:.1%}, first seed"
+            )
+            result.add_row(
+                shots, name, f"{row['trained_parameters']:,}", accuracy, f"{row['training_seconds'] * 1e3:,.1f}"
+            )
     return result
 
 
@@ -99,7 +124,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     against.add_arguments(parser)
-    parser.add_argument("--head", choices=list(HEADS), default="masked", help="what the model predicts with; none: an encoder alone")
+    parser.add_argument(
+        "--head", choices=list(HEADS), default="masked", help="what the model predicts with; none: an encoder alone"
+    )
     parser.add_argument("--template", default="{text} It was {mask}.", help="a causal model's ends with {mask}")
     parser.add_argument("--negative", nargs="+", default=["terrible"], help="label words")
     parser.add_argument("--positive", nargs="+", default=["great"])
@@ -119,7 +146,9 @@ def main():
         compare_training(options, tokenizer, train_labels, results)
     console = Console()
     console.print(table(results))
-    console.print(f"features of {len(train_labels) + len(dev_labels):,} texts: {seconds:.1f} s, or what reading the cache took")
+    console.print(
+        f"features of {len(train_labels) + len(dev_labels):,} texts: {seconds:.1f} s, or what reading the cache took"
+    )
     write(options, {"extraction_seconds": seconds, "shots": results})
 
 

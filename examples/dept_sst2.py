@@ -1,4 +1,5 @@
-"""Train DePT on SST-2 with Trainer, save the adapter and load it again; compare prompt tuning and DePT as its authors compute it.
+"""Train DePT on SST-2 with Trainer, save the adapter and load it again; compare prompt tuning and DePT as its authors
+compute it.
 
     python examples/dept_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
@@ -20,7 +21,9 @@ from peft_kernels.dept import layer
 OURS, OFFICIAL, PROMPT_TUNING = "DePT, ours", "DePT, official formulation", "prompt tuning, 100 tokens"
 
 
-def official_formulation(input_ids, weight, prompt, a, b, *, scale, embed_scale, insert_after_first, offsets=None, adapter_ids=None):
+def official_formulation(
+    input_ids, weight, prompt, a, b, *, scale, embed_scale, insert_after_first, offsets=None, adapter_ids=None
+):
     """Compute the embeddings as the authors' code does: repeat, multiply, scale, add, concatenate."""
     batch, length = input_ids.shape
     update = (a @ b).repeat(batch, 1, 1)[:, :length] * scale
@@ -59,7 +62,12 @@ def main():
     parser.add_argument("--lr-low-rank", type=float, default=DEPT["lr_low_rank"], help="of A and B")
     parser.add_argument("--lr-head", type=float, default=DEPT["lr_head"], help="of the classification head")
     parser.add_argument("--epochs", type=float, default=6)
-    parser.add_argument("--baseline-epochs", type=float, default=1, help="of the two baselines, which are there for time and memory; 0: none")
+    parser.add_argument(
+        "--baseline-epochs",
+        type=float,
+        default=1,
+        help="of the two baselines, which are there for time and memory; 0: none",
+    )
     options = parser.parse_args()
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -72,11 +80,14 @@ def main():
     loaded = PeftModel.from_pretrained(base_model(options.model), options.out)
     again = trainer_of(loaded, None, options, tokenizer, dev, dev, 1).evaluate()["eval_accuracy"]
     if again != results[OURS]["accuracy"]:
-        raise SystemExit(f"the adapter in {options.out} reaches {again:.4f} after loading, {results[OURS]['accuracy']:.4f} before")
+        raise SystemExit(
+            f"the adapter in {options.out} reaches {again:.4f} after loading, {results[OURS]['accuracy']:.4f} before"
+        )
     console.print(f"saved to {options.out} and loaded again: accuracy {again:.1%} both times")
     if options.baseline_epochs:
         arguments = options, tokenizer, train, dev, options.baseline_epochs
-        with patch.object(layer, "decomposed_prompt_embedding", official_formulation):  # its batches have a fixed length
+        # its batches have a fixed length
+        with patch.object(layer, "decomposed_prompt_embedding", official_formulation):
             results[OFFICIAL] = train_and_evaluate(*model_of(options), *arguments, options.max_length)
         results[PROMPT_TUNING] = train_and_evaluate(*prompt_tuning_model(options), *arguments)
     console.print(table(results))

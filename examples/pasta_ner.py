@@ -1,7 +1,8 @@
-"""Train PASTA for named entity recognition with Trainer: a token classification head on a frozen encoder, entity F1 on held-out sentences.
+"""Train PASTA for named entity recognition with Trainer: a token classification head on a frozen encoder, entity F1 on
+held-out sentences.
 
-    python examples/pasta_ner.py --model PATH_OR_ID                                        sentences that this script makes
-    python examples/pasta_ner.py --model PATH_OR_ID --train train.conll --dev dev.conll    your sentences
+    python examples/pasta_ner.py --model PATH_OR_ID                                        sentences that this script
+    makes python examples/pasta_ner.py --model PATH_OR_ID --train train.conll --dev dev.conll    your sentences
 
 CoNLL format: each line has a word first and its tag last (O, B-TYPE, I-TYPE); an empty line separates sentences.
 """
@@ -13,14 +14,47 @@ from pathlib import Path
 from peft import get_peft_model
 from rich.console import Console
 from sentences import table, write
-from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from peft_kernels import PASTAConfig
 from peft_kernels.perf.measure import peak_memory
 
 # each of these may be a person, a place or a company, depending on the sentence
-NAMES = ("Jordan", "Austin", "Florence", "Sydney", "Chelsea", "Victoria", "Carson", "Lincoln", "Madison", "Paris", "Hilton", "Orion")
-NAMES += ("Delta", "Phoenix", "Dallas", "Savannah", "Morgan", "Charlotte", "Kimberley", "Wellington", "Houston", "Kent", "Denver", "Ford")
+NAMES = (
+    "Jordan",
+    "Austin",
+    "Florence",
+    "Sydney",
+    "Chelsea",
+    "Victoria",
+    "Carson",
+    "Lincoln",
+    "Madison",
+    "Paris",
+    "Hilton",
+    "Orion",
+)
+NAMES += (
+    "Delta",
+    "Phoenix",
+    "Dallas",
+    "Savannah",
+    "Morgan",
+    "Charlotte",
+    "Kimberley",
+    "Wellington",
+    "Houston",
+    "Kent",
+    "Denver",
+    "Ford",
+)
 PATTERNS = (
     "PER met PER in LOC last week .",
     "Shares of ORG fell after PER resigned .",
@@ -60,7 +94,9 @@ def read_conll(path: Path) -> list[tuple[list[str], list[str]]]:
 
 def encode(sentences, tokenizer, tag_ids: dict[str, int], max_length: int) -> list[dict]:
     """Tokenize; the first piece of a word carries its tag."""
-    encoded = tokenizer([words for words, _ in sentences], is_split_into_words=True, truncation=True, max_length=max_length)
+    encoded = tokenizer(
+        [words for words, _ in sentences], is_split_into_words=True, truncation=True, max_length=max_length
+    )
     rows = []
     for i, (_, tags) in enumerate(sentences):
         words, labels = encoded.word_ids(i), []
@@ -107,11 +143,17 @@ def main():
     options = parser.parse_args()
     if (options.train is None) != (options.dev is None):
         parser.error("--train and --dev come together")
-    train, dev = (made(800, 0), made(200, 1)) if options.train is None else (read_conll(options.train), read_conll(options.dev))
+    train, dev = (
+        (made(800, 0), made(200, 1)) if options.train is None else (read_conll(options.train), read_conll(options.dev))
+    )
     tags = sorted({tag for _, sentence in (*train, *dev) for tag in sentence})
     tag_ids = {tag: i for i, tag in enumerate(tags)}
-    tokenizer = AutoTokenizer.from_pretrained(options.model, add_prefix_space=True)  # RoBERTa needs it for pre-split words
-    rows = {name: encode(sentences, tokenizer, tag_ids, options.max_length) for name, sentences in (("train", train), ("dev", dev))}
+    # RoBERTa needs it for pre-split words
+    tokenizer = AutoTokenizer.from_pretrained(options.model, add_prefix_space=True)
+    rows = {
+        name: encode(sentences, tokenizer, tag_ids, options.max_length)
+        for name, sentences in (("train", train), ("dev", dev))
+    }
 
     results = {}
     for name in ("head alone", "PASTA"):
@@ -135,7 +177,12 @@ def main():
         )
         collator = DataCollatorForTokenClassification(tokenizer)
         trainer = Trainer(
-            model=model, args=arguments, train_dataset=rows["train"], eval_dataset=rows["dev"], data_collator=collator, compute_metrics=scores(tags)
+            model=model,
+            args=arguments,
+            train_dataset=rows["train"],
+            eval_dataset=rows["dev"],
+            data_collator=collator,
+            compute_metrics=scores(tags),
         )
         _, peak, seconds = peak_memory(trainer.train)
         results[name] = {

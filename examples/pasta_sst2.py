@@ -1,9 +1,11 @@
-"""Train PASTA on SST-2 with Trainer, save the adapter and load it again; compare full fine-tuning and a probe on the frozen features.
+"""Train PASTA on SST-2 with Trainer, save the adapter and load it again; compare full fine-tuning and a probe on the
+frozen features.
 
     pip install scikit-learn
     python examples/pasta_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
-The model is any BERT-like encoder; its weights stay frozen. The probe is a logistic regression on the mean of the last hidden states.
+The model is any BERT-like encoder; its weights stay frozen. The probe is a logistic regression on the mean of the last
+hidden states.
 """
 
 import argparse
@@ -27,7 +29,11 @@ def pasta_model(options):
     model = get_peft_model(base_model(options.model), config)
     vectors = [p for name, p in model.named_parameters() if p.requires_grad and "pasta_" in name]
     head = [p for name, p in model.named_parameters() if p.requires_grad and "pasta_" not in name]
-    return model, [{"params": vectors, "lr": options.lr_vectors}, {"params": head, "lr": options.lr_head}], sum(p.numel() for p in vectors)
+    return (
+        model,
+        [{"params": vectors, "lr": options.lr_vectors}, {"params": head, "lr": options.lr_head}],
+        sum(p.numel() for p in vectors),
+    )
 
 
 def features(model, tokenizer, rows: list[dict]) -> torch.Tensor:
@@ -74,7 +80,9 @@ def main():
     loaded = PeftModel.from_pretrained(base_model(options.model), options.out)
     again = trainer_of(loaded, None, options, tokenizer, dev, dev, 1).evaluate()["eval_accuracy"]
     if again != results[OURS]["accuracy"]:
-        raise SystemExit(f"the adapter in {options.out} reaches {again:.4f} after loading, {results[OURS]['accuracy']:.4f} before")
+        raise SystemExit(
+            f"the adapter in {options.out} reaches {again:.4f} after loading, {results[OURS]['accuracy']:.4f} before"
+        )
     console.print(f"saved to {options.out} and loaded again: accuracy {again:.1%} both times")
     if options.full_epochs:
         full = base_model(options.model)
@@ -83,7 +91,9 @@ def main():
     console.print(table(results))
     total = sum(p.numel() for p in loaded.parameters())
     head = results[OURS]["trained_parameters"] - vectors
-    console.print(f"PASTA trains {vectors:,} numbers in vectors, {vectors / total:.3%} of the model, and {head:,} in the head")
+    console.print(
+        f"PASTA trains {vectors:,} numbers in vectors, {vectors / total:.3%} of the model, and {head:,} in the head"
+    )
     results[OURS] |= {"parameters_in_vectors": vectors, "parameters_in_head": head}
     write(options, results)
 

@@ -23,7 +23,9 @@ DEPT = {  # arguments of dept_model
 
 def add_arguments(parser) -> None:
     parser.add_argument("--model", required=True, help="a folder or a hub id with a tokenizer")
-    parser.add_argument("--train", type=Path, required=True, help="a sentence, a tab and a label (0 or 1) in every line")
+    parser.add_argument(
+        "--train", type=Path, required=True, help="a sentence, a tab and a label (0 or 1) in every line"
+    )
     parser.add_argument("--dev", type=Path, required=True, help="the same")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a sentence; longer ones are cut")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -31,7 +33,9 @@ def add_arguments(parser) -> None:
 
 
 def read(path: Path, tokenizer, max_length: int, limit: int | None = None) -> list[dict]:
-    rows = [line.rstrip("\n").rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    rows = [
+        line.rstrip("\n").rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ][:limit]
     encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=max_length)
     return [{"input_ids": ids, "labels": int(label)} for ids, (_, label) in zip(encoded["input_ids"], rows)]
 
@@ -69,7 +73,11 @@ def trainer_of(model, groups, options, tokenizer, train, dev, epochs: float, pad
         report_to="none",
         seed=0,
     )
-    optimizer = {} if groups is None else {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"params": groups, "weight_decay": 0.0})}
+    optimizer = (
+        {}
+        if groups is None
+        else {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"params": groups, "weight_decay": 0.0})}
+    )
     padding = {"padding": "max_length", "max_length": pad_to} if pad_to else {}
     return Trainer(
         model=model,
@@ -88,7 +96,12 @@ def train_and_evaluate(model, groups, *arguments) -> dict:
     _, peak, seconds = peak_memory(trainer.train, "cuda" if torch.cuda.is_available() else "cpu")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accuracy = trainer.evaluate()["eval_accuracy"]
-    return {"accuracy": accuracy, "seconds_per_epoch": seconds / trainer.args.num_train_epochs, "peak_bytes": peak, "trained_parameters": trained}
+    return {
+        "accuracy": accuracy,
+        "seconds_per_epoch": seconds / trainer.args.num_train_epochs,
+        "peak_bytes": peak,
+        "trained_parameters": trained,
+    }
 
 
 def table(results: dict[str, dict]) -> Table:
@@ -101,6 +114,10 @@ def table(results: dict[str, dict]) -> Table:
 
 
 def write(options, results: dict[str, dict]) -> None:
-    content = {"environment": environment(), "options": {k: str(v) for k, v in vars(options).items()}, "results": results}
+    content = {
+        "environment": environment(),
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "results": results,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -1,14 +1,16 @@
-"""Y-Tuning on SST-2: the features of a frozen encoder are cached once, then label blocks are trained on them with Trainer, saved and loaded.
+"""Y-Tuning on SST-2: the features of a frozen encoder are cached once, then label blocks are trained on them with
+Trainer, saved and loaded.
 
     pip install scikit-learn
     python examples/ytuning_sst2.py --model PATH_OR_ID --train train.tsv --dev dev.tsv
 
-Compared with a logistic regression on the means of the same features and, with --against finetuning dept, with these two trained until
-they are as accurate on dev. Later runs reuse the cache in --out.
+Compared with a logistic regression on the means of the same features and, with --against finetuning dept, with these
+two trained until they are as accurate on dev. Later runs reuse the cache in --out.
 
-The defaults of the label blocks are ours; the paper uses others for larger models. They come from a small search on dev with a MiniLM of 6
-layers: 1 or 2 blocks, lr 2e-4 to 1e-3, dropout 0.1 or 0.3, weight decay 0 or 0.1, both losses, 5 or 10 epochs, the best of these with
-three seeds. None was better than the defaults by more than the difference between seeds.
+The defaults of the label blocks are ours; the paper uses others for larger models. They come from a small search on dev
+with a MiniLM of 6 layers: 1 or 2 blocks, lr 2e-4 to 1e-3, dropout 0.1 or 0.3, weight decay 0 or 0.1, both losses, 5 or
+10 epochs, the best of these with three seeds. None was better than the defaults by more than the difference between
+seeds.
 """
 
 import argparse
@@ -22,7 +24,13 @@ from sentences import add_arguments, read, trainer_of, write
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from peft_kernels.ytuning import CachedFeatures, FeatureCollator, YTuningConfig, YTuningForSequenceClassification, cache_features
+from peft_kernels.ytuning import (
+    CachedFeatures,
+    FeatureCollator,
+    YTuningConfig,
+    YTuningForSequenceClassification,
+    cache_features,
+)
 
 OURS, PROBE = "Y-Tuning", "logistic regression on means"
 
@@ -33,7 +41,13 @@ def cached(name: str, path: Path, model, tokenizer, options) -> CachedFeatures:
         rows = rows[: options.limit]
     dtype = getattr(torch, options.dtype)
     folder = cache_features(
-        model, tokenizer, [text for text, _ in rows], options.out / name, batch_size=64, dtype=dtype, max_length=options.max_length
+        model,
+        tokenizer,
+        [text for text, _ in rows],
+        options.out / name,
+        batch_size=64,
+        dtype=dtype,
+        max_length=options.max_length,
     )
     return CachedFeatures(folder, [int(label) for _, label in rows])
 
@@ -43,7 +57,11 @@ def probe(train: CachedFeatures, dev: CachedFeatures) -> dict:
     means = [torch.stack([data[i]["features"].float().mean(0) for i in range(len(data))]) for data in (train, dev)]
     regression = LogisticRegression(max_iter=2000).fit(means[0], train.labels)
     seconds = time.perf_counter() - start
-    return {"accuracy": regression.score(means[1], dev.labels), "training_seconds": seconds, "trained_parameters": regression.coef_.size + 1}
+    return {
+        "accuracy": regression.score(means[1], dev.labels),
+        "training_seconds": seconds,
+        "trained_parameters": regression.coef_.size + 1,
+    }
 
 
 def trainer_on(model, options, tokenizer, train, dev):
@@ -70,7 +88,10 @@ def main():
     console = Console()
     tokenizer, backbone = AutoTokenizer.from_pretrained(options.model), AutoModel.from_pretrained(options.model)
     start = time.perf_counter()
-    train, dev = (cached(name, path, backbone, tokenizer, options) for name, path in (("train", options.train), ("dev", options.dev)))
+    train, dev = (
+        cached(name, path, backbone, tokenizer, options)
+        for name, path in (("train", options.train), ("dev", options.dev))
+    )
     extraction = time.perf_counter() - start
 
     results = {PROBE: probe(train, dev) | {"extraction_seconds": extraction}}
@@ -98,10 +119,17 @@ def main():
     if again != accuracy:
         raise SystemExit(f"the model in {options.out} reaches {again:.4f} after loading, {accuracy:.4f} before")
     console.print(f"saved to {options.out} and loaded again: accuracy {accuracy:.1%} both times")
-    results[OURS] = {"accuracy": accuracy, "trained_parameters": model.num_parameters(), "steps": trainer.state.global_step}
+    results[OURS] = {
+        "accuracy": accuracy,
+        "trained_parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+    }
     results[OURS] |= {"extraction_seconds": extraction, "training_seconds": training}
     if options.against:
-        texts = read(options.train, tokenizer, options.max_length, options.limit), read(options.dev, tokenizer, options.max_length)
+        texts = (
+            read(options.train, tokenizer, options.max_length, options.limit),
+            read(options.dev, tokenizer, options.max_length),
+        )
         results |= against.run(options, tokenizer, *texts, accuracy)
     console.print(against.cost_table(results, "all of train; extraction: once, or what reading the cache took"))
     write(options, results)

@@ -1,4 +1,6 @@
-"""One workload decoded in three ways: compares tokens, measures time and memory, and writes a table, a plot and JSON."""
+"""One workload decoded in three ways: compares tokens, measures time and memory, and writes a table, a plot and
+JSON.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,12 +29,19 @@ PIE, REPEATED, OURS = "PiE + generate", "repeated + generate", "ours"
 
 
 def prepare(
-    texts: Texts, name: str | None, tokenizer_name: str | None, input_tokens: int, new_tokens: int, dtype: torch.dtype, device: str
+    texts: Texts,
+    name: str | None,
+    tokenizer_name: str | None,
+    input_tokens: int,
+    new_tokens: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> tuple[Workload, nn.Module]:
     """Load the tokenizer and the model, and encode the texts.
 
     Raises:
-        ValueError: the model or the tokenizer cannot be loaded, ``pid`` does not support the model, or the texts do not fit it.
+        ValueError: the model or the tokenizer cannot be loaded, ``pid`` does not support the model, or the texts do not
+            fit it.
     """
     if name is not None:
         with _naming("--model"):
@@ -67,10 +76,15 @@ def check_fits(model: nn.Module, workload: Workload, new_tokens: int):
         raise ValueError(f"--tokenizer: it has an id of {largest}, and the model's table ends at {rows}")
     limit = most_columns(model)
     if limit is not None and longest + asked > limit:
-        raise ValueError(f"--input-tokens: the encoder has {limit} positions, got {longest} tokens and a prompt of {asked}")
+        raise ValueError(
+            f"--input-tokens: the encoder has {limit} positions, got {longest} tokens and a prompt of {asked}"
+        )
     limit = max_positions(model)
     if limit is not None and 1 + asked + new_tokens > limit:
-        raise ValueError(f"--new-tokens: the decoder has {limit} positions, got a prompt of {asked} tokens, its start and {new_tokens} new ones")
+        raise ValueError(
+            f"--new-tokens: the decoder has {limit} positions, got a prompt of {asked} tokens, its start and"
+            f" {new_tokens} new ones"
+        )
 
 
 def run(
@@ -86,10 +100,15 @@ def run(
     console: Console,
 ) -> bool:
     console.print("[bold]Many prompts, one input, three ways[/bold]")
-    console.print(f"workload: {escape(workload.title)}; {new_tokens} new tokens each, greedy, {str(dtype).removeprefix('torch.')}")
+    console.print(
+        f"workload: {escape(workload.title)}; {new_tokens} new tokens each, greedy, {str(dtype).removeprefix('torch.')}"
+    )
     console.print(f"on: {gpus()[0] if device == 'cuda' else f'{cpu_model()}, {torch.get_num_threads()} threads'}")
     if name is None:
-        console.print("[yellow]model: T5-base architecture with RANDOM weights: times and memory are real, the answers are nonsense.[/yellow]")
+        console.print(
+            "[yellow]model: T5-base architecture with RANDOM weights: times and memory are real, the answers are"
+            " nonsense.[/yellow]"
+        )
     else:
         console.print(f"model: {escape(name)}")
     enabled = pid_baselines.twin(model)
@@ -104,8 +123,16 @@ def run(
 
     first, timings = {}, {}
     with Keeping(first) as kept, progress_bar(console, 4 + 2 * repeats) as step:
-        asking(pid_baselines.repeated, model, replace(workload, inputs=[workload.inputs[0][:16]], prompts=workload.prompts[:1]))()
-        first_runs = {PIE: asking(pid_baselines.prompt_in_encoder, model), REPEATED: asking(pid_baselines.repeated, model), OURS: first_time}
+        asking(
+            pid_baselines.repeated,
+            model,
+            replace(workload, inputs=[workload.inputs[0][:16]], prompts=workload.prompts[:1]),
+        )()
+        first_runs = {
+            PIE: asking(pid_baselines.prompt_in_encoder, model),
+            REPEATED: asking(pid_baselines.repeated, model),
+            OURS: first_time,
+        }
         for label, function in first_runs.items():
             step(f"{label}: run 1, memory")
             first[label] = peak_memory(function, device)
@@ -159,7 +186,8 @@ def _row(label: str, timings: dict[str, Timing], answers: pid_baselines.Answers,
 
 def _table(rows: list[dict]) -> Table:
     caption = (
-        "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt. time: median; spread:"
+        "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt."
+        " time: median; spread:"
         " interquartile range; peak: memory above the loaded model; K/V: cross-attention keys and values held at a time"
     )
     table = Table("method", box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
@@ -180,14 +208,20 @@ def _table(rows: list[dict]) -> Table:
 
 
 def _verdict(console: Console, wrong: int, streams: int, dtype: torch.dtype) -> bool:
-    """In float32 every token must agree. In 16 bits the summation order may decide a near-tie: differences are counted and are no failure."""
+    """In float32 every token must agree.
+
+    In 16 bits the summation order may decide a near-tie: differences are counted and are no failure.
+    """
     if not wrong:
         console.print(f"[green]tokens: all {streams} streams of ours identical to the repeated formulation[/green]")
     elif dtype == torch.float32:
-        console.print(f"[bold red]tokens: {wrong} of {streams} streams of ours DIFFER from the repeated formulation[/bold red]")
+        console.print(
+            f"[bold red]tokens: {wrong} of {streams} streams of ours DIFFER from the repeated formulation[/bold red]"
+        )
     else:
         console.print(
-            f"[yellow]tokens: {wrong} of {streams} streams differ: in 16 bits a near-tie falls either way; --dtype float32 compares exactly[/yellow]"
+            f"[yellow]tokens: {wrong} of {streams} streams differ: in 16 bits a near-tie falls either way; --dtype"
+            " float32 compares exactly[/yellow]"
         )
     return not wrong or dtype != torch.float32
 
@@ -204,7 +238,9 @@ def _plot(rows: list[dict], title: str, path: Path):
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
     for axis, (key, unit, scale, name) in zip(axes, panels):
         bars = axis.bar(
-            [row["method"].replace(" + ", "\n+ ") for row in rows], [row[key] / scale for row in rows], color=("#9aa5b1", "#5b7c99", "#d1603d")
+            [row["method"].replace(" + ", "\n+ ") for row in rows],
+            [row[key] / scale for row in rows],
+            color=("#9aa5b1", "#5b7c99", "#d1603d"),
         )
         axis.bar_label(bars, [f"{row[key] / scale:,.1f}" for row in rows], fontsize=8)
         axis.set_title(name, fontsize=10)

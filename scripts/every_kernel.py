@@ -1,4 +1,5 @@
-"""Run every kernel of every implementation that runs here once, forward and backward, checked against float64: input for a sanitizer.
+"""Run every kernel of every implementation that runs here once, forward and backward, checked against float64: input
+for a sanitizer.
 
 compute-sanitizer --tool memcheck python3 scripts/every_kernel.py --device cuda
 """

@@ -5,7 +5,8 @@ import os
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: with as many workers as cores, spinning threads stall each other
+# read when torch is loaded: with as many workers as cores, spinning threads stall each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["PEFT_KERNELS_TUNED"] = "0"  # tests the default configs, whatever was tuned on this machine
 import odd_addresses
 import pytest
@@ -26,8 +27,15 @@ def same_numbers_every_time():
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tensors live: cpu (default) or cuda")
-    parser.addoption("--odd-addresses", type=int, metavar="BYTES", help="parameters begin so many bytes after a multiple of 64 (4 or 8)")
-    parser.addoption("--untested-transformers", action="store_true", help="pid.enable refuses no version of transformers as too new")
+    parser.addoption(
+        "--odd-addresses",
+        type=int,
+        metavar="BYTES",
+        help="parameters begin so many bytes after a multiple of 64 (4 or 8)",
+    )
+    parser.addoption(
+        "--untested-transformers", action="store_true", help="pid.enable refuses no version of transformers as too new"
+    )
 
 
 def pytest_configure(config):
@@ -43,7 +51,9 @@ def pytest_collection_modifyitems(items):
     if find_spec("expecttest") is None:
         for item in items:
             if "opcheck" in item.name:
-                item.add_marker(pytest.mark.skip(reason="torch.library.opcheck imports expecttest, which is not installed"))
+                item.add_marker(
+                    pytest.mark.skip(reason="torch.library.opcheck imports expecttest, which is not installed")
+                )
 
 
 @pytest.fixture(scope="session")

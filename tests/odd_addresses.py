@@ -1,14 +1,16 @@
 """Parameters at addresses that are not multiples of 64, as in a loaded file.
 
-Fresh tensors begin at multiples of 64, those of a memory-mapped file at multiples of 4 or 8, and math libraries use a different path, with
-a different summation order, for each.
+Fresh tensors begin at multiples of 64, those of a memory-mapped file at multiples of 4 or 8, and math libraries use a
+different path, with a different summation order, for each.
 """
 
 import torch
 
 
 def seated(tensor: torch.Tensor, past: int) -> torch.Tensor:
-    """A copy of ``tensor`` that begins ``past`` bytes after a multiple of 64, or one element after it if that is more."""
+    """A copy of ``tensor`` that begins ``past`` bytes after a multiple of 64, or one element after it if that is
+    more.
+    """
     past = max(past, tensor.element_size())
     room = torch.empty(tensor.nbytes + 64 + past, dtype=torch.uint8)
     first = -room.data_ptr() % 64 + past
@@ -22,7 +24,13 @@ def install(past: int) -> None:
 
     def moves(data):
         dense = type(data) in (torch.Tensor, torch.nn.Parameter) and data.layout == torch.strided
-        return dense and data.device.type == "cpu" and data.is_floating_point() and data.numel() and data.data_ptr() % 64 == 0
+        return (
+            dense
+            and data.device.type == "cpu"
+            and data.is_floating_point()
+            and data.numel()
+            and data.data_ptr() % 64 == 0
+        )
 
     def parameter(cls, data=None, requires_grad=True):
         with torch.no_grad():

@@ -23,7 +23,9 @@ def operators(x: Tensor, ids: Tensor) -> None:
     assert_type(ops.label_cross_attention(x, x, x, x, x, num_heads=2), Tensor)
 
 
-def methods(model: nn.Module, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, x: Tensor, ids: Tensor) -> None:
+def methods(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel, x: Tensor, ids: Tensor
+) -> None:
     assert_type(pid.enable(model, pack_weights=False), nn.Module)
     assert_type(pid.is_enabled(model), bool)
     answer = pid.generate(model, ids, [[1, 2], [3]], max_new_tokens=4)

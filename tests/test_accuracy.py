@@ -30,7 +30,9 @@ def typical(x):
 
 
 class Attention:
-    """shared_cross_attention of 6 decoder rows over 2 encoded inputs of 40 keys, its gradients, and the same in plain PyTorch."""
+    """shared_cross_attention of 6 decoder rows over 2 encoded inputs of 40 keys, its gradients, and the same in plain
+    PyTorch.
+    """
 
     def __init__(self, dtype=torch.float32):
         generator = torch.Generator().manual_seed(0)
@@ -58,7 +60,8 @@ def test_attention(impl):
         for j in typical(x):
             caught(expected, [one_percent_off(y, j) if k == i else y for k, y in enumerate(got)])
     lengths = torch.tensor([40, 39])
-    caught(expected, problem.results(shared_cross_attention, impl=impl, key_lengths=lengths))  # drops a key of one of two inputs
+    # drops a key of one of two inputs
+    caught(expected, problem.results(shared_cross_attention, impl=impl, key_lengths=lengths))
     for scale in (1 / 16, 0.25 * 1.001):
         caught(expected, problem.results(shared_cross_attention, impl=impl, scale=scale))
 
@@ -74,12 +77,15 @@ def test_attention_in_bfloat16():
 
 def test_label_attention():
     generator = torch.Generator().manual_seed(0)
-    slots, w_q, w_k, w_v, features = (torch.randn(s, generator=generator) for s in ((3, 32), (32, 32), (32, 32), (32, 32), (2, 9, 32)))
+    slots, w_q, w_k, w_v, features = (
+        torch.randn(s, generator=generator) for s in ((3, 32), (32, 32), (32, 32), (32, 32), (2, 9, 32))
+    )
     w_q, w_k = w_q / 32, w_k / 32**0.5
 
     def plain(features=features, scale=None):
         heads = [
-            x.unflatten(-1, (4, 8)).transpose(-2, -3) for x in (linear(slots, w_q).expand(2, -1, -1), linear(features, w_k), linear(features, w_v))
+            x.unflatten(-1, (4, 8)).transpose(-2, -3)
+            for x in (linear(slots, w_q).expand(2, -1, -1), linear(features, w_k), linear(features, w_v))
         ]
         return scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(2)
 
@@ -96,8 +102,16 @@ def test_label_attention():
 def model():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99}
-    config = transformers.BertConfig(**sizes, initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 99,
+    }
+    config = transformers.BertConfig(
+        **sizes, initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     return transformers.BertForMaskedLM(config).eval()
 
 
@@ -169,7 +183,8 @@ def test_a_few_numbers_and_none():
     formula = WithinRounding(lambda: (x.exp().sum(), x[:0].exp(), x * 0, x[:1].log()))
     formula.check((x.flip(0).exp().sum(), x[:0], x - x, x[:1].log()))
     caught(formula, (x.exp().sum() * 1.0001, x[:0], x * 0, x[:1].log()))
-    caught(formula, (x.exp().sum(), x[:0], x * 0 + 1e-30, x[:1].log()))  # values that are 0 under any rounding must be 0
+    # values that are 0 under any rounding must be 0
+    caught(formula, (x.exp().sum(), x[:0], x * 0 + 1e-30, x[:1].log()))
 
 
 def test_a_mean_far_from_zero():
@@ -177,13 +192,21 @@ def test_a_mean_far_from_zero():
     x = torch.randn(4, 64) + 300
     expected = WithinRounding(lambda: layer_norm(x, (64,)), layer_norm(x.double(), (64,)))
     expected.check((x - x.mean(1, keepdim=True)) / x.var(1, correction=0, keepdim=True).sqrt())
-    caught(expected, (x - x.mean(1, keepdim=True)) / (x.square().mean(1, keepdim=True) - x.mean(1, keepdim=True).square()).sqrt())
+    caught(
+        expected,
+        (x - x.mean(1, keepdim=True)) / (x.square().mean(1, keepdim=True) - x.mean(1, keepdim=True).square()).sqrt(),
+    )
 
 
 def test_infinities_and_shapes():
     x = torch.tensor([1.0, -torch.inf, 2.0])
     assert_within_rounding(x.clone(), lambda: x * 1)
-    for wrong in (torch.tensor([1.0, torch.inf, 2.0]), torch.tensor([1.0, 3.0, 2.0]), torch.tensor([1.0, torch.nan, 2.0]), x[:, None]):
+    for wrong in (
+        torch.tensor([1.0, torch.inf, 2.0]),
+        torch.tensor([1.0, 3.0, 2.0]),
+        torch.tensor([1.0, torch.nan, 2.0]),
+        x[:, None],
+    ):
         with pytest.raises(AssertionError, match="finite|infinity|shape"):
             assert_within_rounding(wrong, lambda: x * 1)
 

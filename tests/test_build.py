@@ -1,4 +1,7 @@
-"""setup.py: the wheel that each machine gets, and the message if a library is not in it. The compilers are scripts that write files."""
+"""setup.py: the wheel that each machine gets, and the message if a library is not in it.
+
+The compilers are scripts that write files.
+"""
 
 import os
 import shutil
@@ -20,7 +23,8 @@ from peft_kernels.ops import native_library
 
 ROOT = Path(__file__).parents[1]
 COMPILER = """#!/bin/sh
-[ -z "$FAIL" ] || { echo "x.cpp:1: error: first"; echo "x.cpp:7: error: no such thing"; echo "compilation terminated."; exit 1; } >&2
+error() { echo "x.cpp:1: error: first"; echo "x.cpp:7: error: no such thing"; echo "compilation terminated."; exit 1; }
+[ -z "$FAIL" ] || error >&2
 [ "$1" != --list-gpu-code ] || { echo sm_80 sm_90; exit; }
 while [ $# -gt 1 ]; do [ "$1" != -o ] || touch "$2"; shift; done
 """
@@ -42,7 +46,14 @@ class Tree:
         self.sources, self.bin, self.site = (folder / name for name in ("sources", "cuda/bin", "site"))
         for name in ("schema.cpp", "cpu/op.cpp", "cpu/op_kernel.cpp", "cuda/op.cu"):
             self.write(self.sources / "csrc" / name, "")
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "peft_kernels/__init__.py", "peft_kernels/version.py"):
+        for name in (
+            "setup.py",
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+            "peft_kernels/__init__.py",
+            "peft_kernels/version.py",
+        ):
             (self.sources / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, self.sources / name)
         for name, text in (("__init__", ""), ("utils/__init__", ""), ("utils/cpp_extension", TORCH)):
@@ -57,20 +68,31 @@ class Tree:
 
     def setup(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
         inherited = {name: value for name, value in os.environ.items() if name != "PEFT_KERNELS_BUILD"}
-        compilers = {"CC": str(self.bin / "g++"), "CXX": str(self.bin / "g++"), "CUDA_HOME": str(self.bin.parent), "PYTHONPATH": str(self.site)}
+        compilers = {
+            "CC": str(self.bin / "g++"),
+            "CXX": str(self.bin / "g++"),
+            "CUDA_HOME": str(self.bin.parent),
+            "PYTHONPATH": str(self.site),
+        }
         (self.sources / "setup.py").touch()  # makes the build outdated
         everything = {**inherited, **compilers, **environment}
-        return subprocess.run([sys.executable, "setup.py", *command], cwd=self.sources, env=everything, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "setup.py", *command], cwd=self.sources, env=everything, capture_output=True, text=True
+        )
 
     def wheel(self, **environment: str) -> tuple[str, dict[str, str], list[str]]:
-        """Build a wheel; returns the platform in its name, its native files by name, and the last lines of the build's output."""
+        """Build a wheel; returns the platform in its name, its native files by name, and the last lines of the build's
+        output.
+        """
         shutil.rmtree(self.sources / "dist", ignore_errors=True)
         done = self.setup("bdist_wheel", **environment)
         assert done.returncode == 0, done.stderr
         (path,) = (self.sources / "dist").iterdir()
         with ZipFile(path) as archive:
             files = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if "_native" in name}
-            pure = b"Root-Is-Purelib: true" in archive.read(next(name for name in archive.namelist() if name.endswith("/WHEEL")))
+            pure = b"Root-Is-Purelib: true" in archive.read(
+                next(name for name in archive.namelist() if name.endswith("/WHEEL"))
+            )
         assert pure == path.stem.endswith("-any")
         return path.stem.split("-py3-none-")[1], files, done.stderr.strip().splitlines()
 
@@ -101,7 +123,8 @@ def test_wheel_after_a_failure_has_nothing_of_the_wheel_before(tree):
 def test_files_in_place_do_not_slip_into_a_wheel(tree):
     for name in ("_native.so", "_native_cuda.so", "_native.txt"):
         tree.write(tree.sources / "peft_kernels" / name, "old")
-    manifest = "".join(f"peft_kernels/{name}\n" for name in tree.in_place())  # as an older version's build in place wrote it
+    # as an older version's build in place wrote it
+    manifest = "".join(f"peft_kernels/{name}\n" for name in tree.in_place())
     tree.write(tree.sources / "peft_kernels.egg-info/SOURCES.txt", manifest)
     platform, files, _ = tree.wheel(PEFT_KERNELS_BUILD="skip")
     assert platform == "any"
@@ -139,7 +162,9 @@ def test_a_compiler_that_is_not_there(tree):
 def sources() -> list[str]:
     """The files that git tracks; in an unpacked sdist, which has no git, every file in it."""
     if (ROOT / ".git").exists():
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\0")
         return [name for name in listed if (ROOT / name).is_file()]
     paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
     built = ("PKG-INFO", "setup.cfg", "peft_kernels.egg-info", "__pycache__")
@@ -173,7 +198,9 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
 
 def test_sdist_builds_a_wheel_with_types_texts_and_page(sdist, tmp_path):
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
-    done = subprocess.run(command, cwd=sdist, env={**os.environ, "PEFT_KERNELS_BUILD": "skip"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=sdist, env={**os.environ, "PEFT_KERNELS_BUILD": "skip"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     with ZipFile(next(tmp_path.iterdir())) as archive:
         names = set(archive.namelist())
@@ -196,7 +223,10 @@ def test_unknown_wish(tree):
             'a.cu(5): error: identifier "x" is undefined\n\n1 error detected in the compilation of "a.cu".\n',
             'a.cu(5): error: identifier "x" is undefined',
         ),
-        ("/usr/bin/ld: cannot find -ltorch_cpu\ncollect2: error: ld returned 1 exit status\n", "/usr/bin/ld: cannot find -ltorch_cpu"),
+        (
+            "/usr/bin/ld: cannot find -ltorch_cpu\ncollect2: error: ld returned 1 exit status\n",
+            "/usr/bin/ld: cannot find -ltorch_cpu",
+        ),
         ("", "no message"),
     ],
 )
@@ -207,13 +237,19 @@ def test_last_error(build, output, line):
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_make_env_pins_runs_on_every_python(python):
     """If a release needs a newer Python, its line says so and pip takes an older release."""
-    pinned = [Requirement(line.split("#")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("#")[0].strip()]
+    pinned = [
+        Requirement(line.split("#")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line.split("#")[0].strip()
+    ]
     too_new = []
     for one in pinned:
         with suppress(PackageNotFoundError):
             found = metadata(one.name)
             needs = SpecifierSet(found["Requires-Python"] or "")
-            here = str(one.specifier) == f"=={found['Version']}" and (one.marker is None or one.marker.evaluate({"python_version": python}))
+            here = str(one.specifier) == f"=={found['Version']}" and (
+                one.marker is None or one.marker.evaluate({"python_version": python})
+            )
             if here and python not in needs:
                 too_new.append(f"{one} needs Python {needs}")
     assert pinned and too_new == []
@@ -233,19 +269,32 @@ def test_what_make_env_pins_runs_on_every_python(python):
 )
 def test_the_oldest_environment_is_made_anew_for_another_torch(made_with, asked_for, anew, tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("pyproject.toml", "setup.py", "constraints.txt", "constraints-oldest.txt", "csrc/op.cpp", ".venv/.ready", ".venv-oldest/.ready"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "constraints.txt",
+        "constraints-oldest.txt",
+        "csrc/op.cpp",
+        ".venv/.ready",
+        ".venv-oldest/.ready",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     ready = tmp_path / ".venv-oldest/.ready"
     ready.unlink() if made_with is None else ready.write_text(made_with + "\n")
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "TORCH")}
-    done = subprocess.run(["make", "-n", ".venv-oldest/.ready", *asked_for], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", ".venv-oldest/.ready", *asked_for], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0 and ("venv --clear .venv-oldest" in done.stdout) == anew, done.stdout
 
 
 def test_reason_of_a_library_that_is_not_built(tmp_path):
     library = tmp_path / "_native.so"
-    assert native_library.not_built(library, "x") == "is not built: with x, in the folder of the sources, pip install --no-build-isolation ."
+    assert (
+        native_library.not_built(library, "x")
+        == "is not built: with x, in the folder of the sources, pip install --no-build-isolation ."
+    )
     library.with_suffix(".txt").write_text("g++ failed: e")
     assert native_library.not_built(library, "x").startswith("is not built (g++ failed: e): with x, ")
     library.touch()

@@ -1,4 +1,6 @@
-"""Every module is valid in every supported version of Python, imports, and imports only packages that pyproject.toml declares."""
+"""Every module is valid in every supported version of Python, imports, and imports only packages that pyproject.toml
+declares.
+"""
 
 import ast
 import os
@@ -43,9 +45,13 @@ def test_compiles(version, tmp_path):
     python = interpreter(version)
     if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
         pytest.skip(f"there is no Python {version}")
-    everything = [ROOT / name for name in ("peft_kernels", "tools", "benchmarks", "examples", "scripts", "tests", "setup.py")]
+    everything = [
+        ROOT / name for name in ("peft_kernels", "tools", "benchmarks", "examples", "scripts", "tests", "setup.py")
+    ]
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    done = subprocess.run([python, "-m", "compileall", "-q", *everything], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-m", "compileall", "-q", *everything], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -69,12 +75,21 @@ sys.meta_path.insert(0, Missing())
 
 
 def run(code: str, missing: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", WITHOUT.format(missing=missing) + code], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(missing=missing) + code], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("missing", ["transformers", "peft"])
 def test_a_method_names_the_command_that_installs_what_it_lacks(missing):
-    method_of = {"dept": "dept", "pasta": "pasta", "dect": "dect", "ytuning": "ytuning", "DePTConfig": "dept", "PASTAConfig": "pasta"}
+    method_of = {
+        "dept": "dept",
+        "pasta": "pasta",
+        "dect": "dect",
+        "ytuning": "ytuning",
+        "DePTConfig": "dept",
+        "PASTAConfig": "pasta",
+    }
     if missing != "peft":
         method_of["pid"] = "pid"
     statements = [f"from peft_kernels import {name}" for name in method_of]
@@ -90,7 +105,9 @@ for statement in {[*statements, "import peft_kernels.dept.training"]}:
     assert done.returncode == 0, done.stderr
     command = 'which is not installed: pip install "peft_kernels[hf]"'
     methods = [*method_of.values(), "dept"]
-    assert done.stdout.splitlines() == [f"ImportError {missing} peft_kernels.{method} needs {missing}, {command}" for method in methods]
+    assert done.stdout.splitlines() == [
+        f"ImportError {missing} peft_kernels.{method} needs {missing}, {command}" for method in methods
+    ]
 
 
 def test_another_missing_module_is_named_itself():
@@ -103,7 +120,10 @@ def test_the_extra_is_the_one_of_the_project(project):
 
 
 def test_the_package_imports_neither_transformers_nor_peft():
-    done = run("import peft_kernels, peft_kernels.ops; print([name for name in ('transformers', 'peft', 'triton') if name in sys.modules])")
+    done = run(
+        "import peft_kernels, peft_kernels.ops; print([name for name in ('transformers', 'peft', 'triton') if name in"
+        " sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -124,6 +144,10 @@ def test_what_is_imported_is_declared(project):
 @pytest.mark.parametrize("order", ["peft_kernels, torch", "torch, peft_kernels", "peft_kernels.ops, torch"])
 def test_operators_are_registered_whatever_is_imported_first(order):
     """A program saved by torch.export needs them registered; the package alone imports no torch."""
-    code = f"import sys, {order}; torch.ops.peft_kernels.label_logits; import peft_kernels; peft_kernels.ops.label_logits"
+    code = (
+        f"import sys, {order}; torch.ops.peft_kernels.label_logits; import peft_kernels; peft_kernels.ops.label_logits"
+    )
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "-c", "import sys, peft_kernels; assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys, peft_kernels; assert 'torch' not in sys.modules"], cwd=ROOT, check=True
+    )

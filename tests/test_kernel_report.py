@@ -1,4 +1,7 @@
-"""The report on compiled kernels. `make test-kernels` compiles every default config for every architecture; here a few of them."""
+"""The report on compiled kernels.
+
+`make test-kernels` compiles every default config for every architecture; here a few of them.
+"""
 
 import subprocess
 import sys
@@ -23,7 +26,16 @@ EXPECTED = Expected("wgmma", store=16, warps=12)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled(architecture):
     """In a new process without Triton's interpreter, which is chosen when a kernel is decorated."""
-    command = [sys.executable, "-m", "tools.kernel_report", "--check", "-j", "1", "--only", f"^{architecture} label_logits"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.kernel_report",
+        "--check",
+        "-j",
+        "1",
+        "--only",
+        f"^{architecture} label_logits",
+    ]
     output = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert output.returncode == 0, f"{output.stderr}\nif that is meant: make kernels"
     assert output.stdout

@@ -1,4 +1,6 @@
-"""Imports go downwards only: a layer imports itself and the layers below it; an operator's implementations never import each other."""
+"""Imports go downwards only: a layer imports itself and the layers below it; an operator's implementations never import
+each other.
+"""
 
 import ast
 from graphlib import TopologicalSorter
@@ -37,7 +39,8 @@ def test_layers_import_downwards_only():
     wrong = []
     for importer, imported in IMPORTS:
         above, below = importer.split(".")[0], imported.split(".")[0]
-        if not above or not below or above == below or (importer, below) in MAY:  # the package itself names the public modules
+        # the package itself names the public modules
+        if not above or not below or above == below or (importer, below) in MAY:
             continue
         if LEVEL[below] >= LEVEL[above]:
             wrong.append(f"{importer} imports {imported}")
@@ -45,7 +48,9 @@ def test_layers_import_downwards_only():
 
 
 def test_every_module_has_a_layer():
-    found = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    found = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()
+    }
     assert found - {"__init__"} == set(LEVEL)
 
 
@@ -55,7 +60,13 @@ def test_implementations_do_not_meet():
     wrong = []
     for importer, imported in IMPORTS:
         a, b = importer.split("."), imported.split(".")
-        if len(a) == len(b) == 3 and a[:2] == b[:2] and a[1] in operators and a[2] in IMPLEMENTATIONS and b[2] in IMPLEMENTATIONS:
+        if (
+            len(a) == len(b) == 3
+            and a[:2] == b[:2]
+            and a[1] in operators
+            and a[2] in IMPLEMENTATIONS
+            and b[2] in IMPLEMENTATIONS
+        ):
             kinds = {a[2].removesuffix("_kernels"), b[2].removesuffix("_kernels")}
             if len(kinds) > 1:
                 wrong.append(f"{importer} imports {imported}")

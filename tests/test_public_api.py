@@ -1,4 +1,7 @@
-"""The names that users write: imports, signatures, commands and their options. Users notice a change here: CHANGELOG.md names it."""
+"""The names that users write: imports, signatures, commands and their options.
+
+Users notice a change here: CHANGELOG.md names it.
+"""
 
 import inspect
 import re
@@ -32,7 +35,13 @@ NAMES = {
     "dept": ["DePTConfig", "DePTModel", "convert_official", "load_official", "param_groups"],
     "pasta": ["PASTAConfig", "PASTAModel", "fuse", "unfuse"],
     "dect": ["DecTConfig", "DecTForSequenceClassification", "DecoderTuning", "Extraction", "extract"],
-    "ytuning": ["CachedFeatures", "FeatureCollator", "YTuningConfig", "YTuningForSequenceClassification", "cache_features"],
+    "ytuning": [
+        "CachedFeatures",
+        "FeatureCollator",
+        "YTuningConfig",
+        "YTuningForSequenceClassification",
+        "cache_features",
+    ],
 }
 PUBLIC = [(module, name) for module, names in NAMES.items() for name in names]
 
@@ -40,7 +49,8 @@ PUBLIC = [(module, name) for module, names in NAMES.items() for name in names]
 PARAMETERS = {
     "ops.add_inject_layer_norm": "x residual weight bias vectors slots *eps *rms *dropout_p *seed *adapter_ids *impl",
     "ops.add_layer_norm_inject": "x residual weight bias vectors slots *eps *rms *dropout_p *seed *adapter_ids *impl",
-    "ops.decomposed_prompt_embedding": "input_ids weight prompt a b *delta *scale *embed_scale *offsets *insert_after_first *adapter_ids *impl",
+    "ops.decomposed_prompt_embedding": "input_ids weight prompt a b *delta *scale *embed_scale *offsets"
+    " *insert_after_first *adapter_ids *impl",
     "ops.label_cross_attention": "slots features w_q w_k w_v *lengths *offsets *num_heads *impl",
     "ops.label_logits": "hidden weight label_ids *bias *positions *reduce *impl",
     "ops.prototype_cross_entropy": "features projection prototypes radius scores labels *weight *impl",
@@ -63,21 +73,25 @@ PARAMETERS = {
     "dect.extract": "model tokenizer texts template label_words *batch_size *max_length *cache",
     "dect.DecoderTuning": "*dim *lr *epochs *score_weight *calibration *empty_scores *classes *class_weight *seed",
     "dect.DecoderTuning.fit": "features y scores sample_weight",
-    "dect.DecTConfig": "backbone_config backbone_class template label_ids mask_id last_mask decoder_ids dim calibration score_weight **kwargs",
+    "dect.DecTConfig": "backbone_config backbone_class template label_ids mask_id last_mask decoder_ids dim"
+    " calibration score_weight **kwargs",
     "dect.DecTForSequenceClassification.from_classifier": "classifier backbone tokenizer template label_words",
     "dect.DecTForSequenceClassification.prepare": "texts tokenizer",
     "ytuning.cache_features": "model tokenizer texts folder *batch_size *dtype *layer *max_length *overwrite",
     "ytuning.CachedFeatures": "folder labels *verify",
-    "ytuning.YTuningForSequenceClassification.forward": "features lengths attention_mask input_ids token_type_ids labels return_dict",
+    "ytuning.YTuningForSequenceClassification.forward": "features lengths attention_mask input_ids token_type_ids"
+    " labels return_dict",
     "ytuning.YTuningForSequenceClassification.set_backbone": "model",
 }
 
 # their own fields, besides those of PEFT's and transformers' configurations
 FIELDS = {
     "dept.DePTConfig": (
-        "num_virtual_tokens r max_length scale position insert_after_first init_text tokenizer_name_or_path init_token_ids modules_to_save"
+        "num_virtual_tokens r max_length scale position insert_after_first init_text tokenizer_name_or_path"
+        " init_token_ids modules_to_save"
     ),
-    "pasta.PASTAConfig": "num_special_tokens special_token_ids tokenizer_name_or_path dropout init overflow modules_to_save",
+    "pasta.PASTAConfig": "num_special_tokens special_token_ids tokenizer_name_or_path dropout init overflow"
+    " modules_to_save",
     "ytuning.YTuningConfig": (
         "hidden_size num_blocks num_attention_heads intermediate_size hidden_dropout_prob "
         "loss margin backbone backbone_layer initializer_range layer_norm_eps"
@@ -90,10 +104,12 @@ FIELDS = {
 OPTIONS = {
     "": "--version --install-completion --show-completion",
     "info": "",
-    "demo": "--model --input --prompts --data --tokenizer --dtype --device --new-tokens --input-tokens --limit --batch-size --repeats --out",
+    "demo": "--model --input --prompts --data --tokenizer --dtype --device --new-tokens --input-tokens --limit"
+    " --batch-size --repeats --out",
     "bench": "[operators] --device --dtype --shapes --phase --repeats --quick --against --out",
     "tune": "[operators] --dtype --out --quick",
-    "profile": "[model] --method --batch --streams --length --new-tokens --dtype --device --repeats --train --quick --out",
+    "profile": "[model] --method --batch --streams --length --new-tokens --dtype --device --repeats --train --quick"
+    " --out",
     "report": "[folders] --out --figures --picture",
 }
 
@@ -112,7 +128,11 @@ def own_functions(value) -> list:
         return [value]
     members = [(name, getattr(member, "__func__", member)) for name, member in vars(value).items()]
     members = [(name, member.fget if isinstance(member, property) else member) for name, member in members]
-    return [f for name, f in members if inspect.isfunction(f) and f.__module__ == value.__module__ and (name == "__init__" or name[0] != "_")]
+    return [
+        f
+        for name, f in members
+        if inspect.isfunction(f) and f.__module__ == value.__module__ and (name == "__init__" or name[0] != "_")
+    ]
 
 
 def test_the_package():
@@ -157,14 +177,18 @@ def test_annotated_and_described(module, name):
     assert vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
     for function in own_functions(value):
         signature = inspect.signature(function)
-        bare = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")]
+        bare = [
+            p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")
+        ]
         assert not bare, function.__qualname__
         assert signature.return_annotation is not signature.empty, function.__qualname__
 
 
 @pytest.mark.parametrize("module", NAMES)
 def test_the_reference_has_every_name(module):
-    """An operator is listed under its package, which may have the same name: mkdocs reads the sources, and finds the package first."""
+    """An operator is listed under its package, which may have the same name: mkdocs reads the sources, and finds the
+    package first.
+    """
     page = (DOCS / "api" / f"{module}.md").read_text(encoding="utf-8")
     paths = re.findall(rf"^::: peft_kernels\.({module}\.[\w.]+)$", page, re.MULTILINE)
     assert sorted(path.split(".")[-1] for path in paths) == NAMES[module]

@@ -1,9 +1,10 @@
 // add_layer_norm_inject on the CPU, forward and backward: checks and division into tasks.
 
 #include "add_layer_norm_inject.h"
-#include "injection_host.h"
 
 #include <tuple>
+
+#include "injection_host.h"
 
 namespace {
 
@@ -24,9 +25,8 @@ NormRows rows_of(const Tensor& x, const Tensor& like, const char* name) {
 }
 
 const float* floats(const Tensor& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(
-      x.is_cpu() && x.scalar_type() == ScalarType::Float && x.numel() == count && x.is_contiguous(), name, " must be ", count,
-      " contiguous float32 on the CPU");
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.numel() == count && x.is_contiguous(), name,
+                  " must be ", count, " contiguous float32 on the CPU");
   return static_cast<const float*>(x.const_data_ptr());
 }
 
@@ -34,7 +34,8 @@ std::vector<int32_t> slots_by_token(const Injection& injection, int64_t batch, i
   std::vector<int32_t> slot_of(batch * length, -1);
   for (int64_t i = 0; i < batch * injection.slots_per_row; ++i) {
     const int64_t row = i / injection.slots_per_row, position = injection.slots[i];
-    if (position >= 0 && injection.adapters[row] >= 0) slot_of[row * length + position] = static_cast<int32_t>(i % injection.slots_per_row);
+    if (position >= 0 && injection.adapters[row] >= 0)
+      slot_of[row * length + position] = static_cast<int32_t>(i % injection.slots_per_row);
   }
   return slot_of;
 }
@@ -43,14 +44,16 @@ template <class F>
 void for_tokens(int64_t tokens, int64_t scratch, const F& f) {
   std::vector<int64_t> tasks;
   for (int64_t begin = 0; begin < tokens; begin += kNormTokens) tasks.push_back(begin);
-  for_each_task(tasks, [&](int64_t begin, const int64_t*) { f(begin, std::min(begin + kNormTokens, tokens), norm_scratch.at_least(scratch)); });
+  for_each_task(tasks, [&](int64_t begin, const int64_t*) {
+    f(begin, std::min(begin + kNormTokens, tokens), norm_scratch.at_least(scratch));
+  });
 }
 
 // Returns the result, sum, mean and rstd; one that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& vectors,
-    const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids, double eps, bool rms, bool pre, double dropout_p,
-    const std::optional<Tensor>& seed, bool keep) {
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& vectors, const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids,
+    double eps, bool rms, bool pre, double dropout_p, const std::optional<Tensor>& seed, bool keep) {
   NormForward f{};
   f.storage = check(x, "x");
   const int64_t batch = x.size(0), width = x.size(2);
@@ -69,7 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   std::vector<int32_t> slot_of;
   if (vectors) {
     const float* data = vectors_of(*vectors, width);
-    injection = make_injection(*slots, adapter_ids, dropout_p, seed, batch, f.length, vectors->size(0), vectors->size(1), width, storage);
+    injection = make_injection(*slots, adapter_ids, dropout_p, seed, batch, f.length, vectors->size(0),
+                               vectors->size(1), width, storage);
     injection.vectors = data;
     slot_of = slots_by_token(injection, batch, f.length);
     f.injection = &injection;
@@ -82,20 +86,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t tokens = batch * f.length;
   Tensor out = result(true, Sizes{batch, f.length, width}, x.scalar_type());
   Tensor sum = result(keep || pre, Sizes{batch, f.length, width}, x.scalar_type());
-  Tensor mean = result(keep && !rms, Sizes{batch, f.length}, ScalarType::Float), rstd = result(keep, Sizes{batch, f.length}, ScalarType::Float);
+  Tensor mean = result(keep && !rms, Sizes{batch, f.length}, ScalarType::Float),
+         rstd = result(keep, Sizes{batch, f.length}, ScalarType::Float);
   f.out = out.mutable_data_ptr();
   f.sum = keep || pre ? sum.mutable_data_ptr() : nullptr;
   f.mean = keep && !rms ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
   f.rstd = keep ? static_cast<float*>(rstd.mutable_data_ptr()) : nullptr;
   const NormKernels& kernel = KERNELS_FOR_THIS_CPU(kNormKernels);
-  for_tokens(tokens, kernel.scratch_floats(width), [&](int64_t begin, int64_t end, float* scratch) { kernel.forward(f, begin, end, scratch); });
+  for_tokens(tokens, kernel.scratch_floats(width),
+             [&](int64_t begin, int64_t end, float* scratch) { kernel.forward(f, begin, end, scratch); });
   return {out, sum, mean, rstd};
 }
 
-// Returns the gradient of x and, with slots, the gradient of the vectors injected before the norm: (B, k, d), 0 for unused slots.
-std::tuple<Tensor, Tensor> backward(
-    const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& sum, const std::optional<Tensor>& mean, const Tensor& rstd,
-    const Tensor& weight, const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids, int64_t adapters) {
+// Returns the gradient of x and, with slots, the gradient of the vectors injected before the norm: (B, k, d), 0 for
+// unused slots.
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& sum,
+                                    const std::optional<Tensor>& mean, const Tensor& rstd, const Tensor& weight,
+                                    const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids,
+                                    int64_t adapters) {
   NormBackward b{};
   b.storage = check(grad, "grad");
   const int64_t batch = grad.size(0), width = grad.size(2);
@@ -109,11 +117,13 @@ std::tuple<Tensor, Tensor> backward(
   b.mean = mean ? floats(*mean, tokens, "mean") : nullptr;
   b.rstd = floats(rstd, tokens, "rstd");
   b.weight = floats(weight, width, "weight");
-  Tensor injected = torch::stable::new_zeros(grad, {slots ? batch : 0, slots ? slots->size(1) : 0, width}, ScalarType::Float);
+  Tensor injected =
+      torch::stable::new_zeros(grad, {slots ? batch : 0, slots ? slots->size(1) : 0, width}, ScalarType::Float);
   Slots storage;
   std::vector<int32_t> slot_of;
   if (slots) {
-    const Injection injection = make_injection(*slots, adapter_ids, 0, std::nullopt, batch, b.length, adapters, 1, width, storage);
+    const Injection injection =
+        make_injection(*slots, adapter_ids, 0, std::nullopt, batch, b.length, adapters, 1, width, storage);
     slot_of = slots_by_token(injection, batch, b.length);
     b.slot_of = slot_of.data();
     b.slots_per_row = injection.slots_per_row;
@@ -122,7 +132,8 @@ std::tuple<Tensor, Tensor> backward(
   Tensor grad_x = torch::stable::new_empty(grad, {batch, b.length, width});
   b.grad_x = grad_x.mutable_data_ptr();
   const NormKernels& kernel = KERNELS_FOR_THIS_CPU(kNormKernels);
-  for_tokens(tokens, kernel.scratch_floats(width), [&](int64_t begin, int64_t end, float* scratch) { kernel.backward(b, begin, end, scratch); });
+  for_tokens(tokens, kernel.scratch_floats(width),
+             [&](int64_t begin, int64_t end, float* scratch) { kernel.backward(b, begin, end, scratch); });
   return {grad_x, injected};
 }
 

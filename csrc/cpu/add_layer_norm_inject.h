@@ -1,4 +1,5 @@
-// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per
+// instruction set.
 
 #pragma once
 
@@ -27,19 +28,20 @@ struct NormForward {
 
 // One backward call.
 struct NormBackward {
-  NormRows grad, grad_sum;  // grad_sum.data may be null
-  const void* sum;          // contiguous
+  NormRows grad, grad_sum;            // grad_sum.data may be null
+  const void* sum;                    // contiguous
   const float *mean, *rstd, *weight;  // mean or null
   void* grad_x;                       // contiguous
   const int32_t* slot_of;             // as above, or null
-  float* injected;                    // (batch, slots_per_row, width): the gradient of the vectors injected before the norm; or null
+  float* injected;  // (batch, slots_per_row, width): the gradient of the vectors injected before the norm; or null
   int64_t slots_per_row, length, width;
   Storage storage;
 };
 
 struct NormKernels {
   int64_t (*scratch_floats)(int64_t width);
-  void (*forward)(const NormForward&, int64_t begin, int64_t end, float* scratch);  // range of tokens, counted over the batch
+  void (*forward)(const NormForward&, int64_t begin, int64_t end,
+                  float* scratch);  // range of tokens, counted over the batch
   void (*backward)(const NormBackward&, int64_t begin, int64_t end, float* scratch);
 };
 

@@ -1,12 +1,13 @@
 // Rows of the norm and of its gradient, compiled once per instruction set with -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// A row is read from memory once and written once; in between it stays in L1, in float32, padded with zeros to whole vectors.
+// A row is read from memory once and written once; in between it stays in L1, in float32, padded with zeros to whole
+// vectors.
+
+#include <algorithm>
 
 #include "add_layer_norm_inject.h"
 #include "injection_kernel.h"
 #include "tiles.h"
-
-#include <algorithm>
 
 namespace {
 
@@ -48,7 +49,8 @@ struct Columns {
 template <class F>
 inline void for_columns(int64_t width, const F& f) {
   int64_t d = 0;
-  for (; d + kSums * kWidth <= width; d += kSums * kWidth) unrolled<1, kSums>([&](int, int i) { f(Columns<true>{d + i * kWidth, width, i}); });
+  for (; d + kSums * kWidth <= width; d += kSums * kWidth)
+    unrolled<1, kSums>([&](int, int i) { f(Columns<true>{d + i * kWidth, width, i}); });
   for (; d + kWidth <= width; d += kWidth) f(Columns<true>{d, width, 0});
   if (d < width) f(Columns<false>{d, width, 0});
 }
@@ -62,16 +64,19 @@ inline Float<kWidth> rounded(Float<kWidth> x) {
 
 template <class Element>
 const Element* row_of(const NormRows& rows, int64_t token, int64_t length) {
-  return static_cast<const Element*>(rows.data) + token / length * rows.batch_stride + token % length * rows.token_stride;
+  return static_cast<const Element*>(rows.data) + token / length * rows.batch_stride +
+         token % length * rows.token_stride;
 }
 
-// `total` has room for whole vectors. The next row is prefetched meanwhile, since one row is too short to hide the memory latency.
+// `total` has room for whole vectors. The next row is prefetched meanwhile, since one row is too short to hide the
+// memory latency.
 template <class Element>
 void forward_row(const NormForward& f, int64_t token, int64_t next, float* total) {
   const int64_t width = f.width, slot = f.slot_of ? f.slot_of[token] : -1;
   const Element *x = row_of<Element>(f.x, token, f.length), *residual = row_of<Element>(f.residual, token, f.length);
   Element* const sum = f.sum ? static_cast<Element*>(f.sum) + token * width : nullptr;
-  const Element *ahead_x = row_of<Element>(f.x, next, f.length), *ahead_residual = row_of<Element>(f.residual, next, f.length);
+  const Element *ahead_x = row_of<Element>(f.x, next, f.length),
+                *ahead_residual = row_of<Element>(f.residual, next, f.length);
   Sums sums = {}, squares = {};
   const auto take = [&](const auto& columns, Float<kWidth> value) {
     value = rounded<Element>(value);
@@ -116,7 +121,8 @@ void forward_row(const NormForward& f, int64_t token, int64_t next, float* total
 template <class Element>
 void backward_row(const NormBackward& b, int64_t token, float* scaled, float* normal) {
   const int64_t width = b.width, slot = b.slot_of ? b.slot_of[token] : -1;
-  const Element *grad = row_of<Element>(b.grad, token, b.length), *sum = static_cast<const Element*>(b.sum) + token * width;
+  const Element *grad = row_of<Element>(b.grad, token, b.length),
+                *sum = static_cast<const Element*>(b.sum) + token * width;
   const Element* const more = b.grad_sum.data ? row_of<Element>(b.grad_sum, token, b.length) : nullptr;
   const float mean = b.mean ? b.mean[token] : 0, rstd = b.rstd[token];
   Sums alongs = {}, shifts = {};
@@ -148,13 +154,15 @@ int64_t scratch_floats(int64_t width) { return 2 * round_up(width, kWidth); }
 
 void forward(const NormForward& f, int64_t begin, int64_t end, float* scratch) {
   with_element(f.storage, [&](auto element) {
-    for (int64_t token = begin; token < end; ++token) forward_row<decltype(element)>(f, token, least(token + 1, end - 1), scratch);
+    for (int64_t token = begin; token < end; ++token)
+      forward_row<decltype(element)>(f, token, least(token + 1, end - 1), scratch);
   });
 }
 
 void backward(const NormBackward& b, int64_t begin, int64_t end, float* scratch) {
   with_element(b.storage, [&](auto element) {
-    for (int64_t token = begin; token < end; ++token) backward_row<decltype(element)>(b, token, scratch, scratch + round_up(b.width, kWidth));
+    for (int64_t token = begin; token < end; ++token)
+      backward_row<decltype(element)>(b, token, scratch, scratch + round_up(b.width, kWidth));
   });
 }
 

@@ -1,4 +1,5 @@
-// bfloat16 matmuls with AMX, whose registers are tiles of 16 rows by 16 lanes; a lane holds two adjacent elements (simd.h).
+// bfloat16 matmuls with AMX, whose registers are tiles of 16 rows by 16 lanes; a lane holds two adjacent elements
+// (simd.h).
 
 #pragma once
 
@@ -18,7 +19,8 @@ struct AmxConfig {
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of weights, 6 and 7 columns of values.
 template <bool TWO_ROWS, bool TWO_COLUMNS>
-__attribute__((target("amx-tile,amx-bf16"))) void amx_tile(Packed weights, Packed values, int64_t lanes, bool add, float* out, int64_t out_stride) {
+__attribute__((target("amx-tile,amx-bf16"))) void amx_tile(Packed weights, Packed values, int64_t lanes, bool add,
+                                                           float* out, int64_t out_stride) {
   const int64_t weight_bytes = weights.stride * 4, value_bytes = values.stride * 4, out_bytes = out_stride * 4;
   float *right = out + kAmxTile, *below = out + kAmxTile * out_stride, *corner = below + kAmxTile;
   if (add) {
@@ -51,10 +53,11 @@ __attribute__((target("amx-tile,amx-bf16"))) void amx_tile(Packed weights, Packe
   if constexpr (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, corner, out_bytes);
 }
 
-// out[row][d] = sum over lanes of weights[row][lane] * values[lane][d]; with `add`, the sum is added to out. Whole tiles are read and
-// written: lanes, rows and columns are multiples of 16.
-__attribute__((target("amx-tile,amx-bf16"), noinline)) void amx_products(
-    Packed weights, Packed values, int64_t lanes, bool add, float* out, int64_t rows, int64_t columns, int64_t out_stride) {
+// out[row][d] = sum over lanes of weights[row][lane] * values[lane][d]; with `add`, the sum is added to out. Whole
+// tiles are read and written: lanes, rows and columns are multiples of 16.
+__attribute__((target("amx-tile,amx-bf16"), noinline)) void amx_products(Packed weights, Packed values, int64_t lanes,
+                                                                         bool add, float* out, int64_t rows,
+                                                                         int64_t columns, int64_t out_stride) {
   const AmxConfig config;
   _tile_loadconfig(&config);
   asm volatile("" ::: "memory");  // gcc does not know that a tile load reads memory
@@ -63,7 +66,8 @@ __attribute__((target("amx-tile,amx-bf16"), noinline)) void amx_products(
     const Packed part{values.data + c, values.stride};
     for (int64_t r = 0; r < rows; r += 2 * kAmxTile) {
       const bool two_rows = rows - r > kAmxTile;
-      const auto wide = two_rows ? amx_tile<true, true> : amx_tile<false, true>, narrow = two_rows ? amx_tile<true, false> : amx_tile<false, false>;
+      const auto wide = two_rows ? amx_tile<true, true> : amx_tile<false, true>,
+                 narrow = two_rows ? amx_tile<true, false> : amx_tile<false, false>;
       const auto tile = two_columns ? wide : narrow;
       tile({weights.data + r * weights.stride, weights.stride}, part, lanes, add, out + r * out_stride + c, out_stride);
     }

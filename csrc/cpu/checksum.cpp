@@ -1,6 +1,7 @@
 // Checksums of the memory of tensors on the CPU.
 
 #include "checksum.h"
+
 #include "host.h"
 
 namespace {
@@ -21,11 +22,14 @@ Tensor checksums(const std::vector<Tensor>& tensors) {
     STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "tensors must be contiguous and on the CPU");
     const auto memory = static_cast<const char*>(x.const_data_ptr());
     const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
-    for (int64_t at = 0; at < bytes; at += kTaskBytes) parts.push_back({memory + at, std::min(kTaskBytes, bytes - at), static_cast<int64_t>(i)});
+    for (int64_t at = 0; at < bytes; at += kTaskBytes)
+      parts.push_back({memory + at, std::min(kTaskBytes, bytes - at), static_cast<int64_t>(i)});
   }
   std::vector<uint64_t> sums(parts.size());
   const ChecksumKernels& kernel = KERNELS_FOR_THIS_CPU(kChecksumKernels);
-  for_each_task(parts, [&](const Part& part, const Part*) { sums[&part - parts.data()] = kernel.checksum(part.memory, part.bytes); });
+  for_each_task(parts, [&](const Part& part, const Part*) {
+    sums[&part - parts.data()] = kernel.checksum(part.memory, part.bytes);
+  });
   Tensor out = torch::stable::empty({static_cast<int64_t>(tensors.size())}, ScalarType::Long);
   const auto to = static_cast<uint64_t*>(out.mutable_data_ptr());
   std::fill_n(to, tensors.size(), 0);
@@ -39,6 +43,4 @@ Tensor checksums(const std::vector<Tensor>& tensors) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
-  m.impl("checksums_cpu", TORCH_BOX(&checksums));
-}
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) { m.impl("checksums_cpu", TORCH_BOX(&checksums)); }

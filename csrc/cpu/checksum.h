@@ -1,4 +1,5 @@
-// Interface between the operator and its kernel: no torch header here or in the kernel, which is compiled once per instruction set.
+// Interface between the operator and its kernel: no torch header here or in the kernel, which is compiled once per
+// instruction set.
 
 #pragma once
 

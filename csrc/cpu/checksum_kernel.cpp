@@ -1,8 +1,8 @@
 // A 64-bit checksum of memory at the speed of reading it.
 //
-// There are 128 lanes of 32 bits, and each takes every 128th word: lane = rotate(lane ^ word) * odd. A step is a bijection of the word
-// for a given lane, so a change of one word changes the result; the rotation carries high bits down, so sign flips do not cancel. The
-// lanes are the same for every instruction set, and so is the result.
+// There are 128 lanes of 32 bits, and each takes every 128th word: lane = rotate(lane ^ word) * odd. A step is a
+// bijection of the word for a given lane, so a change of one word changes the result; the rotation carries high bits
+// down, so sign flips do not cancel. The lanes are the same for every instruction set, and so is the result.
 
 #include "checksum.h"
 #include "simd.h"

@@ -1,9 +1,10 @@
 // decomposed_prompt_embedding on the CPU, forward and backward: checks and division into tasks.
 
 #include "decomposed_prompt_embedding.h"
-#include "host.h"
 
 #include <tuple>
+
+#include "host.h"
 
 namespace {
 
@@ -33,14 +34,16 @@ Groups group(const std::optional<Tensor>& adapter_ids, int64_t batch, int64_t ad
 
 std::vector<int64_t> offsets_of(const std::optional<Tensor>& offsets, int64_t batch, int64_t length) {
   const auto values = offsets ? to_vector(*offsets, batch, "offsets") : std::vector<int64_t>(batch, 0);
-  for (const int64_t offset : values) STD_TORCH_CHECK(0 <= offset && offset <= length, "offsets must lie in [0, ", length, "], got ", offset);
+  for (const int64_t offset : values)
+    STD_TORCH_CHECK(0 <= offset && offset <= length, "offsets must lie in [0, ", length, "], got ", offset);
   return values;
 }
 
 template <class Id>
 void read_ids(const Tensor& input_ids, int64_t rows, std::vector<int64_t>& ids) {
   const auto data = static_cast<const Id*>(input_ids.const_data_ptr());
-  const int64_t batch = input_ids.size(0), length = input_ids.size(1), row_stride = input_ids.stride(0), stride = input_ids.stride(1);
+  const int64_t batch = input_ids.size(0), length = input_ids.size(1), row_stride = input_ids.stride(0),
+                stride = input_ids.stride(1);
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t token = 0; token < length; ++token) {
       const int64_t id = data[row * row_stride + token * stride];
@@ -57,7 +60,8 @@ Storage storage_of(const Tensor& x, const char* name) {
 }
 
 const float* parameter(const Tensor& x, std::initializer_list<int64_t> shape, const char* name) {
-  bool fits = x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
+  bool fits = x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == static_cast<int64_t>(shape.size()) &&
+              x.is_contiguous();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = x.size(i) == shape.begin()[i];
   STD_TORCH_CHECK(fits, name, " must be a contiguous float32 CPU tensor that fits prompt");
   return static_cast<const float*>(x.const_data_ptr());
@@ -68,13 +72,15 @@ void for_parts(int64_t begin, int64_t end, const F& f) {
   for (int64_t p = begin; p < end; p += kTaskPositions) f(p, std::min(p + kTaskPositions, end));
 }
 
-Tensor forward(
-    const Tensor& input_ids, const Tensor& weight, const Tensor& prompt, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
-    const std::optional<Tensor>& delta, double scale, double embed_scale, const std::optional<Tensor>& offsets, bool insert_after_first,
-    const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must be (V, d) with dense rows");
+Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prompt, const std::optional<Tensor>& a,
+               const std::optional<Tensor>& b, const std::optional<Tensor>& delta, double scale, double embed_scale,
+               const std::optional<Tensor>& offsets, bool insert_after_first,
+               const std::optional<Tensor>& adapter_ids) {
+  STD_TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1),
+                  "weight must be (V, d) with dense rows");
   STD_TORCH_CHECK(input_ids.is_cpu() && input_ids.dim() == 2, "input_ids must be a (B, L) CPU tensor");
-  STD_TORCH_CHECK(prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value(), "prompt must be (K, m, d), with a and b or delta");
+  STD_TORCH_CHECK(prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value(),
+                  "prompt must be (K, m, d), with a and b or delta");
   const int64_t batch = input_ids.size(0), adapters = prompt.size(0);
   Embedding e{};
   e.storage = storage_of(weight, "weight");
@@ -96,7 +102,8 @@ Tensor forward(
   } else {
     e.delta = parameter(*delta, {adapters, e.positions, e.width}, "delta");
   }
-  STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length, "more tokens than positions, or none to insert the prompt after");
+  STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length,
+                  "more tokens than positions, or none to insert the prompt after");
   std::vector<int64_t> ids(batch * e.length);
   if (input_ids.scalar_type() == ScalarType::Int) {
     read_ids<int32_t>(input_ids, weight.size(0), ids);
@@ -121,11 +128,13 @@ Tensor forward(
     const int64_t* rows = groups.begin(adapter);
     const int64_t count = groups.count(adapter);
     if (count == 0) continue;
-    for_parts(0, e.length, [&](int64_t begin, int64_t end) { tasks.push_back({{adapter, rows, count, begin, end}, -1}); });
+    for_parts(0, e.length,
+              [&](int64_t begin, int64_t end) { tasks.push_back({{adapter, rows, count, begin, end}, -1}); });
     for (const int64_t* row = rows; row != rows + count; ++row) {
       tasks.push_back({{adapter, row, 1, 0, 0}, *row});
       if (adapter >= 0) {  // the tokens before the offset
-        for_parts(0, shifts[*row], [&](int64_t begin, int64_t end) { tasks.push_back({{-1, row, 1, begin, end}, -1}); });
+        for_parts(0, shifts[*row],
+                  [&](int64_t begin, int64_t end) { tasks.push_back({{-1, row, 1, begin, end}, -1}); });
       }
     }
   }
@@ -140,9 +149,9 @@ Tensor forward(
   return out;
 }
 
-void low_rank_backward(
-    const GradientRows& g, const Groups& groups, int64_t adapters, int64_t rank, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
-    double scale, Tensor& grad_a, Tensor& grad_b) {
+void low_rank_backward(const GradientRows& g, const Groups& groups, int64_t adapters, int64_t rank,
+                       const std::optional<Tensor>& a, const std::optional<Tensor>& b, double scale, Tensor& grad_a,
+                       Tensor& grad_b) {
   const auto filled_up = [](int64_t n) { return (n + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple; };
   LowRank l{};
   l.rank = rank;
@@ -183,12 +192,16 @@ void low_rank_backward(
   });
 }
 
-// A gradient that is not needed is empty. b's gradient needs a, (K, s, r); a's gradient needs b, transposed as (K, d, r padded).
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions, int64_t rank, const std::optional<Tensor>& a,
-    const std::optional<Tensor>& b, double scale, const std::optional<Tensor>& offsets, bool insert_after_first,
-    const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
-  STD_TORCH_CHECK(grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, m + L, d) with dense rows");
+// A gradient that is not needed is empty. b's gradient needs a, (K, s, r); a's gradient needs b, transposed as (K, d, r
+// padded).
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_t virtual_tokens,
+                                                    int64_t positions, int64_t rank, const std::optional<Tensor>& a,
+                                                    const std::optional<Tensor>& b, double scale,
+                                                    const std::optional<Tensor>& offsets, bool insert_after_first,
+                                                    const std::optional<Tensor>& adapter_ids, bool need_prompt,
+                                                    bool need_delta) {
+  STD_TORCH_CHECK(grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
+                  "grad must be (B, m + L, d) with dense rows");
   const int64_t batch = grad.size(0);
   GradientRows g{};
   g.storage = storage_of(grad, "grad");
@@ -208,7 +221,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const auto gradient = [&](bool wanted, int64_t rows, int64_t columns) {
     return torch::stable::new_empty(grad, {wanted ? adapters : 0, rows, columns}, ScalarType::Float);
   };
-  Tensor grad_prompt = gradient(need_prompt, virtual_tokens, g.width), grad_delta = gradient(need_delta, positions, g.width);
+  Tensor grad_prompt = gradient(need_prompt, virtual_tokens, g.width),
+         grad_delta = gradient(need_delta, positions, g.width);
   Tensor grad_a = gradient(b.has_value(), positions, rank), grad_b = gradient(a.has_value(), rank, g.width);
   std::vector<GradientTask> tasks;
   const auto add = [&](Tensor& x, bool is_prompt, int64_t rows, float*& data) {

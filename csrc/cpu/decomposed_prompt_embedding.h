@@ -1,4 +1,5 @@
-// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per
+// instruction set.
 
 #pragma once
 
@@ -11,10 +12,10 @@ struct Embedding {
   const int64_t* ids;  // (batch, length)
   const void* weight;  // rows weight_stride elements apart
   int64_t weight_stride;
-  const float* prompt;  // (adapters, virtual_tokens, width)
-  const float* a;       // (adapters, positions, rank), or null
-  const float* b;       // (adapters, rank, columns), width padded with 0 to a multiple of kColumnMultiple
-  const float* delta;   // (adapters, positions, width), or null
+  const float* prompt;     // (adapters, virtual_tokens, width)
+  const float* a;          // (adapters, positions, rank), or null
+  const float* b;          // (adapters, rank, columns), width padded with 0 to a multiple of kColumnMultiple
+  const float* delta;      // (adapters, positions, width), or null
   const int64_t* offsets;  // (batch)
   void* out;               // (batch, virtual_tokens + length, width)
   int64_t length, virtual_tokens, width, columns, positions, rank;
@@ -26,7 +27,8 @@ struct Embedding {
 constexpr int64_t kColumnMultiple = 16;
 constexpr int64_t kMaxRank = 512;
 
-// Positions [begin, end) of one adapter in all its rows; or, with adapter -1, tokens [begin, end) of the rows, without an update.
+// Positions [begin, end) of one adapter in all its rows; or, with adapter -1, tokens [begin, end) of the rows, without
+// an update.
 struct EmbeddingTask {
   int64_t adapter;
   const int64_t* rows;
@@ -55,14 +57,16 @@ struct GradientTask {
 // The low-rank part of a backward call: gradients of a and b without the gradient of the update in memory.
 struct LowRank {
   const float* a;  // (adapters, positions, rank), or null if b gets no gradient
-  const float* b;  // (adapters, width, lanes), transposed, rank padded with 0 to a multiple of kColumnMultiple; or null if a gets no gradient
+  const float* b;  // (adapters, width, lanes), transposed, rank padded with 0 to a multiple of kColumnMultiple; or null
+                   // if a gets no gradient
   float* grad_a;   // (adapters, positions, rank)
   int64_t rank, lanes;
   int64_t columns;  // width, padded likewise
   float scale;
 };
 
-// Positions [begin, end) of one adapter over all its rows: their contribution to b's gradient goes to `partial`, (rank, columns), unscaled.
+// Positions [begin, end) of one adapter over all its rows: their contribution to b's gradient goes to `partial`, (rank,
+// columns), unscaled.
 struct LowRankTask {
   int64_t adapter;
   const int64_t* rows;

@@ -1,7 +1,8 @@
-// Rows of the result and sums of its gradient, compiled once per instruction set with -DCPU_CAPABILITY=<its name> (setup.py).
+// Rows of the result and sums of its gradient, compiled once per instruction set with -DCPU_CAPABILITY=<its name>
+// (setup.py).
 //
-// A task takes a few positions of one adapter: it computes their rows of scale * a @ b once, into L1, and adds them to the table's rows
-// of every batch row that has the adapter. Only the result is written to memory.
+// A task takes a few positions of one adapter: it computes their rows of scale * a @ b once, into L1, and adds them to
+// the table's rows of every batch row that has the adapter. Only the result is written to memory.
 
 #include "decomposed_prompt_embedding.h"
 #include "tiles.h"
@@ -11,13 +12,17 @@ namespace {
 constexpr int64_t kBlockColumns = 1024;  // columns of the update at a time: kTaskPositions rows of them fit in L1
 static_assert(kColumnMultiple % kWidth == 0 && kBlockColumns % kColumnMultiple == 0);
 
-constexpr int kAhead = 3;  // rows of the table to prefetch: their addresses are random, and one row is too short to hide the memory latency
+constexpr int kAhead = 3;  // rows of the table to prefetch: their addresses are random, and one row is too short to
+                           // hide the memory latency
 
 // to = factor * row + update (or without update), while `ahead` is prefetched.
 template <bool UPDATED, class Element>
-void write_row(const Element* row, const Element* ahead, float factor, const float* update, int64_t count, Element* __restrict to) {
+void write_row(const Element* row, const Element* ahead, float factor, const float* update, int64_t count,
+               Element* __restrict to) {
   constexpr int64_t line = 64 / sizeof(Element);
-  const auto sum = [&](int64_t d) { narrow(UPDATED ? factor * widen(row[d]) + update[d] : factor * widen(row[d]), to + d); };
+  const auto sum = [&](int64_t d) {
+    narrow(UPDATED ? factor * widen(row[d]) + update[d] : factor * widen(row[d]), to + d);
+  };
   int64_t begin = 0;
   for (; begin + line <= count; begin += line) {
     __builtin_prefetch(ahead + begin);
@@ -31,14 +36,17 @@ Element* out_row(const Embedding& e, int64_t row, int64_t column) {
   return static_cast<Element*>(e.out) + (row * (e.virtual_tokens + e.length) + column) * e.width;
 }
 
-int64_t token_column(int64_t token, int64_t first, int64_t virtual_tokens) { return token < first ? token : token + virtual_tokens; }
+int64_t token_column(int64_t token, int64_t first, int64_t virtual_tokens) {
+  return token < first ? token : token + virtual_tokens;
+}
 
 template <class Element>
 const Element* table_row(const Embedding& e, int64_t row, int64_t token) {
   return static_cast<const Element*>(e.weight) + e.ids[row * e.length + token] * e.weight_stride;
 }
 
-// scale * a @ b for a task's positions and `stride` columns; the table's rows of the first batch row are prefetched meanwhile.
+// scale * a @ b for a task's positions and `stride` columns; the table's rows of the first batch row are prefetched
+// meanwhile.
 template <class Element>
 void low_rank_update(const Embedding& e, const EmbeddingTask& task, int64_t column, int64_t stride, float* update) {
   constexpr int64_t step = kTileVectors * kWidth;
@@ -51,12 +59,14 @@ void low_rank_update(const Embedding& e, const EmbeddingTask& task, int64_t colu
       const Element* from = table_row<Element>(e, row, p + shift) + column + d;
       for (int64_t i = 0; i < columns; i += 64 / sizeof(Element)) __builtin_prefetch(from + i, 0, 2);
     }
-    accumulate<Float32Lanes>(Weights<true>{a, e.rank}, {b + d, e.columns}, e.rank, nullptr, update + d, positions, columns, stride);
+    accumulate<Float32Lanes>(Weights<true>{a, e.rank}, {b + d, e.columns}, e.rank, nullptr, update + d, positions,
+                             columns, stride);
   }
   for (int64_t i = 0; i < positions * stride; ++i) update[i] *= e.scale;
 }
 
-// The result at some positions and columns of one row, with the update taken from registers: the matmul overlaps with memory accesses.
+// The result at some positions and columns of one row, with the update taken from registers: the matmul overlaps with
+// memory accesses.
 template <class Element, int ROWS, int VECTORS>
 void row_tile(const Embedding& e, const EmbeddingTask& task, int64_t position, int64_t column) {
   const int64_t row = task.rows[0], token = position + e.offsets[row];
@@ -116,14 +126,19 @@ void tokens_of(const Embedding& e, const EmbeddingTask& task, float* scratch) {
     } else if (updated) {
       low_rank_update<Element>(e, task, column, stride, scratch);
     }
-    const auto token_of = [&](int64_t i) { return task.begin + i % positions + (updated ? e.offsets[task.rows[i / positions]] : 0); };
-    const auto source = [&](int64_t i) { return table_row<Element>(e, task.rows[i / positions], token_of(i)) + column; };
+    const auto token_of = [&](int64_t i) {
+      return task.begin + i % positions + (updated ? e.offsets[task.rows[i / positions]] : 0);
+    };
+    const auto source = [&](int64_t i) {
+      return table_row<Element>(e, task.rows[i / positions], token_of(i)) + column;
+    };
     const int64_t end = task.row_count * positions;
     for (int64_t i = 0; i < end; ++i) {
       if (token_of(i) >= e.length) continue;
       const Element* from = source(i);
       const Element* ahead = i + kAhead < end && token_of(i + kAhead) < e.length ? source(i + kAhead) : from;
-      Element* to = out_row<Element>(e, task.rows[i / positions], token_column(token_of(i), e.first, e.virtual_tokens)) + column;
+      Element* to =
+          out_row<Element>(e, task.rows[i / positions], token_column(token_of(i), e.first, e.virtual_tokens)) + column;
       if (updated) {
         write_row<true>(from, ahead, e.embed_scale, update + i % positions * stride, count, to);
       } else {
@@ -156,7 +171,8 @@ void add(const Element* row, int64_t count, bool first, float* __restrict sums) 
 
 template <class Element>
 void sum_of(const GradientRows& g, const GradientTask& task) {
-  float* const sums = task.prompt ? g.grad_prompt + task.adapter * g.virtual_tokens * g.width : g.grad_delta + task.adapter * g.positions * g.width;
+  float* const sums = task.prompt ? g.grad_prompt + task.adapter * g.virtual_tokens * g.width
+                                  : g.grad_delta + task.adapter * g.positions * g.width;
   for (int64_t p = task.begin; p < task.end; ++p) {
     float* const to = sums + p * g.width;
     bool first = true;
@@ -174,16 +190,19 @@ void sum_of(const GradientRows& g, const GradientTask& task) {
 
 constexpr int64_t kSumColumns = 256;  // columns of a gradient at a time: kLowRankPositions rows of them fit in L1
 
-// sums[p][d] over the batch for `count` columns, and 0 for the rest up to `columns`; returns whether any row contributed.
+// sums[p][d] over the batch for `count` columns, and 0 for the rest up to `columns`; returns whether any row
+// contributed.
 template <class Element>
-bool sum_block(const GradientRows& g, const LowRankTask& task, int64_t begin, int64_t end, int64_t column, int64_t count, int64_t columns, float* sums) {
+bool sum_block(const GradientRows& g, const LowRankTask& task, int64_t begin, int64_t end, int64_t column,
+               int64_t count, int64_t columns, float* sums) {
   bool any = false;
   for (int64_t p = begin; p < end; ++p, sums += columns) {
     bool first = true;
     for (int64_t r = 0; r < task.row_count; ++r) {
       const int64_t row = task.rows[r], token = p + g.offsets[row];
       if (token >= g.length) continue;
-      const int64_t at = row * g.batch_stride + token_column(token, g.first, g.virtual_tokens) * g.column_stride + column;
+      const int64_t at =
+          row * g.batch_stride + token_column(token, g.first, g.virtual_tokens) * g.column_stride + column;
       add(static_cast<const Element*>(g.grad) + at, count, first, sums);
       first = false;
     }
@@ -193,8 +212,8 @@ bool sum_block(const GradientRows& g, const LowRankTask& task, int64_t begin, in
   return any;
 }
 
-// The update's gradient exists one block at a time: kLowRankPositions rows, kSumColumns columns. Its contribution to a's gradient is kept
-// until all columns are done, and its contribution to b's gradient is added to `partial`.
+// The update's gradient exists one block at a time: kLowRankPositions rows, kSumColumns columns. Its contribution to
+// a's gradient is kept until all columns are done, and its contribution to b's gradient is added to `partial`.
 template <class Element>
 void low_rank_of(const GradientRows& g, const LowRank& l, const LowRankTask& task, float* scratch) {
   float* const sums = scratch;
@@ -211,12 +230,14 @@ void low_rank_of(const GradientRows& g, const LowRank& l, const LowRankTask& tas
       if (!any) break;
       if (l.b) {
         const float* b = l.b + (task.adapter * g.width + column) * l.lanes;
-        accumulate<Float32Lanes>(Weights<true>{sums, columns}, {b, l.lanes}, count, column ? ones : nullptr, grad_a, positions, l.lanes);
+        accumulate<Float32Lanes>(Weights<true>{sums, columns}, {b, l.lanes}, count, column ? ones : nullptr, grad_a,
+                                 positions, l.lanes);
       }
       if (l.a) {
         const float* a = l.a + (task.adapter * g.positions + begin) * l.rank;
         const float* rescale = first_of_b ? nullptr : ones;
-        accumulate<Float32Lanes>(Weights<false>{a, l.rank}, {sums, columns}, positions, rescale, task.partial + column, l.rank, columns, l.columns);
+        accumulate<Float32Lanes>(Weights<false>{a, l.rank}, {sums, columns}, positions, rescale, task.partial + column,
+                                 l.rank, columns, l.columns);
       }
     }
     first_of_b &= !any;
@@ -265,5 +286,10 @@ void low_rank(const GradientRows& g, const LowRank& l, const LowRankTask& task, 
 
 #define CONCATENATE(a, b) a##b
 #define KERNELS(capability) CONCATENATE(kEmbeddingKernels, capability)
-extern const EmbeddingKernels KERNELS(CPU_CAPABILITY) = {
-    kTaskPositions * kBlockColumns, kLowRankPositions * (kSumColumns + kMaxRank), tokens, prompt, sum, low_rank, reduce};
+extern const EmbeddingKernels KERNELS(CPU_CAPABILITY) = {kTaskPositions * kBlockColumns,
+                                                         kLowRankPositions * (kSumColumns + kMaxRank),
+                                                         tokens,
+                                                         prompt,
+                                                         sum,
+                                                         low_rank,
+                                                         reduce};

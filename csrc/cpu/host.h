@@ -28,8 +28,8 @@ Capability find_capability() {
   const char* wanted = std::getenv("PEFT_KERNELS_CPU_CAPABILITY");
   [[maybe_unused]] const auto may = [&](std::string_view name) { return !wanted || name == wanted; };
 #ifdef HAVE_X86_KERNELS
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   if (may("avx512bf16") && avx512 && __builtin_cpu_supports("avx512bf16")) return kAVX512BF16;
   if (may("avx512") && avx512) return kAVX512;
   if (may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAVX2;
@@ -71,7 +71,8 @@ class Buffer {
 };
 
 inline std::vector<int64_t> to_vector(const Tensor& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 1 && x.size(0) == count, name, " must be a CPU tensor of ", count, " elements");
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 1 && x.size(0) == count, name, " must be a CPU tensor of ", count,
+                  " elements");
   std::vector<int64_t> values(count);
   const int64_t stride = x.stride(0);
   if (x.scalar_type() == ScalarType::Int) {
@@ -91,8 +92,8 @@ inline Tensor token_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
   const int64_t strides[] = {sizes[1] * sizes[2] * width, width, sizes[1] * width, 1};
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, shim_dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, shim_dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -101,8 +102,8 @@ inline void copy_strides(const Tensor& x, int64_t* strides) {
   std::copy(from.begin(), from.end(), strides);
 }
 
-// Calls f(task, the task that this thread is likely to take next, or null). Every thread takes the next task when it finishes one,
-// because inputs differ in length. The result of a task does not depend on the thread.
+// Calls f(task, the task that this thread is likely to take next, or null). Every thread takes the next task when it
+// finishes one, because inputs differ in length. The result of a task does not depend on the thread.
 template <class Task, class F>
 void for_each_task(const std::vector<Task>& tasks, const F& f) {
   const int64_t count = tasks.size(), threads = torch::stable::get_num_threads();

@@ -1,4 +1,5 @@
-// The vector of one special token, with its dropout: Philox4x32-10 (Salmon et al., SC 2011), see peft_kernels/ops/vector_dropout.py.
+// The vector of one special token, with its dropout: Philox4x32-10 (Salmon et al., SC 2011), see
+// peft_kernels/ops/vector_dropout.py.
 
 #pragma once
 
@@ -23,7 +24,8 @@ inline uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
 
 // sums[d] += x(d) after dropout
 template <class X>
-void add_kept(const Injection& injection, int64_t row, int64_t slot, int64_t begin, int64_t end, const X& x, float* __restrict sums) {
+void add_kept(const Injection& injection, int64_t row, int64_t slot, int64_t begin, int64_t end, const X& x,
+              float* __restrict sums) {
   if (injection.threshold == 0) {
     for (int64_t d = begin; d < end; ++d) sums[d] += x(d);
     return;
@@ -38,7 +40,8 @@ void add_kept(const Injection& injection, int64_t row, int64_t slot, int64_t beg
 }
 
 inline void inject(const Injection& injection, int64_t row, int64_t slot, float* sums) {
-  const float* vector = injection.vectors + (injection.adapters[row] * injection.count + injection.vector_of(slot)) * injection.width;
+  const float* vector =
+      injection.vectors + (injection.adapters[row] * injection.count + injection.vector_of(slot)) * injection.width;
   add_kept(injection, row, slot, 0, injection.width, [=](int64_t d) { return vector[d]; }, sums);
 }
 

@@ -1,10 +1,12 @@
-// The part of label_cross_attention between its small matmuls, on the CPU, forward and backward: checks and division into tasks.
+// The part of label_cross_attention between its small matmuls, on the CPU, forward and backward: checks and division
+// into tasks.
 
-#include "host.h"
 #include "label_cross_attention.h"
 
 #include <cstring>
 #include <tuple>
+
+#include "host.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
@@ -14,10 +16,10 @@
 
 namespace {
 
-thread_local Buffer label_scratch;    // used by every thread
-thread_local Buffer packed_of_row;    // used by every thread
-thread_local Buffer packed_of_call;   // the calling thread's buffer, read by all
-thread_local Buffer sums_of_groups;   // the calling thread's buffer, written by all
+thread_local Buffer label_scratch;   // used by every thread
+thread_local Buffer packed_of_row;   // used by every thread
+thread_local Buffer packed_of_call;  // the calling thread's buffer, read by all
+thread_local Buffer sums_of_groups;  // the calling thread's buffer, written by all
 
 Storage storage_of(const Tensor& x, const char* name) {
   const bool fits = x.is_cpu() && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16);
@@ -28,11 +30,12 @@ Storage storage_of(const Tensor& x, const char* name) {
 // Requests permission for AMX's registers, which Linux grants per process.
 bool get_amx() {
 #if defined(__linux__) && defined(__x86_64__)
-  constexpr int kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr int kRequest = 0x1023, kTiles = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // bfloat16 and tiles
   unsigned a, b, c, d;
   if (std::getenv("PEFT_KERNELS_CPU_CAPABILITY") || find_capability() != kAVX512BF16) return false;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded && syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
+         syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
 #else
   return false;
 #endif
@@ -50,20 +53,26 @@ struct Problem {
 };
 
 // queries: (heads, batch or 1, slots, width).
-Problem check(
-    const Tensor& queries, const Tensor& features, const std::optional<Tensor>& lengths, const std::optional<Tensor>& offsets, double scale) {
+Problem check(const Tensor& queries, const Tensor& features, const std::optional<Tensor>& lengths,
+              const std::optional<Tensor>& offsets, double scale) {
   const Storage of_queries = storage_of(queries, "queries"), of_features = storage_of(features, "features");
   STD_TORCH_CHECK(queries.dim() == 4 && queries.is_contiguous(), "queries must be (heads, B, slots, d), contiguous");
-  STD_TORCH_CHECK(of_queries == of_features || of_queries == Storage::float32, "queries must be float32 or as the features are");
+  STD_TORCH_CHECK(of_queries == of_features || of_queries == Storage::float32,
+                  "queries must be float32 or as the features are");
   const int64_t width = queries.size(3), dims = features.dim();
-  STD_TORCH_CHECK(dims == (offsets ? 2 : 3) && features.size(dims - 1) == width, "features must be (B, n, ", width, "), with offsets (total, ", width, ")");
+  STD_TORCH_CHECK(dims == (offsets ? 2 : 3) && features.size(dims - 1) == width, "features must be (B, n, ", width,
+                  "), with offsets (total, ", width, ")");
   STD_TORCH_CHECK(width <= 1 || features.stride(dims - 1) == 1, "features must have dense rows");
   STD_TORCH_CHECK(!lengths || !offsets, "lengths and offsets exclude each other");
   const int64_t batch = offsets ? offsets->numel() - 1 : features.size(0), padded = features.size(dims - 2);
-  STD_TORCH_CHECK(batch >= 0 && (queries.size(1) == 1 || queries.size(1) == batch), "queries must have 1 row or ", batch);
+  STD_TORCH_CHECK(batch >= 0 && (queries.size(1) == 1 || queries.size(1) == batch), "queries must have 1 row or ",
+                  batch);
   static const bool have_amx = get_amx();
   const bool amx = have_amx && of_queries == Storage::bfloat16 && width % 32 == 0 && features.stride(dims - 2) % 2 == 0;
-  Problem p{{queries.size(0), queries.size(2), batch, width, static_cast<float>(scale), of_features, of_queries, amx}, {}, {}, {}};
+  Problem p{{queries.size(0), queries.size(2), batch, width, static_cast<float>(scale), of_features, of_queries, amx},
+            {},
+            {},
+            {}};
   const auto begin = offsets ? to_vector(*offsets, batch + 1, "offsets") : std::vector<int64_t>();
   const auto given = lengths ? to_vector(*lengths, batch, "lengths") : std::vector<int64_t>(batch, padded);
   const char* data = static_cast<const char*>(features.const_data_ptr());
@@ -71,7 +80,8 @@ Problem check(
   if (offsets) STD_TORCH_CHECK(begin[0] == 0 && begin[batch] == padded, "offsets must go from 0 to ", padded);
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t length = offsets ? begin[row + 1] - begin[row] : given[row];
-    STD_TORCH_CHECK(0 <= length && length <= padded, offsets ? "offsets must not decrease" : "lengths must lie in [0, n]", ", got ", length);
+    STD_TORCH_CHECK(0 <= length && length <= padded,
+                    offsets ? "offsets must not decrease" : "lengths must lie in [0, n]", ", got ", length);
     const int64_t first = offsets ? begin[row] * token_stride : row * features.stride(0);
     p.rows.push_back({row, data + first * bytes, token_stride, length});
     p.first_token.push_back(offsets ? begin[row] : row * padded);
@@ -81,11 +91,10 @@ Problem check(
   return p;
 }
 
-// Returns pooled (heads, B, slots, d) in the queries' dtype, and weights (B, n, heads * slots) or (total, heads * slots), float32, empty
-// without keep.
-std::tuple<Tensor, Tensor> forward(
-    const Tensor& queries, const Tensor& features, const std::optional<Tensor>& lengths, const std::optional<Tensor>& offsets, double scale,
-    bool keep) {
+// Returns pooled (heads, B, slots, d) in the queries' dtype, and weights (B, n, heads * slots) or (total, heads *
+// slots), float32, empty without keep.
+std::tuple<Tensor, Tensor> forward(const Tensor& queries, const Tensor& features, const std::optional<Tensor>& lengths,
+                                   const std::optional<Tensor>& offsets, double scale, bool keep) {
   const Problem p = check(queries, features, lengths, offsets, scale);
   const LabelAttention& a = p.attention;
   std::vector<int64_t> sizes;
@@ -98,7 +107,8 @@ std::tuple<Tensor, Tensor> forward(
   float* kept = keep ? static_cast<float*>(weights.mutable_data_ptr()) : nullptr;
   const void* from = queries.const_data_ptr();
   const LabelKernels& kernel = KERNELS_FOR_THIS_CPU(kLabelKernels);
-  const int64_t packed_floats = kernel.packed_floats(a), scratch_floats = kernel.scratch_floats(a, p.longest), given = queries.size(1);
+  const int64_t packed_floats = kernel.packed_floats(a), scratch_floats = kernel.scratch_floats(a, p.longest),
+                given = queries.size(1);
   float* shared = nullptr;
   if (given == 1) {
     shared = packed_of_call.at_least(packed_floats);
@@ -141,23 +151,26 @@ std::vector<Group> groups_of(const Problem& p, bool shared) {
   return groups;
 }
 
-// Returns the gradient of the queries in float32: (heads, B, slots, d), or its sum (heads, 1, slots, d) if the rows share the queries.
-Tensor backward(
-    const Tensor& grad_pooled, const Tensor& features, const Tensor& weights, const std::optional<Tensor>& lengths,
-    const std::optional<Tensor>& offsets, double scale, bool shared) {
+// Returns the gradient of the queries in float32: (heads, B, slots, d), or its sum (heads, 1, slots, d) if the rows
+// share the queries.
+Tensor backward(const Tensor& grad_pooled, const Tensor& features, const Tensor& weights,
+                const std::optional<Tensor>& lengths, const std::optional<Tensor>& offsets, double scale, bool shared) {
   const Problem p = check(grad_pooled, features, lengths, offsets, scale);
   const LabelAttention& a = p.attention;
   STD_TORCH_CHECK(grad_pooled.size(1) == a.batch, "grad_pooled must have ", a.batch, " rows");
   const int64_t tokens = features.dim() == 2 ? features.size(0) : a.batch * features.size(1);
-  const bool fits = weights.is_cpu() && weights.scalar_type() == ScalarType::Float && weights.is_contiguous() && weights.numel() == tokens * p.queries();
+  const bool fits = weights.is_cpu() && weights.scalar_type() == ScalarType::Float && weights.is_contiguous() &&
+                    weights.numel() == tokens * p.queries();
   STD_TORCH_CHECK(fits, "weights must be ", tokens * p.queries(), " contiguous float32 on the CPU");
-  Tensor grad = torch::stable::new_zeros(grad_pooled, {a.heads, shared ? 1 : a.batch, a.slots, a.width}, ScalarType::Float);
+  Tensor grad =
+      torch::stable::new_zeros(grad_pooled, {a.heads, shared ? 1 : a.batch, a.slots, a.width}, ScalarType::Float);
   if (grad.numel() == 0 || a.batch == 0) return grad;
   float* to = static_cast<float*>(grad.mutable_data_ptr());
   const void* from = grad_pooled.const_data_ptr();
   const float* kept = static_cast<const float*>(weights.const_data_ptr());
   const LabelKernels& kernel = KERNELS_FOR_THIS_CPU(kLabelKernels);
-  const int64_t packed_floats = kernel.packed_floats(a), scratch_floats = kernel.scratch_floats(a, p.longest), floats = p.row_floats();
+  const int64_t packed_floats = kernel.packed_floats(a), scratch_floats = kernel.scratch_floats(a, p.longest),
+                floats = p.row_floats();
   std::vector<Group> groups = groups_of(p, shared);
   float* sums = sums_of_groups.at_least(groups.size() * floats);
   for (Group& group : groups) {
@@ -169,7 +182,8 @@ Tensor backward(
     for (int64_t row = group.begin; row < group.end; ++row) {
       float* packed = packed_of_row.at_least(packed_floats);
       kernel.pack(a, from, a.batch, row, packed);
-      kernel.backward(a, p.rows[row], packed, kept + p.first_token[row] * p.queries(), group.sums, label_scratch.at_least(scratch_floats));
+      kernel.backward(a, p.rows[row], packed, kept + p.first_token[row] * p.queries(), group.sums,
+                      label_scratch.at_least(scratch_floats));
     }
     if (shared) return;
     for (int64_t head = 0; head < a.heads; ++head) {

@@ -1,4 +1,5 @@
-// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per
+// instruction set.
 
 #pragma once
 
@@ -6,8 +7,9 @@
 
 #include "storage.h"
 
-// The sizes of a call. A row of the batch has heads * slots queries: query q is slot q % slots of head q / slots. Queries, pooled
-// features and the gradients of both are laid out with the heads first: (heads, batch, slots, width), contiguous.
+// The sizes of a call. A row of the batch has heads * slots queries: query q is slot q % slots of head q / slots.
+// Queries, pooled features and the gradients of both are laid out with the heads first: (heads, batch, slots, width),
+// contiguous.
 struct LabelAttention {
   int64_t heads, slots, batch, width;
   float scale;
@@ -29,9 +31,11 @@ struct LabelKernels {
   // Packs the queries of row `row` of (heads, batch, slots, width) for the kernels.
   void (*pack)(const LabelAttention&, const void* queries, int64_t batch, int64_t row, float* packed);
   // weights: (length, heads * slots), or null.
-  void (*forward)(const LabelAttention&, const LabelRow&, const float* packed, void* pooled, float* weights, float* scratch);
+  void (*forward)(const LabelAttention&, const LabelRow&, const float* packed, void* pooled, float* weights,
+                  float* scratch);
   // packed: the gradients of the pooled features. Adds to sums, (heads * slots, width).
-  void (*backward)(const LabelAttention&, const LabelRow&, const float* packed, const float* weights, float* sums, float* scratch);
+  void (*backward)(const LabelAttention&, const LabelRow&, const float* packed, const float* weights, float* sums,
+                   float* scratch);
 };
 
 extern const LabelKernels kLabelKernelsDefault;

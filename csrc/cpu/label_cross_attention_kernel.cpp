@@ -1,9 +1,10 @@
-// The attention of a few dozen queries over the features of one row of the batch, compiled once per instruction set with
-// -DCPU_CAPABILITY=<its name> (setup.py).
+// The attention of a few dozen queries over the features of one row of the batch, compiled once per instruction set
+// with -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// Scores are laid out as [token][query]: queries are the vector dimension and each element of a feature is broadcast, so features are read
-// in their memory layout and the softmax has no sum across lanes. Pooling has the features' width as vector dimension.
-// Long sums are computed in parts: the rounding errors of one long chain would be larger than PyTorch's.
+// Scores are laid out as [token][query]: queries are the vector dimension and each element of a feature is broadcast,
+// so features are read in their memory layout and the softmax has no sum across lanes. Pooling has the features' width
+// as vector dimension. Long sums are computed in parts: the rounding errors of one long chain would be larger than
+// PyTorch's.
 
 #include <math.h>  // not <cmath>: its inline functions would be shared between instruction sets
 
@@ -13,10 +14,10 @@
 
 namespace {
 
-constexpr int64_t kStreams = 2 * kAmxTile;             // tokens read in parallel, each a prefetch stream of the hardware
-constexpr int64_t kTokens = 128;                       // tokens pooled at a time
-constexpr int64_t kSumLanes = 128;                     // lanes per part of a score's sum
-constexpr int64_t kPanel = kTileVectors * kWidth;      // columns pooled at a time: those of kTokens features fit in L1
+constexpr int64_t kStreams = 2 * kAmxTile;         // tokens read in parallel, each a prefetch stream of the hardware
+constexpr int64_t kTokens = 128;                   // tokens pooled at a time
+constexpr int64_t kSumLanes = 128;                 // lanes per part of a score's sum
+constexpr int64_t kPanel = kTileVectors * kWidth;  // columns pooled at a time: those of kTokens features fit in L1
 
 // Transposes x: x[i][j] becomes x[j][i].
 inline void transpose(Float<kWidth>* x) {
@@ -68,8 +69,12 @@ struct Scratch {
   float *ones, *sums, *features, *panel, *scores, *weights;
 
   Scratch(float* memory, int64_t queries, int64_t padded, int64_t lanes, int64_t tokens)
-      : ones(memory), sums(ones + most(queries)), features(sums + padded * kPanel), panel(features + kStreams * round_up(lanes, 16)),
-        scores(panel + kTokens * kPanel), weights(scores + tokens * padded) {
+      : ones(memory),
+        sums(ones + most(queries)),
+        features(sums + padded * kPanel),
+        panel(features + kStreams * round_up(lanes, 16)),
+        scores(panel + kTokens * kPanel),
+        weights(scores + tokens * padded) {
     for (int64_t i = 0; i < most(queries); ++i) ones[i] = 1;
   }
 
@@ -87,13 +92,16 @@ class Attend {
   explicit Attend(const LabelAttention& attention) : a(attention) {}
 
   int64_t packed_floats() const { return lanes * padded; }
-  int64_t scratch_floats(int64_t longest) const { return Scratch::floats(queries, padded, lanes, round_up(longest, kStreams)); }
+  int64_t scratch_floats(int64_t longest) const {
+    return Scratch::floats(queries, padded, lanes, round_up(longest, kStreams));
+  }
 
   // packed[lane][query]
   void pack(const void* from, int64_t batch, int64_t row, float* packed) const {
     for (int64_t q = 0; q < padded; q += kWidth) {
       const Query* rows[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) rows[i] = q + i < queries ? at(static_cast<const Query*>(from), batch, row, q + i) : nullptr;
+      for (int64_t i = 0; i < kWidth; ++i)
+        rows[i] = q + i < queries ? at(static_cast<const Query*>(from), batch, row, q + i) : nullptr;
       int64_t lane = 0;
       for (; (lane + kWidth) * Lanes::kElements <= a.width; lane += kWidth) {
         Float<kWidth> x[kWidth];
@@ -102,7 +110,8 @@ class Attend {
         for (int i = 0; i < kWidth; ++i) store<kWidth>(packed + (lane + i) * padded + q, x[i]);
       }
       for (; lane < lanes; ++lane) {
-        for (int64_t i = 0; i < kWidth; ++i) packed[lane * padded + q + i] = rows[i] ? lane_of<Lanes>(rows[i], lane, a.width) : 0;
+        for (int64_t i = 0; i < kWidth; ++i)
+          packed[lane * padded + q + i] = rows[i] ? lane_of<Lanes>(rows[i], lane, a.width) : 0;
       }
     }
   }
@@ -112,7 +121,8 @@ class Attend {
     products(row, packed, scratch.scores, scratch);
     softmax(scratch.scores, row.length);
     if (weights) {
-      for (int64_t t = 0; t < row.length; ++t) std::memcpy(weights + t * queries, scratch.scores + t * padded, queries * sizeof(float));
+      for (int64_t t = 0; t < row.length; ++t)
+        std::memcpy(weights + t * queries, scratch.scores + t * padded, queries * sizeof(float));
     }
     pair(row, scratch);
     for (int64_t column = 0; column < columns; column += kPanel) {
@@ -135,7 +145,8 @@ class Attend {
     for (int64_t q = 0; q < padded; q += kWidth) {
       float *grad = scratch.scores + q, *weight = scratch.weights + q;
       Float<kWidth> mean = {};
-      for (int64_t t = 0; t < row.length; ++t) mean += load<kWidth>(weight + t * padded) * load<kWidth>(grad + t * padded);
+      for (int64_t t = 0; t < row.length; ++t)
+        mean += load<kWidth>(weight + t * padded) * load<kWidth>(grad + t * padded);
       for (int64_t t = 0; t < row.length; ++t) {
         const Float<kWidth> centred = load<kWidth>(grad + t * padded) - mean;
         store<kWidth>(grad + t * padded, load<kWidth>(weight + t * padded) * centred * a.scale);
@@ -145,7 +156,8 @@ class Attend {
     for (int64_t column = 0; column < a.width; column += kPanel) {
       const int64_t count = least(kPanel, columns - column), given = least(count, a.width - column);
       const bool whole = given == count && !a.amx;
-      pool(row, scratch.scores, column, count, whole ? sums + column : scratch.sums, whole ? a.width : count, !whole, scratch);
+      pool(row, scratch.scores, column, count, whole ? sums + column : scratch.sums, whole ? a.width : count, !whole,
+           scratch);
       if (whole) continue;
       for (int64_t q = 0; q < queries; ++q) {
         for (int64_t i = 0; i < given; ++i) sums[q * a.width + column + i] += scratch.sums[q * count + i];
@@ -158,7 +170,9 @@ class Attend {
     return data + ((q / a.slots * batch + row) * a.slots + q % a.slots) * a.width;
   }
 
-  const Element* feature(const LabelRow& row, int64_t token) const { return static_cast<const Element*>(row.features) + token * row.token_stride; }
+  const Element* feature(const LabelRow& row, int64_t token) const {
+    return static_cast<const Element*>(row.features) + token * row.token_stride;
+  }
 
   // `count` features as lanes along their width; not copied if memory already has that layout.
   Packed rows_of(const LabelRow& row, int64_t token, int64_t count, float* to) const {
@@ -170,7 +184,8 @@ class Attend {
     for (int64_t t = 0; t < count; ++t) {
       const Element* from = feature(row, token + t);
       int64_t lane = 0;
-      for (; (lane + kWidth) * Lanes::kElements <= a.width; lane += kWidth) store<kWidth>(to + t * lanes + lane, load_lanes<Lanes>(from, lane));
+      for (; (lane + kWidth) * Lanes::kElements <= a.width; lane += kWidth)
+        store<kWidth>(to + t * lanes + lane, load_lanes<Lanes>(from, lane));
       for (; lane < lanes; ++lane) to[t * lanes + lane] = lane_of<Lanes>(from, lane, a.width);
     }
     return {to, lanes};
@@ -183,14 +198,16 @@ class Attend {
       const Packed features = rows_of(row, token, count, scratch.features);
 #ifdef __AVX512BF16__
       if (a.amx) {
-        amx_products(features, {packed, padded}, lanes, false, out + token * padded, round_up(count, kAmxTile), padded, padded);
+        amx_products(features, {packed, padded}, lanes, false, out + token * padded, round_up(count, kAmxTile), padded,
+                     padded);
         continue;
       }
 #endif
       for (int64_t lane = 0; lane < lanes; lane += kSumLanes) {
         const Weights<true> part{features.data + lane, features.stride};
         const Packed those{packed + lane * padded, padded};
-        accumulate<Lanes>(part, those, least(kSumLanes, lanes - lane), lane ? scratch.ones : nullptr, out + token * padded, count, padded);
+        accumulate<Lanes>(part, those, least(kSumLanes, lanes - lane), lane ? scratch.ones : nullptr,
+                          out + token * padded, count, padded);
       }
     }
   }
@@ -207,7 +224,8 @@ class Attend {
         total += weight;
       }
       const Float<kWidth> factor = 1.0f / total;
-      for (int64_t t = 0; t < length; ++t) store<kWidth>(column + t * padded, load<kWidth>(column + t * padded) * factor);
+      for (int64_t t = 0; t < length; ++t)
+        store<kWidth>(column + t * padded, load<kWidth>(column + t * padded) * factor);
     }
   }
 
@@ -217,8 +235,10 @@ class Attend {
       float* weights = scratch.scores;
       for (int64_t t = 0; t < row.length; t += 2) {
         for (int64_t q = 0; q < padded; q += kWidth) {
-          const Float<kWidth> second = t + 1 < row.length ? load<kWidth>(weights + (t + 1) * padded + q) : Float<kWidth>{};
-          store<kWidth>(weights + t / 2 * padded + q, Lanes::template pair<kWidth>(load<kWidth>(weights + t * padded + q), second));
+          const Float<kWidth> second =
+              t + 1 < row.length ? load<kWidth>(weights + (t + 1) * padded + q) : Float<kWidth>{};
+          store<kWidth>(weights + t / 2 * padded + q,
+                        Lanes::template pair<kWidth>(load<kWidth>(weights + t * padded + q), second));
         }
       }
       if (!a.amx) return;
@@ -226,7 +246,8 @@ class Attend {
       for (int64_t q = 0; q < padded; q += kWidth) {
         for (int64_t lane = 0; lane < tiled; lane += kWidth) {
           Float<kWidth> x[kWidth];
-          for (int i = 0; i < kWidth; ++i) x[i] = lane + i < given ? load<kWidth>(weights + (lane + i) * padded + q) : Float<kWidth>{};
+          for (int i = 0; i < kWidth; ++i)
+            x[i] = lane + i < given ? load<kWidth>(weights + (lane + i) * padded + q) : Float<kWidth>{};
           transpose(x);
           for (int i = 0; i < kWidth; ++i) store<kWidth>(scratch.weights + (q + i) * tiled + lane, x[i]);
         }
@@ -238,13 +259,14 @@ class Attend {
   int64_t lanes_of_row(const LabelRow& row) const { return round_up(lanes_of<Lanes>(row.length), kAmxTile); }
 
   // sums[query][column] += weights (lane, query) times columns of the features; with `fresh`, sums are overwritten.
-  void pool(
-      const LabelRow& row, const float* weights, int64_t column, int64_t count, float* sums, int64_t stride, bool fresh, const Scratch& scratch) const {
+  void pool(const LabelRow& row, const float* weights, int64_t column, int64_t count, float* sums, int64_t stride,
+            bool fresh, const Scratch& scratch) const {
     for (int64_t token = 0; token < row.length; token += kTokens) {
       const int64_t tokens = least(kTokens, row.length - token), these = lanes_of<Lanes>(tokens);
       for (int64_t t = 0; t < tokens; t += Lanes::kElements) {
         const Element* first = feature(row, token + t) + column;
-        pack_columns(first, t + 1 < tokens ? first + row.token_stride : nullptr, least(count, a.width - column), count, scratch.panel + t / Lanes::kElements * count);
+        pack_columns(first, t + 1 < tokens ? first + row.token_stride : nullptr, least(count, a.width - column), count,
+                     scratch.panel + t / Lanes::kElements * count);
       }
       const bool add = !fresh || token != 0;
 #ifdef __AVX512BF16__
@@ -257,7 +279,8 @@ class Attend {
       }
 #endif
       const Weights<false> part{weights + token / Lanes::kElements * padded, padded};
-      accumulate<Lanes>(part, Packed{scratch.panel, count}, these, add ? scratch.ones : nullptr, sums, queries, count, stride);
+      accumulate<Lanes>(part, Packed{scratch.panel, count}, these, add ? scratch.ones : nullptr, sums, queries, count,
+                        stride);
     }
     if (fresh && row.length == 0) std::memset(sums, 0, queries * stride * sizeof(float));
   }
@@ -321,11 +344,13 @@ void pack(const LabelAttention& a, const void* queries, int64_t batch, int64_t r
   with_storage(a, [&](const auto& attend) { attend.pack(queries, batch, row, packed); });
 }
 
-void forward(const LabelAttention& a, const LabelRow& row, const float* packed, void* pooled, float* weights, float* scratch) {
+void forward(const LabelAttention& a, const LabelRow& row, const float* packed, void* pooled, float* weights,
+             float* scratch) {
   with_storage(a, [&](const auto& attend) { attend.forward(row, packed, pooled, weights, scratch); });
 }
 
-void backward(const LabelAttention& a, const LabelRow& row, const float* packed, const float* weights, float* sums, float* scratch) {
+void backward(const LabelAttention& a, const LabelRow& row, const float* packed, const float* weights, float* sums,
+              float* scratch) {
   with_storage(a, [&](const auto& attend) { attend.backward(row, packed, weights, sums, scratch); });
 }
 

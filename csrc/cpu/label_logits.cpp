@@ -1,10 +1,11 @@
 // label_logits and its backward on the CPU: checks and division into tasks.
 
 #include "label_logits.h"
-#include "host.h"
-#include "storage.h"
 
 #include <cstring>
+
+#include "host.h"
+#include "storage.h"
 
 namespace {
 
@@ -32,23 +33,28 @@ std::vector<int64_t> word_ids(const Tensor& label_ids, int64_t table_rows) {
   const int64_t words = label_ids.size(1);
   for (size_t i = 0; i < ids.size(); ++i) {
     const int64_t at = i / words * label_ids.stride(0) + i % words * label_ids.stride(1);
-    ids[i] = is_long ? static_cast<const int64_t*>(label_ids.const_data_ptr())[at] : static_cast<const int32_t*>(label_ids.const_data_ptr())[at];
+    ids[i] = is_long ? static_cast<const int64_t*>(label_ids.const_data_ptr())[at]
+                     : static_cast<const int32_t*>(label_ids.const_data_ptr())[at];
     STD_TORCH_CHECK(-1 <= ids[i] && ids[i] < table_rows, "label_ids must lie in [-1, ", table_rows, "), got ", ids[i]);
   }
   return ids;
 }
 
 WordRows word_rows(const Tensor& weight, const std::vector<int64_t>& ids) {
-  const bool fits = weight.is_cpu() && (weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::BFloat16);
+  const bool fits =
+      weight.is_cpu() && (weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::BFloat16);
   STD_TORCH_CHECK(fits, "weight must be float32 or bfloat16, on the CPU");
-  STD_TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must be (V, H) with dense rows");
+  STD_TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1),
+                  "weight must be (V, H) with dense rows");
   const Storage storage = weight.scalar_type() == ScalarType::Float ? Storage::float32 : Storage::bfloat16;
-  return {weight.const_data_ptr(), weight.stride(0), storage, ids.data(), static_cast<int64_t>(ids.size()), weight.size(1)};
+  return {weight.const_data_ptr(),          weight.stride(0), storage, ids.data(),
+          static_cast<int64_t>(ids.size()), weight.size(1)};
 }
 
 std::vector<float> bias_of_words(const Tensor& bias, const std::vector<int64_t>& ids, int64_t table_rows) {
   const bool is_float = bias.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(bias.is_cpu() && bias.dim() == 1 && bias.size(0) == table_rows, "bias must be a CPU tensor (", table_rows, ",)");
+  STD_TORCH_CHECK(bias.is_cpu() && bias.dim() == 1 && bias.size(0) == table_rows, "bias must be a CPU tensor (",
+                  table_rows, ",)");
   STD_TORCH_CHECK(is_float || bias.scalar_type() == ScalarType::BFloat16, "bias must be float32 or bfloat16");
   std::vector<float> values(ids.size());
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -63,10 +69,11 @@ std::vector<float> bias_of_words(const Tensor& bias, const std::vector<int64_t>&
   return values;
 }
 
-Tensor forward(
-    const Tensor& hidden, const Tensor& weight, const Tensor& label_ids, const std::optional<Tensor>& bias, const std::optional<Tensor>& positions) {
+Tensor forward(const Tensor& hidden, const Tensor& weight, const Tensor& label_ids, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& positions) {
   const int64_t last = hidden.dim() - 1;
-  STD_TORCH_CHECK(hidden.is_cpu() && last == (positions ? 2 : 1), "hidden must be a CPU tensor, (B, S, H) with positions or (B, H) without");
+  STD_TORCH_CHECK(hidden.is_cpu() && last == (positions ? 2 : 1),
+                  "hidden must be a CPU tensor, (B, S, H) with positions or (B, H) without");
   const bool dense = hidden.size(last) == weight.size(1) && (hidden.stride(last) == 1 || hidden.size(last) <= 1);
   STD_TORCH_CHECK(dense, "hidden must have dense rows of ", weight.size(1));
   STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "hidden must have weight's dtype");
@@ -76,7 +83,8 @@ Tensor forward(
   const auto biases = bias ? bias_of_words(*bias, ids, weight.size(0)) : std::vector<float>();
   const auto at = positions ? to_vector(*positions, batch, "positions") : std::vector<int64_t>(batch, 0);
   for (const int64_t position : at) {
-    STD_TORCH_CHECK(!positions || (0 <= position && position < hidden.size(1)), "positions must lie in [0, ", hidden.size(1), "), got ", position);
+    STD_TORCH_CHECK(!positions || (0 <= position && position < hidden.size(1)), "positions must lie in [0, ",
+                    hidden.size(1), "), got ", position);
   }
   Tensor out = torch::stable::new_empty(hidden, {batch, label_ids.size(0), label_ids.size(1)}, ScalarType::Float);
   const auto to = static_cast<float*>(out.mutable_data_ptr());
@@ -95,10 +103,11 @@ Tensor forward(
 Tensor backward(const Tensor& grad_words, const Tensor& weight, const Tensor& label_ids) {
   const auto ids = word_ids(label_ids, weight.size(0));
   const WordRows words = word_rows(weight, ids);
-  const bool fits = grad_words.is_cpu() && grad_words.scalar_type() == ScalarType::Float && grad_words.is_contiguous() && grad_words.dim() == 3;
-  STD_TORCH_CHECK(
-      fits && grad_words.size(1) == label_ids.size(0) && grad_words.size(2) == label_ids.size(1),
-      "grad_words must be a contiguous float32 CPU tensor (B, ", label_ids.size(0), ", ", label_ids.size(1), ")");
+  const bool fits = grad_words.is_cpu() && grad_words.scalar_type() == ScalarType::Float &&
+                    grad_words.is_contiguous() && grad_words.dim() == 3;
+  STD_TORCH_CHECK(fits && grad_words.size(1) == label_ids.size(0) && grad_words.size(2) == label_ids.size(1),
+                  "grad_words must be a contiguous float32 CPU tensor (B, ", label_ids.size(0), ", ", label_ids.size(1),
+                  ")");
   const int64_t batch = grad_words.size(0);
   Tensor out = torch::stable::new_empty(grad_words, {batch, words.width}, ScalarType::Float);
   const auto to = static_cast<float*>(out.mutable_data_ptr());

@@ -1,10 +1,11 @@
-// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once
+// per instruction set.
 
 #pragma once
 
-#include "storage.h"
-
 #include <cstdint>
+
+#include "storage.h"
 
 // Some rows of the output embedding, each dense; strides in elements.
 struct WordRows {
@@ -16,8 +17,9 @@ struct WordRows {
 };
 
 struct LabelLogitKernels {
-  void (*logits)(const WordRows&, const void* const* hidden, int64_t texts, const float* bias, float* to);  // to[text][word]; bias[word] or null
-  void (*backward)(const WordRows&, const float* grads, float* to);                                         // to[column], for one text
+  void (*logits)(const WordRows&, const void* const* hidden, int64_t texts, const float* bias,
+                 float* to);                                         // to[text][word]; bias[word] or null
+  void (*backward)(const WordRows&, const float* grads, float* to);  // to[column], for one text
 };
 
 extern const LabelLogitKernels kLabelLogitKernelsDefault;

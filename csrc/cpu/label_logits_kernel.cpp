@@ -1,9 +1,10 @@
-// Dot products with a few rows of a table and their gradient, compiled once per instruction set with -DCPU_CAPABILITY=<its name>.
+// Dot products with a few rows of a table and their gradient, compiled once per instruction set with
+// -DCPU_CAPABILITY=<its name>.
+
+#include <limits>
 
 #include "label_logits.h"
 #include "tiles.h"
-
-#include <limits>
 
 namespace {
 
@@ -30,20 +31,25 @@ float total_of(Float<W> lanes) {
 template <int COUNT, class Element>
 void dots(const Element* hidden, const Element* const* rows, int64_t width, float* to) {
   Float<kWidth> sums[COUNT][kSums];
-  const auto add = [&](int word, int sum, int64_t d) { sums[word][sum] += load_elements<kWidth>(hidden + d) * load_elements<kWidth>(rows[word] + d); };
+  const auto add = [&](int word, int sum, int64_t d) {
+    sums[word][sum] += load_elements<kWidth>(hidden + d) * load_elements<kWidth>(rows[word] + d);
+  };
   unrolled<COUNT, kSums>([&](int word, int sum) { sums[word][sum] = Float<kWidth>{}; });
   int64_t d = 0;
   for (; d + kSums * kWidth <= width; d += kSums * kWidth) {
     unrolled<kSums, COUNT>([&](int sum, int word) { add(word, sum, d + sum * kWidth); });
   }
   for (; d + kWidth <= width; d += kWidth) unrolled<COUNT, 1>([&](int word, int) { add(word, 0, d); });
-  unrolled<COUNT, 1>([&](int word, int) { to[word] = total_of<kWidth>((sums[word][0] + sums[word][1]) + (sums[word][2] + sums[word][3])); });
+  unrolled<COUNT, 1>([&](int word, int) {
+    to[word] = total_of<kWidth>((sums[word][0] + sums[word][1]) + (sums[word][2] + sums[word][3]));
+  });
   for (; d < width; ++d) {
     for (int word = 0; word < COUNT; ++word) to[word] += widen(hidden[d]) * widen(rows[word][d]);
   }
 }
 
-// Words are the outer loop and texts the inner one: a few rows of the table stay in L1, while all of them might not fit.
+// Words are the outer loop and texts the inner one: a few rows of the table stay in L1, while all of them might not
+// fit.
 template <class Element>
 void logits_of(const WordRows& words, const void* const* hidden, int64_t texts, const float* bias, float* to) {
   for (int64_t first = 0; first < words.words; first += kWords) {
@@ -52,14 +58,16 @@ void logits_of(const WordRows& words, const void* const* hidden, int64_t texts, 
       const auto from = static_cast<const Element*>(hidden[text]);
       float* const of_text = to + text * words.words + first;
       const Element* rows[kWords];
-      for (int64_t i = 0; i < count; ++i) rows[i] = words.ids[first + i] < 0 ? from : word_row<Element>(words, first + i);  // no word: any valid row
+      for (int64_t i = 0; i < count; ++i)
+        rows[i] = words.ids[first + i] < 0 ? from : word_row<Element>(words, first + i);  // no word: any valid row
       if (count == kWords) {
         dots<kWords>(from, rows, words.width, of_text);
       } else {
         for (int64_t i = 0; i < count; ++i) dots<1>(from, rows + i, words.width, of_text + i);
       }
       for (int64_t i = 0; i < count; ++i) {
-        of_text[i] = words.ids[first + i] < 0 ? -std::numeric_limits<float>::infinity() : of_text[i] + (bias ? bias[first + i] : 0);
+        of_text[i] = words.ids[first + i] < 0 ? -std::numeric_limits<float>::infinity()
+                                              : of_text[i] + (bias ? bias[first + i] : 0);
       }
     }
   }
@@ -72,7 +80,8 @@ void backward_of(const WordRows& words, const float* grads, float* to) {
     if (words.ids[word] < 0 || grads[word] == 0) continue;
     const Element* row = word_row<Element>(words, word);
     int64_t d = 0;
-    for (; d + kWidth <= words.width; d += kWidth) store<kWidth>(to + d, load<kWidth>(to + d) + grads[word] * load_elements<kWidth>(row + d));
+    for (; d + kWidth <= words.width; d += kWidth)
+      store<kWidth>(to + d, load<kWidth>(to + d) + grads[word] * load_elements<kWidth>(row + d));
     for (; d < words.width; ++d) to[d] += grads[word] * widen(row[d]);
   }
 }

@@ -1,10 +1,12 @@
-// prototype_scores, its backward and prototype_cross_entropy on the CPU: checks, division into tasks, the softmax of a few classes.
+// prototype_scores, its backward and prototype_cross_entropy on the CPU: checks, division into tasks, the softmax of a
+// few classes.
 
 #include "prototype_scores.h"
-#include "host.h"
 
 #include <cmath>
 #include <tuple>
+
+#include "host.h"
 
 namespace {
 
@@ -29,7 +31,8 @@ void for_each_of(int64_t count, int64_t work_of_one, const F& f) {
 }
 
 const float* floats(const Tensor& x, std::initializer_list<int64_t> sizes, const char* name) {
-  bool fits = x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == static_cast<int64_t>(sizes.size());
+  bool fits = x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() &&
+              x.dim() == static_cast<int64_t>(sizes.size());
   for (int64_t i = 0; fits && i < x.dim(); ++i) fits = x.size(i) == sizes.begin()[i];
   STD_TORCH_CHECK(fits, name, " must be a contiguous float32 CPU tensor whose shape fits the others");
   return static_cast<const float*>(x.const_data_ptr());
@@ -52,7 +55,8 @@ struct Problem {
     inverse_lengths.resize(texts);
   }
 
-  Problem(const Tensor& x, const Tensor& p, const Tensor& radii, const std::optional<Tensor>& given, double w) : Problem(x, p) {
+  Problem(const Tensor& x, const Tensor& p, const Tensor& radii, const std::optional<Tensor>& given, double w)
+      : Problem(x, p) {
     radius = floats(radii, {prototypes.count}, "radius");
     scores = given ? floats(*given, {texts, prototypes.count}, "scores") : nullptr;
     weight = static_cast<float>(w);
@@ -73,14 +77,16 @@ struct Problem {
     return scores ? q + weight * scores[i * prototypes.count + k] : q;
   }
 
-  // Computes the gradient of the projected row; `pulls` holds gradients of scores and is divided by the distances in place.
+  // Computes the gradient of the projected row; `pulls` holds gradients of scores and is divided by the distances in
+  // place.
   void backward(const PrototypeKernels& kernel, int64_t i, float* pulls, float* grad) {
     for (int64_t k = 0; k < prototypes.count; ++k) pulls[k] = distance(i)[k] == 0 ? 0 : pulls[k] / distance(i)[k];
     kernel.backward(prototypes, normal(i), pulls, inverse_lengths[i], grad);
   }
 };
 
-Tensor forward(const Tensor& projected, const Tensor& prototypes, const Tensor& radius, const std::optional<Tensor>& scores, double weight) {
+Tensor forward(const Tensor& projected, const Tensor& prototypes, const Tensor& radius,
+               const std::optional<Tensor>& scores, double weight) {
   Problem problem(projected, prototypes, radius, scores, weight);
   const int64_t classes = problem.prototypes.count;
   Tensor out = torch::stable::new_empty(projected, {problem.texts, classes});
@@ -108,18 +114,20 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& projected,
     problem.backward(kernel, i, pulls.data() + i * classes, to_projected + i * width);
   });
   for_each_of(classes, problem.texts * width, [&](int64_t k) {
-    kernel.prototype_backward(
-        problem.prototypes.data + k * width, problem.normals.data(), pulls.data() + k, problem.texts, classes, width, to_prototypes + k * width);
+    kernel.prototype_backward(problem.prototypes.data + k * width, problem.normals.data(), pulls.data() + k,
+                              problem.texts, classes, width, to_prototypes + k * width);
   });
   return {grad_projected, grad_prototypes};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(
-    const Tensor& projected, const Tensor& prototypes, const Tensor& radius, const std::optional<Tensor>& scores, double weight, const Tensor& labels) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& projected, const Tensor& prototypes,
+                                                 const Tensor& radius, const std::optional<Tensor>& scores,
+                                                 double weight, const Tensor& labels) {
   Problem problem(projected, prototypes, radius, scores, weight);
   const int64_t texts = problem.texts, classes = problem.prototypes.count, width = problem.prototypes.width;
   const auto label_of = to_vector(labels, texts, "labels");
-  for (const int64_t label : label_of) STD_TORCH_CHECK(0 <= label && label < classes, "labels must lie in [0, ", classes, "), got ", label);
+  for (const int64_t label : label_of)
+    STD_TORCH_CHECK(0 <= label && label < classes, "labels must lie in [0, ", classes, "), got ", label);
   Tensor loss = torch::stable::new_empty(projected, {});
   Tensor grad_projected = torch::stable::new_empty(projected, {texts, width});
   Tensor grad_radius = torch::stable::new_empty(projected, {classes});

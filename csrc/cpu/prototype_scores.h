@@ -1,4 +1,5 @@
-// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once
+// per instruction set.
 
 #pragma once
 
@@ -11,7 +12,8 @@ struct Prototypes {
   int64_t count, width;
 };
 
-// One step of Adam on `count` elements: updates the moments, then parameter -= rate * mean / (sqrt(square) * root_factor + epsilon).
+// One step of Adam on `count` elements: updates the moments, then parameter -= rate * mean / (sqrt(square) *
+// root_factor + epsilon).
 struct AdamStep {
   float *parameter, *mean, *square;
   const float* grad;
@@ -26,7 +28,8 @@ struct PrototypeKernels {
   // One text: grad[column] of the projected row; pulls[class] = gradient of the score / distance
   void (*backward)(const Prototypes&, const float* normal, const float* pulls, float inverse_length, float* grad);
   // One class: grad[column] of the prototype, from normals[text][column] and pulls[text * stride]
-  void (*prototype_backward)(const float* prototype, const float* normals, const float* pulls, int64_t texts, int64_t stride, int64_t width, float* grad);
+  void (*prototype_backward)(const float* prototype, const float* normals, const float* pulls, int64_t texts,
+                             int64_t stride, int64_t width, float* grad);
   void (*adam)(const AdamStep&);
 };
 

@@ -1,13 +1,15 @@
-// Distances of normalised rows to prototypes and their gradients, compiled once per instruction set with -DCPU_CAPABILITY=<its name>.
+// Distances of normalised rows to prototypes and their gradients, compiled once per instruction set with
+// -DCPU_CAPABILITY=<its name>.
+
+#include <cmath>
 
 #include "prototype_scores.h"
 #include "simd.h"
 
-#include <cmath>
-
 namespace {
 
-// Sum over d of lanes(d), kWidth terms at a time, and of one(d) for the rest; two independent sums hide the latency of an addition.
+// Sum over d of lanes(d), kWidth terms at a time, and of one(d) for the rest; two independent sums hide the latency of
+// an addition.
 template <class Lanes, class One>
 float sum_over(int64_t width, const Lanes& lanes, const One& one) {
   Float<kWidth> sums[2]{};
@@ -26,7 +28,9 @@ float sum_over(int64_t width, const Lanes& lanes, const One& one) {
 }
 
 float dot(const float* a, const float* b, int64_t width) {
-  return sum_over(width, [=](int64_t d) { return load<kWidth>(a + d) * load<kWidth>(b + d); }, [=](int64_t d) { return a[d] * b[d]; });
+  return sum_over(
+      width, [=](int64_t d) { return load<kWidth>(a + d) * load<kWidth>(b + d); },
+      [=](int64_t d) { return a[d] * b[d]; });
 }
 
 float distance(const float* a, const float* b, int64_t width) {
@@ -59,15 +63,18 @@ float measure(const Prototypes& prototypes, const float* projected, float* norma
   return is_zero ? 0 : 1 / length;
 }
 
-void backward(const Prototypes& prototypes, const float* normal, const float* pulls, float inverse_length, float* grad) {
+void backward(const Prototypes& prototypes, const float* normal, const float* pulls, float inverse_length,
+              float* grad) {
   const int64_t width = prototypes.width;
   for (int64_t d = 0; d < width; ++d) grad[d] = 0;
-  for (int64_t k = 0; k < prototypes.count; ++k) add_difference(pulls[k], prototypes.data + k * width, normal, width, grad);
+  for (int64_t k = 0; k < prototypes.count; ++k)
+    add_difference(pulls[k], prototypes.data + k * width, normal, width, grad);
   const float along = dot(grad, normal, width);
   for (int64_t d = 0; d < width; ++d) grad[d] = (grad[d] - along * normal[d]) * inverse_length;
 }
 
-// Sum over i of pulls[i * stride] * away(i), in parts of kPart, so that rounding errors grow only with the number of parts.
+// Sum over i of pulls[i * stride] * away(i), in parts of kPart, so that rounding errors grow only with the number of
+// parts.
 template <class Sum, class Away>
 Sum sum_of_pulls(const float* pulls, int64_t texts, int64_t stride, const Away& away) {
   constexpr int64_t kPart = 32;
@@ -80,19 +87,21 @@ Sum sum_of_pulls(const float* pulls, int64_t texts, int64_t stride, const Away& 
   return sum;
 }
 
-void prototype_backward(const float* prototype, const float* normals, const float* pulls, int64_t texts, int64_t stride, int64_t width, float* grad) {
+void prototype_backward(const float* prototype, const float* normals, const float* pulls, int64_t texts, int64_t stride,
+                        int64_t width, float* grad) {
   int64_t d = 0;
   for (; d + kWidth <= width; d += kWidth) {
     const auto away = [=](int64_t i) { return load<kWidth>(normals + i * width + d) - load<kWidth>(prototype + d); };
     store<kWidth>(grad + d, sum_of_pulls<Float<kWidth>>(pulls, texts, stride, away));
   }
   for (; d < width; ++d) {
-    grad[d] = sum_of_pulls<float>(pulls, texts, stride, [=](int64_t i) { return normals[i * width + d] - prototype[d]; });
+    grad[d] =
+        sum_of_pulls<float>(pulls, texts, stride, [=](int64_t i) { return normals[i * width + d] - prototype[d]; });
   }
 }
 
-// sqrt(x) for x >= 0, within some units in the last place: a first guess from the exponent and Newton's iteration for 1 / sqrt(x),
-// since the square root instruction takes longer than the rest of Adam.
+// sqrt(x) for x >= 0, within some units in the last place: a first guess from the exponent and Newton's iteration for 1
+// / sqrt(x), since the square root instruction takes longer than the rest of Adam.
 Float<kWidth> square_root(Float<kWidth> x) {
   Float<kWidth> inverse = (Float<kWidth>)(0x5f3759df - ((Bits<kWidth>)x >> 1));
   for (int i = 0; i < 3; ++i) inverse *= 1.5f - 0.5f * x * inverse * inverse;

@@ -1,9 +1,10 @@
 // shared_cross_attention on the CPU, forward and backward: checks and division into tasks.
 
-#include "host.h"
 #include "shared_cross_attention.h"
 
 #include <tuple>
+
+#include "host.h"
 
 namespace {
 
@@ -14,7 +15,8 @@ thread_local Buffer split_partials;  // the calling thread's buffer, written by 
 std::vector<int64_t> first_streams(const std::optional<Tensor>& encoder_index, int64_t streams, int64_t inputs) {
   std::vector<int64_t> first(inputs + 1, streams);
   if (!encoder_index) {
-    STD_TORCH_CHECK(inputs ? streams % inputs == 0 : streams == 0, streams, " streams do not divide among ", inputs, " inputs");
+    STD_TORCH_CHECK(inputs ? streams % inputs == 0 : streams == 0, streams, " streams do not divide among ", inputs,
+                    " inputs");
     for (int64_t i = 0; i < inputs; ++i) first[i] = i * (streams / inputs);
     return first;
   }
@@ -22,7 +24,8 @@ std::vector<int64_t> first_streams(const std::optional<Tensor>& encoder_index, i
   int64_t input = 0;
   for (int64_t stream = 0; stream < streams; ++stream) {
     const int64_t least = stream ? index[stream - 1] : 0;
-    STD_TORCH_CHECK(least <= index[stream] && index[stream] < inputs, "encoder_index must not decrease and lie in [0, ", inputs, ")");
+    STD_TORCH_CHECK(least <= index[stream] && index[stream] < inputs, "encoder_index must not decrease and lie in [0, ",
+                    inputs, ")");
     while (input <= index[stream]) first[input++] = stream;
   }
   return first;
@@ -35,9 +38,8 @@ struct Problem {
   std::vector<int64_t> first_stream, lengths;
 };
 
-Problem check(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
-    const std::optional<Tensor>& encoder_index) {
+Problem check(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
+              const std::optional<Tensor>& encoder_index) {
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "query must be float32 or bfloat16");
   for (const Tensor* x : {&query, &key, &value}) {
@@ -46,13 +48,16 @@ Problem check(
   }
   Problem p{query.size(0), query.size(1), query.size(2), query.size(3), key.size(0), key.size(2), dtype, {}, {}};
   for (const Tensor* x : {&key, &value}) {
-    const bool fits = x->size(0) == p.inputs && x->size(1) == p.heads && x->size(2) == p.keys && x->size(3) == p.head_dim;
+    const bool fits =
+        x->size(0) == p.inputs && x->size(1) == p.heads && x->size(2) == p.keys && x->size(3) == p.head_dim;
     STD_TORCH_CHECK(fits, "key and value must be (inputs, heads, keys, D) with query's heads and D");
   }
-  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= kMaxHeadDim, "D must be between 1 and ", kMaxHeadDim, ", got ", p.head_dim);
+  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= kMaxHeadDim, "D must be between 1 and ", kMaxHeadDim, ", got ",
+                  p.head_dim);
   p.first_stream = first_streams(encoder_index, p.streams, p.inputs);
   p.lengths = key_lengths ? to_vector(*key_lengths, p.inputs, "key_lengths") : std::vector<int64_t>(p.inputs, p.keys);
-  for (const int64_t length : p.lengths) STD_TORCH_CHECK(0 <= length && length <= p.keys, "key_lengths must lie in [0, ", p.keys, "], got ", length);
+  for (const int64_t length : p.lengths)
+    STD_TORCH_CHECK(0 <= length && length <= p.keys, "key_lengths must lie in [0, ", p.keys, "], got ", length);
   return p;
 }
 
@@ -123,7 +128,14 @@ Plan make_plan(const Problem& p) {
         const int64_t stride = (end - begin) * (head_dim + 2);
         for (int64_t split = 0; split < splits; ++split) {
           const int64_t key_begin = split * lengths[input] / splits, key_end = (split + 1) * lengths[input] / splits;
-          const Task task{input, head, first_stream[input], begin, end, key_begin, key_end, splits > 1 ? partial + split * stride : nullptr};
+          const Task task{input,
+                          head,
+                          first_stream[input],
+                          begin,
+                          end,
+                          key_begin,
+                          key_end,
+                          splits > 1 ? partial + split * stride : nullptr};
           plan.tasks.push_back(task);
           if (splits > 1 && split == 0) plan.merges.push_back({task, splits, stride});
         }
@@ -134,9 +146,9 @@ Plan make_plan(const Problem& p) {
   return plan;
 }
 
-std::tuple<Tensor, Tensor> forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
-    const std::optional<Tensor>& encoder_index, double scale) {
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& encoder_index,
+                                   double scale) {
   const Problem p = check(query, key, value, key_lengths, encoder_index);
   const Tensor out = token_major({p.streams, p.heads, p.tokens, p.head_dim}, p.dtype);
   const Tensor lse = token_major({p.streams, p.heads, p.tokens}, ScalarType::Float);
@@ -164,17 +176,20 @@ std::tuple<Tensor, Tensor> forward(
 }
 
 // A gradient that is not needed is empty.
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
-    const Tensor& lse, const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& encoder_index, double scale, bool need_query,
-    bool need_key, bool need_value) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                                            const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& out, const Tensor& lse,
+                                            const std::optional<Tensor>& key_lengths,
+                                            const std::optional<Tensor>& encoder_index, double scale, bool need_query,
+                                            bool need_key, bool need_value) {
   const Problem p = check(query, key, value, key_lengths, encoder_index);
   for (const Tensor* x : {&grad_out, &out}) {
     const bool fits = x->is_cpu() && x->dim() == 4 && x->scalar_type() == p.dtype && x->numel() == query.numel();
     STD_TORCH_CHECK(fits, "grad_out and out must be as query");
   }
   for (const Tensor* x : {&lse, grad_lse ? &*grad_lse : &lse}) {
-    const bool fits = x->is_cpu() && x->dim() == 3 && x->scalar_type() == ScalarType::Float && x->numel() == p.streams * p.heads * p.tokens;
+    const bool fits = x->is_cpu() && x->dim() == 3 && x->scalar_type() == ScalarType::Float &&
+                      x->numel() == p.streams * p.heads * p.tokens;
     STD_TORCH_CHECK(fits, "lse and grad_lse must be (streams, heads, tokens) in float32");
   }
   const auto gradient = [&](bool wanted, int64_t batch, int64_t tokens) {
@@ -211,7 +226,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const BackwardKernels& kernel = KERNELS_FOR_THIS_CPU(kBackwardKernels);
   for (int64_t input = 0; input < p.inputs; ++input) {
     const int64_t rows = (p.first_stream[input + 1] - p.first_stream[input]) * p.tokens;
-    for (int64_t head = 0; head < p.heads; ++head) tasks.push_back({input, head, p.first_stream[input], 0, rows, 0, p.lengths[input], nullptr});
+    for (int64_t head = 0; head < p.heads; ++head)
+      tasks.push_back({input, head, p.first_stream[input], 0, rows, 0, p.lengths[input], nullptr});
     scratch_floats = std::max(scratch_floats, kernel.scratch_floats(g, rows, p.lengths[input]));
   }
   for_each_task(tasks, [&](const Task& task, const Task* following) {

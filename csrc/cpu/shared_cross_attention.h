@@ -1,4 +1,5 @@
-// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operator and its kernels: no torch header here or in the kernels, which are compiled once per
+// instruction set.
 
 #pragma once
 
@@ -20,7 +21,8 @@ struct Attention {
   Storage storage;
 };
 
-// Attention of some rows over some keys of one head and input. Row r is token r % tokens of stream first_stream + r / tokens.
+// Attention of some rows over some keys of one head and input. Row r is token r % tokens of stream first_stream + r /
+// tokens.
 struct Task {
   int64_t input, head, first_stream;
   int64_t row_begin, row_end;
@@ -40,14 +42,15 @@ constexpr int64_t kMaxHeadDim = 256;
 
 struct Kernels {
   int64_t (*scratch_floats)(const Attention&);
-  // `following`, or null: the task that is likely to be next, whose first keys are prefetched. scratch: 64-byte aligned.
+  // `following`, or null: the task that is likely to be next, whose first keys are prefetched. scratch: 64-byte
+  // aligned.
   void (*attend)(const Attention&, const Task&, const Task* following, float* scratch);
   void (*merge)(const Attention&, const Partials&, int64_t stream, int64_t head, int64_t token);
 };
 
 // One backward call. A gradient that is not needed is null.
 struct AttentionGradients {
-  Attention attention;  // its out and lse are read
+  Attention attention;    // its out and lse are read
   const void* grad_out;   // (streams, heads, tokens, head_dim)
   const float* grad_lse;  // (streams, heads, tokens), or null
   void* grad_query;       // head_dim dense, also in the two below

@@ -1,9 +1,9 @@
 // The attention of one task, compiled once per instruction set with -DCPU_CAPABILITY=<its name> (setup.py).
 //
-// Rows are the vector dimension of the scores: a tile of 8 to 32 query rows, transposed once, is multiplied by one key at a time,
-// whose elements are broadcast, so K is read in its memory layout. The softmax is then elementwise, without a sum across lanes.
-// The output has D as vector dimension and the weights are broadcast, so V is read in its memory layout too.
-// Keys come in blocks that stay in L1, with a running maximum and sum per row (online softmax).
+// Rows are the vector dimension of the scores: a tile of 8 to 32 query rows, transposed once, is multiplied by one key
+// at a time, whose elements are broadcast, so K is read in its memory layout. The softmax is then elementwise, without
+// a sum across lanes. The output has D as vector dimension and the weights are broadcast, so V is read in its memory
+// layout too. Keys come in blocks that stay in L1, with a running maximum and sum per row (online softmax).
 
 #include "shared_cross_attention_tiles.h"
 
@@ -16,8 +16,13 @@ struct Scratch {
   float *queries, *sums, *largest, *total, *keys, *values, *scores;
 
   Scratch(float* memory, int64_t lanes, int64_t columns)
-      : queries(memory), sums(queries + kMaxPaddedRows * lanes), largest(sums + kMaxPaddedRows * columns), total(largest + kMaxPaddedRows),
-        keys(total + kMaxPaddedRows), values(keys + kKeyBlock * lanes), scores(values + kKeyBlock * columns) {}
+      : queries(memory),
+        sums(queries + kMaxPaddedRows * lanes),
+        largest(sums + kMaxPaddedRows * columns),
+        total(largest + kMaxPaddedRows),
+        keys(total + kMaxPaddedRows),
+        values(keys + kKeyBlock * lanes),
+        scores(values + kKeyBlock * columns) {}
 
   static int64_t floats(int64_t lanes, int64_t columns) {
     return kMaxPaddedRows * (lanes + columns + 2) + kKeyBlock * (lanes + columns + kMaxTileWidth);
@@ -39,7 +44,8 @@ struct KeyBlock {
   int64_t count;
 };
 
-// Online softmax of one block: turns scores into weights, in lanes of Lanes, and writes the factor of the older sums to `rescale`.
+// Online softmax of one block: turns scores into weights, in lanes of Lanes, and writes the factor of the older sums to
+// `rescale`.
 template <class Lanes, int W, int VECTORS>
 void softmax(const RowTile& tile, float* scores, int64_t count, const Float<W>* block_largest, float* rescale) {
   constexpr int width = W * VECTORS;
@@ -71,7 +77,8 @@ void softmax(const RowTile& tile, float* scores, int64_t count, const Float<W>* 
 }
 
 template <class Lanes, int W, int VECTORS>
-void attend_tile(const RowTile& tile, const KeyBlock& block, const Ahead& ahead, int64_t lanes, int64_t columns, float factor, float* scores) {
+void attend_tile(const RowTile& tile, const KeyBlock& block, const Ahead& ahead, int64_t lanes, int64_t columns,
+                 float factor, float* scores) {
   Float<W> largest[VECTORS];
   for (int v = 0; v < VECTORS; ++v) largest[v] = Float<W>{} - INFINITY;
   score_block<Lanes, W, VECTORS>(tile.queries, block.keys, block.count, ahead, lanes, factor, scores, largest);
@@ -97,11 +104,11 @@ class Attend {
       const KeyBlock block = read(task, key, least(kKeyBlock, task.key_end - key), scratch);
       const int64_t next = key + block.count;
       Ahead ahead = next < task.key_end ? ahead_of<Element>(a, task, next)
-          : following                    ? ahead_of<Element>(a, *following, following->key_begin)
-                                         : Ahead{};
+                    : following         ? ahead_of<Element>(a, *following, following->key_begin)
+                                        : Ahead{};
       for_tiles(scratch, rows, [&](const RowTile& tile) {
         const auto attend = tile.width == 2 * kWidth ? attend_tile<Lanes, kWidth, 2>
-            : tile.width == kWidth                   ? attend_tile<Lanes, kWidth, 1>
+                            : tile.width == kWidth   ? attend_tile<Lanes, kWidth, 1>
                                                      : attend_tile<Lanes, kNarrowWidth, 1>;
         attend(tile, block, ahead, lanes, columns, a.scale, scratch.scores);
         ahead.count = 0;
@@ -127,8 +134,8 @@ class Attend {
   template <class F>
   void for_tiles(const Scratch& scratch, int64_t rows, const F& f) const {
     for_each_tile(rows, [&](int64_t row, int64_t count, int64_t width, int64_t padded) {
-      f(RowTile{
-          row, count, width, scratch.queries + padded * lanes, scratch.largest + padded, scratch.total + padded, scratch.sums + row * columns});
+      f(RowTile{row, count, width, scratch.queries + padded * lanes, scratch.largest + padded, scratch.total + padded,
+                scratch.sums + row * columns});
     });
   }
 
@@ -138,7 +145,8 @@ class Attend {
       tile.total[i] = 0;
       if (i < tile.rows) {
         const int64_t row = task.row_begin + tile.row + i;
-        const auto query = at<Element>(a.query, a.query_stride, task.first_stream + row / a.tokens, task.head, row % a.tokens);
+        const auto query =
+            at<Element>(a.query, a.query_stride, task.first_stream + row / a.tokens, task.head, row % a.tokens);
         pack<Lanes>(query, a.query_stride[3], a.head_dim, tile.queries + i, tile.width);
       } else {
         for (int64_t lane = 0; lane < lanes; ++lane) tile.queries[lane * tile.width + i] = 0;
@@ -150,15 +158,15 @@ class Attend {
   KeyBlock read(const Task& task, int64_t first, int64_t count, const Scratch& scratch) const {
     const auto key = at<Element>(a.key, a.key_stride, task.input, task.head, first);
     const auto value = at<Element>(a.value, a.value_stride, task.input, task.head, first);
-    return {
-        pack_rows<Lanes>(key, a.key_stride, count, a.head_dim, scratch.keys),
-        pack_columns<Lanes>(value, a.value_stride, count, a.head_dim, columns, scratch.values), count};
+    return {pack_rows<Lanes>(key, a.key_stride, count, a.head_dim, scratch.keys),
+            pack_columns<Lanes>(value, a.value_stride, count, a.head_dim, columns, scratch.values), count};
   }
 
   void finish(const Task& task, const RowTile& tile) const {
     for (int64_t i = 0; i < tile.rows; ++i) {
       const int64_t row = task.row_begin + tile.row + i;
-      write(task.first_stream + row / a.tokens, task.head, row % a.tokens, tile.sums + i * columns, tile.largest[i], tile.total[i]);
+      write(task.first_stream + row / a.tokens, task.head, row % a.tokens, tile.sums + i * columns, tile.largest[i],
+            tile.total[i]);
     }
   }
 
@@ -175,7 +183,8 @@ class Attend {
     auto out = const_cast<Element*>(at<Element>(a.out, a.out_stride, stream, head, token));
     const bool empty = total == 0;  // no key
     for (int64_t d = 0; d < a.head_dim; ++d) narrow(empty ? 0 : sums[d] / total, out + d);
-    a.lse[stream * a.lse_stride[0] + head * a.lse_stride[1] + token * a.lse_stride[2]] = empty ? -INFINITY : largest + logf(total);
+    a.lse[stream * a.lse_stride[0] + head * a.lse_stride[1] + token * a.lse_stride[2]] =
+        empty ? -INFINITY : largest + logf(total);
   }
 
   const Attention& a;
@@ -185,16 +194,20 @@ class Attend {
 
 int64_t scratch_floats(const Attention& a) {
   int64_t floats = 0;
-  with_storage(a, [&](auto element, auto lanes) { floats = Attend<decltype(element), decltype(lanes)>{a}.scratch_floats(); });
+  with_storage(
+      a, [&](auto element, auto lanes) { floats = Attend<decltype(element), decltype(lanes)>{a}.scratch_floats(); });
   return floats;
 }
 
 void attend(const Attention& a, const Task& task, const Task* following, float* scratch) {
-  with_storage(a, [&](auto element, auto lanes) { Attend<decltype(element), decltype(lanes)>{a}(task, following, scratch); });
+  with_storage(
+      a, [&](auto element, auto lanes) { Attend<decltype(element), decltype(lanes)>{a}(task, following, scratch); });
 }
 
 void merge(const Attention& a, const Partials& partials, int64_t stream, int64_t head, int64_t token) {
-  with_storage(a, [&](auto element, auto lanes) { Attend<decltype(element), decltype(lanes)>{a}.merge(partials, stream, head, token); });
+  with_storage(a, [&](auto element, auto lanes) {
+    Attend<decltype(element), decltype(lanes)>{a}.merge(partials, stream, head, token);
+  });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Building blocks of the forward and backward kernels: packing, and matmuls of a tile of query rows with a block of keys.
+// Building blocks of the forward and backward kernels: packing, and matmuls of a tile of query rows with a block of
+// keys.
 
 #pragma once
 
@@ -44,9 +45,11 @@ void pack(const Element* elements, int64_t stride, int64_t count, float* to, int
   }
 }
 
-// Packs row `first` of V, or its pairs with the next row `second` (null after the last), into to[d]. Columns from head_dim on are 0.
+// Packs row `first` of V, or its pairs with the next row `second` (null after the last), into to[d]. Columns from
+// head_dim on are 0.
 template <class Lanes, class Element>
-void pack_value(const Element* first, const Element* second, int64_t stride, int64_t head_dim, int64_t columns, float* to) {
+void pack_value(const Element* first, const Element* second, int64_t stride, int64_t head_dim, int64_t columns,
+                float* to) {
   if constexpr (Lanes::kElements == 1) {
     pack<Lanes>(first, stride, head_dim, to, 1);
   } else {
@@ -78,26 +81,29 @@ Packed pack_rows(const Element* rows, const int64_t* stride, int64_t count, int6
   return {to, lanes};
 }
 
-// The same rows with lanes across them: a lane holds one column's element of one row, or of two rows. Padded with 0 to `columns`.
+// The same rows with lanes across them: a lane holds one column's element of one row, or of two rows. Padded with 0 to
+// `columns`.
 template <class Lanes, class Element>
-Packed pack_columns(const Element* rows, const int64_t* stride, int64_t count, int64_t head_dim, int64_t columns, float* to) {
+Packed pack_columns(const Element* rows, const int64_t* stride, int64_t count, int64_t head_dim, int64_t columns,
+                    float* to) {
   const int64_t row_stride = stride[2], element_stride = stride[3];
   if constexpr (sizeof(Element) == sizeof(float)) {
     if (element_stride == 1 && head_dim == columns) return {rows, row_stride};
   }
   for (int64_t i = 0; i < count; i += Lanes::kElements) {
     const Element* row = rows + i * row_stride;
-    pack_value<Lanes>(row, i + 1 < count ? row + row_stride : nullptr, element_stride, head_dim, columns, to + i / Lanes::kElements * columns);
+    pack_value<Lanes>(row, i + 1 < count ? row + row_stride : nullptr, element_stride, head_dim, columns,
+                      to + i / Lanes::kElements * columns);
   }
   return {to, columns};
 }
 
-// scores[key][row] = factor * sum over lanes of keys[key][lane] * queries[lane][row]; updates the maximum `largest`. Long sums are
-// computed in parts of kSumLanes, added up in `scores`: the rounding errors of one long chain would be larger than PyTorch's.
-// Not inlined: its sums need all registers.
+// scores[key][row] = factor * sum over lanes of keys[key][lane] * queries[lane][row]; updates the maximum `largest`.
+// Long sums are computed in parts of kSumLanes, added up in `scores`: the rounding errors of one long chain would be
+// larger than PyTorch's. Not inlined: its sums need all registers.
 template <class Lanes, int W, int VECTORS, int KEYS>
-__attribute__((noinline)) void score_tile(
-    const float* queries, const float* keys, int64_t key_stride, int64_t lanes, float factor, float* scores, Float<W>* largest) {
+__attribute__((noinline)) void score_tile(const float* queries, const float* keys, int64_t key_stride, int64_t lanes,
+                                          float factor, float* scores, Float<W>* largest) {
   for (int64_t begin = 0; begin < lanes; begin += kSumLanes<Lanes>) {
     const int64_t end = least(begin + kSumLanes<Lanes>, lanes);
     Float<W> sums[KEYS][VECTORS];
@@ -106,7 +112,8 @@ __attribute__((noinline)) void score_tile(
       Float<W> q[VECTORS], element[KEYS];
       for (int v = 0; v < VECTORS; ++v) q[v] = load<W>(queries + (lane * VECTORS + v) * W);
       for (int k = 0; k < KEYS; ++k) element[k] = broadcast<W>(keys + k * key_stride + lane);
-      unrolled<KEYS, VECTORS>([&](int k, int v) { sums[k][v] = Lanes::template multiply_add<W>(sums[k][v], q[v], element[k]); });
+      unrolled<KEYS, VECTORS>(
+          [&](int k, int v) { sums[k][v] = Lanes::template multiply_add<W>(sums[k][v], q[v], element[k]); });
     }
     unrolled<KEYS, VECTORS>([&](int k, int v) {
       float* score = scores + (k * VECTORS + v) * W;
@@ -140,8 +147,9 @@ void for_each_tile(int64_t rows, const F& f) {
   }
 }
 
-// The next rows of K and V, in their memory layout. They are prefetched a few at a time between score tiles: a head's rows are not
-// adjacent, so the hardware prefetcher does not follow them, and fetching all at once would stall on memory.
+// The next rows of K and V, in their memory layout. They are prefetched a few at a time between score tiles: a head's
+// rows are not adjacent, so the hardware prefetcher does not follow them, and fetching all at once would stall on
+// memory.
 struct Ahead {
   const char *keys, *values;
   int64_t key_stride, value_stride, row_bytes;
@@ -164,18 +172,21 @@ Ahead ahead_of(const Attention& a, const Task& task, int64_t first) {
   return {
       reinterpret_cast<const char*>(at<Element>(a.key, a.key_stride, task.input, task.head, first)),
       reinterpret_cast<const char*>(at<Element>(a.value, a.value_stride, task.input, task.head, first)),
-      a.key_stride[2] * bytes, a.value_stride[2] * bytes, a.head_dim * bytes, least(kKeyBlock, task.key_end - first),
+      a.key_stride[2] * bytes,
+      a.value_stride[2] * bytes,
+      a.head_dim * bytes,
+      least(kKeyBlock, task.key_end - first),
   };
 }
 
 // Computes the scores of a block of keys for W * VECTORS rows, and updates the maximum `largest`.
 template <class Lanes, int W, int VECTORS>
-void score_block(
-    const float* queries, Packed keys, int64_t count, const Ahead& ahead, int64_t lanes, float factor, float* scores, Float<W>* largest) {
+void score_block(const float* queries, Packed keys, int64_t count, const Ahead& ahead, int64_t lanes, float factor,
+                 float* scores, Float<W>* largest) {
   const auto score = [&](auto tile_keys, int64_t k) {
     ahead.fetch(k, k + tile_keys.value);
-    score_tile<Lanes, W, VECTORS, decltype(tile_keys)::value>(
-        queries, keys.data + k * keys.stride, keys.stride, lanes, factor, scores + k * W * VECTORS, largest);
+    score_tile<Lanes, W, VECTORS, decltype(tile_keys)::value>(queries, keys.data + k * keys.stride, keys.stride, lanes,
+                                                              factor, scores + k * W * VECTORS, largest);
   };
   int64_t k = 0;
   for (; k + kTileKeys <= count; k += kTileKeys) score(Constant<kTileKeys>{}, k);

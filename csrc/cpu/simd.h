@@ -1,5 +1,5 @@
-// Vectors of 32-bit lanes in the compilers' own vector types (gcc, clang): the same source compiles to SSE2, NEON, AVX2 or
-// AVX-512, depending on the flags of the file.
+// Vectors of 32-bit lanes in the compilers' own vector types (gcc, clang): the same source compiles to SSE2, NEON, AVX2
+// or AVX-512, depending on the flags of the file.
 //
 // A lane holds the input of one step of a sum: a float32, or two adjacent bfloat16. Lanes are moved as float32 and only
 // multiply_add interprets them, so every loop around it is written once for both.
@@ -65,10 +65,11 @@ inline Float<W> maximum(Float<W> a, Float<W> b) {
 // e^x for x <= 0, within 1 unit in the last place; 0 where that would be subnormal, which is slow. NaN stays NaN.
 template <int W>
 inline Float<W> exp(Float<W> x) {
-  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 leaves n in the low bits, 127 makes it the exponent of 2^n
+  constexpr float kRound =
+      12582912.0f + 127.0f;  // 1.5 * 2^23 leaves n in the low bits, 127 makes it the exponent of 2^n
   const Float<W> rounded = x * 1.44269504f + kRound;
   const Float<W> f = x - (rounded - kRound) * 0.693147181f;  // x - n log 2, within log(2) / 2 of 0
-  Float<W> p = f * 1.40612399e-03f + 8.37901113e-03f;  // minimax in relative error, 2.6e-9
+  Float<W> p = f * 1.40612399e-03f + 8.37901113e-03f;        // minimax in relative error, 2.6e-9
   p = p * f + 4.16647773e-02f;
   p = p * f + 1.66663654e-01f;
   p = p * f + 5.00000043e-01f;
@@ -93,7 +94,9 @@ inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
 }
 
 #ifdef __AVX512F__
-inline __m512i widen_halves(__m256i x) { return _mm512_maskz_cvtepu16_epi32(0xffff, x); }  // gcc 12 warns about the unmasked form
+inline __m512i widen_halves(__m256i x) {
+  return _mm512_maskz_cvtepu16_epi32(0xffff, x);
+}  // gcc 12 warns about the unmasked form
 #endif
 
 // W elements, as float32.
@@ -105,7 +108,8 @@ inline Float<W> load_elements(const float* from) {
 template <int W>
 inline Float<W> load_elements(const uint16_t* from) {
 #ifdef __AVX512F__
-  if constexpr (W == 16) return (Float<W>)((Bits<W>)widen_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16);
+  if constexpr (W == 16)
+    return (Float<W>)((Bits<W>)widen_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))) << 16);
 #endif
   typedef uint16_t Halves __attribute__((vector_size(2 * W)));
   Halves halves;
@@ -130,7 +134,8 @@ inline void store_elements(uint16_t* to, Float<W> x) {
   typedef uint16_t Halves __attribute__((vector_size(2 * W)));
   const Bits<W> bits = (Bits<W>)x;
   const Bits<W> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-  const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? Bits<W>{} + 0x7fc0 : rounded, Halves);
+  const Halves halves =
+      __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? Bits<W>{} + 0x7fc0 : rounded, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 

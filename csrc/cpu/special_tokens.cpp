@@ -1,9 +1,10 @@
 // special_token_slots, special_token_add and its backward on the CPU: checks and division into tasks.
 
 #include "special_tokens.h"
-#include "injection_host.h"
 
 #include <tuple>
+
+#include "injection_host.h"
 
 namespace {
 
@@ -16,7 +17,8 @@ HiddenRows hidden_rows(const Tensor& x, void* data, const char* name) {
   return {data, x.stride(0), x.stride(1), x.scalar_type() == ScalarType::Float ? Storage::float32 : Storage::bfloat16};
 }
 
-// Runs tasks in parallel, but a few rows on one thread: they are done before other threads wake up. With dropout, most work is its draws.
+// Runs tasks in parallel, but a few rows on one thread: they are done before other threads wake up. With dropout, most
+// work is its draws.
 template <class Task, class F>
 void for_each(const std::vector<Task>& tasks, int64_t elements, const Injection& injection, const F& f) {
   constexpr int64_t kAlone = 1 << 17, kDraw = 8;
@@ -35,7 +37,8 @@ void for_each_occurrence(const Injection& injection, int64_t batch, const F& f) 
 }
 
 template <class Id>
-void find(const Tensor& input_ids, const std::vector<int64_t>& special_ids, const std::optional<Tensor>& mask, Tensor& slots, Tensor& counts) {
+void find(const Tensor& input_ids, const std::vector<int64_t>& special_ids, const std::optional<Tensor>& mask,
+          Tensor& slots, Tensor& counts) {
   const auto ids = static_cast<const Id*>(input_ids.const_data_ptr());
   const auto seen = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   const int64_t batch = input_ids.size(0), length = input_ids.size(1), most = slots.size(1);
@@ -55,11 +58,14 @@ void find(const Tensor& input_ids, const std::vector<int64_t>& special_ids, cons
   }
 }
 
-std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_ids, const std::optional<Tensor>& mask, int64_t max_slots) {
+std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_ids, const std::optional<Tensor>& mask,
+                                 int64_t max_slots) {
   STD_TORCH_CHECK(input_ids.is_cpu() && input_ids.dim() == 2, "input_ids must be a (B, S) CPU tensor");
   if (mask) {
-    const bool fits = mask->is_cpu() && mask->dim() == 2 && mask->size(0) == input_ids.size(0) && mask->size(1) == input_ids.size(1);
-    STD_TORCH_CHECK(fits && mask->scalar_type() == ScalarType::Bool, "the mask must be a bool CPU tensor of input_ids' shape");
+    const bool fits =
+        mask->is_cpu() && mask->dim() == 2 && mask->size(0) == input_ids.size(0) && mask->size(1) == input_ids.size(1);
+    STD_TORCH_CHECK(fits && mask->scalar_type() == ScalarType::Bool,
+                    "the mask must be a bool CPU tensor of input_ids' shape");
   }
   const auto ids = to_vector(special_ids, special_ids.numel(), "special_ids");
   const int64_t batch = input_ids.size(0);
@@ -74,30 +80,31 @@ std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_
   return {slots, counts};
 }
 
-void add(
-    Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& adapter_ids) {
+void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
+         const std::optional<Tensor>& adapter_ids) {
   const HiddenRows rows = hidden_rows(hidden, hidden.mutable_data_ptr(), "hidden");
   const int64_t batch = hidden.size(0), width = hidden.size(2);
   const float* data = vectors_of(vectors, width);
   Slots storage;
-  Injection injection =
-      make_injection(slots, adapter_ids, dropout_p, seed, batch, hidden.size(1), vectors.size(0), vectors.size(1), width, storage);
+  Injection injection = make_injection(slots, adapter_ids, dropout_p, seed, batch, hidden.size(1), vectors.size(0),
+                                       vectors.size(1), width, storage);
   injection.vectors = data;
   std::vector<Occurrence> occurrences;
   for_each_occurrence(injection, batch, [&](const Occurrence& at) { occurrences.push_back(at); });
   const SpecialTokenKernels& kernel = KERNELS_FOR_THIS_CPU(kSpecialTokenKernels);
   const int64_t elements = occurrences.size() * width;
-  for_each(occurrences, elements, injection, [&](const Occurrence& at, const Occurrence*) { kernel.add(rows, injection, at, row_scratch.at_least(width)); });
+  for_each(occurrences, elements, injection, [&](const Occurrence& at, const Occurrence*) {
+    kernel.add(rows, injection, at, row_scratch.at_least(width));
+  });
 }
 
-Tensor backward(
-    const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t count, double dropout_p, const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& adapter_ids) {
+Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t count, double dropout_p,
+                const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {
   const HiddenRows rows = hidden_rows(grad, const_cast<void*>(grad.const_data_ptr()), "grad");
   const int64_t batch = grad.size(0), width = grad.size(2);
   Slots storage;
-  const Injection injection = make_injection(slots, adapter_ids, dropout_p, seed, batch, grad.size(1), adapters, count, width, storage);
+  const Injection injection =
+      make_injection(slots, adapter_ids, dropout_p, seed, batch, grad.size(1), adapters, count, width, storage);
   Tensor sums = torch::stable::new_empty(grad, {adapters, count, width}, ScalarType::Float);
   if (sums.numel() == 0) return sums;
   std::vector<std::vector<Occurrence>> of(adapters * count);
@@ -115,7 +122,8 @@ Tensor backward(
     }
   }
   const SpecialTokenKernels& kernel = KERNELS_FOR_THIS_CPU(kSpecialTokenKernels);
-  for_each(tasks, elements, injection, [&](const VectorTask& task, const VectorTask*) { kernel.sum(rows, injection, task); });
+  for_each(tasks, elements, injection,
+           [&](const VectorTask& task, const VectorTask*) { kernel.sum(rows, injection, task); });
   return sums;
 }
 

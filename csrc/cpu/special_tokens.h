@@ -1,4 +1,5 @@
-// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once per instruction set.
+// Interface between the operators and their kernels: no torch header here or in the kernels, which are compiled once
+// per instruction set.
 
 #pragma once
 

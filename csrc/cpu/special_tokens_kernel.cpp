@@ -1,7 +1,8 @@
-// The rows of special tokens and the gradients of their vectors, compiled once per instruction set with -DCPU_CAPABILITY=<its name>.
+// The rows of special tokens and the gradients of their vectors, compiled once per instruction set with
+// -DCPU_CAPABILITY=<its name>.
 
-#include "special_tokens.h"
 #include "injection_kernel.h"
+#include "special_tokens.h"
 #include "tiles.h"
 
 namespace {
@@ -23,7 +24,8 @@ template <class Element>
 void sum_of(const HiddenRows& grad, const Injection& injection, const VectorTask& task) {
   for (int64_t d = task.begin; d < task.end; ++d) task.sums[d] = 0;
   for (const Occurrence* at = task.occurrences; at != task.occurrences + task.count; ++at) {
-    const Element* const from = hidden_row<Element>(grad, at->row, injection.slots[at->row * injection.slots_per_row + at->slot]);
+    const Element* const from =
+        hidden_row<Element>(grad, at->row, injection.slots[at->row * injection.slots_per_row + at->slot]);
     add_kept(injection, at->row, at->slot, task.begin, task.end, [=](int64_t d) { return widen(from[d]); }, task.sums);
   }
 }

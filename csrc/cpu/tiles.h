@@ -55,32 +55,37 @@ struct Weights {
   const float* data;
   int64_t stride;
 
-  const float* at(int64_t row, int64_t lane) const { return data + (LANES_INNER ? row * stride + lane : lane * stride + row); }
+  const float* at(int64_t row, int64_t lane) const {
+    return data + (LANES_INNER ? row * stride + lane : lane * stride + row);
+  }
 };
 
 // sums[row][d] = sum over lanes of weights(row, lane) * values[lane][d]
 template <class Lanes, bool LANES_INNER, int ROWS, int VECTORS>
-inline __attribute__((always_inline)) void tile_sums(
-    Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, Float<kWidth> (&sums)[ROWS][VECTORS]) {
+inline __attribute__((always_inline)) void tile_sums(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes,
+                                                     Float<kWidth> (&sums)[ROWS][VECTORS]) {
   unrolled<ROWS, VECTORS>([&](int r, int v) { sums[r][v] = Float<kWidth>{}; });
   for (int64_t lane = 0; lane < lanes; ++lane) {
     Float<kWidth> value[VECTORS];
     for (int v = 0; v < VECTORS; ++v) value[v] = load<kWidth>(values.data + lane * values.stride + v * kWidth);
     unrolled<ROWS, 1>([&](int r, int) {  // one weight at a time: all of them would not fit in registers beside the sums
       const Float<kWidth> weight = broadcast<kWidth>(weights.at(r, lane));
-      unrolled<1, VECTORS>([&](int, int v) { sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight, value[v]); });
+      unrolled<1, VECTORS>(
+          [&](int, int v) { sums[r][v] = Lanes::template multiply_add<kWidth>(sums[r][v], weight, value[v]); });
     });
   }
 }
 
 // out[row][d] = rescale[row] * out[row][d] + sums[row][d]; without rescale, out = sums
 template <class Lanes, bool LANES_INNER, int ROWS, int VECTORS>
-void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, const float* rescale, float* out, int64_t out_stride) {
+void output_tile(Weights<LANES_INNER> weights, const Packed& values, int64_t lanes, const float* rescale, float* out,
+                 int64_t out_stride) {
   Float<kWidth> sums[ROWS][VECTORS];
   tile_sums<Lanes>(weights, values, lanes, sums);
   const auto to = [&](int r, int v) { return out + r * out_stride + v * kWidth; };
   if (rescale) {
-    unrolled<ROWS, VECTORS>([&](int r, int v) { store<kWidth>(to(r, v), load<kWidth>(to(r, v)) * rescale[r] + sums[r][v]); });
+    unrolled<ROWS, VECTORS>(
+        [&](int r, int v) { store<kWidth>(to(r, v), load<kWidth>(to(r, v)) * rescale[r] + sums[r][v]); });
   } else {
     unrolled<ROWS, VECTORS>([&](int r, int v) { store<kWidth>(to(r, v), sums[r][v]); });
   }
@@ -91,8 +96,9 @@ using OutputTile = void (*)(Weights<LANES_INNER>, const Packed&, int64_t, const 
 
 template <class Lanes, bool LANES_INNER, int VECTORS>
 constexpr OutputTile<LANES_INNER> kOutputTiles[kTileRows] = {
-    output_tile<Lanes, LANES_INNER, 1, VECTORS>, output_tile<Lanes, LANES_INNER, 2, VECTORS>, output_tile<Lanes, LANES_INNER, 3, VECTORS>,
-    output_tile<Lanes, LANES_INNER, 4, VECTORS>, output_tile<Lanes, LANES_INNER, 5, VECTORS>, output_tile<Lanes, LANES_INNER, 6, VECTORS>,
+    output_tile<Lanes, LANES_INNER, 1, VECTORS>, output_tile<Lanes, LANES_INNER, 2, VECTORS>,
+    output_tile<Lanes, LANES_INNER, 3, VECTORS>, output_tile<Lanes, LANES_INNER, 4, VECTORS>,
+    output_tile<Lanes, LANES_INNER, 5, VECTORS>, output_tile<Lanes, LANES_INNER, 6, VECTORS>,
 };
 
 template <class Lanes, bool LANES_INNER>
@@ -104,10 +110,11 @@ OutputTile<LANES_INNER> choose_output_tile(int64_t rows, int64_t vectors) {
   return vectors == 2 ? kOutputTiles<Lanes, LANES_INNER, 2>[rows - 1] : kOutputTiles<Lanes, LANES_INNER, 1>[rows - 1];
 }
 
-// output_tile for any number of rows and columns, in tiles of nearly equal size; the rows of out are `stride` floats apart.
+// output_tile for any number of rows and columns, in tiles of nearly equal size; the rows of out are `stride` floats
+// apart.
 template <class Lanes, bool LANES_INNER>
-void accumulate(
-    Weights<LANES_INNER> weights, Packed values, int64_t lanes, const float* rescale, float* out, int64_t rows, int64_t columns, int64_t stride) {
+void accumulate(Weights<LANES_INNER> weights, Packed values, int64_t lanes, const float* rescale, float* out,
+                int64_t rows, int64_t columns, int64_t stride) {
   const int64_t vectors = columns / kWidth;
   const int64_t column_parts = (vectors + kTileVectors - 1) / kTileVectors;
   const int64_t row_parts = (rows + kTileRows - 1) / kTileRows;
@@ -117,13 +124,15 @@ void accumulate(
     for (int64_t p = 0; p < row_parts; ++p) {
       const int64_t r = p * rows / row_parts, r_end = (p + 1) * rows / row_parts;
       const auto tile = choose_output_tile<Lanes, LANES_INNER>(r_end - r, v_end - v);
-      tile({weights.at(r, 0), weights.stride}, part, lanes, rescale ? rescale + r : nullptr, out + r * stride + v * kWidth, stride);
+      tile({weights.at(r, 0), weights.stride}, part, lanes, rescale ? rescale + r : nullptr,
+           out + r * stride + v * kWidth, stride);
     }
   }
 }
 
 template <class Lanes, bool LANES_INNER>
-void accumulate(Weights<LANES_INNER> weights, Packed values, int64_t lanes, const float* rescale, float* out, int64_t rows, int64_t columns) {
+void accumulate(Weights<LANES_INNER> weights, Packed values, int64_t lanes, const float* rescale, float* out,
+                int64_t rows, int64_t columns) {
   accumulate<Lanes>(weights, values, lanes, rescale, out, rows, columns, columns);
 }
 

@@ -1,10 +1,10 @@
 // add_layer_norm_inject on CUDA, forward and backward: checks, kernel, grid, stream. No synchronization.
 
-#include "add_layer_norm_inject.cuh"
-#include "injection_host.cuh"
-
 #include <bit>
 #include <tuple>
+
+#include "add_layer_norm_inject.cuh"
+#include "injection_host.cuh"
 
 namespace {
 
@@ -13,11 +13,15 @@ using namespace peft_kernels;
 void check_rows(const Tensor& x, const Tensor& like, const char* name) {
   bool fits = same_device(x, like) && x.scalar_type() == like.scalar_type() && x.dim() == 3;
   for (int i = 0; fits && i < 3; ++i) fits = x.size(i) == like.size(i);
-  STD_TORCH_CHECK(fits && (x.stride(2) == 1 || x.size(2) <= 1), name, " must be (B, S, d) with dense rows, like the others");
-  STD_TORCH_CHECK(x.size(2) <= kMaxWidth, "d must be at most ", kMaxWidth, " for these kernels, got ", x.size(2), "; triton has no limit");
+  STD_TORCH_CHECK(fits && (x.stride(2) == 1 || x.size(2) <= 1), name,
+                  " must be (B, S, d) with dense rows, like the others");
+  STD_TORCH_CHECK(x.size(2) <= kMaxWidth, "d must be at most ", kMaxWidth, " for these kernels, got ", x.size(2),
+                  "; triton has no limit");
 }
 
-int log_warps_per_row(int width) { return std::bit_width(static_cast<unsigned>(std::max(1, divide_up(width, kLanes * kElements)) - 1)); }
+int log_warps_per_row(int width) {
+  return std::bit_width(static_cast<unsigned>(std::max(1, divide_up(width, kLanes * kElements)) - 1));
+}
 
 template <class Params>
 void launch_rows(void (*kernel)(Params), const Params& n, int device) {
@@ -25,11 +29,12 @@ void launch_rows(void (*kernel)(Params), const Params& n, int device) {
   launch(kernel, divide_up(n.tokens, warps >> n.log_warps), warps * kLanes, device, n);
 }
 
-// Returns the result, sum, mean and rstd. Without `keep`, mean and rstd are empty, and so is sum unless pre; with rms, mean is empty.
+// Returns the result, sum, mean and rstd. Without `keep`, mean and rstd are empty, and so is sum unless pre; with rms,
+// mean is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& vectors,
-    const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids, double eps, bool rms, bool pre, double dropout_p,
-    const std::optional<Tensor>& seed, bool keep) {
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& vectors, const std::optional<Tensor>& slots, const std::optional<Tensor>& adapter_ids,
+    double eps, bool rms, bool pre, double dropout_p, const std::optional<Tensor>& seed, bool keep) {
   check_rows(x, x, "x");
   check_rows(residual, x, "residual");
   Norm n{};
@@ -51,9 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   if (bias) n.bias = parameter(*bias, x, {width}, "bias");
   if (vectors) n.injection = injection_of(*vectors, slots, adapter_ids, dropout_p, seed, x);
 
-  const auto rows = [&](bool wanted) { return wanted ? torch::stable::new_empty(x, {batch, length, width}) : torch::stable::new_empty(x, {0}); };
+  const auto rows = [&](bool wanted) {
+    return wanted ? torch::stable::new_empty(x, {batch, length, width}) : torch::stable::new_empty(x, {0});
+  };
   const auto numbers = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(x, {batch, length}, ScalarType::Float) : torch::stable::new_empty(x, {0}, ScalarType::Float);
+    return wanted ? torch::stable::new_empty(x, {batch, length}, ScalarType::Float)
+                  : torch::stable::new_empty(x, {0}, ScalarType::Float);
   };
   Tensor out = rows(true), sum = rows(keep || pre), mean = numbers(keep && !rms), rstd = numbers(keep);
   if (n.tokens == 0) return {out, sum, mean, rstd};
@@ -64,21 +72,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   dispatch(x, "x", [&](auto element) {
     using T = decltype(element);
     constexpr int64_t size = sizeof(T);
-    const bool wide = aligned(
-        {n.x, n.residual, n.out, n.sum, n.weight, n.bias, n.injection.vectors},
-        {width * size, n.x_batch_stride * size, n.x_token_stride * size, n.residual_batch_stride * size, n.residual_token_stride * size});
+    const bool wide = aligned({n.x, n.residual, n.out, n.sum, n.weight, n.bias, n.injection.vectors},
+                              {width * size, n.x_batch_stride * size, n.x_token_stride * size,
+                               n.residual_batch_stride * size, n.residual_token_stride * size});
     launch_rows(wide ? add_layer_norm_inject<T, 16 / size> : add_layer_norm_inject<T, 1>, n, x.get_device_index());
   });
   return {out, sum, mean, rstd};
 }
 
-// Returns the gradient of the sum, and its rows at special tokens, (B, k, d) float32; rows of unused slots are not written.
-std::tuple<Tensor, Tensor> backward(
-    const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& sum, const std::optional<Tensor>& mean, const Tensor& rstd,
-    const Tensor& weight, const std::optional<Tensor>& slots, bool need_x, bool need_slots) {
+// Returns the gradient of the sum, and its rows at special tokens, (B, k, d) float32; rows of unused slots are not
+// written.
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& sum,
+                                    const std::optional<Tensor>& mean, const Tensor& rstd, const Tensor& weight,
+                                    const std::optional<Tensor>& slots, bool need_x, bool need_slots) {
   check_rows(grad, sum, "grad");
   check_rows(sum, sum, "sum");
-  STD_TORCH_CHECK(sum.is_contiguous() && (slots || !need_slots), "sum must be contiguous, and slots given where their gradient is wanted");
+  STD_TORCH_CHECK(sum.is_contiguous() && (slots || !need_slots),
+                  "sum must be contiguous, and slots given where their gradient is wanted");
   NormGradient n{};
   const int64_t batch = sum.size(0), length = sum.size(1), width = sum.size(2);
   n.length = to_int(length, "S");
@@ -109,10 +119,11 @@ std::tuple<Tensor, Tensor> backward(
   dispatch(sum, "sum", [&](auto element) {
     using T = decltype(element);
     constexpr int64_t size = sizeof(T);
-    const bool wide = aligned(
-        {n.grad, n.grad_sum, n.sum, n.weight, n.grad_x, n.grad_slots},
-        {width * size, n.grad_batch_stride * size, n.grad_token_stride * size, n.sum_batch_stride * size, n.sum_token_stride * size});
-    launch_rows(wide ? add_layer_norm_inject_backward<T, 16 / size> : add_layer_norm_inject_backward<T, 1>, n, sum.get_device_index());
+    const bool wide = aligned({n.grad, n.grad_sum, n.sum, n.weight, n.grad_x, n.grad_slots},
+                              {width * size, n.grad_batch_stride * size, n.grad_token_stride * size,
+                               n.sum_batch_stride * size, n.sum_token_stride * size});
+    launch_rows(wide ? add_layer_norm_inject_backward<T, 16 / size> : add_layer_norm_inject_backward<T, 1>, n,
+                sum.get_device_index());
   });
   return {grad_x, grad_slots};
 }

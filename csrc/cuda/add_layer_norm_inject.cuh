@@ -1,7 +1,7 @@
 // The kernels of add_layer_norm_inject on CUDA: plain CUDA, no torch.
 //
-// A group of warps owns a token: it reads the row of d columns once, keeps it in registers for the statistics, and writes it. Up to 1024
-// columns it is one warp, with four rows per block; above that, a power of two of warps.
+// A group of warps owns a token: it reads the row of d columns once, keeps it in registers for the statistics, and
+// writes it. Up to 1024 columns it is one warp, with four rows per block; above that, a power of two of warps.
 
 #pragma once
 
@@ -37,7 +37,7 @@ struct NormGradient {
   const void* grad;
   const void* grad_sum;  // or null
   int64_t grad_batch_stride, grad_token_stride, sum_batch_stride, sum_token_stride;
-  const void* sum;  // contiguous
+  const void* sum;    // contiguous
   const float* mean;  // null: RMS norm
   const float* rstd;
   const float* weight;
@@ -47,7 +47,8 @@ struct NormGradient {
   bool listed;    // tokens are (B, slots.each): only those in slots are read
 };
 
-// A thread's share of a row: `count` vectors of V elements. The number of threads per row is a power of two, which avoids divisions.
+// A thread's share of a row: `count` vectors of V elements. The number of threads per row is a power of two, which
+// avoids divisions.
 template <int V>
 struct Share {
   int token, thread, bits;
@@ -58,7 +59,9 @@ struct Share {
     thread = threadIdx.x & ((1 << bits) - 1);
   }
   __device__ int column(int i) const { return ((i << bits) + thread) * V; }
-  __device__ int count(int width) const { return (max(0, width / V - thread) + (1 << bits) - 1) >> bits; }  // V divides width
+  __device__ int count(int width) const {
+    return (max(0, width / V - thread) + (1 << bits) - 1) >> bits;
+  }  // V divides width
 };
 
 // Sums over the threads of a row, bit-equal in all of them. All threads of the block call it; `shared` serves one call.
@@ -95,7 +98,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const
 
   typename Row::Type x[N], residual[N];
   const T* x_row = static_cast<const T*>(n.x) + row * n.x_batch_stride + position * n.x_token_stride;
-  const T* residual_row = static_cast<const T*>(n.residual) + row * n.residual_batch_stride + position * n.residual_token_stride;
+  const T* residual_row =
+      static_cast<const T*>(n.residual) + row * n.residual_batch_stride + position * n.residual_token_stride;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i >= count) continue;
@@ -162,7 +166,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject_backward(const __grid_constant__ NormGradient n) {
+__global__ void __launch_bounds__(kMaxWarps* kLanes)
+    add_layer_norm_inject_backward(const __grid_constant__ NormGradient n) {
   constexpr int N = kElements / V;
   using Row = Packed<T, V>;
   __shared__ float shared[kMaxWarps][2];

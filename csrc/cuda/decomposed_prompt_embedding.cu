@@ -1,9 +1,9 @@
 // decomposed_prompt_embedding on CUDA, forward and backward: checks, kernel, grid, stream. No synchronization.
 
+#include <tuple>
+
 #include "decomposed_prompt_embedding.cuh"
 #include "host.cuh"
-
-#include <tuple>
 
 namespace {
 
@@ -18,7 +18,8 @@ void launch_forward(Embedding& e, int device) {
   e.prompt_tiles = divide_up(e.virtual_tokens, kWarps * P);
   e.tiles = e.prompt_tiles + divide_up(e.length, kWarps * P);
   const int64_t blocks_per_row = int64_t(e.column_tiles) * e.tiles;
-  e.rows_per_block = static_cast<int>(std::clamp<int64_t>(e.batch * blocks_per_row / (kBlocksPerMultiprocessor * multiprocessors(device)), 1, kMaxRowsPerBlock));
+  e.rows_per_block = static_cast<int>(std::clamp<int64_t>(
+      e.batch * blocks_per_row / (kBlocksPerMultiprocessor * multiprocessors(device)), 1, kMaxRowsPerBlock));
   const int64_t blocks = blocks_per_row * divide_up(e.batch, e.rows_per_block);
   launch(embedding_forward<T, V, P>, blocks, kWarps * kLanes, device, e);
 }
@@ -38,7 +39,8 @@ void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
 template <class T, int V>
 void launch_backward(Gradient& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
-  launch(embedding_backward<T, V>, int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps), kWarps * kLanes, device, g);
+  launch(embedding_backward<T, V>, int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps), kWarps * kLanes, device,
+         g);
 }
 
 template <class T>
@@ -46,13 +48,15 @@ void backward_of(Gradient& g, bool wide, int device) {
   wide ? launch_backward<T, 16 / sizeof(T)>(g, device) : launch_backward<T, 1>(g, device);
 }
 
-Tensor forward(
-    const Tensor& input_ids, const Tensor& weight, const Tensor& prompt, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
-    const std::optional<Tensor>& delta, double scale, double embed_scale, const std::optional<Tensor>& offsets, bool insert_after_first,
-    const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(on_device(weight) && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must be (V, d) with dense rows");
+Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prompt, const std::optional<Tensor>& a,
+               const std::optional<Tensor>& b, const std::optional<Tensor>& delta, double scale, double embed_scale,
+               const std::optional<Tensor>& offsets, bool insert_after_first,
+               const std::optional<Tensor>& adapter_ids) {
+  STD_TORCH_CHECK(on_device(weight) && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1),
+                  "weight must be (V, d) with dense rows");
   STD_TORCH_CHECK(input_ids.dim() == 2, "input_ids must be (B, L)");
-  const bool fits = prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value() && (a ? *a : *delta).dim() == 3;
+  const bool fits = prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value() &&
+                    (a ? *a : *delta).dim() == 3;
   STD_TORCH_CHECK(fits, "prompt must be (K, m, d), with a and b or delta");
   const int64_t adapters = prompt.size(0);
   Embedding e{};
@@ -74,7 +78,8 @@ Tensor forward(
   } else {
     e.delta = parameter(*delta, weight, {adapters, e.positions, e.width}, "delta");
   }
-  STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length, "more tokens than positions, or none to insert the prompt after");
+  STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length,
+                  "more tokens than positions, or none to insert the prompt after");
   STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
   e.ids = integers(input_ids, weight, "input_ids");
   e.ids_row_stride = input_ids.stride(0) * (input_ids.scalar_type() == ScalarType::Long ? 2 : 1);
@@ -93,10 +98,11 @@ Tensor forward(
 }
 
 // A gradient that is not needed is empty.
-std::tuple<Tensor, Tensor> backward(
-    const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions, const std::optional<Tensor>& offsets, bool insert_after_first,
-    const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
-  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, m + L, d) with dense rows");
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions,
+                                    const std::optional<Tensor>& offsets, bool insert_after_first,
+                                    const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
+                  "grad must be (B, m + L, d) with dense rows");
   Gradient g{};
   g.grad = grad.const_data_ptr();
   g.batch_stride = grad.stride(0);
@@ -122,7 +128,8 @@ std::tuple<Tensor, Tensor> backward(
   g.delta = static_cast<float*>(grad_delta.mutable_data_ptr());
   dispatch(grad, "grad", [&](auto element) {
     constexpr int64_t size = sizeof(element);
-    const bool wide = aligned({g.grad, g.prompt, g.delta}, {g.width * size, g.batch_stride * size, g.column_stride * size});
+    const bool wide =
+        aligned({g.grad, g.prompt, g.delta}, {g.width * size, g.batch_stride * size, g.column_stride * size});
     backward_of<decltype(element)>(g, wide, grad.get_device_index());
   });
   return {grad_prompt, grad_delta};

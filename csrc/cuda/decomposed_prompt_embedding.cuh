@@ -1,8 +1,9 @@
 // The kernels of decomposed_prompt_embedding on CUDA: plain CUDA, no torch.
 //
-// Forward: a block owns a tile of positions and columns for a few rows of the batch. It keeps the tile of scale * a @ b (or of delta, or of
-// the prompt) in registers while the rows' adapter stays the same, so the tile costs no memory traffic: a (K, s, d) buffer would move as
-// many bytes as the output. Backward: a warp owns one row of a gradient and adds the rows of the batch in order.
+// Forward: a block owns a tile of positions and columns for a few rows of the batch. It keeps the tile of scale * a @ b
+// (or of delta, or of the prompt) in registers while the rows' adapter stays the same, so the tile costs no memory
+// traffic: a (K, s, d) buffer would move as many bytes as the output. Backward: a warp owns one row of a gradient and
+// adds the rows of the batch in order.
 
 #pragma once
 
@@ -43,7 +44,8 @@ struct Gradient {
   int column_tiles;
 };
 
-// update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; threads without a column compute nothing.
+// update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; threads without a column compute
+// nothing.
 template <int V, int P>
 __device__ void multiply(const Embedding& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
   constexpr int kTile = kWarps * P;
@@ -62,7 +64,8 @@ __device__ void multiply(const Embedding& e, int adapter, int tile_position, int
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * kRanks; i += kWarps * kLanes) {
       const int position = tile_position + i / kRanks, r = i % kRanks;
-      a_tile[r][i / kRanks] = r < ranks && position < e.length ? e.scale * __ldg(a + int64_t(position) * e.rank + start + r) : 0;
+      a_tile[r][i / kRanks] =
+          r < ranks && position < e.length ? e.scale * __ldg(a + int64_t(position) * e.rank + start + r) : 0;
     }
     __syncthreads();
     if (column >= e.width) continue;
@@ -101,7 +104,8 @@ __device__ inline int token_at(int position, int offset, int length) {
 
 // A thread has P positions: a larger P means fewer loads per matmul, and fewer threads.
 template <class T, int V, int P>
-__global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forward(const __grid_constant__ Embedding e) {
+__global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
+    embedding_forward(const __grid_constant__ Embedding e) {
   constexpr int kTile = kWarps * P;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int tile = blockIdx.x / e.column_tiles % e.tiles;
@@ -117,7 +121,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
   // Each lane loads the id of one position of the warp, so the warp needs one load instead of P.
   const auto id_of = [&](int row) {
     if (is_prompt || lane >= rows) return 0;
-    return __ldg(e.ids.data + row * e.ids_row_stride + token_at(position + lane, e.offsets.get(row), e.length) * e.ids.stride);
+    return __ldg(e.ids.data + row * e.ids_row_stride +
+                 token_at(position + lane, e.offsets.get(row), e.length) * e.ids.stride);
   };
   int id = id_of(begin);
   float update[P][V];
@@ -127,7 +132,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
     T* out = static_cast<T*>(e.out) + int64_t(row) * (e.virtual_tokens + e.length) * e.width + column;
     if (is_prompt) {
       if (adapter != current && adapter >= 0) {
-        load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width, mine, update);
+        load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width, mine,
+                          update);
         current = adapter;
       }
       out += int64_t(e.first + position) * e.width;
@@ -146,11 +152,14 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5) embedding_forwa
     const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
     const int64_t source = id * e.weight_stride;
     if (row + 1 < end) id = id_of(row + 1);  // loaded while this row is written
-    const auto embedding_of = [&](int p) { return static_cast<const T*>(e.weight) + __shfl_sync(kWarpMask, source, p) + column; };
+    const auto embedding_of = [&](int p) {
+      return static_cast<const T*>(e.weight) + __shfl_sync(kWarpMask, source, p) + column;
+    };
     if (adapter != current && adapter >= 0) {  // uniform over the block
       current = adapter;
       if (e.delta) {
-        load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width, mine, update);
+        load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width, mine,
+                          update);
       } else {
 #pragma unroll
         for (int p = 0; p < P; ++p) {  // to L2: the registers are full until the matmul is done
@@ -204,7 +213,8 @@ __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __gri
         source = b * g.batch_stride + (g.first + position) * g.column_stride;
       } else {
         const int token = position + g.offsets.get(b);
-        if (token < g.length) source = b * g.batch_stride + (token < g.first ? token : token + g.virtual_tokens) * g.column_stride;
+        if (token < g.length)
+          source = b * g.batch_stride + (token < g.first ? token : token + g.virtual_tokens) * g.column_stride;
       }
     }
     for (unsigned left = __ballot_sync(kWarpMask, source >= 0); left;) {

@@ -3,11 +3,10 @@
 
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <dlfcn.h>
 
 #include <limits>
 

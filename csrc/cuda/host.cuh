@@ -2,13 +2,13 @@
 
 #pragma once
 
-#include "device.cuh"
-#include "packed.cuh"
-
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
+
+#include "device.cuh"
+#include "packed.cuh"
 
 namespace peft_kernels {
 
@@ -26,8 +26,10 @@ inline bool same_device(const Tensor& x, const Tensor& like) {
   return on_device(x) && x.get_device_index() == like.get_device_index();
 }
 
-inline const float* parameter(const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape, const char* name) {
-  bool fits = same_device(x, like) && x.scalar_type() == ScalarType::Float && x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
+inline const float* parameter(const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape,
+                              const char* name) {
+  bool fits = same_device(x, like) && x.scalar_type() == ScalarType::Float &&
+              x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = x.size(i) == shape.begin()[i];
   STD_TORCH_CHECK(fits, name, " must be a contiguous float32 tensor that fits the others, on their device");
   return static_cast<const float*>(x.const_data_ptr());
@@ -47,8 +49,9 @@ inline Integers integers(const std::optional<Tensor>& x, const Tensor& like, int
 }
 
 inline bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
-      std::all_of(strides.begin(), strides.end(), [](int64_t bytes) { return bytes % 16 == 0; });
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
+         std::all_of(strides.begin(), strides.end(), [](int64_t bytes) { return bytes % 16 == 0; });
 }
 
 // Calls f with a value of the storage type while x's device is current.
@@ -56,10 +59,14 @@ template <class F>
 void dispatch(const Tensor& x, const char* name, const F& f) {
   const DeviceGuard guard(x.get_device_index());
   switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Half: return f(__half{});
-    case ScalarType::BFloat16: return f(__nv_bfloat16{});
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(__half{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
   }
 }
 

@@ -8,7 +8,7 @@
 namespace peft_kernels {
 
 struct Slots {
-  const int* data;  // (B, each), int32 or the low words of int64; -1: none
+  const int* data;             // (B, each), int32 or the low words of int64; -1: none
   int64_t row_stride, stride;  // in 32-bit words
   int each;
 

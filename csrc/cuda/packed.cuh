@@ -43,7 +43,9 @@ struct Packed<T, 1> {
 template <>
 struct Packed<float, 4> {
   using Type = float4;
-  static __device__ void unpack(const float4& x, float (&into)[4]) { into[0] = x.x, into[1] = x.y, into[2] = x.z, into[3] = x.w; }
+  static __device__ void unpack(const float4& x, float (&into)[4]) {
+    into[0] = x.x, into[1] = x.y, into[2] = x.z, into[3] = x.w;
+  }
   static __device__ float4 pack(const float (&x)[4]) { return make_float4(x[0], x[1], x[2], x[3]); }
 };
 

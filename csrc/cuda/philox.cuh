@@ -1,4 +1,5 @@
-// Dropout of the vectors of special tokens: Philox4x32-10 with the counters of peft_kernels/ops/vector_dropout.py. No torch.
+// Dropout of the vectors of special tokens: Philox4x32-10 with the counters of peft_kernels/ops/vector_dropout.py. No
+// torch.
 
 #pragma once
 

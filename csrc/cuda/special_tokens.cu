@@ -1,15 +1,16 @@
 // special_tokens on CUDA: checks, kernel, grid, stream. No synchronization.
 
-#include "special_tokens.cuh"
-#include "injection_host.cuh"
-
 #include <tuple>
+
+#include "injection_host.cuh"
+#include "special_tokens.cuh"
 
 namespace {
 
 using namespace peft_kernels;
 
-constexpr int64_t kBlocks = 512;  // backward splits the batch into more parts, which cost a second sum, up to this many blocks
+constexpr int64_t kBlocks =
+    512;  // backward splits the batch into more parts, which cost a second sum, up to this many blocks
 constexpr int64_t kAddends = 32;  // minimum addends per part
 
 Ids ids(const Tensor& x, const Tensor& like, const char* name) {
@@ -18,20 +19,21 @@ Ids ids(const Tensor& x, const Tensor& like, const char* name) {
 }
 
 Mask mask_of(const Tensor& x, const Tensor& like) {
-  const bool fits = same_device(x, like) && x.dim() == 2 && x.size(0) == like.size(0) &&
-      x.size(1) == like.size(1);
+  const bool fits = same_device(x, like) && x.dim() == 2 && x.size(0) == like.size(0) && x.size(1) == like.size(1);
   STD_TORCH_CHECK(fits, "attention_mask must be (B, S), on the device of input_ids");
   const int bytes = static_cast<int>(x.element_size());
   const auto type = x.scalar_type();
-  const bool floating = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half || type == ScalarType::BFloat16;
+  const bool floating = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                        type == ScalarType::BFloat16;
   STD_TORCH_CHECK(bytes <= 8, "attention_mask must be integer, bool or float");
   const uint64_t all = ~uint64_t{0} >> (64 - 8 * bytes);
   return {x.const_data_ptr(), x.stride(0), x.stride(1), bytes, floating ? all >> 1 : all};
 }
 
-std::tuple<Tensor, Tensor> slots(
-    const Tensor& input_ids, const Tensor& special_ids, const std::optional<Tensor>& attention_mask, int64_t max_slots) {
-  STD_TORCH_CHECK(on_device(input_ids) && input_ids.dim() == 2 && special_ids.dim() == 1, "input_ids must be (B, S) and special_ids (n,)");
+std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_ids,
+                                 const std::optional<Tensor>& attention_mask, int64_t max_slots) {
+  STD_TORCH_CHECK(on_device(input_ids) && input_ids.dim() == 2 && special_ids.dim() == 1,
+                  "input_ids must be (B, S) and special_ids (n,)");
   Search s{};
   s.batch = to_int(input_ids.size(0), "B");
   s.length = to_int(input_ids.size(1), "S");
@@ -57,9 +59,8 @@ void launch_add(Addition& a, int64_t items, int device) {
   launch(special_token_add<T, V>, items * a.column_tiles, kAddThreads, device, a);
 }
 
-void add(
-    Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& adapter_ids) {
+void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
+         const std::optional<Tensor>& adapter_ids) {
   STD_TORCH_CHECK(on_device(hidden) && hidden.dim() == 3, "hidden must be (B, S, d)");
   Addition a{};
   a.injection = injection_of(vectors, slots, adapter_ids, dropout_p, seed, hidden);
@@ -72,8 +73,9 @@ void add(
   dispatch(hidden, "hidden", [&](auto element) {
     using T = decltype(element);
     constexpr int64_t size = sizeof(T);
-    const bool wide = a.stride == 1 &&
-        aligned({a.hidden, a.injection.vectors}, {a.injection.width * size, a.batch_stride * size, a.token_stride * size});
+    const bool wide =
+        a.stride == 1 && aligned({a.hidden, a.injection.vectors},
+                                 {a.injection.width * size, a.batch_stride * size, a.token_stride * size});
     (wide ? launch_add<T, 16 / size> : launch_add<T, 1>)(a, items, hidden.get_device_index());
   });
 }
@@ -86,11 +88,12 @@ void launch_backward(VectorGradient& g, int device) {
 }
 
 // Returns partial sums, (parts, K, P, d). The number of parts depends on sizes alone, and so does the order of the sum.
-Tensor backward(
-    const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors, bool by_slot, double dropout_p,
-    const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1), "grad must be (B, S, d) with dense rows");
-  STD_TORCH_CHECK(vectors > 0 && (adapters == 1 || adapter_ids), "adapter_ids must choose among the adapters, of at least one vector");
+Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors, bool by_slot,
+                double dropout_p, const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
+                  "grad must be (B, S, d) with dense rows");
+  STD_TORCH_CHECK(vectors > 0 && (adapters == 1 || adapter_ids),
+                  "adapter_ids must choose among the adapters, of at least one vector");
   VectorGradient g{};
   g.grad = grad.const_data_ptr();
   g.batch_stride = grad.stride(0);
@@ -105,8 +108,10 @@ Tensor backward(
   g.dropout = dropout_of(dropout_p, seed, grad);
   g.by_slot = by_slot;
   const int64_t addends = int64_t(g.batch) * std::max(1, g.slots.each - g.each + 1);
-  const int64_t blocks = adapters * vectors * divide_up(g.width, kLanes * 16 / static_cast<int64_t>(grad.element_size()));
-  const int64_t wanted = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)), 1, std::max(g.batch, 1));
+  const int64_t blocks =
+      adapters * vectors * divide_up(g.width, kLanes * 16 / static_cast<int64_t>(grad.element_size()));
+  const int64_t wanted = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)), 1,
+                                             std::max(g.batch, 1));
   g.rows = std::max(1, divide_up(g.batch, wanted));
   g.parts = std::max(1, divide_up(g.batch, g.rows));
   to_int(int64_t(g.parts) * adapters * vectors, "K * P");

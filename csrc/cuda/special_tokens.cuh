@@ -1,7 +1,8 @@
 // The kernels of special_tokens on CUDA: plain CUDA, no torch.
 //
-// Slots: a warp reads a row of ids and keeps a running count of special tokens. Add: a block owns columns of one slot of one row, and returns
-// at once if the slot is unused. Backward: a warp owns columns of one vector for a part of the batch and adds its rows in order.
+// Slots: a warp reads a row of ids and keeps a running count of special tokens. Add: a block owns columns of one slot
+// of one row, and returns at once if the slot is unused. Backward: a warp owns columns of one vector for a part of the
+// batch and adds its rows in order.
 
 #pragma once
 
@@ -27,7 +28,8 @@ struct Ids {
   }
 };
 
-// An attention mask of any dtype. An element is 0 if no bit of `bits` is set; floats leave out the sign bit, so -0.0 counts as padding.
+// An attention mask of any dtype. An element is 0 if no bit of `bits` is set; floats leave out the sign bit, so -0.0
+// counts as padding.
 struct Mask {
   const void* data;  // null: no padding
   int64_t row_stride, stride;
@@ -38,10 +40,17 @@ struct Mask {
     const int64_t at = row * row_stride + i * stride;
     uint64_t x;
     switch (bytes) {
-      case 1: x = __ldg(static_cast<const unsigned char*>(data) + at); break;
-      case 2: x = __ldg(static_cast<const unsigned short*>(data) + at); break;
-      case 4: x = __ldg(static_cast<const unsigned*>(data) + at); break;
-      default: x = __ldg(static_cast<const unsigned long long*>(data) + at);
+      case 1:
+        x = __ldg(static_cast<const unsigned char*>(data) + at);
+        break;
+      case 2:
+        x = __ldg(static_cast<const unsigned short*>(data) + at);
+        break;
+      case 4:
+        x = __ldg(static_cast<const unsigned*>(data) + at);
+        break;
+      default:
+        x = __ldg(static_cast<const unsigned long long*>(data) + at);
     }
     return (x & bits) != 0;
   }
@@ -123,10 +132,12 @@ __global__ void __launch_bounds__(kAddThreads) special_token_add(const __grid_co
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kSumWarps* kLanes) special_token_add_backward(const __grid_constant__ VectorGradient g) {
+__global__ void __launch_bounds__(kSumWarps* kLanes)
+    special_token_add_backward(const __grid_constant__ VectorGradient g) {
   using Addend = typename Packed<T, V>::Type;
   const int lane = threadIdx.x % kLanes;
-  const int item = blockIdx.x / g.column_tiles * kSumWarps + threadIdx.x / kLanes;  // index into (parts, adapters, each)
+  const int item =
+      blockIdx.x / g.column_tiles * kSumWarps + threadIdx.x / kLanes;  // index into (parts, adapters, each)
   if (item >= g.parts * g.adapters * g.each) return;
   const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
   const bool inside = column < g.width;
@@ -145,7 +156,8 @@ __global__ void __launch_bounds__(kSumWarps* kLanes) special_token_add_backward(
       row = begin + static_cast<int>((start + lane) / slots);
       slot = vector + static_cast<int>((start + lane) % slots);
       const int position = g.slots.get(row, slot);
-      if (position >= 0 && g.adapter_ids.get(row) == adapter) source = row * g.batch_stride + (g.by_slot ? slot : position) * g.token_stride;
+      if (position >= 0 && g.adapter_ids.get(row) == adapter)
+        source = row * g.batch_stride + (g.by_slot ? slot : position) * g.token_stride;
     }
     for (unsigned left = __ballot_sync(kWarpMask, source >= 0); left;) {
       Addend addends_of[kAddendsInFlight];

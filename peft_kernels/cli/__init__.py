@@ -1,4 +1,6 @@
-"""The entry point of ``peft-kernels``: names the packages to install if the command line's own are missing, and ends on Ctrl-C."""
+"""The entry point of ``peft-kernels``: names the packages to install if the command line's own are missing, and ends on
+Ctrl-C.
+"""
 
 import signal
 import sys
@@ -11,10 +13,13 @@ NEEDS = ("typer", "rich", "matplotlib", "jinja2", "transformers")
 
 def app():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_at_once)  # until there are results to keep: an interrupted import may carry on in a broken state
+        # until there are results to keep: an interrupted import may carry on in a broken state
+        signal.signal(signal.SIGINT, end_at_once)
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        sys.exit(f'peft-kernels: {", ".join(missing)} not installed; the command line needs: pip install "peft_kernels[cli]"')
+        sys.exit(
+            f'peft-kernels: {", ".join(missing)} not installed; the command line needs: pip install "peft_kernels[cli]"'
+        )
     from .commands import app as commands
 
     commands()

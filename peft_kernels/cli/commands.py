@@ -1,4 +1,7 @@
-"""The commands of ``peft-kernels``. Checks that do not need torch run before torch is imported, which takes over a second."""
+"""The commands of ``peft-kernels``.
+
+Checks that do not need torch run before torch is imported, which takes over a second.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -48,7 +51,11 @@ def _version(wanted: bool):
 
 
 @app.callback()
-def main(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)] = False):
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+):
     """Fused kernels for parameter-efficient adaptation: what runs here, and what it brings."""
 
 
@@ -63,43 +70,69 @@ def info():
 @app.command()
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Encoder-decoder checkpoint, a path or a hub id. Without it: T5-base architecture, random weights.")
+        str | None,
+        typer.Option(
+            help="Encoder-decoder checkpoint, a path or a hub id. Without it: T5-base architecture, random weights."
+        ),
     ] = None,
     input: Annotated[
         Path | None,
-        typer.Option(help="Text file, the document that is asked about. Without it: a text of this package.", exists=True, dir_okay=False),
+        typer.Option(
+            help="Text file, the document that is asked about. Without it: a text of this package.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line. Without it: 30 questions.", exists=True, dir_okay=False)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt a line. Without it: 30 questions.", exists=True, dir_okay=False),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="WOZ 2.0 dialogues (JSON, with ontology_en.json beside it): one prompt per slot on every last turn.", exists=True, dir_okay=False
+            help="WOZ 2.0 dialogues (JSON, with ontology_en.json beside it): one prompt per slot on every last turn.",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer, a path or a hub id. Without it: the model's; without a model: an id per word.")
+        str | None,
+        typer.Option(help="Tokenizer, a path or a hub id. Without it: the model's; without a model: an id per word."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.", min=1, max=LARGEST)] = 10,
-    input_tokens: Annotated[int, typer.Option(help="Longer inputs are cut after so many tokens.", min=1, max=LARGEST)] = 512,
-    limit: Annotated[int | None, typer.Option(help="With --data: how many dialogues; 0: all. Without it: 16.", min=0, max=LARGEST)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="With --data: dialogues per batch. Without it: 8.", min=1, max=LARGEST)] = None,
+    input_tokens: Annotated[
+        int, typer.Option(help="Longer inputs are cut after so many tokens.", min=1, max=LARGEST)
+    ] = 512,
+    limit: Annotated[
+        int | None, typer.Option(help="With --data: how many dialogues; 0: all. Without it: 16.", min=0, max=LARGEST)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="With --data: dialogues per batch. Without it: 8.", min=1, max=LARGEST)
+    ] = None,
     repeats: Annotated[
-        int, typer.Option(help="Timed runs of the two decoder methods; the slow prompt-in-encoder runs once.", min=1, max=LARGEST)
+        int,
+        typer.Option(
+            help="Timed runs of the two decoder methods; the slow prompt-in-encoder runs once.", min=1, max=LARGEST
+        ),
     ] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for the plot and the JSON.", file_okay=False)] = Path("results/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the JSON.", file_okay=False)] = Path(
+        "results/demo"
+    ),
 ):
     """Ask many questions of one text in three ways, check that the tokens agree, and compare time and memory.
 
-    PiE: every prompt is encoded with the text, stock generate. PiD repeated: encoded once, encoder outputs repeated per prompt, stock
-    generate. Ours: pid.enable and pid.generate, every input's keys and values computed and kept once.
+    PiE: every prompt is encoded with the text, stock generate. PiD repeated: encoded once, encoder outputs repeated per
+    prompt, stock generate. Ours: pid.enable and pid.generate, every input's keys and values computed and kept once.
     """
     from ..perf.workloads import chosen, dialogues
 
     _check(device)
     if data is not None and (input is not None or prompts is not None):
-        raise typer.BadParameter("dialogues bring their own inputs and prompts: leave --input and --prompts out", param_hint="--data")
+        raise typer.BadParameter(
+            "dialogues bring their own inputs and prompts: leave --input and --prompts out", param_hint="--data"
+        )
     for option, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and data is None:
             raise typer.BadParameter("is of --data, which is not given", param_hint=option)
@@ -107,7 +140,9 @@ def demo(
         for option, name in (("--model", model), ("--tokenizer", tokenizer)):
             if name is not None:
                 folder_or_hub_id(name, option)
-        texts = chosen(input, prompts) if data is None else dialogues(data, 16 if limit is None else limit, batch_size or 8)
+        texts = (
+            chosen(input, prompts) if data is None else dialogues(data, 16 if limit is None else limit, batch_size or 8)
+        )
         writable_folder(out)
         if model is not None:
             with_configuration(model, "--model")
@@ -125,21 +160,40 @@ def demo(
 
 @app.command()
 def bench(
-    operators: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators, as in peft_kernels.ops. Without one: all.")] = None,
+    operators: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Operators, as in peft_kernels.ops. Without one: all.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
-    dtype: Annotated[list[AnyDtype] | None, typer.Option(help="May be repeated. Without it: float32 and bfloat16.")] = None,
+    dtype: Annotated[
+        list[AnyDtype] | None, typer.Option(help="May be repeated. Without it: float32 and bfloat16.")
+    ] = None,
     shapes: Annotated[
-        list[str] | None, typer.Option(help='Sizes in place of the default shapes, "B=16,L=256,...", of exactly one OP. May be repeated.')
+        list[str] | None,
+        typer.Option(
+            help='Sizes in place of the default shapes, "B=16,L=256,...", of exactly one OP. May be repeated.'
+        ),
     ] = None,
     phase: Annotated[Phase, typer.Option(help="backward: forward and backward together.")] = Phase.both,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each candidate, or more where they are short.", min=2, max=LARGEST)] = 20,
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and fewer repetitions of what is short.")] = False,
-    against: Annotated[str | None, typer.Option(help="A git revision of this package, whose operators are timed beside.", metavar="REF")] = None,
+    repeats: Annotated[
+        int, typer.Option(help="Timed runs of each candidate, or more where they are short.", min=2, max=LARGEST)
+    ] = 20,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes and fewer repetitions of what is short.")
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A git revision of this package, whose operators are timed beside.", metavar="REF"),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for operators.json and operators.csv. Without it: results/<device>.", file_okay=False)
+        Path | None,
+        typer.Option(
+            help="Folder for operators.json and operators.csv. Without it: results/<device>.", file_okay=False
+        ),
     ] = None,
 ):
-    """Every operator against every baseline: checked against float64, timed turn by turn, held against the roofline of this machine."""
+    """Every operator against every baseline: checked against float64, timed turn by turn, held against the roofline of
+    this machine.
+    """
     _check(device)
     console = Console()
     with _refusing():
@@ -178,31 +232,42 @@ def _check(device: Device):
 
 
 def _operator_names() -> list[str]:
-    """Read ``ops.__all__`` from the source: importing ``ops`` takes longer than the reply to a mistyped name may take."""
+    """Read ``ops.__all__`` from the source: importing ``ops`` takes longer than the reply to a mistyped name may
+    take.
+    """
     tree = ast.parse((OPERATORS / "__init__.py").read_text(encoding="utf-8"))
     return next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
 
 
-Operator = Enum("Operator", {path.parent.name: path.parent.name for path in sorted(OPERATORS.glob("*/tunable.py"))}, type=str)
+Operator = Enum(
+    "Operator", {path.parent.name: path.parent.name for path in sorted(OPERATORS.glob("*/tunable.py"))}, type=str
+)
 
 
 @app.command()
 def tune(
     operators: Annotated[list[Operator] | None, typer.Argument(metavar="[OP]...", help="Without one: all.")] = None,
-    dtype: Annotated[list[Dtype], typer.Option(help="Of the tensors; bfloat16 stands for float16 too.")] = (Dtype.float32, Dtype.bfloat16),
+    dtype: Annotated[list[Dtype], typer.Option(help="Of the tensors; bfloat16 stands for float16 too.")] = (
+        Dtype.float32,
+        Dtype.bfloat16,
+    ),
     out: Annotated[
-        Path | None, typer.Option(help="Write here, not where launches read; what is there of other kernels stays.", dir_okay=False)
+        Path | None,
+        typer.Option(help="Write here, not where launches read; what is there of other kernels stays.", dir_okay=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the nearest neighbours of the shipped options.")] = False,
 ):
-    """Measure the launch options of the Triton kernels on this GPU, and keep those that are at least 3 % faster than the shipped ones.
+    """Measure the launch options of the Triton kernels on this GPU, and keep those that are at least 3 % faster than
+    the shipped ones.
 
-    Block sizes, warps and stages are tried around the shipped table, checked against its results, and timed side by side as CUDA graphs.
-    What is faster goes into a JSON file that later processes read at their first launch: in PEFT_KERNELS_CACHE, XDG_CACHE_HOME/peft_kernels
-    or ~/.cache/peft_kernels, for this GPU, this version of Triton and of peft_kernels. PEFT_KERNELS_TUNED=0 turns it off, `info` says what
-    is in use. Sums may be added in another order than with the shipped options. Nothing is ever tuned at a call.
+    Block sizes, warps and stages are tried around the shipped table, checked against its results, and timed side by
+    side as CUDA graphs. What is faster goes into a JSON file that later processes read at their first launch: in
+    PEFT_KERNELS_CACHE, XDG_CACHE_HOME/peft_kernels or ~/.cache/peft_kernels, for this GPU, this version of Triton and
+    of peft_kernels. PEFT_KERNELS_TUNED=0 turns it off, `info` says what is in use. Sums may be added in another order
+    than with the shipped options. Nothing is ever tuned at a call.
 
-    The kernels in CUDA C++, which "auto" takes where they are built, have their launch constants compiled in and are not tuned.
+    The kernels in CUDA C++, which "auto" takes where they are built, have their launch constants compiled in and are
+    not tuned.
     """
     with _refusing():
         if out is not None:
@@ -227,25 +292,46 @@ class Method(str, Enum):
 def profile(
     model: Annotated[
         str,
-        typer.Argument(help="A folder, or t5-base, bert-base, roberta-base, gpt2 and the like with random weights, or a hub id."),
+        typer.Argument(
+            help="A folder, or t5-base, bert-base, roberta-base, gpt2 and the like with random weights, or a hub id."
+        ),
     ],
-    method: Annotated[Method | None, typer.Option(help="What is swapped in. Encoder-decoder models need not say: pid.")] = None,
-    batch: Annotated[
-        list[str] | None, typer.Option(metavar="INTS", help="Inputs of a batch. Several values, as 1,2,4 or repeated, make a sweep with a plot.")
+    method: Annotated[
+        Method | None, typer.Option(help="What is swapped in. Encoder-decoder models need not say: pid.")
     ] = None,
-    streams: Annotated[list[str] | None, typer.Option(metavar="INTS", help="pid: prompts of every input; a sweep likewise.")] = None,
-    length: Annotated[list[str] | None, typer.Option(metavar="INTS", help="Tokens of an input; a sweep likewise.")] = None,
-    new_tokens: Annotated[list[str] | None, typer.Option(metavar="INTS", help="pid: tokens generated, or learned, per prompt; likewise.")] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INTS", help="Inputs of a batch. Several values, as 1,2,4 or repeated, make a sweep with a plot."
+        ),
+    ] = None,
+    streams: Annotated[
+        list[str] | None, typer.Option(metavar="INTS", help="pid: prompts of every input; a sweep likewise.")
+    ] = None,
+    length: Annotated[
+        list[str] | None, typer.Option(metavar="INTS", help="Tokens of an input; a sweep likewise.")
+    ] = None,
+    new_tokens: Annotated[
+        list[str] | None, typer.Option(metavar="INTS", help="pid: tokens generated, or learned, per prompt; likewise.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
-    repeats: Annotated[int | None, typer.Option(help="Timed runs of each candidate; 5, with --quick 2.", min=1, max=LARGEST)] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed runs of each candidate; 5, with --quick 2.", min=1, max=LARGEST)
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="A training step in place of inference.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes where no option names one, two runs: does it work at all.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the JSON, plots and traces; else results/DEVICE.", file_okay=False)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes where no option names one, two runs: does it work at all.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON, plots and traces; else results/DEVICE.", file_okay=False)
+    ] = None,
 ):
-    """A model end to end, stock and with a method's kernels: throughput, time to first token, peak memory, time by operator.
+    """A model end to end, stock and with a method's kernels: throughput, time to first token, peak memory, time by
+    operator.
 
-    Stock and ours run turn by turn in one process, and what they say is compared: a disagreement in float32 fails. Chrome traces are written too.
+    Stock and ours run turn by turn in one process, and what they say is compared: a disagreement in float32 fails.
+    Chrome traces are written too.
     """
     from ..perf.profile.sweep import parsed
 
@@ -264,7 +350,14 @@ def profile(
     with _refusing():
         out = out or writable_folder(default_folder(device.value))
 
-    how = {"dtype": getattr(torch, dtype.value), "device": device.value, "repeats": repeats, "train": train, "quick": quick, "out": out}
+    how = {
+        "dtype": getattr(torch, dtype.value),
+        "device": device.value,
+        "repeats": repeats,
+        "train": train,
+        "quick": quick,
+        "out": out,
+    }
     agree = run(model, None if method is None else method.value, sizes, **how, console=Console())
     raise typer.Exit(0 if agree else 1)
 
@@ -273,16 +366,27 @@ def profile(
 def report(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FOLDER", help="Where result files are. Without: benchmarks/results.", exists=True, file_okay=False),
+        typer.Argument(
+            metavar="FOLDER", help="Where result files are. Without: benchmarks/results.", exists=True, file_okay=False
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The page to write. Without, and without --figures and --picture: report.html.", dir_okay=False)
+        Path | None,
+        typer.Option(
+            help="The page to write. Without, and without --figures and --picture: report.html.", dir_okay=False
+        ),
     ] = None,
     figures: Annotated[
         list[Path] | None,
-        typer.Option(help="A Markdown file whose figures are written anew, between its markers. May be repeated.", exists=True, dir_okay=False),
+        typer.Option(
+            help="A Markdown file whose figures are written anew, between its markers. May be repeated.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="An SVG file of all methods in one drawing, for the README.", dir_okay=False)] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="An SVG file of all methods in one drawing, for the README.", dir_okay=False)
+    ] = None,
 ):
     """Result files as one self-contained HTML page, or as the figures of the README and of docs/."""
     from ..perf import report
@@ -295,7 +399,9 @@ def report(
             try:
                 texts[writable_file(path, "--figures")] = report.updated(text_of(path, "--figures"), machines)
             except ValueError as error:
-                raise error if str(error).startswith("--figures") else ValueError(f"--figures: {path}: {error}") from error
+                raise (
+                    error if str(error).startswith("--figures") else ValueError(f"--figures: {path}: {error}")
+                ) from error
         if page_path is not None:
             texts[writable_file(page_path)] = report.page(machines)
         if picture is not None:

@@ -35,14 +35,23 @@ def _facts(footnotes: dict[str, int]) -> Table:
     table.add_column(overflow="fold")
     table.add_row("versions", ", ".join(f"{package} {version}" for package, version in versions().items()))
     problems = {"C++ kernels": native_library.problem(), "CUDA kernels": cuda_library.problem()}
-    built = {name: "built" if reason is None else f"[yellow]no[/yellow] {_number(reason, footnotes)}" for name, reason in problems.items()}
+    built = {
+        name: "built" if reason is None else f"[yellow]no[/yellow] {_number(reason, footnotes)}"
+        for name, reason in problems.items()
+    }
     table.add_row("libraries", ", ".join(f"{name}: {answer}" for name, answer in built.items()))
-    table.add_row("cpu", f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    table.add_row(
+        "cpu",
+        f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,"
+        f" {torch.backends.cpu.get_cpu_capability()}",
+    )
     for what in gpus() or ["none that torch sees"]:
         table.add_row("gpu", what)
     launches = torch.cuda.is_available() and triton_runtime.INSTALLED
     operators: dict[str, list[str]] = {}
-    for operator, config in launch_options(torch.device("cuda", torch.cuda.current_device()) if launches else None).items():
+    for operator, config in launch_options(
+        torch.device("cuda", torch.cuda.current_device()) if launches else None
+    ).items():
         operators.setdefault(config, []).append(operator)
     *fewer, most = sorted(operators, key=lambda config: len(operators[config])) or [None]
     for config in fewer:
@@ -53,7 +62,9 @@ def _facts(footnotes: dict[str, int]) -> Table:
 
 
 def launch_options(device: torch.device | None) -> dict[str, str]:
-    """operator -> where its launches on this GPU take their configs: the default ones, or tuned ones and for how many rows. Empty without a GPU."""
+    """operator -> where its launches on this GPU take their configs: the default ones, or tuned ones and for how many
+    rows. Empty without a GPU.
+    """
     if device is None:
         return {}
     entries, otherwise = [], "shipped"
@@ -82,7 +93,10 @@ def availability(package: str) -> dict[str, dict[str, dict[torch.dtype, str | No
     """implementation -> device type -> dtype -> why it cannot run here, None if it can."""
     implementations = import_module(f"{ops.__name__}.{package}").implementations
     return {
-        impl: {device: {dtype: _reason(implementations, impl, device, dtype) for dtype in DTYPES} for device in device_types()}
+        impl: {
+            device: {dtype: _reason(implementations, impl, device, dtype) for dtype in DTYPES}
+            for device in device_types()
+        }
         for impl in implementations.names
     }
 
@@ -95,7 +109,9 @@ def _reason(implementations, impl: str, device: str, dtype: torch.dtype) -> str 
 
 
 def _matrix(footnotes: dict[str, int]) -> Table:
-    """A line for each operator and each device of a package of implementations; ``footnotes`` collects the reasons and numbers them."""
+    """A line for each operator and each device of a package of implementations; ``footnotes`` collects the reasons and
+    numbers them.
+    """
     rows = {package: availability(package) for package in packages()}
     names = sorted({impl for row in rows.values() for impl in row}, key=ORDER.index)
     devices = ["gpu" if device == "cuda" else device for device in device_types()]
@@ -106,7 +122,10 @@ def _matrix(footnotes: dict[str, int]) -> Table:
     for name in names:
         table.add_column(name, overflow="fold")
     for package, row in rows.items():
-        cells = [[_cell(reasons, footnotes) for reasons in row[impl].values()] if impl in row else ["-"] * len(devices) for impl in names]
+        cells = [
+            [_cell(reasons, footnotes) for reasons in row[impl].values()] if impl in row else ["-"] * len(devices)
+            for impl in names
+        ]
         for line in zip_longest(packages()[package], devices, *cells, fillvalue=""):
             table.add_row(*line)
     return table

@@ -28,7 +28,10 @@ class FeatureFile:
     def __init__(self, path: str | Path, key: str):
         self.path, self.key = Path(path), key
         if self.path.exists() and not (self.path.is_file() and self._ours()):
-            raise ValueError(f"DecT: cache must be a new file or one that extract has written, got {str(path)!r}, which holds something else")
+            raise ValueError(
+                f"DecT: cache must be a new file or one that extract has written, got {str(path)!r}, which holds"
+                " something else"
+            )
 
     def read(self) -> dict[str, Tensor] | None:
         """The finished rows; None if there are none, if the file is damaged, or if its key differs."""
@@ -58,4 +61,6 @@ class FeatureFile:
     def _ours(self) -> bool:
         with self.path.open("rb") as file:
             found = file.read(100)
-        return not found or len(found) > 8 and any(found[8:].startswith(x[: len(found) - 8].encode()) for x in BEGINNINGS)
+        return (
+            not found or len(found) > 8 and any(found[8:].startswith(x[: len(found) - 8].encode()) for x in BEGINNINGS)
+        )

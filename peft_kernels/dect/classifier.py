@@ -32,24 +32,27 @@ FORMAT = "peft_kernels.dect classifier 1"
 class DecoderTuning(ClassifierMixin, BaseEstimator):
     """A classifier on the features and scores that ``dect.extract`` computes with a frozen model.
 
-    Decoder tuning (DecT), arXiv 2212.08408: ``q_k = -||normalise(W h) - p_k|| + r_k + score_weight * s_k`` with trained W and r and
-    frozen random prototypes p; Adam on the cross-entropy of q, all texts in every epoch. The same seed gives the same classifier.
+    Decoder tuning (DecT), arXiv 2212.08408: ``q_k = -||normalise(W h) - p_k|| + r_k + score_weight * s_k`` with trained
+    W and r and frozen random prototypes p; Adam on the cross-entropy of q, all texts in every epoch. The same seed
+    gives the same classifier.
 
     Args:
         dim: D, the number of rows of W (D, H) and the width of the prototypes.
         lr: learning rate of Adam.
         epochs: number of steps, each on all texts.
         score_weight: lambda; None: C / N, 1 over the mean number of texts per class. The authors use 1 for MNLI.
-        calibration: calibration of the model's scores, ``"official"``, ``"logprob"`` or ``"none"``; see ``dect.head.calibrated``.
+        calibration: calibration of the model's scores, ``"official"``, ``"logprob"`` or ``"none"``; see
+            ``dect.head.calibrated``.
         empty_scores: (C,), scores of the empty text, from ``dect.extract``; needed by the first two calibrations.
-        classes: names of the classes in the order of the scores' columns; None: 0, 1, … with scores, else the sorted labels.
-        class_weight: mapping from class to the loss weight of its texts; ``"balanced"``: N / (C * number of texts of the class);
-            None: 1.
+        classes: names of the classes in the order of the scores' columns; None: 0, 1, … with scores, else the sorted
+            labels.
+        class_weight: mapping from class to the loss weight of its texts; ``"balanced"``: N / (C * number of texts of
+            the class); None: 1.
         seed: random seed of W and the prototypes.
 
-    With scikit-learn installed, this is one of its estimators: ``check_estimator`` passes, and pipelines, searches, calibration
-    and one-vs-rest accept it. They do not forward scores unless metadata routing is enabled (``set_fit_request(scores=True)``, and
-    likewise for ``predict``, ``score`` and the others).
+    With scikit-learn installed, this is one of its estimators: ``check_estimator`` passes, and pipelines, searches,
+    calibration and one-vs-rest accept it. They do not forward scores unless metadata routing is enabled
+    (``set_fit_request(scores=True)``, and likewise for ``predict``, ``score`` and the others).
     """
 
     def __init__(
@@ -66,32 +69,47 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         seed: int = 0,
     ) -> None:
         self.dim, self.lr, self.epochs, self.score_weight, self.seed = dim, lr, epochs, score_weight, seed
-        self.calibration, self.empty_scores, self.classes, self.class_weight = calibration, empty_scores, classes, class_weight
+        self.calibration, self.empty_scores, self.classes, self.class_weight = (
+            calibration,
+            empty_scores,
+            classes,
+            class_weight,
+        )
 
-    def fit(self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None) -> "DecoderTuning":
+    def fit(
+        self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None
+    ) -> "DecoderTuning":
         """Train on ``features`` (N, H), labels ``y`` (N,) of any type and, optionally, the model's ``scores`` (N, C).
 
-        Inputs are tensors (training runs on their device), arrays, tables or lists. ``sample_weight`` is (N,), at least 0: a text of
-        weight 2 counts as two texts, and a text of weight 0 is ignored. Sets ``classes_``, ``head_``, ``losses_`` (one per epoch),
-        ``score_weight_``, ``n_features_in_`` and, for a table, ``feature_names_in_``.
+        Inputs are tensors (training runs on their device), arrays, tables or lists. ``sample_weight`` is (N,), at least
+            0: a text of weight 2 counts as two texts, and a text of weight 0 is ignored. Sets ``classes_``, ``head_``,
+            ``losses_`` (one per epoch), ``score_weight_``, ``n_features_in_`` and, for a table, ``feature_names_in_``.
 
         Raises:
-            ValueError: shapes do not match, features or scores are not finite, a label is outside the classes or has a fraction, a class
-                has no texts, the calibration is unknown, or scores are to be calibrated without ``empty_scores``.
+            ValueError: shapes do not match, features or scores are not finite, a label is outside the classes or has a
+                fraction, a class has no texts, the calibration is unknown, or scores are to be calibrated without
+                ``empty_scores``.
             TypeError: features are sparse.
         """
         if self.calibration not in CALIBRATIONS:
-            raise ValueError(f"DecoderTuning: calibration must be one of {list(CALIBRATIONS)}, got {self.calibration!r}")
+            raise ValueError(
+                f"DecoderTuning: calibration must be one of {list(CALIBRATIONS)}, got {self.calibration!r}"
+            )
         number("dim", self.dim, 1, whole=True)
         number("epochs", self.epochs, 0, whole=True)
         number("lr", self.lr, 0)
         table, features = features, matrix_of("features", features)
         if not len(features):
-            raise ValueError(f"DecoderTuning: features must have at least one row, got none: 0 sample(s) (shape={tuple(features.shape)})")
+            raise ValueError(
+                "DecoderTuning: features must have at least one row, got none: 0 sample(s)"
+                f" (shape={tuple(features.shape)})"
+            )
         labels = labels_of(y, len(features))
         scores = None if scores is None else matrix_of("scores", scores).to(features.device)
         if scores is not None and len(scores) != len(features):
-            raise ValueError(f"DecoderTuning: scores must be ({len(features)}, {scores.shape[1]}), got {tuple(scores.shape)}")
+            raise ValueError(
+                f"DecoderTuning: scores must be ({len(features)}, {scores.shape[1]}), got {tuple(scores.shape)}"
+            )
         same_features(self, table, features, reset=True)
         weights = None if sample_weight is None else row_weights(sample_weight, len(features))
         if weights is not None and not weights.all():
@@ -102,7 +120,9 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         indices = self._indices(labels)
         counts = np.bincount(indices, minlength=len(self.classes_))
         if not counts.all():
-            raise ValueError(f"DecoderTuning: every class must have a text, got none for {self.classes_[counts == 0].tolist()}")
+            raise ValueError(
+                f"DecoderTuning: every class must have a text, got none for {self.classes_[counts == 0].tolist()}"
+            )
         self.takes_scores_ = scores is not None
         texts = len(features) if weights is None else float(weights.sum())
         self.score_weight_ = len(self.classes_) / texts if self.score_weight is None else float(self.score_weight)
@@ -127,8 +147,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         """The logits q, (N, C) float32, on the device on which the classifier was trained.
 
         Raises:
-            ValueError: the classifier is not fitted, shapes do not match, values are not finite, or scores are given to a classifier
-                that was trained without them, or the reverse.
+            ValueError: the classifier is not fitted, shapes do not match, values are not finite, or scores are given to
+                a classifier that was trained without them, or the reverse.
         """
         if not hasattr(self, "head_"):
             raise NotFittedError("DecoderTuning: fit must come first")
@@ -136,14 +156,23 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         table, features = features, matrix_of("features", features).to(device)
         same_features(self, table, features, reset=False)
         if not len(features):
-            raise ValueError(f"DecoderTuning: features must have at least one row, got none: 0 sample(s) (shape={tuple(features.shape)})")
+            raise ValueError(
+                "DecoderTuning: features must have at least one row, got none: 0 sample(s)"
+                f" (shape={tuple(features.shape)})"
+            )
         if (scores is not None) != self.takes_scores_:
-            raise ValueError(f"DecoderTuning: fit was called {'with' if self.takes_scores_ else 'without'} scores, and so must be this")
+            raise ValueError(
+                f"DecoderTuning: fit was called {'with' if self.takes_scores_ else 'without'} scores, and so must be"
+                " this"
+            )
         scores = scores if scores is None else matrix_of("scores", scores).to(device)
         return self.head_(features, self._calibrated(scores, len(features)), self.score_weight_)
 
     def decision_function(self, features: Values, scores: Values | None = None) -> np.ndarray:
-        """The logits q, (N, C) float32; with two classes, q of the second minus q of the first, (N,). Raises as ``logits`` does."""
+        """The logits q, (N, C) float32; with two classes, q of the second minus q of the first, (N,).
+
+        Raises as ``logits`` does.
+        """
         q = self.logits(features, scores).cpu().numpy()
         return q[:, 1] - q[:, 0] if q.shape[1] == 2 else q
 
@@ -156,7 +185,9 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         """The softmax of the logits, (N, C) float32."""
         return self.logits(features, scores).softmax(1).cpu().numpy()
 
-    def score(self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None) -> float:
+    def score(
+        self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None
+    ) -> float:
         """The accuracy of the predictions for ``features`` against ``y``."""
         predicted = self.predict(features, scores)
         right = predicted == labels_of(y, len(predicted))
@@ -179,11 +210,21 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         weights = self.class_weight
         # a mapping is stored as pairs, because JSON keys are strings
         parameters["class_weight"] = [*weights.items()] if isinstance(weights, Mapping) else weights
-        fitted = {"classes": self.classes_.tolist(), "takes_scores": self.takes_scores_, "score_weight": self.score_weight_}
+        fitted = {
+            "classes": self.classes_.tolist(),
+            "takes_scores": self.takes_scores_,
+            "score_weight": self.score_weight_,
+        }
         try:
-            metadata = {"format": FORMAT, "parameters": json.dumps(parameters, default=_number), "fitted": json.dumps(fitted)}
+            metadata = {
+                "format": FORMAT,
+                "parameters": json.dumps(parameters, default=_number),
+                "fitted": json.dumps(fitted),
+            }
         except TypeError as error:
-            raise TypeError(f"DecoderTuning: parameters and classes must be numbers or strings to be saved: {error}") from error
+            raise TypeError(
+                f"DecoderTuning: parameters and classes must be numbers or strings to be saved: {error}"
+            ) from error
         durable.check_writable("DecoderTuning: path", Path(path))
         durable.replace(Path(path), lambda part: save_file(tensors, part, metadata=metadata))
 
@@ -212,12 +253,20 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         """The weights of the classes, (C,), from the number of texts per class, (C,)."""
         if isinstance(self.class_weight, str):
             if self.class_weight != "balanced":
-                raise ValueError(f"DecoderTuning: class_weight must be None, 'balanced' or a mapping from class to weight, got {self.class_weight!r}")
+                raise ValueError(
+                    "DecoderTuning: class_weight must be None, 'balanced' or a mapping from class to weight, got"
+                    f" {self.class_weight!r}"
+                )
             return counts.sum() / (len(counts) * counts)
         if not isinstance(self.class_weight, Mapping):
-            raise ValueError(f"DecoderTuning: class_weight must be None, 'balanced' or a mapping from class to weight, got {self.class_weight!r}")
+            raise ValueError(
+                "DecoderTuning: class_weight must be None, 'balanced' or a mapping from class to weight, got"
+                f" {self.class_weight!r}"
+            )
         if unknown := [k for k in self.class_weight if k not in self.classes_.tolist()]:
-            raise ValueError(f"DecoderTuning: class_weight must be of the classes {self.classes_.tolist()}, got {unknown}")
+            raise ValueError(
+                f"DecoderTuning: class_weight must be of the classes {self.classes_.tolist()}, got {unknown}"
+            )
         weights = np.array([self.class_weight.get(k, 1) for k in self.classes_.tolist()], dtype=np.float64)
         if not np.isfinite(weights).all() or (weights <= 0).any():
             raise ValueError(f"DecoderTuning: class_weight must have positive finite weights, got {weights.tolist()}")
@@ -229,13 +278,17 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
             return np.unique(labels) if scores is None else np.arange(scores.shape[1])
         classes = np.asarray(list(self.classes))
         if len(np.unique(classes)) != len(classes) or columns not in (None, len(classes)):
-            raise ValueError(f"DecoderTuning: classes must name {columns or 'all'} classes, each once, got {classes.tolist()}")
+            raise ValueError(
+                f"DecoderTuning: classes must name {columns or 'all'} classes, each once, got {classes.tolist()}"
+            )
         return classes
 
     def _indices(self, labels: np.ndarray) -> np.ndarray:
         index = {name: i for i, name in enumerate(self.classes_.tolist())}
         if unknown := sorted({str(x) for x in labels.tolist() if x not in index}):
-            raise ValueError(f"DecoderTuning: labels must be among the classes {self.classes_.tolist()}, got {', '.join(unknown)}")
+            raise ValueError(
+                f"DecoderTuning: labels must be among the classes {self.classes_.tolist()}, got {', '.join(unknown)}"
+            )
         return np.array([index[x] for x in labels.tolist()], dtype=np.int64)
 
     def _calibrated(self, scores: Tensor | None, rows: int) -> Tensor | None:
@@ -247,7 +300,10 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         if self.calibration == "none":
             return scores
         if self.empty_scores is None:
-            raise ValueError(f"DecoderTuning: calibration={self.calibration!r} needs empty_scores, the scores of the empty text, from extract")
+            raise ValueError(
+                f"DecoderTuning: calibration={self.calibration!r} needs empty_scores, the scores of the empty text,"
+                " from extract"
+            )
         empty = vector_of(self.empty_scores).to(scores.device)
         if empty.shape != (classes,) or not empty.isfinite().all():
             raise ValueError(f"DecoderTuning: empty_scores must be {classes} finite numbers, got {empty.tolist()}")

@@ -1,4 +1,6 @@
-"""Support for scikit-learn's estimator interface: its base classes if it is installed, and conversion of arrays to tensors."""
+"""Support for scikit-learn's estimator interface: its base classes if it is installed, and conversion of arrays to
+tensors.
+"""
 
 import inspect
 import warnings
@@ -43,7 +45,10 @@ def array_of(x) -> np.ndarray:
 
 
 def vector_of(x) -> Tensor:
-    """``x`` as a detached float32 tensor. Arrays may be read-only or have negative strides, which torch does not support."""
+    """``x`` as a detached float32 tensor.
+
+    Arrays may be read-only or have negative strides, which torch does not support.
+    """
     if not isinstance(x, Tensor):
         x = array_of(x)
         if x.dtype.kind == "c":
@@ -56,7 +61,8 @@ def matrix_of(name: str, x) -> Tensor:
     """``x`` as a finite (N, M) tensor.
 
     Raises:
-        ValueError: it is not two-dimensional, has no columns, or has a value that is not finite. TypeError: it is sparse.
+        ValueError: it is not two-dimensional, has no columns, or has a value that is not finite. TypeError: it is
+            sparse.
     """
     if hasattr(x, "tocsr") or isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(f"DecoderTuning: {name} must be a dense matrix, got sparse data; use .toarray()")
@@ -66,7 +72,8 @@ def matrix_of(name: str, x) -> Tensor:
         raise ValueError(f"DecoderTuning: {name} must be a matrix, got {tuple(x.shape)}.{hint}")
     if not x.shape[1]:
         raise ValueError(
-            f"DecoderTuning: {name} must have columns, found array with 0 feature(s) (shape={tuple(x.shape)}) while a minimum of 1 is required."
+            f"DecoderTuning: {name} must have columns, found array with 0 feature(s) (shape={tuple(x.shape)}) while a"
+            " minimum of 1 is required."
         )
     if not x.isfinite().all():
         row = int((~x.isfinite()).any(1).nonzero()[0])
@@ -80,11 +87,13 @@ def same_features(estimator, features, x: Tensor, reset: bool) -> None:
         estimator.n_features_in_ = x.shape[1]
     elif x.shape[1] != estimator.n_features_in_:
         raise ValueError(
-            f"DecoderTuning: features must be (N, {estimator.n_features_in_}) as in fit, got {tuple(x.shape)}: X has {x.shape[1]} features, but"
-            f" DecoderTuning is expecting {estimator.n_features_in_} features as input"
+            f"DecoderTuning: features must be (N, {estimator.n_features_in_}) as in fit, got {tuple(x.shape)}: X has"
+            f" {x.shape[1]} features, but DecoderTuning is expecting {estimator.n_features_in_} features as input"
         )
     if validate_data is not None:
-        validate_data(estimator, features if hasattr(features, "columns") else x.cpu().numpy(), reset=reset, skip_check_array=True)
+        validate_data(
+            estimator, features if hasattr(features, "columns") else x.cpu().numpy(), reset=reset, skip_check_array=True
+        )
 
 
 def labels_of(labels, rows: int) -> np.ndarray:
@@ -94,7 +103,10 @@ def labels_of(labels, rows: int) -> np.ndarray:
         ValueError: the shape differs (one-hot rows), a label is None or NaN, or labels are numbers with a fraction.
     """
     if labels is None:
-        raise ValueError("DecoderTuning: fit requires y to be passed, but the target y is None: labels must be one for each row of features")
+        raise ValueError(
+            "DecoderTuning: fit requires y to be passed, but the target y is None: labels must be one for each row of"
+            " features"
+        )
     labels = array_of(list(labels) if isinstance(labels, Iterator) else labels)
     if labels.shape == (rows, 1):
         warnings.warn("A column-vector y was passed when a 1d array was expected", DataConversionWarning, stacklevel=3)
@@ -104,7 +116,9 @@ def labels_of(labels, rows: int) -> np.ndarray:
     if labels.dtype.kind in "fc" and not np.isfinite(labels).all():
         raise ValueError("DecoderTuning: labels must be classes, got NaN or inf: Input contains NaN or infinity")
     if labels.dtype.kind in "fc" and (labels != np.round(labels)).any():
-        raise ValueError("DecoderTuning: labels must be classes, got numbers with a fraction. Unknown label type: continuous")
+        raise ValueError(
+            "DecoderTuning: labels must be classes, got numbers with a fraction. Unknown label type: continuous"
+        )
     if labels.dtype == object and any(x is None or x != x for x in labels):
         raise ValueError("DecoderTuning: labels must be classes, got None or NaN")
     return labels
@@ -117,7 +131,8 @@ def row_weights(sample_weight, rows: int) -> np.ndarray:
         weights = np.full(rows, weights)
     if weights.shape != (rows,):
         raise ValueError(
-            f"DecoderTuning: sample_weight must be ({rows},), one for each row of features, got {weights.shape}: Sample weights must be 1D"
+            f"DecoderTuning: sample_weight must be ({rows},), one for each row of features, got {weights.shape}: Sample"
+            " weights must be 1D"
         )
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ValueError("DecoderTuning: sample_weight must be finite weights of at least 0, and not zero everywhere")

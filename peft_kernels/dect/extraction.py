@@ -1,4 +1,6 @@
-"""Extraction of the hidden state at the mask and the logits of the label words, by one forward of a frozen model per text."""
+"""Extraction of the hidden state at the mask and the logits of the label words, by one forward of a frozen model per
+text.
+"""
 
 import time
 from collections.abc import Sequence
@@ -50,26 +52,30 @@ def extract(
 ) -> Extraction:
     """Run ``model`` once on every text in ``template`` and return the features and scores at the mask.
 
-    Decoder tuning (DecT), arXiv 2212.08408, section 3.1. The head reads only the mask's row and computes only the label words.
+    Decoder tuning (DecT), arXiv 2212.08408, section 3.1. The head reads only the mask's row and computes only the label
+    words.
 
     Args:
-        model: a transformers model, in training or eval mode: a masked language model, a causal one (the template ends with the mask),
-            one of the T5 family (``<extra_id_0>`` is the mask; the decoder reads it after its start token), or an encoder without a head
-            if ``label_words`` is None. With PEFT the features are those of the active adapter.
+        model: a transformers model, in training or eval mode: a masked language model, a causal one (the template ends
+            with the mask), one of the T5 family (``<extra_id_0>`` is the mask; the decoder reads it after its start
+            token), or an encoder without a head if ``label_words`` is None. With PEFT the features are those of the
+            active adapter.
         tokenizer: the model's tokenizer.
         texts: strings, in any ordered iterable.
-        template: for example ``"{text} It was {mask}."``. A text that is too long is cut at its end; the template is never cut. A space
-            before ``{mask}`` changes how label words are tokenized: BPE tokenizers have different tokens for "great" and " great".
-        label_words: for every class, in order, one word or several; a word of several pieces counts by its first. None: no scores.
+        template: for example ``"{text} It was {mask}."``. A text that is too long is cut at its end; the template is
+            never cut. A space before ``{mask}`` changes how label words are tokenized: BPE tokenizers have different
+            tokens for "great" and " great".
+        label_words: for every class, in order, one word or several; a word of several pieces counts by its first. None:
+            no scores.
         batch_size: texts per forward; they are sorted by length and padded to the longest of the batch.
         max_length: the most tokens of a text in its template; None: the limit of model and tokenizer.
-        cache: path of a safetensors file. It is read if it was made from the same model, weights, active adapters, autocast, token ids
-            and words; otherwise it is written. It is saved every half minute, and an interrupted run continues from it. Its contents are
-            used only if their checksum matches.
+        cache: path of a safetensors file. It is read if it was made from the same model, weights, active adapters,
+            autocast, token ids and words; otherwise it is written. It is saved every half minute, and an interrupted
+            run continues from it. Its contents are used only if their checksum matches.
 
     Raises:
-        ValueError: the template has no text or mask or is too long, a class is empty, a word has no pieces, the model gives no scores, or
-            ``cache`` cannot be written or is another kind of file.
+        ValueError: the template has no text or mask or is too long, a class is empty, a word has no pieces, the model
+            gives no scores, or ``cache`` cannot be written or is another kind of file.
         TypeError: ``model`` is not a transformers model, or a text or word is not a string.
 
     Several threads may extract from one model at once; meanwhile it is in eval mode for all.
@@ -85,7 +91,11 @@ def extract(
     order = [len(texts), *sorted(range(len(texts)), key=lambda i: -len(encoded[i].input_ids))]
     file = None
     if cache is not None:
-        inputs = {"label_ids": label_ids, "decoder_ids": row.decoder_ids, "rows": [(e.input_ids, e.position) for e in encoded]}
+        inputs = {
+            "label_ids": label_ids,
+            "decoder_ids": row.decoder_ids,
+            "rows": [(e.input_ids, e.position) for e in encoded],
+        }
         file = FeatureFile(cache, fingerprint(row.runs, row.base, inputs))
     found = _run(pretrained, row, [encoded[i] for i in order], batch_size, padding_id(tokenizer), file)
     places = torch.tensor(order).argsort()
@@ -98,7 +108,9 @@ def extract(
 
 def template_for(model, tokenizer, template: str, max_length: int | None) -> Template:
     if is_encoder_decoder(model) and T5_MASK not in tokenizer.get_vocab():
-        raise ValueError(f"DecT: encoder-decoder models are read as T5 is, but {type(tokenizer).__name__} has no {T5_MASK}")
+        raise ValueError(
+            f"DecT: encoder-decoder models are read as T5 is, but {type(tokenizer).__name__} has no {T5_MASK}"
+        )
     most = max_length_of(model, tokenizer, 512) if max_length is None else whole("DecT", "max_length", max_length, 1)
     return Template(template, tokenizer, most, causal=is_causal(model))
 
@@ -118,19 +130,26 @@ def padded(rows: Sequence[Encoded], pad: int, device=None) -> tuple[Tensor, Tens
     """Ids and mask, (B, S), padded on the right, so that causal models need no position ids, and positions (B,)."""
     longest = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [pad] * (longest - len(row.input_ids)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row.input_ids) + [0] * (longest - len(row.input_ids)) for row in rows], device=device)
+    mask = torch.tensor(
+        [[1] * len(row.input_ids) + [0] * (longest - len(row.input_ids)) for row in rows], device=device
+    )
     return ids, mask, torch.tensor([row.position for row in rows], device=device)
 
 
-def _run(model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int, file: FeatureFile | None) -> dict[str, Tensor]:
-    """Features (N, H) and, with label words, scores (N, C) of ``encoded``, the empty text first; rows in ``file`` are not recomputed."""
+def _run(
+    model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int, file: FeatureFile | None
+) -> dict[str, Tensor]:
+    """Features (N, H) and, with label words, scores (N, C) of ``encoded``, the empty text first; rows in ``file`` are
+    not recomputed.
+    """
     found = file.read() if file else None
     rows = [] if found is None else [found]
     done = saved = sum(len(x["features"]) for x in rows)
     if file and done < len(encoded):
         file.check_writable()
 
-    device = None if model.device.type == "meta" else model.device  # accelerate's hooks fetch offloaded weights and move the inputs
+    # accelerate's hooks fetch offloaded weights and move the inputs
+    device = None if model.device.type == "meta" else model.device
 
     def together():
         return {name: torch.cat([x[name] for x in rows]) for name in rows[0]}
@@ -140,7 +159,10 @@ def _run(model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int,
         file.write(together())
         saved = done
 
-    with evaluating(model), logging.tqdm(total=len(encoded) - 1, initial=max(0, done - 1), desc="features", unit=" texts") as progress:
+    with (
+        evaluating(model),
+        logging.tqdm(total=len(encoded) - 1, initial=max(0, done - 1), desc="features", unit=" texts") as progress,
+    ):
         due = time.monotonic() + SAVE_SECONDS
         try:
             while done < len(encoded):

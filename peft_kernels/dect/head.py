@@ -26,8 +26,9 @@ class Head:
 def calibrated(scores: Tensor, empty_scores: Tensor | None, calibration: str) -> Tensor:
     """Calibrate ``scores`` (N, C) by the scores of the empty text, ``empty_scores`` (C,).
 
-    ``"official"`` divides logits by ``empty_scores / mean(empty_scores) + 1e-15``, as the authors' code does; a divisor near 0 or
-    negative changes order and sign. ``"logprob"`` subtracts log-probabilities over the classes. ``"none"`` returns ``scores`` unchanged.
+    ``"official"`` divides logits by ``empty_scores / mean(empty_scores) + 1e-15``, as the authors' code does; a divisor
+    near 0 or negative changes order and sign. ``"logprob"`` subtracts log-probabilities over the classes. ``"none"``
+    returns ``scores`` unchanged.
     """
     if calibration == "none":
         return scores
@@ -49,11 +50,12 @@ def train(
     seed: int,
     weights: Tensor | None = None,
 ) -> tuple[Head, Tensor]:
-    """Train a head by Adam on all of ``features`` (N, H) and ``labels`` (N,) in every epoch; returns it and the losses, (epochs,).
+    """Train a head by Adam on all of ``features`` (N, H) and ``labels`` (N,) in every epoch; returns it and the losses,
+    (epochs,).
 
-    A loss is that before its step. The gradient takes two matmuls and one pass over the projected rows, without autograd. The projection
-    is stored transposed, as (H, D): with few texts the first matmul is then twice as fast. With ``weights`` (N,), whose sum is 1, the
-    loss is a weighted mean, and autograd computes its gradient.
+    A loss is that before its step. The gradient takes two matmuls and one pass over the projected rows, without
+    autograd. The projection is stored transposed, as (H, D): with few texts the first matmul is then twice as fast.
+    With ``weights`` (N,), whose sum is 1, the loss is a weighted mean, and autograd computes its gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     width, device = features.shape[1], features.device
@@ -64,7 +66,9 @@ def train(
     projection = uniform(width**-0.5, dim, width).T.contiguous()  # [H, D], as nn.Linear starts
     prototypes = uniform((6 / (classes + dim)) ** 0.5, classes, dim)  # Xavier
     projected = features @ projection  # [N, D]
-    radius = torch.stack([_spread(projected[labels == k], None if weights is None else weights[labels == k]) for k in range(classes)])
+    radius = torch.stack(
+        [_spread(projected[labels == k], None if weights is None else weights[labels == k]) for k in range(classes)]
+    )
     grad_projection, losses = torch.empty_like(projection), []
     optimizer = Adam([projection, radius], lr)
     objective = prototype_objective(prototypes, scores, labels, weight=score_weight)
@@ -74,13 +78,17 @@ def train(
             loss, grad, grad_radius = objective(projected, radius)
             torch.mm(features.T, grad, out=grad_projection)
         else:
-            loss, grad_projection, grad_radius = _weighted(features, projection, prototypes, radius, scores, score_weight, labels, weights)
+            loss, grad_projection, grad_radius = _weighted(
+                features, projection, prototypes, radius, scores, score_weight, labels, weights
+            )
         optimizer.step([grad_projection, grad_radius])
         losses.append(loss)
     return Head(projection.T.contiguous(), prototypes, radius), torch.stack(losses) if losses else radius.new_empty(0)
 
 
-def _weighted(features, projection, prototypes, radius, scores, score_weight, labels, weights) -> tuple[Tensor, Tensor, Tensor]:
+def _weighted(
+    features, projection, prototypes, radius, scores, score_weight, labels, weights
+) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted loss and its gradients with respect to projection (H, D) and radius (C,)."""
     with torch.enable_grad():
         leaves = projection.detach().requires_grad_(), radius.detach().requires_grad_()

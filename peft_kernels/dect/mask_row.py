@@ -15,7 +15,9 @@ from ..ops import label_logits
 
 @dataclass(eq=False)
 class _Call:
-    """State of one forward: the wanted position of each text, (B,), the sequence length, and the hidden states there, (B, H)."""
+    """State of one forward: the wanted position of each text, (B,), the sequence length, and the hidden states there,
+    (B, H).
+    """
 
     positions: Tensor
     length: int
@@ -25,8 +27,9 @@ class _Call:
 class MaskRow:
     """Runs an unchanged model, but keeps one row per text of its last hidden state and a few columns of its logits.
 
-    The head sees only that row. If it ends in an ``nn.Linear`` over the vocabulary, that layer computes only the label words; on the
-    first text the result is compared with that of the whole layer. Otherwise columns are taken from the row's full logits.
+    The head sees only that row. If it ends in an ``nn.Linear`` over the vocabulary, that layer computes only the label
+    words; on the first text the result is compared with that of the whole layer. Otherwise columns are taken from the
+    row's full logits.
 
     Args:
         model: a masked or causal language model, one of the T5 family, or, without ``label_ids``, an encoder.
@@ -48,7 +51,10 @@ class MaskRow:
         if label_ids is None:
             return
         if model.get_output_embeddings() is None:
-            raise ValueError(f"DecT: {type(model).__name__} has no language model's head, so it gives no scores; label_words=None does without")
+            raise ValueError(
+                f"DecT: {type(model).__name__} has no language model's head, so it gives no scores; label_words=None"
+                " does without"
+            )
         ids = torch.tensor(label_ids)
         self.columns, places = ids[ids >= 0].unique(return_inverse=True)  # [M]
         self.places = torch.full_like(ids, -1).masked_scatter(ids >= 0, places)  # [C, w], in columns
@@ -61,7 +67,9 @@ class MaskRow:
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self.options}
         if self.decoder_ids is not None:
-            inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids], device=input_ids.device).expand(len(input_ids), -1)
+            inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids], device=input_ids.device).expand(
+                len(input_ids), -1
+            )
             positions = torch.full_like(positions, len(self.decoder_ids) - 1)
         if self.columns is None:
             return self._run(inputs, positions)[0].float(), None
@@ -80,7 +88,10 @@ class MaskRow:
     def _try_columns(self, inputs, positions, columns) -> bool:
         logits = self._run(inputs, positions)[1]
         if logits is None:
-            raise ValueError(f"DecT: the output of {type(self.model).__name__} has no logits, so it gives no scores; label_words=None does without")
+            raise ValueError(
+                f"DecT: the output of {type(self.model).__name__} has no logits, so it gives no scores;"
+                " label_words=None does without"
+            )
         layer = self.model.get_output_embeddings()
         plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter  # no quantised weight, no adapter
         if not plain or layer.out_features != logits.shape[-1]:
@@ -91,7 +102,8 @@ class MaskRow:
 
     def _run(self, inputs, positions) -> tuple[Tensor, Tensor | None]:
         call = _Call(positions, inputs["input_ids" if self.decoder_ids is None else "decoder_input_ids"].shape[1])
-        handle = self.base.register_forward_hook(partial(self._keep, call))  # forwards of other threads pass through it unchanged
+        # forwards of other threads pass through it unchanged
+        handle = self.base.register_forward_hook(partial(self._keep, call))
         self.call.set(call)
         try:
             output = self.runs(**inputs)
@@ -100,7 +112,8 @@ class MaskRow:
             handle.remove()
         if len(call.rows) != 1:
             raise ValueError(
-                f"DecT: {type(self.base).__name__} must run once in a forward of {type(self.runs).__name__}, and ran {len(call.rows)} times"
+                f"DecT: {type(self.base).__name__} must run once in a forward of {type(self.runs).__name__}, and ran"
+                f" {len(call.rows)} times"
                 " where hooks see it: a compiled model must be handed over as it was before torch.compile"
             )
         logits = getattr(output, "logits", None)
@@ -116,11 +129,13 @@ class MaskRow:
             return None
         hidden = output[0]
         if hidden.ndim != 3:
-            raise ValueError(f"DecT: the last hidden state of {type(module).__name__} must be (B, S, H), got {tuple(hidden.shape)}")
+            raise ValueError(
+                f"DecT: the last hidden state of {type(module).__name__} must be (B, S, H), got {tuple(hidden.shape)}"
+            )
         if hidden.shape[1] != call.length:
             raise ValueError(
-                f"DecT: the last hidden state of {type(module).__name__} must have {call.length} rows, one for each token, got {hidden.shape[1]}:"
-                " an adapter that adds tokens moves the mask"
+                f"DecT: the last hidden state of {type(module).__name__} must have {call.length} rows, one for each"
+                f" token, got {hidden.shape[1]}: an adapter that adds tokens moves the mask"
             )
         call.rows.append(hidden[torch.arange(len(hidden), device=hidden.device), call.positions.to(hidden.device)])
         row = call.rows[-1][:, None]
@@ -131,7 +146,10 @@ class MaskRow:
 
 
 class _LabelColumns(TorchFunctionMode):
-    """Makes ``layer`` compute only the outputs ``columns``, in at least float32, in this thread. The layer itself is unchanged."""
+    """Makes ``layer`` compute only the outputs ``columns``, in at least float32, in this thread.
+
+    The layer itself is unchanged.
+    """
 
     def __init__(self, layer: nn.Linear, columns: Tensor):
         super().__init__()

@@ -7,7 +7,13 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -60,9 +66,11 @@ class DecTConfig(PreTrainedConfig):
 
 
 class DecTForSequenceClassification(PreTrainedModel):
-    """A frozen backbone with a trained DecT head. Its inputs are texts in the template, with the mask, as ``prepare`` returns them.
+    """A frozen backbone with a trained DecT head. Its inputs are texts in the template, with the mask, as ``prepare``
+    returns them.
 
-    The logits are q of ``DecoderTuning``. The model is not trained: create it with ``from_classifier`` or ``from_pretrained``.
+    The logits are q of ``DecoderTuning``. The model is not trained: create it with ``from_classifier`` or
+    ``from_pretrained``.
     """
 
     config_class = DecTConfig
@@ -72,9 +80,13 @@ class DecTForSequenceClassification(PreTrainedModel):
     def __init__(self, config: DecTConfig) -> None:
         super().__init__(config)
         if config.backbone_config is None or config.backbone_class is None:
-            raise ValueError("DecT: config must name backbone_config and backbone_class, as from_classifier writes them, got none")
+            raise ValueError(
+                "DecT: config must name backbone_config and backbone_class, as from_classifier writes them, got none"
+            )
         settings = dict(config.backbone_config)
-        self.backbone = getattr(transformers, config.backbone_class)(CONFIG_MAPPING[settings.pop("model_type")](**settings))
+        self.backbone = getattr(transformers, config.backbone_class)(
+            CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        )
         classes, width = cast(int, config.num_labels), self.backbone.config.hidden_size
         self.projection = nn.Parameter(torch.zeros(config.dim, width))
         self.prototypes = nn.Parameter(torch.zeros(classes, config.dim))
@@ -85,30 +97,50 @@ class DecTForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_classifier(
-        cls, classifier: DecoderTuning, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str, label_words: Sequence | None
+        cls,
+        classifier: DecoderTuning,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        label_words: Sequence | None,
     ) -> "DecTForSequenceClassification":
-        """Build the model from a fitted classifier and the arguments of its ``extract``. Shares the backbone's weights, without a copy.
+        """Build the model from a fitted classifier and the arguments of its ``extract``. Shares the backbone's weights,
+        without a copy.
 
         Raises:
-            ValueError: the classifier is not fitted; it was trained with scores and ``label_words`` is None, or the reverse; or the
-                backbone could not be loaded again, because it has adapters or its class is not in transformers.
+            ValueError: the classifier is not fitted; it was trained with scores and ``label_words`` is None, or the
+                reverse; or the backbone could not be loaded again, because it has adapters or its class is not in
+                transformers.
         """
         if not hasattr(classifier, "head_") or classifier.takes_scores_ != (label_words is not None):
-            raise ValueError("DecT: classifier must be fitted, with scores where label_words are given and without where they are not")
-        if frozen_model("DecT", backbone) is not backbone or any(isinstance(m, BaseTunerLayer) for m in backbone.modules()):
             raise ValueError(
-                "DecT: backbone must be a model of transformers without adapters, which its configuration does not have: merge or unload them"
+                "DecT: classifier must be fitted, with scores where label_words are given and without where they are"
+                " not"
+            )
+        if frozen_model("DecT", backbone) is not backbone or any(
+            isinstance(m, BaseTunerLayer) for m in backbone.modules()
+        ):
+            raise ValueError(
+                "DecT: backbone must be a model of transformers without adapters, which its configuration does not"
+                " have: merge or unload them"
             )
         if getattr(transformers, type(backbone).__name__, None) is not type(backbone):
             raise ValueError(
-                f"DecT: backbone must be of a class of transformers, got {type(backbone).__name__}, which from_pretrained would not find"
+                f"DecT: backbone must be of a class of transformers, got {type(backbone).__name__}, which"
+                " from_pretrained would not find"
             )
         filled = template_for(backbone, tokenizer, template, None)
         label_ids = None if label_words is None else filled.label_ids(label_words)
         if label_ids is not None and len(label_ids) != len(classifier.classes_):
-            raise ValueError(f"DecT: label_words must be of the classifier's {len(classifier.classes_)} classes, got {len(label_ids)}")
+            raise ValueError(
+                f"DecT: label_words must be of the classifier's {len(classifier.classes_)} classes, got"
+                f" {len(label_ids)}"
+            )
         if backbone.config.hidden_size != classifier.n_features_in_:
-            raise ValueError(f"DecT: backbone must be {classifier.n_features_in_} wide as features in fit, got {backbone.config.hidden_size}")
+            raise ValueError(
+                f"DecT: backbone must be {classifier.n_features_in_} wide as features in fit, got"
+                f" {backbone.config.hidden_size}"
+            )
         names = [str(x) for x in classifier.classes_.tolist()]
         config = DecTConfig(
             backbone.config.to_dict(),
@@ -141,7 +173,9 @@ class DecTForSequenceClassification(PreTrainedModel):
         return [filled.fill(text) for text in filled.cut(texts)]
 
     def train(self, mode: bool = True) -> "DecTForSequenceClassification":
-        """Set the mode of the model but keep the backbone in eval mode: with dropout, its logits would differ from the classifier's."""
+        """Set the mode of the model but keep the backbone in eval mode: with dropout, its logits would differ from the
+        classifier's.
+        """
         super().train(mode)
         self.backbone.eval()
         return self
@@ -169,7 +203,9 @@ class DecTForSequenceClassification(PreTrainedModel):
             ValueError: a row has no mask, a label is not a class index, or labels are given in training mode.
         """
         if labels is not None and self.training and torch.is_grad_enabled():
-            raise ValueError("DecT: DecTForSequenceClassification is trained already, by DecoderTuning.fit; use it in eval mode")
+            raise ValueError(
+                "DecT: DecTForSequenceClassification is trained already, by DecoderTuning.fit; use it in eval mode"
+            )
         logits = self._logits(input_ids, attention_mask)
         loss = None
         if labels is not None:
@@ -202,7 +238,10 @@ class DecTForSequenceClassification(PreTrainedModel):
             seen &= input_ids == self.config.mask_id
             if not seen.any(1).all():
                 row = int((~seen.any(1)).nonzero()[0])
-                raise ValueError(f"DecT: row {row} has no mask: texts must stand in the template {self.config.template!r}; see prepare")
+                raise ValueError(
+                    f"DecT: row {row} has no mask: texts must stand in the template {self.config.template!r}; see"
+                    " prepare"
+                )
         if is_causal(self.backbone) or self.config.last_mask:
             return torch.where(seen, steps, -1).amax(1)
         return torch.where(seen, steps, len(steps)).amin(1)

@@ -25,13 +25,14 @@ class Template:
 
     Args:
         template: see above. A causal model's template ends with ``{mask}``, because the model predicts the next token.
-        tokenizer: the model's tokenizer; its mask token replaces ``{mask}``, in T5 ``<extra_id_0>``, in a causal model nothing.
+        tokenizer: the model's tokenizer; its mask token replaces ``{mask}``, in T5 ``<extra_id_0>``, in a causal model
+            nothing.
         max_length: the most tokens of a text in its template.
         causal: whether the model predicts the next token instead of a mask.
 
     Raises:
-        ValueError: a placeholder is missing or occurs twice, ``{mask}`` is not last in a causal model's template, or the tokenizer has no
-            mask token.
+        ValueError: a placeholder is missing or occurs twice, ``{mask}`` is not last in a causal model's template, or
+            the tokenizer has no mask token.
     """
 
     def __init__(self, template: str, tokenizer, max_length: int, *, causal: bool = False):
@@ -41,7 +42,9 @@ class Template:
             if template.count(placeholder) != 1:
                 raise ValueError(f"DecT: template must contain {placeholder} once, got {template!r}")
         if causal and not template.endswith(MASK):
-            raise ValueError(f"DecT: a causal model predicts what follows, so template must end with {MASK}, got {template!r}")
+            raise ValueError(
+                f"DecT: a causal model predicts what follows, so template must end with {MASK}, got {template!r}"
+            )
         self.template, self.tokenizer, self.max_length, self.causal = template, tokenizer, max_length, causal
         before_mask = template[: template.index(MASK)]
         self.mask_first = not before_mask
@@ -72,18 +75,26 @@ class Template:
     def _cut(self, text: str) -> str:
         fits = bisect_right(range(len(text)), self.max_length, key=lambda n: len(self._ids([text[:n]])[0]))
         if fits == 0:
-            raise ValueError(f"DecT: the template takes more than max_length={self.max_length} tokens: the mask would be truncated away")
+            raise ValueError(
+                f"DecT: the template takes more than max_length={self.max_length} tokens: the mask would be truncated"
+                " away"
+            )
         return text[: fits - 1]
 
     def position(self, ids: Sequence[int]) -> int:
-        """The position that predicts the masked word: the template's mask, also if the text has others; in a causal model the last."""
+        """The position that predicts the masked word: the template's mask, also if the text has others; in a causal
+        model the last.
+        """
         if self.causal:
             if not ids:
                 raise ValueError("DecT: a text is empty, and so is its template: there is no token to predict from")
             return len(ids) - 1
         found = [i for i, token in enumerate(ids) if token == self.mask_id]
         if not found:
-            raise ValueError(f"DecT: the mask {self.mask_token!r} is not among the tokens of a text in its template {self.template!r}")
+            raise ValueError(
+                f"DecT: the mask {self.mask_token!r} is not among the tokens of a text in its template"
+                f" {self.template!r}"
+            )
         return found[-1] if self.mask_follows_text else found[0]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -91,27 +102,32 @@ class Template:
             return []
         rows = self.tokenizer([self.fill(text) for text in texts], truncation=False, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return [ids[:-1] if self.causal and ids[-1:] == [end] else list(ids) for ids in rows]  # nothing is predicted after an end token
+        # nothing is predicted after an end token
+        return [ids[:-1] if self.causal and ids[-1:] == [end] else list(ids) for ids in rows]
 
     def label_ids(self, label_words: Sequence[Sequence[str] | str]) -> list[list[int]]:
         """For every class, the ids of its words' first pieces, padded with -1.
 
-        A word is tokenized as it would be at the mask: after a space if the template or the word itself has one there, otherwise after
-        a character that is not a letter, or at the start of a text. BPE tokenizers distinguish these.
+        A word is tokenized as it would be at the mask: after a space if the template or the word itself has one there,
+            otherwise after a character that is not a letter, or at the start of a text. BPE tokenizers distinguish
+            these.
 
         Raises:
-            ValueError: a class has no words, a word has no pieces or is unknown to the tokenizer, or two classes have the same pieces.
+            ValueError: a class has no words, a word has no pieces or is unknown to the tokenizer, or two classes have
+                the same pieces.
         """
         if isinstance(label_words, Mapping):
             raise TypeError(
-                "DecT: label_words must be a sequence with the words of each class in order, got a mapping: give list(label_words.values()),"
-                " and list(label_words) as classes of DecoderTuning"
+                "DecT: label_words must be a sequence with the words of each class in order, got a mapping: give"
+                " list(label_words.values()), and list(label_words) as classes of DecoderTuning"
             )
         if not ordered(label_words):
             kind = "one string" if isinstance(label_words, str) else type(label_words).__name__
             raise TypeError(f"DecT: label_words must be a sequence with the words of each class in order, got {kind}")
         classes = [
-            [words] if isinstance(words, str) else strings("DecT", f"label_words[{i}]", sorted(words) if isinstance(words, Set) else words)
+            [words]
+            if isinstance(words, str)
+            else strings("DecT", f"label_words[{i}]", sorted(words) if isinstance(words, Set) else words)
             for i, words in enumerate(label_words)
         ]
         if not classes:
@@ -122,7 +138,10 @@ class Template:
                 raise ValueError(f"DecT: label_words must have a word for every class, got none for class {i}")
             pieces.append(list(dict.fromkeys(self._first_piece(word) for word in words)))
             if set(pieces[i]) in map(set, pieces[:i]):
-                raise ValueError(f"DecT: the first pieces of the words of class {i}, {words}, are those of another class: {pieces[i]}")
+                raise ValueError(
+                    f"DecT: the first pieces of the words of class {i}, {words}, are those of another class:"
+                    f" {pieces[i]}"
+                )
         most = max(map(len, pieces))
         return [ids + [-1] * (most - len(ids)) for ids in pieces]
 
@@ -148,4 +167,6 @@ def mask_token(tokenizer) -> str:
         return tokenizer.mask_token
     if T5_MASK in tokenizer.get_vocab():
         return T5_MASK
-    raise ValueError(f"DecT: {type(tokenizer).__name__} has neither a mask token nor {T5_MASK}, so there is no position to read")
+    raise ValueError(
+        f"DecT: {type(tokenizer).__name__} has neither a mask token nor {T5_MASK}, so there is no position to read"
+    )

@@ -13,24 +13,27 @@ DEPT = peft_type("DEPT")
 
 @dataclass
 class DePTConfig(PeftConfig):
-    """Decomposed prompt tuning (arXiv 2309.05173): m prompt rows P, and row i of ``scale * A @ B`` added to the embedding at position i.
+    """Decomposed prompt tuning (arXiv 2309.05173): m prompt rows P, and row i of ``scale * A @ B`` added to the
+    embedding at position i.
 
     Args:
         num_virtual_tokens: m, the number of rows of P.
         r: rank of the update.
-        max_length: s, the number of rows of A: the longest input in tokens, without the prompt. Longer inputs are refused. Tokens that a
-            causal model generates beyond it get their embedding without an update.
+        max_length: s, the number of rows of A: the longest input in tokens, without the prompt. Longer inputs are
+            refused. Tokens that a causal model generates beyond it get their embedding without an update.
         scale: factor of the update. None: 8 / sqrt(r), as in the authors' code (the paper has none).
-        position: how the row of A is chosen where inputs are padded on the left. ``"padded"`` counts columns of the padded array, as in
-            the authors' code. ``"token"`` counts tokens, so that an input's result does not depend on its padding; it needs an attention
-            mask. Without padding, or with padding on the right, both are the same.
-        insert_after_first: put P behind the first token, for models that read a summary from it. None: True for encoders such as
-            BERT, False for encoder-decoder and causal models.
+        position: how the row of A is chosen where inputs are padded on the left. ``"padded"`` counts columns of the
+            padded array, as in the authors' code. ``"token"`` counts tokens, so that an input's result does not depend
+            on its padding; it needs an attention mask. Without padding, or with padding on the right, both are the
+            same.
+        insert_after_first: put P behind the first token, for models that read a summary from it. None: True for
+            encoders such as BERT, False for encoder-decoder and causal models.
         init_text: initialize P with the embeddings of this text's tokens, repeated or cut to m rows. None: N(0, 1).
         tokenizer_name_or_path: the tokenizer for ``init_text``.
-        init_token_ids: the token ids of ``init_text``, if given instead of it; otherwise filled in from the text, so that loading an
-            adapter needs no tokenizer.
-        modules_to_save: further modules to train and save, as in every PEFT method. The head of a classification model is added.
+        init_token_ids: the token ids of ``init_text``, if given instead of it; otherwise filled in from the text, so
+            that loading an adapter needs no tokenizer.
+        modules_to_save: further modules to train and save, as in every PEFT method. The head of a classification model
+            is added.
 
     Raises:
         ValueError: a value is out of range, or ``init_text`` has no tokenizer.

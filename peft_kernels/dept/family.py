@@ -1,4 +1,6 @@
-"""Properties of a model that DePT needs: where tokens become embeddings, how positions are counted, where the prompt goes."""
+"""Properties of a model that DePT needs: where tokens become embeddings, how positions are counted, where the prompt
+goes.
+"""
 
 import inspect
 import re
@@ -17,8 +19,8 @@ _POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_position
 def adapted_module(model: nn.Module) -> nn.Module:
     """The module whose inputs are extended by the prompt.
 
-    This is the whole model if it can generate: the loss then counts the first token, which the prompt predicts. Otherwise it is the
-    model below the head, so that the head, its labels and its spans never see the prompt.
+    This is the whole model if it can generate: the loss then counts the first token, which the prompt predicts.
+    Otherwise it is the model below the head, so that the head, its labels and its spans never see the prompt.
     """
     _check(model)
     return model if model.can_generate() else model.base_model
@@ -35,7 +37,9 @@ def embedding_of(module: nn.Module) -> nn.Embedding:
             return part.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             continue
-    raise ValueError(f"DePT: {type(module).__name__} must have an input embedding, but its get_input_embeddings names none")
+    raise ValueError(
+        f"DePT: {type(module).__name__} must have an input embedding, but its get_input_embeddings names none"
+    )
 
 
 def embedding_scale(embedding: nn.Embedding) -> float:
@@ -49,7 +53,11 @@ def embedding_scale(embedding: nn.Embedding) -> float:
 
 def inserts_after_first(module: nn.Module) -> bool:
     """Whether the model is an encoder that reads a summary from its first token."""
-    return module.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_encoder_decoder(module) and not is_causal(module)
+    return (
+        module.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not is_encoder_decoder(module)
+        and not is_causal(module)
+    )
 
 
 def first_position(module: nn.Module) -> int:
@@ -63,7 +71,9 @@ def takes_position_ids(module: nn.Module) -> bool:
 
 
 def placeholder_ids(module: nn.Module) -> list[int]:
-    """The ids of tokens that a model replaces by features of images, video or audio; without ids it finds them by their embedding."""
+    """The ids of tokens that a model replaces by features of images, video or audio; without ids it finds them by their
+    embedding.
+    """
     return [v for k, v in module.config.to_dict().items() if _PLACEHOLDER.match(k) and isinstance(v, int)]
 
 
@@ -104,9 +114,16 @@ def _check(model):
     embedding = embedding_of(module)
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"DePT: the input embedding of {what} must be an nn.Embedding, got {type(embedding).__name__}")
-    if embedding.weight.device.type != "meta" and type(embedding.weight) in (torch.Tensor, nn.Parameter):  # others are called
+    # others are called
+    if embedding.weight.device.type != "meta" and type(embedding.weight) in (
+        torch.Tensor,
+        nn.Parameter,
+    ):
         ids = torch.arange(min(4, embedding.num_embeddings), device=embedding.weight.device)
         with torch.no_grad():
             rows, expected = embedding(ids), embedding.weight[ids] * getattr(embedding, "embed_scale", 1.0)
         if rows.shape != expected.shape or not torch.allclose(rows, expected.to(rows.dtype)):
-            raise ValueError(f"DePT: the input embedding of {what}, {type(embedding).__name__}, does more than look up and scale rows")
+            raise ValueError(
+                f"DePT: the input embedding of {what}, {type(embedding).__name__}, does more than look up and scale"
+                " rows"
+            )

@@ -11,7 +11,14 @@ from .hooks import GENERATION, cache_of
 from .insertion import positions_of
 
 # options under which transformers assumes that a causal model has seen input_ids and nothing else; None or False: off
-_COUNT_INPUT_IDS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp", "token_healing")
+_COUNT_INPUT_IDS = (
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+    "assistant_model",
+    "assistant_early_exit",
+    "use_mtp",
+    "token_healing",
+)
 _EMBEDS_BY_ITSELF = ("florence2",)  # generate adds embeddings to those it is given
 _READ_INPUT_IDS = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # the options' neutral values
 
@@ -27,14 +34,17 @@ class Generation:
 
     def expanded(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
         """Adapters and offsets for ``rows`` beams or returned sequences; the rows of one input are adjacent."""
-        return tuple(x if x is None else x.repeat_interleave(rows // x.shape[0]) for x in (self.adapter_ids, self.offsets))
+        return tuple(
+            x if x is None else x.repeat_interleave(rows // x.shape[0]) for x in (self.adapter_ids, self.offsets)
+        )
 
 
 class DePTGenerationMixin(Swapped):
     """The mixin that is put in front of the model's own class.
 
-    The input and the prompt are embedded once and passed as ``inputs_embeds``. Every token that a causal model generates gets the
-    update of its position, so that generation equals one forward over the whole sequence, as in training.
+    The input and the prompt are embedded once and passed as ``inputs_embeds``. Every token that a causal model
+    generates gets the update of its position, so that generation equals one forward over the whole sequence, as in
+    training.
     """
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
@@ -45,9 +55,14 @@ class DePTGenerationMixin(Swapped):
         if GENERATION not in kwargs and hooks.layer.is_active() and inputs is None:
             settings = _Settings(kwargs, generation_config, self.generation_config)
             ids = kwargs.get("input_ids") if len(given) == 1 else None
-            takes_embeddings = hooks.encoder_decoder or "inputs_embeds" in inspect.signature(super().prepare_inputs_for_generation).parameters
+            takes_embeddings = (
+                hooks.encoder_decoder
+                or "inputs_embeds" in inspect.signature(super().prepare_inputs_for_generation).parameters
+            )
             if given and (not takes_embeddings or self.config.model_type in _EMBEDS_BY_ITSELF):
-                raise ValueError(f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs")
+                raise ValueError(
+                    f"DePT: {type(self).__name__} cannot generate from inputs_embeds, which the prompt needs"
+                )
             if kwargs.get("encoder_outputs") is not None:
                 kwargs |= hooks.encoded(kwargs)
             elif hooks.encoder_decoder and len(given) == 1:
@@ -68,7 +83,11 @@ class DePTGenerationMixin(Swapped):
         if ids is not None and embeddings is not None:
             if encoder_input_ids is embeddings:
                 encoder_input_ids = ids
-            elif reading := [name for name, off in _READ_INPUT_IDS.items() if getattr(generation_config, name, None) not in (None, off)]:
+            elif reading := [
+                name
+                for name, off in _READ_INPUT_IDS.items()
+                if getattr(generation_config, name, None) not in (None, off)
+            ]:
                 self._dept_refuse(reading, "compare other rows than those of input_ids")
         return super()._get_logits_processor(generation_config, *args, encoder_input_ids=encoder_input_ids, **kwargs)
 
@@ -84,18 +103,23 @@ class DePTGenerationMixin(Swapped):
         counting += ["cache_implementation='paged'"] if settings.get("cache_implementation") == "paged" else []
         self._dept_refuse(counting, "not count the prompt's columns")
         if cache_of(kwargs) is not None and cache_of(kwargs).get_seq_length():
-            raise ValueError("DePT: generate must start from an empty cache, got past_key_values that have seen an input")
+            raise ValueError(
+                "DePT: generate must start from an empty cache, got past_key_values that have seen an input"
+            )
         if kwargs.get("attention_mask") is None and "attention_mask" in hooks.argument_names:
             kwargs["attention_mask"] = _mask_of(ids if embeds is None else None, embeds, settings)
         length = (ids if embeds is None else embeds).shape[1]
         inputs, _, selection, offsets = hooks.widened(kwargs if embeds is None else kwargs | {"input_ids": None})
         if hooks.takes_position_ids and hooks.first_position and inputs.get("position_ids") is None:
-            inputs["position_ids"] = positions_of(inputs["attention_mask"], hooks.first_position)  # transformers starts at 0
+            # transformers starts at 0
+            inputs["position_ids"] = positions_of(inputs["attention_mask"], hooks.first_position)
         kwargs = kwargs | inputs | settings.new_tokens(length)
         if ids is None:
             del kwargs["input_ids"]
         else:
-            kwargs["input_ids"] = ids  # beside inputs_embeds: for code that reads tokens, and for the returned sequences
+            kwargs["input_ids"] = (
+                ids  # beside inputs_embeds: for code that reads tokens, and for the returned sequences
+            )
         unseen = length - (0 if ids is None else ids.shape[1])
         return kwargs | {GENERATION: Generation(selection.delta(), selection.adapter_ids, offsets, unseen)}
 
@@ -131,13 +155,17 @@ class _Settings:
         return next((source[name] for source in self._sources if source.get(name) is not None), None)
 
     def new_tokens(self, length: int) -> dict:
-        """Convert ``max_length`` and ``min_length`` to new tokens: they count ``length`` input tokens, where transformers would count columns."""
+        """Convert ``max_length`` and ``min_length`` to new tokens: they count ``length`` input tokens, where
+        transformers would count columns.
+        """
         totals = {"max_new_tokens": self.get("max_length"), "min_new_tokens": self.get("min_length")}
         return {name: max(total - length, 0) for name, total in totals.items() if total and self.get(name) is None}
 
 
 def _mask_of(ids, embeds, settings):
-    """The mask that transformers infers where none is given: padding tokens are masked, unless the padding token is an end token."""
+    """The mask that transformers infers where none is given: padding tokens are masked, unless the padding token is an
+    end token.
+    """
     if ids is None:
         return torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")

@@ -12,9 +12,25 @@ from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
 GENERATION = "dept_generation"  # the argument that tells a forward within generate that the prompt is already inserted
-_HAS_PROMPT = "_has_dept_prompt"  # marks caches of adapted forwards; other caches, such as prefix tuning's, cannot be continued
-_FILL = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0}  # per-token arguments beside mask, positions and labels
-_WIDENED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "logits_to_keep", *_FILL}
+_HAS_PROMPT = (
+    "_has_dept_prompt"  # marks caches of adapted forwards; other caches, such as prefix tuning's, cannot be continued
+)
+# per-token arguments beside mask, positions and labels
+_FILL = {
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "global_attention_mask": 0,
+}
+_WIDENED = {
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "labels",
+    "shift_labels",
+    "logits_to_keep",
+    *_FILL,
+}
 _OF_OTHER_TOKENS = ("encoder_", "decoder_", "cross_attn_")
 
 
@@ -43,7 +59,8 @@ class Hooks:
         self.most_columns = family.most_columns(module)
         self.argument_names = list(inspect.signature(module.forward).parameters)
         self.placeholders, self.keeps_rope_deltas = family.placeholder_ids(module), family.keeps_rope_deltas(module)
-        self.embeddings = CallState()  # (B, m + L, d), replaces the embedding module's output for a model that needs ids
+        # (B, m + L, d), replaces the embedding module's output for a model that needs ids
+        self.embeddings = CallState()
         self.handles = []
         self.read()
         self.handles += [
@@ -62,7 +79,9 @@ class Hooks:
                 self.handles.append(self.layer.reading.table.register_forward_hook(self.replaced))
 
     def replaced(self, table, args, output):
-        """Return the prepared embeddings in place of the table's output; keep further columns of a model that pads its ids to a window."""
+        """Return the prepared embeddings in place of the table's output; keep further columns of a model that pads its
+        ids to a window.
+        """
         embeddings = self.embeddings.get()
         if embeddings is None:
             return None
@@ -104,11 +123,16 @@ class Hooks:
         return (), kwargs | inputs
 
     def before_part(self, part, args, kwargs):
-        """Refuse a submodule that is called by itself with ids; the model passes it embeddings, or ids whose embeddings are prepared."""
+        """Refuse a submodule that is called by itself with ids; the model passes it embeddings, or ids whose embeddings
+        are prepared.
+        """
         if self.embeddings.get() is not None or probe.probing.get():
             return
         if (args and args[0] is not None or kwargs.get("input_ids") is not None) and self.layer.is_active():
-            raise ValueError(f"DePT: {type(part).__name__} alone has no prompt; call {type(self.module).__name__}, which it is a part of")
+            raise ValueError(
+                f"DePT: {type(part).__name__} alone has no prompt; call {type(self.module).__name__}, which it is a"
+                " part of"
+            )
 
     def after(self, module, args, output):
         insertion = self.inserted.get()
@@ -123,10 +147,12 @@ class Hooks:
         return insertion.narrow(output)
 
     def widened(self, kwargs: dict) -> tuple[dict, Insertion, Selection, Tensor | None]:
-        """The inputs of a batch with its prompts: replacements for ``kwargs``, the positions of the prompts, the adapters, the offsets.
+        """The inputs of a batch with its prompts: replacements for ``kwargs``, the positions of the prompts, the
+            adapters, the offsets.
 
         Raises:
-            ValueError: the input is too long, the mask is not (B, L), or padding is on the left and the prompt follows the first token.
+            ValueError: the input is too long, the mask is not (B, L), or padding is on the left and the prompt follows
+                the first token.
         """
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         batch, length = (ids if ids is not None else embeds).shape[:2]
@@ -148,10 +174,12 @@ class Hooks:
         }
         if self.placeholders and self.keeps_rope_deltas and family.is_multimodal(kwargs):
             raise ValueError(
-                f"DePT: {type(self.module).__name__} takes positions of images and videos from input_ids, which a prompt does not have: it can be"
-                " given text alone"
+                f"DePT: {type(self.module).__name__} takes positions of images and videos from input_ids, which a"
+                " prompt does not have: it can be given text alone"
             )
-        inputs |= {name: insertion.widen(kwargs[name], fill) for name, fill in _FILL.items() if kwargs.get(name) is not None}
+        inputs |= {
+            name: insertion.widen(kwargs[name], fill) for name, fill in _FILL.items() if kwargs.get(name) is not None
+        }
         if kwargs.get("position_ids") is not None:
             inputs["position_ids"] = insertion.widen_positions(kwargs["position_ids"], self.first_position)
         elif mask is not None and self.counts_what_is_masked(selection, offsets):
@@ -159,7 +187,9 @@ class Hooks:
         return inputs, insertion, selection, offsets
 
     def with_placeholders(self, kwargs: dict, insertion: Insertion, embeddings: Tensor) -> Tensor:
-        """``embeddings`` (B, m + L, d) without the update at image placeholders, which models find by comparing with the table's row."""
+        """``embeddings`` (B, m + L, d) without the update at image placeholders, which models find by comparing with
+        the table's row.
+        """
         if not self.placeholders or kwargs.get("input_ids") is None or not family.is_multimodal(kwargs):
             return embeddings
         ids = insertion.widen(kwargs["input_ids"], -1)
@@ -199,8 +229,11 @@ class Hooks:
         if config.num_virtual_tokens:
             selection = self.layer.select(states.shape[0])
             insertion = self.insertion(selection, length, self.offsets(selection, mask, length))
-        else:  # no prompt: the width does not tell whether generate has moved the padding, but moving it twice changes nothing
-            insertion = Insertion(0, length, False, rotation=leading_padding(mask) if config.position == "token" else None)
+        # no prompt: the width does not tell whether generate has moved the padding, but moving it twice changes nothing
+        else:
+            insertion = Insertion(
+                0, length, False, rotation=leading_padding(mask) if config.position == "token" else None
+            )
         return {"attention_mask": insertion.widen_mask(mask)}
 
     def continued(self, kwargs: dict, past: int) -> dict:
@@ -213,7 +246,8 @@ class Hooks:
         length = column + ids.shape[1]
         if not hasattr(cache_of(kwargs), _HAS_PROMPT):
             raise ValueError(
-                f"DePT: past_key_values must come from this model with its adapter, because they lack the prompt's {past - column} columns"
+                "DePT: past_key_values must come from this model with its adapter, because they lack the prompt's"
+                f" {past - column} columns"
             )
         if mask is None and selection.has_base_rows:
             mask = ids.new_ones(ids.shape[0], length)
@@ -232,10 +266,11 @@ class Hooks:
         return inputs
 
     def insertion(self, selection: Selection, length: int, offsets: Tensor | None) -> Insertion:
-        """The place of the prompt in each row. No masked column may stand between prompt and tokens, because some models count columns.
+        """The place of the prompt in each row. No masked column may stand between prompt and tokens, because some
+        models count columns.
 
-        A causal model keeps its padding in front of prompt and tokens. For other models padding moves to the end, and so does the
-        masked prompt of a row without an adapter.
+        A causal model keeps its padding in front of prompt and tokens. For other models padding moves to the end, and
+        so does the masked prompt of a row without an adapter.
         """
         config = selection.config
         after_first = config.insert_after_first and length > 0
@@ -243,26 +278,35 @@ class Hooks:
         if selection.has_base_rows:
             if "attention_mask" not in self.argument_names or (self.causal and self.counts_columns):
                 raise ValueError(
-                    f"DePT: rows without an adapter cannot share a batch with others in {type(self.module).__name__}, which cannot be told to"
-                    " pass over the prompt"
+                    f"DePT: rows without an adapter cannot share a batch with others in {type(self.module).__name__},"
+                    " which cannot be told to pass over the prompt"
                 )
             used = selection.adapter_ids >= 0
         if self.causal:
             lead = offsets if offsets is None else offsets + int(after_first)
         elif used is not None:
             lead = torch.where(used, int(after_first), length)
-        return Insertion(config.num_virtual_tokens, length, after_first, used, rotation=None if self.causal else offsets, lead=lead)
+        return Insertion(
+            config.num_virtual_tokens, length, after_first, used, rotation=None if self.causal else offsets, lead=lead
+        )
 
     def counts_what_is_masked(self, selection: Selection, offsets: Tensor | None) -> bool:
-        """Whether the model needs explicit positions because masked columns precede visible ones; RoBERTa skips padding itself."""
-        return self.causal and self.takes_position_ids and (selection.has_base_rows or offsets is not None or self.first_position > 0)
+        """Whether the model needs explicit positions because masked columns precede visible ones; RoBERTa skips padding
+        itself.
+        """
+        return (
+            self.causal
+            and self.takes_position_ids
+            and (selection.has_base_rows or offsets is not None or self.first_position > 0)
+        )
 
     def offsets(self, selection: Selection, mask: Tensor | None, length: int) -> Tensor | None:
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != length:
             raise ValueError(
-                f"DePT: attention_mask must be (B, {length}), got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+                f"DePT: attention_mask must be (B, {length}), got"
+                f" {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
             )
         # reading the mask on a GPU would synchronize
         config = selection.config
@@ -270,19 +314,21 @@ class Hooks:
         looks = by_columns and mask.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and length and bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
             raise ValueError(
-                "DePT: insert_after_first=True with position='padded' needs inputs that are padded on the right, got an attention_mask that starts"
-                " with 0"
+                "DePT: insert_after_first=True with position='padded' needs inputs that are padded on the right, got an"
+                " attention_mask that starts with 0"
             )
         return leading_padding(mask) if config.position == "token" else None
 
     def check_length(self, config, length):
         if length > config.max_length:
-            raise ValueError(f"DePT: the input has {length} tokens, more than the adapter's max_length={config.max_length}")
+            raise ValueError(
+                f"DePT: the input has {length} tokens, more than the adapter's max_length={config.max_length}"
+            )
         columns = config.num_virtual_tokens + length
         if self.most_columns is not None and columns > self.most_columns:
             raise ValueError(
-                f"DePT: {config.num_virtual_tokens} prompt rows and {length} tokens make {columns} columns, but the model has positions for"
-                f" {self.most_columns}"
+                f"DePT: {config.num_virtual_tokens} prompt rows and {length} tokens make {columns} columns, but the"
+                f" model has positions for {self.most_columns}"
             )
 
     def check_arguments(self, kwargs, shape):
@@ -291,12 +337,14 @@ class Hooks:
             known = name in _WIDENED or name.startswith(_OF_OTHER_TOKENS)
             if not known and isinstance(value, Tensor) and tuple(value.shape[:2]) == shape and shape[1] > 1:
                 raise ValueError(
-                    f"DePT: {type(self.module).__name__} must be given no {name}, which has a value for each token: the prompt's rows have none,"
-                    f" got {tuple(value.shape)}"
+                    f"DePT: {type(self.module).__name__} must be given no {name}, which has a value for each token: the"
+                    f" prompt's rows have none, got {tuple(value.shape)}"
                 )
 
     def decoder_inputs(self, kwargs: dict) -> dict:
-        """Decoder inputs for models that decode the shifted ``input_ids`` by default, which ``inputs_embeds`` replace."""
+        """Decoder inputs for models that decode the shifted ``input_ids`` by default, which ``inputs_embeds``
+        replace.
+        """
         shift = getattr(sys.modules[type(self.module).__module__], "shift_tokens_right", None)
         if shift is None and hasattr(self.module, "qa_outputs"):  # T5 for question answering
             shift = getattr(self.module, "_shift_right", None)

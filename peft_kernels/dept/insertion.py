@@ -29,13 +29,17 @@ class Insertion:
         first = int(self.after_first)
         batch = positions.shape[0] if self.used is None else self.used.shape[0]
         positions = positions.expand(batch, -1)
-        behind = torch.arange(self.length, device=positions.device) >= (first if self.lead is None else self.lead[:, None])
+        behind = torch.arange(self.length, device=positions.device) >= (
+            first if self.lead is None else self.lead[:, None]
+        )
         prompt = torch.arange(self.virtual, device=positions.device, dtype=positions.dtype) + first_position + first
         return self._inserted(torch.where(behind, self.shift(positions), positions), prompt.expand(batch, -1))
 
     def shift(self, positions: Tensor) -> Tensor:
         """Positions of tokens behind the prompt, moved by its length."""
-        return positions + (self.virtual if self.used is None else self.virtual * self.used[:, None].to(positions.dtype))
+        return positions + (
+            self.virtual if self.used is None else self.virtual * self.used[:, None].to(positions.dtype)
+        )
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x`` (B, L, ...) with leading padding moved to the end."""
@@ -47,19 +51,32 @@ class Insertion:
             return x
         first, lead = int(self.after_first), self.lead[:, None]
         columns = torch.arange(self.virtual + self.length, device=x.device)
-        written = torch.where(columns < first, columns, columns + self.virtual)  # a token's column in the operator's layout
-        return _gather(x, torch.where(columns < lead, written, torch.where(columns < lead + self.virtual, first + columns - lead, columns)))
+        # a token's column in the operator's layout
+        written = torch.where(columns < first, columns, columns + self.virtual)
+        return _gather(
+            x,
+            torch.where(
+                columns < lead, written, torch.where(columns < lead + self.virtual, first + columns - lead, columns)
+            ),
+        )
 
     def kept(self, keep: int | Tensor) -> int | Tensor:
-        """``logits_to_keep``, a number of last tokens (0: all) or a tensor of columns, counted with the prompt's columns."""
+        """``logits_to_keep``, a number of last tokens (0: all) or a tensor of columns, counted with the prompt's
+        columns.
+        """
         if isinstance(keep, Tensor):
             if self.lead is not None or self.after_first:
-                raise ValueError("DePT: logits_to_keep must be a number where the prompt does not come first in every row, got a tensor of columns")
+                raise ValueError(
+                    "DePT: logits_to_keep must be a number where the prompt does not come first in every row, got a"
+                    " tensor of columns"
+                )
             return torch.where(keep < 0, keep, keep + self.virtual)
         return 0 if keep >= self.length - int(self.after_first) else keep
 
     def narrow(self, value):
-        """Remove the prompt's columns and restore the user's order, in per-token tensors (B, m + L, d), also inside tuples."""
+        """Remove the prompt's columns and restore the user's order, in per-token tensors (B, m + L, d), also inside
+        tuples.
+        """
         if type(value) is tuple:
             return tuple(self.narrow(x) for x in value)
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != self.virtual + self.length:
@@ -71,7 +88,11 @@ class Insertion:
             value = torch.cat([value[:, :1], value[:, 1 + self.virtual :]], 1)
         else:
             value = value[:, self.virtual :]
-        return value if self.rotation is None else _gather(value, (self._tokens(value) - self.rotation[:, None]) % self.length)
+        return (
+            value
+            if self.rotation is None
+            else _gather(value, (self._tokens(value) - self.rotation[:, None]) % self.length)
+        )
 
     def _inserted(self, x, rows):
         x, first = self.rotate(x), int(self.after_first)

@@ -29,7 +29,10 @@ class Selection:
 
 
 class DePTLayer(AdapterLayer):
-    """The layer at ``model.dept`` with the parameters of all adapters. It wraps nothing: the model's embedding is unchanged, tied or not."""
+    """The layer at ``model.dept`` with the parameters of all adapters.
+
+    It wraps nothing: the model's embedding is unchanged, tied or not.
+    """
 
     method = "DePT"
     shared_in_batch = ("num_virtual_tokens", "r", "max_length", "scale", "position", "insert_after_first")
@@ -41,16 +44,24 @@ class DePTLayer(AdapterLayer):
         self.dept_prompt, self.dept_a, self.dept_b = AdapterParameters(), AdapterParameters(), AdapterParameters()
 
     def add(self, name: str, config: DePTConfig, *, empty: bool) -> None:
-        """Add an adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), at least float32. ``empty``: on meta, loaded later."""
+        """Add an adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), at least float32.
+
+        ``empty``: on meta, loaded later.
+        """
         embedding = self.get_base_layer()
         weight, width = embedding.weight, embedding.embedding_dim
         m, r, s = config.num_virtual_tokens, config.r, config.max_length
-        kwargs = {"device": "meta" if empty else self.device_for_adapters(), "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        kwargs = {
+            "device": "meta" if empty else self.device_for_adapters(),
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+        }
         a = torch.empty(s, r, **kwargs).uniform_(-(r**-0.5), r**-0.5)
         b = torch.zeros(r, width, **kwargs)
         if config.init_token_ids and not empty and not config.inference_mode:
             if max(config.init_token_ids) >= weight.shape[0] or min(config.init_token_ids) < 0:
-                raise ValueError(f"DePTConfig: init_token_ids must lie in [0, {weight.shape[0]}), got {config.init_token_ids}")
+                raise ValueError(
+                    f"DePTConfig: init_token_ids must lie in [0, {weight.shape[0]}), got {config.init_token_ids}"
+                )
             ids = torch.tensor(config.init_token_ids, device=kwargs["device"])
             ids = ids.repeat(-(-m // len(ids)))[:m]
             with torch.no_grad():
@@ -58,7 +69,11 @@ class DePTLayer(AdapterLayer):
         else:
             prompt = torch.randn(m, width, **kwargs)
         self.configs[name] = config
-        self.dept_prompt[name], self.dept_a[name], self.dept_b[name] = nn.Parameter(prompt), nn.Parameter(a), nn.Parameter(b)
+        self.dept_prompt[name], self.dept_a[name], self.dept_b[name] = (
+            nn.Parameter(prompt),
+            nn.Parameter(a),
+            nn.Parameter(b),
+        )
 
     def get_base_layer(self) -> nn.Module:
         return family.embedding_of(self._module[0])
@@ -72,8 +87,13 @@ class DePTLayer(AdapterLayer):
         stacks = [torch.stack([lookup.whole(p(n)) for n in names]) for p in parameters]
         return Selection(config, *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
 
-    def embed(self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """Embeddings (B, m + L, d) of prompt and updated tokens for the model. ``inputs_embeds`` (B, L, d) are its inputs without a prompt."""
+    def embed(
+        self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None
+    ) -> Tensor:
+        """Embeddings (B, m + L, d) of prompt and updated tokens for the model.
+
+        ``inputs_embeds`` (B, L, d) are its inputs without a prompt.
+        """
         divisor = self._later_scale(input_ids)
         if input_ids is not None:
             weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
@@ -95,8 +115,13 @@ class DePTLayer(AdapterLayer):
             adapter_ids=selection.adapter_ids,
         )
 
-    def embed_next(self, delta: Tensor, adapter_ids: Tensor | None, input_ids: Tensor, column: int, offsets: Tensor | None) -> Tensor:
-        """Embeddings (B, q, d) of tokens that continue an input; the first has ``column``, not counting the prompt. ``delta`` is (K, s, d)."""
+    def embed_next(
+        self, delta: Tensor, adapter_ids: Tensor | None, input_ids: Tensor, column: int, offsets: Tensor | None
+    ) -> Tensor:
+        """Embeddings (B, q, d) of tokens that continue an input; the first has ``column``, not counting the prompt.
+
+        ``delta`` is (K, s, d).
+        """
         divisor = self._later_scale(None)
         weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
         batch, new = input_ids.shape
@@ -106,7 +131,9 @@ class DePTLayer(AdapterLayer):
         updated = (index >= 0) & (index < delta.shape[1])
         adapter = torch.zeros(batch, dtype=torch.long, device=weight.device) if adapter_ids is None else adapter_ids
         updated &= (adapter >= 0)[:, None]
-        low_rank = delta[adapter.clamp_min(0)[:, None], index.clamp(0, delta.shape[1] - 1)].masked_fill(~updated[..., None], 0)
+        low_rank = delta[adapter.clamp_min(0)[:, None], index.clamp(0, delta.shape[1] - 1)].masked_fill(
+            ~updated[..., None], 0
+        )
         factor *= self._token_scale() / divisor
         return (factor * weight[ids].to(low_rank.dtype) + low_rank / divisor).to(weight.dtype)
 

@@ -9,9 +9,10 @@ from . import family
 def table(embedding: nn.Module, input_ids: Tensor) -> tuple[Tensor, float, Tensor]:
     """A table (V, d), the factor from its rows to the output of ``embedding``, and (B, L) row indices of the tokens.
 
-    If the module's forward only looks up and scales, the table is its weight, and the operator reads each row once. Otherwise the
-    module is called and its output is the table: hooks may load the weight (accelerate's offload, FSDP's shards) or change the output
-    (NEFTune), wrappers may add to it (adapters, trained copies), and quantised weights are not plain tensors.
+    If the module's forward only looks up and scales, the table is its weight, and the operator reads each row once.
+    Otherwise the module is called and its output is the table: hooks may load the weight (accelerate's offload, FSDP's
+    shards) or change the output (NEFTune), wrappers may add to it (adapters, trained copies), and quantised weights are
+    not plain tensors.
     """
     if _looks_up_alone(embedding):
         weight = whole(embedding.weight)
@@ -24,7 +25,9 @@ def table(embedding: nn.Module, input_ids: Tensor) -> tuple[Tensor, float, Tenso
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """``parameter``, gathered if it is sharded by FSDP and the forward of its FSDP module has not begun, as in ``generate``."""
+    """``parameter``, gathered if it is sharded by FSDP and the forward of its FSDP module has not begun, as in
+    ``generate``.
+    """
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 

@@ -1,9 +1,10 @@
 """Probes how a model reads its tokens, by calling it.
 
-No configuration says whether a forward uses ``input_ids`` for more than their embeddings, or whether it scales its embeddings, and
-lists of names go stale. So ``get_peft_model`` calls the model with a handful of tokens: twice in full, once with ``input_ids`` and once
-with their embeddings, and twice up to the first layer. The model is not changed: training modes and the random state are restored. A
-model on the meta device is probed at the first forward after its weights are loaded.
+No configuration says whether a forward uses ``input_ids`` for more than their embeddings, or whether it scales its
+embeddings, and lists of names go stale. So ``get_peft_model`` calls the model with a handful of tokens: twice in full,
+once with ``input_ids`` and once with their embeddings, and twice up to the first layer. The model is not changed:
+training modes and the random state are restored. A model on the meta device is probed at the first forward after its
+weights are loaded.
 """
 
 import inspect
@@ -24,7 +25,9 @@ probing = CallState()  # True while a model is probed: hooks skip such calls
 
 @dataclass
 class Reading:
-    """The first layer's input is ``token_scale`` times the embedding module's output, or ``input_scale`` times ``inputs_embeds``."""
+    """The first layer's input is ``token_scale`` times the embedding module's output, or ``input_scale`` times
+    ``inputs_embeds``.
+    """
 
     table: nn.Embedding  # the module that looks input_ids up
     token_scale: float = 1.0
@@ -41,8 +44,8 @@ def read(module: nn.Module, table: nn.Embedding) -> Reading:
     """Probe ``module``, which gets the prompt, with its input embedding ``table``.
 
     Raises:
-        ValueError: the module cannot be called with tokens alone, does not use ``table``, or is a decoder or an encoder-decoder that uses
-            ``input_ids`` for more than their embeddings.
+        ValueError: the module cannot be called with tokens alone, does not use ``table``, or is a decoder or an
+            encoder-decoder that uses ``input_ids`` for more than their embeddings.
     """
     what = type(module).__name__
     with _undisturbed(module, table):
@@ -65,7 +68,10 @@ def read(module: nn.Module, table: nn.Embedding) -> Reading:
         except Exception as error:
             difference, input_scale = f"raises {_told(error)} without them", 1.0
     if difference and (is_causal(module) or is_encoder_decoder(module)):
-        raise ValueError(f"DePT: {what} reads input_ids for more than their embeddings, which a prompt does not have: it {difference}")
+        raise ValueError(
+            f"DePT: {what} reads input_ids for more than their embeddings, which a prompt does not have: it"
+            f" {difference}"
+        )
     return Reading(used, token_scale, input_scale, bool(difference), filler)
 
 
@@ -184,7 +190,9 @@ def _response(module, table, calls, step, input_ids=None, inputs_embeds=None) ->
 
 def _exact(scale, module, width):
     """The exact value of a measured factor: the model's own setting within 1% of it, or else the measured value."""
-    settings = [v for part in (module, module.base_model) for v in (*vars(part).values(), *part.config.to_dict().values())]
+    settings = [
+        v for part in (module, module.base_model) for v in (*vars(part).values(), *part.config.to_dict().values())
+    ]
     known = [1.0, width**0.5, *(float(v) for v in settings if isinstance(v, float))]
     return next((v for v in known if abs(scale - v) <= 0.01 * scale), scale)
 
@@ -193,7 +201,10 @@ def _difference(got, expected) -> str | None:
     for a, b in zip(got, expected):
         bound = torch.finfo(b.dtype).eps ** 0.5 * b.abs().max()
         if a.shape != b.shape or bool(((a - b).abs() > bound).any()):
-            return f"gives {'outputs of another shape' if a.shape != b.shape else 'other outputs'} for the embeddings of the same tokens"
+            return (
+                f"gives {'outputs of another shape' if a.shape != b.shape else 'other outputs'} for the embeddings"
+                " of the same tokens"
+            )
     return None
 
 
@@ -205,4 +216,6 @@ def _tensor(value):
 
 
 def _told(error):
-    return f"{type(error).__name__} ({str(error).strip().splitlines()[0][:120] if str(error).strip() else 'no message'})"
+    return (
+        f"{type(error).__name__} ({str(error).strip().splitlines()[0][:120] if str(error).strip() else 'no message'})"
+    )

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-# arguments that DataCollatorWithFlattening and continuous batching add for such rows; varlen attention kernels read them
+# arguments that DataCollatorWithFlattening and continuous batching add for such rows; varlen attention kernels read
+# them
 _ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens", "block_table")
 _REFUSED = "DePT: a row must hold one sequence, because each would need its own prompt, but {}"
 
@@ -11,14 +12,16 @@ _REFUSED = "DePT: a row must hold one sequence, because each would need its own 
 def check(kwargs: dict, mask: Tensor | None) -> None:
     """Check that every row holds one sequence.
 
-    Reading ``position_ids`` on a GPU synchronizes; this happens only if they are given. Under ``torch.compile`` the check is an
-    assertion on the device.
+    Reading ``position_ids`` on a GPU synchronizes; this happens only if they are given. Under ``torch.compile`` the
+    check is an assertion on the device.
 
     Raises:
         ValueError: an argument describes several sequences, or positions start again within a row.
     """
     if given := [name for name in _ARGUMENTS if kwargs.get(name) is not None]:
-        raise ValueError(_REFUSED.format(f"{', '.join(given)} {'describes' if len(given) == 1 else 'describe'} several"))
+        raise ValueError(
+            _REFUSED.format(f"{', '.join(given)} {'describes' if len(given) == 1 else 'describe'} several")
+        )
     positions = kwargs.get("position_ids")
     if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
         return
@@ -31,7 +34,10 @@ def check(kwargs: dict, mask: Tensor | None) -> None:
 
 
 def _follow(positions, mask):
-    """Whether each token's position exceeds all earlier ones. Without a mask it must rise by 1: to transformers, a gap ends a sequence too."""
+    """Whether each token's position exceeds all earlier ones.
+
+    Without a mask it must rise by 1: to transformers, a gap ends a sequence too.
+    """
     if mask is None:
         return positions.diff(dim=1) == 1
     seen = mask.bool()

@@ -4,14 +4,20 @@ from torch import nn
 
 
 def param_groups(
-    model: nn.Module, lr_prompt: float = 0.3, lr_low_rank: float = 5e-4, weight_decay: float = 0.0, lr_head: float | None = None
+    model: nn.Module,
+    lr_prompt: float = 0.3,
+    lr_low_rank: float = 5e-4,
+    weight_decay: float = 0.0,
+    lr_head: float | None = None,
 ) -> list[dict]:
-    """Optimizer groups for the trainable parameters of ``model``: prompts, A and B, and the rest (the head of a classification model).
+    """Optimizer groups for the trainable parameters of ``model``: prompts, A and B, and the rest (the head of a
+    classification model).
 
-    Use them with ``Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": param_groups(model), "lr": 5e-4}))``, or with
-    ``Seq2SeqTrainer(..., optimizers=(torch.optim.AdamW(param_groups(model)), None))``, which lacks the former argument. The paper trains
-    T5 with AdamW, a prompt rate of 0.3 to 0.4, a low-rank rate of 1e-4 to 5e-3 and no weight decay. Encoders such as BERT, whose
-    embeddings are a hundred times smaller, need rates that are a hundred times smaller.
+    Use them with ``Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": param_groups(model), "lr":
+    5e-4}))``, or with ``Seq2SeqTrainer(..., optimizers=(torch.optim.AdamW(param_groups(model)), None))``, which lacks
+    the former argument. The paper trains T5 with AdamW, a prompt rate of 0.3 to 0.4, a low-rank rate of 1e-4 to 5e-3
+    and no weight decay. Encoders such as BERT, whose embeddings are a hundred times smaller, need rates that are a
+    hundred times smaller.
 
     Args:
         model: a model with a DePT adapter.
@@ -26,8 +32,12 @@ def param_groups(
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": [], "head": []}
     for name, p in trainable:
-        groups["prompt" if ".dept_prompt." in name else "low_rank" if ".dept_a." in name or ".dept_b." in name else "head"].append(p)
+        groups[
+            "prompt" if ".dept_prompt." in name else "low_rank" if ".dept_a." in name or ".dept_b." in name else "head"
+        ].append(p)
     if not groups["prompt"]:
         raise ValueError("param_groups: model must have a trainable DePT adapter, got none")
     rates = {"prompt": lr_prompt, "low_rank": lr_low_rank, "head": lr_low_rank if lr_head is None else lr_head}
-    return [{"params": groups[name], "lr": rates[name], "weight_decay": weight_decay} for name in groups if groups[name]]
+    return [
+        {"params": groups[name], "lr": rates[name], "weight_decay": weight_decay} for name in groups if groups[name]
+    ]

@@ -1,8 +1,8 @@
 """Mixins that are put onto one object and taken off again.
 
-The object gets a derived class with the name and module of its own class, because transformers inspects names, modules and bases. Several
-mixins stack in the order in which they were put on and come off in any order, even if other code has changed the class in between
-(FSDP2 derives a class of its own).
+The object gets a derived class with the name and module of its own class, because transformers inspects names, modules
+and bases. Several mixins stack in the order in which they were put on and come off in any order, even if other code has
+changed the class in between (FSDP2 derives a class of its own).
 """
 
 from functools import cache
@@ -60,8 +60,11 @@ def _without(cls, mixin):
     stock, mixins = _parts(cls)
     if mixins:
         return _swapped(_without(stock, mixin), tuple(m for m in mixins if m is not mixin))
-    # other code derived a class from ours: derive it again, without methods that a base put into it by wrapping the mixin's
-    names = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__") and not _wraps_inherited(cls, k, v)}
+    # other code derived a class from ours: derive it again, without methods that a base put into it by wrapping the
+    # mixin's
+    names = {
+        k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__") and not _wraps_inherited(cls, k, v)
+    }
     return type(cls)(cls.__name__, tuple(_without(base, mixin) for base in cls.__bases__), names)
 
 
@@ -74,7 +77,11 @@ def _change(thing, cls):
     """Change the class of ``thing`` and rebind methods that other code stores on it (accelerate stores ``forward``)."""
     before, thing.__class__ = type(thing), cls
     for name, value in vars(thing).items():
-        if isinstance(value, MethodType) and value.__self__ is thing and value.__func__ is getattr(before, value.__name__, None):
+        if (
+            isinstance(value, MethodType)
+            and value.__self__ is thing
+            and value.__func__ is getattr(before, value.__name__, None)
+        ):
             vars(thing)[name] = MethodType(getattr(cls, value.__name__), thing)
 
 

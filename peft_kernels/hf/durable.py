@@ -8,7 +8,8 @@ from uuid import uuid4
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Replace ``path`` atomically with the file that ``write`` creates at the path it is given. Safe with concurrent processes.
+    """Replace ``path`` atomically with the file that ``write`` creates at the path it is given. Safe with concurrent
+    processes.
 
     An interruption, even a loss of power, leaves either the old file or the new one.
     """

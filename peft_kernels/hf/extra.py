@@ -19,4 +19,6 @@ def needed_by(method: str) -> Iterator[None]:
         if error.name not in PACKAGES:
             raise
         command = 'pip install "peft_kernels[hf]"'
-        raise ImportError(f"peft_kernels.{method} needs {error.name}, which is not installed: {command}", name=error.name) from error
+        raise ImportError(
+            f"peft_kernels.{method} needs {error.name}, which is not installed: {command}", name=error.name
+        ) from error

@@ -13,23 +13,27 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-# children of a base model that read its last hidden state and whose output the base does not read; random if the checkpoint lacks them
+# children of a base model that read its last hidden state and whose output the base does not read; random if the
+# checkpoint lacks them
 UNREAD = ("pooler", "contact_head")
 # settings about files, unused heads and the output format
 NO_PART_OF_A_FORWARD = {
-    "_name_or_path", "architectures", "base_model_name_or_path", "dtype", "id2label", "inference_mode", "label2id", "num_labels", "output_attentions",
-    "output_hidden_states", "peft_version", "problem_type", "return_dict", "revision", "task_specific_params", "torch_dtype", "transformers_version",
+    "_name_or_path", "architectures", "base_model_name_or_path", "dtype", "id2label", "inference_mode", "label2id",
+    "num_labels", "output_attentions",
+    "output_hidden_states", "peft_version", "problem_type", "return_dict", "revision", "task_specific_params",
+    "torch_dtype", "transformers_version",
     "use_cache",
 }  # fmt: skip
 WORKERS = 4
 
 
 def fingerprint(runs: nn.Module, base: nn.Module, inputs) -> str:
-    """The cache key of the features that ``base`` computes when ``runs``, which is ``base`` or a model around it, reads ``inputs``.
+    """The cache key of the features that ``base`` computes when ``runs``, which is ``base`` or a model around it, reads
+    ``inputs``.
 
-    It covers every element of every weight and buffer, the configuration, the active adapters and whether they are merged, autocast,
-    and ``inputs``, which must be JSON-serializable. It leaves out versions, paths, inactive adapters, and a pooler, on which no feature
-    depends.
+    It covers every element of every weight and buffer, the configuration, the active adapters and whether they are
+    merged, autocast, and ``inputs``, which must be JSON-serializable. It leaves out versions, paths, inactive adapters,
+    and a pooler, on which no feature depends.
 
     Raises:
         ValueError: a weight has no values (it is on ``meta``, and no hook says where it is offloaded).
@@ -63,7 +67,9 @@ def _digest_of(part: tuple[str, Tensor | str | Callable[[], Tensor]]) -> bytes:
     return digest.digest()
 
 
-def _parts(module: nn.Module, prefix: str, skipped: set[int], seen: set[int]) -> Iterator[tuple[str, str | Callable[[], Tensor]]]:
+def _parts(
+    module: nn.Module, prefix: str, skipped: set[int], seen: set[int]
+) -> Iterator[tuple[str, str | Callable[[], Tensor]]]:
     """Pairs of names and tensors, each tensor once, and pairs of adapted modules' names and their adapters' state."""
     if id(module) in skipped:
         return
@@ -74,7 +80,11 @@ def _parts(module: nn.Module, prefix: str, skipped: set[int], seen: set[int]) ->
     for name, x in (*module._parameters.items(), *module._buffers.items()):
         if x is not None and id(x) not in seen:
             seen.add(id(x))
-            yield f"{prefix}{name}", partial(_values, module, f"{prefix}{name}", name, x)  # an offloaded weight is read when it is hashed
+            # an offloaded weight is read when it is hashed
+            yield (
+                f"{prefix}{name}",
+                partial(_values, module, f"{prefix}{name}", name, x),
+            )
     for name, child in module._modules.items():
         if child is None or id(child) in seen:
             continue
@@ -92,7 +102,12 @@ def _adapters_of(layer) -> tuple[dict, set[str]]:
     merged = list(getattr(layer, "merged_adapters", []))
     disabled = bool(layer.disable_adapters)
     live = [*merged, *(name for name in ([] if disabled else layer.active_adapters) if name not in merged)]
-    every = {key for child in layer._modules.values() if isinstance(child, nn.ModuleDict | nn.ParameterDict) for key in dict(child)}
+    every = {
+        key
+        for child in layer._modules.values()
+        if isinstance(child, nn.ModuleDict | nn.ParameterDict)
+        for key in dict(child)
+    }
     if not live:
         return {}, every
     settings = {
@@ -114,7 +129,9 @@ def _values(module: nn.Module, path: str, name: str, x: Tensor) -> Tensor:
         weights = getattr(one, "weights_map", None)
         if weights is not None and name in weights:
             return weights[name]
-    raise ValueError(f"cache: the weight {path} lies on meta and has no values, so nothing says which model the features are of")
+    raise ValueError(
+        f"cache: the weight {path} lies on meta and has no values, so nothing says which model the features are of"
+    )
 
 
 def _autocast(device: str) -> str | None:
@@ -133,4 +150,10 @@ def _plain(x):
         return [_plain(v) for v in x]
     if isinstance(x, Enum):
         return _plain(x.value)
-    return x if isinstance(x, str | int | float | bool | None) else str(x) if isinstance(x, torch.dtype) else type(x).__name__
+    return (
+        x
+        if isinstance(x, str | int | float | bool | None)
+        else str(x)
+        if isinstance(x, torch.dtype)
+        else type(x).__name__
+    )

@@ -20,14 +20,16 @@ def frozen_model(method: str, model: nn.Module) -> Any:
     """The transformers model inside wrappers of PEFT or ``torch.compile``, with the adapters that are active in it.
 
     Raises:
-        TypeError: there is no transformers model. ValueError: an adapter adds tokens, or works in the wrapper instead of the model.
+        TypeError: there is no transformers model. ValueError: an adapter adds tokens, or works in the wrapper instead
+            of the model.
     """
     while True:
         if isinstance(model, PeftModel | PeftMixedModel):
             for name, config in model.peft_config.items():
                 if config.is_prompt_learning or config.peft_type == "XLORA":
                     raise ValueError(
-                        f"{method}: model must be one whose adapters lie in its layers, but adapter {name!r} is {config.peft_type.value}, which"
+                        f"{method}: model must be one whose adapters lie in its layers, but adapter {name!r} is"
+                        f" {config.peft_type.value}, which"
                         " works from around the model; model.get_base_model() is the model without it"
                     )
             model = model.base_model.model
@@ -46,7 +48,8 @@ def strings(method: str, argument: str, values, *, pairs: bool = False) -> list:
         TypeError: ``values`` is one string, a mapping, a set or a table, or an element is not a string.
     """
     expected = f"{method}: {argument} must be a sequence of strings{' or of pairs of strings' if pairs else ''}"
-    dimensions = (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)  # a pandas table has two, and iterates over column names
+    # a pandas table has two, and iterates over column names
+    dimensions = (1, 2) if pairs and isinstance(values, np.ndarray) else (1,)
     if not ordered(values) or getattr(values, "ndim", 1) not in dimensions:
         raise TypeError(f"{expected}, got {'one string' if isinstance(values, str) else type(values).__name__}")
     found = list(values)
@@ -72,13 +75,16 @@ def max_length_of(model, tokenizer, default: Default) -> int | Default:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions > 0:
         embeddings = getattr(model.base_model, "embeddings", None)
-        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")  # RoBERTa and its derivatives count from padding_idx + 1
+        # RoBERTa and its derivatives count from padding_idx + 1
+        from_padding = hasattr(embeddings, "create_position_ids_from_inputs_embeds")
         limits.append(positions - (embeddings.padding_idx + 1 if from_padding else 0))
     return min(limits, default=default)
 
 
 def padded_behind(attention_mask: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The mask and other (B, S) tensors with padding moved behind the tokens, so that positions count from the first token."""
+    """The mask and other (B, S) tensors with padding moved behind the tokens, so that positions count from the first
+    token.
+    """
     order = (attention_mask != 0).int().sort(dim=1, descending=True, stable=True).indices
     return tuple(x if x is None else x.gather(1, order) for x in (attention_mask, *tensors))
 
@@ -98,7 +104,11 @@ def class_indices(method: str, labels) -> list[int]:
     Raises:
         ValueError: a label is not a whole number: a float with a fraction, a name, or a one-hot row.
     """
-    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels if hasattr(labels, "__array__") else list(labels))
+    values = (
+        labels.detach().cpu().numpy()
+        if isinstance(labels, Tensor)
+        else np.asarray(labels if hasattr(labels, "__array__") else list(labels))
+    )
     expected = f"{method}: labels must be one class index for each text"
     if values.ndim != 1:
         raise ValueError(f"{expected}, got an array of shape {values.shape}")
@@ -111,18 +121,28 @@ def class_indices(method: str, labels) -> list[int]:
 
 
 def check_labels(method: str, labels: Tensor, rows: int, classes: int) -> Tensor:
-    """``labels`` as (rows,) int64. Values are checked only on a CPU, because on a GPU that would synchronize, and not in a graph."""
+    """``labels`` as (rows,) int64.
+
+    Values are checked only on a CPU, because on a GPU that would synchronize, and not in a graph.
+    """
     if labels.shape != (rows,):
         raise ValueError(f"{method}: labels must be ({rows},), one class index for each row, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{method}: labels must be integers, the indices of classes, got {labels.dtype}; regression is not supported")
+        raise ValueError(
+            f"{method}: labels must be integers, the indices of classes, got {labels.dtype}; regression is not"
+            " supported"
+        )
     looked_at = labels.device.type == "cpu" and len(labels) and not torch.compiler.is_compiling()
     if looked_at and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-        raise ValueError(f"{method}: labels must lie in [0, {classes}), got values from {int(labels.min())} to {int(labels.max())}")
+        raise ValueError(
+            f"{method}: labels must lie in [0, {classes}), got values from {int(labels.min())} to {int(labels.max())}"
+        )
     return labels.long()
 
 
-_evaluated: dict[int, tuple[int, list[nn.Module]]] = {}  # by model: calls that keep it in eval mode, modules that were in training
+_evaluated: dict[
+    int, tuple[int, list[nn.Module]]
+] = {}  # by model: calls that keep it in eval mode, modules that were in training
 _lock = threading.Lock()
 
 

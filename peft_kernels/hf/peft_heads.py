@@ -1,4 +1,6 @@
-"""The modules that are trained and saved beside an adapter, above all the task head: their choice, and their use per row of a batch."""
+"""The modules that are trained and saved beside an adapter, above all the task head: their choice, and their use per
+row of a batch.
+"""
 
 import torch
 from peft import PeftConfig, TaskType
@@ -53,10 +55,12 @@ def _is_loaded(module):
 class RowWise(Swapped):
     """Mixin for PEFT's wrappers of such modules: each row of a mixed batch goes through the module of its own adapter.
 
-    PEFT's own implementation knows only linear layers and embeddings, and keeps the names in hooks on the module, which threads share.
+    PEFT's own implementation knows only linear layers and embeddings, and keeps the names in hooks on the module, which
+    threads share.
 
-    A PEFT method above ours switches all wrappers to its adapter; a wrapper without a module for that adapter then falls back to the base
-    module. With this mixin such a wrapper stays with the active adapter below, and a module that the method above adds is used at once.
+    A PEFT method above ours switches all wrappers to its adapter; a wrapper without a module for that adapter then
+    falls back to the base module. With this mixin such a wrapper stays with the active adapter below, and a module that
+    the method above adds is used at once.
     """
 
     layer: tuple  # holds the AdapterLayer beside which the module is trained; a tuple, so that it is not a submodule
@@ -102,7 +106,8 @@ class RowWise(Swapped):
             return output
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return {batch} rows to be mixed, got {got}"
+            f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return {batch} rows to"
+            f" be mixed, got {got}"
         )
 
     def _of(self, name):
@@ -119,11 +124,21 @@ def follow(model: nn.Module, layer: BaseTunerLayer) -> None:
 
 
 def refuse_when_run_again(model: nn.Module) -> None:
-    """Refuse a wrapped module in a checkpointed layer: it runs again in the backward pass, when the adapters of the rows are unknown.
+    """Refuse a wrapped module in a checkpointed layer: it runs again in the backward pass, when the adapters of the
+    rows are unknown.
 
     Raises:
         ValueError: ``model`` has such a module.
     """
-    checkpointed = {n: m for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training}
-    if found := [n for n, m in checkpointed.items() if any(isinstance(part, ModulesToSaveWrapper) for part in m.modules())]:
-        raise ValueError(f"adapter_names: {found[0]} is checkpointed and holds one of modules_to_save, which cannot be trained in a mixed batch")
+    checkpointed = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training
+    }
+    if found := [
+        n for n, m in checkpointed.items() if any(isinstance(part, ModulesToSaveWrapper) for part in m.modules())
+    ]:
+        raise ValueError(
+            f"adapter_names: {found[0]} is checkpointed and holds one of modules_to_save, which cannot be trained in a"
+            " mixed batch"
+        )

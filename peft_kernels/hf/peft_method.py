@@ -1,4 +1,6 @@
-"""Base classes for methods of PEFT: registration of a type, a layer with the parameters, a tuner that adds the layer."""
+"""Base classes for methods of PEFT: registration of a type, a layer with the parameters, a tuner that adds the
+layer.
+"""
 
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,9 @@ from .peft_heads import BASE, add_heads, follow, refuse_when_run_again
 
 
 def peft_type(name: str) -> PeftType:
-    """The member ``name`` of ``PeftType``, added if it is missing: PEFT only registers methods that its enumeration has."""
+    """The member ``name`` of ``PeftType``, added if it is missing: PEFT only registers methods that its enumeration
+    has.
+    """
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
@@ -41,7 +45,9 @@ def check_pretrained(method: str, model: nn.Module) -> None:
     if not hasattr(model, "base_model") or not hasattr(model, "can_generate"):
         raise TypeError(f"{method}: model must be a transformers PreTrainedModel, got {what}")
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(f"{method}: model must read input_ids, but the main input of {what} is {model.main_input_name!r}")
+        raise ValueError(
+            f"{method}: model must read input_ids, but the main input of {what} is {model.main_input_name!r}"
+        )
     try:
         model.get_input_embeddings()
     except NotImplementedError as error:
@@ -49,7 +55,9 @@ def check_pretrained(method: str, model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model below other methods of PEFT, also while one is being added and ``peft_config`` may name the one above."""
+    """The transformers model below other methods of PEFT, also while one is being added and ``peft_config`` may name
+    the one above.
+    """
     while isinstance(model, PeftModel):
         below = model.base_model
         model = below if isinstance(below, (PeftModel, PreTrainedModel)) else below.model
@@ -57,7 +65,10 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze ``model`` before its first tuner layer is added. If it has one, nothing changes: another method's parameters stay trainable."""
+    """Freeze ``model`` before its first tuner layer is added.
+
+    If it has one, nothing changes: another method's parameters stay trainable.
+    """
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         model.requires_grad_(False)
 
@@ -77,7 +88,10 @@ def is_causal(module: nn.Module) -> bool:
 
 
 class AdapterParameters(nn.ParameterDict):
-    """Parameters by adapter name. They are read by a call, so that hooks of accelerate and FSDP can load offloaded or sharded ones."""
+    """Parameters by adapter name.
+
+    They are read by a call, so that hooks of accelerate and FSDP can load offloaded or sharded ones.
+    """
 
     __call__ = nn.Module.__call__  # ParameterDict's own raises
 
@@ -111,7 +125,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return torch.device("cpu") if device.type == "meta" else device
 
     def merge(self, *args, **kwargs) -> None:
-        """Do nothing: another method's ``merge_adapter`` calls this on every layer, and ours stays active beside the merged ones."""
+        """Do nothing: another method's ``merge_adapter`` calls this on every layer, and ours stays active beside the
+        merged ones.
+        """
 
     def unmerge(self) -> None:
         """Do nothing, as ``merge``."""
@@ -122,20 +138,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return bool(names) and not self.disable_adapters
 
     def chosen(self, batch: int) -> tuple[list[str], list[int] | None]:
-        """The adapters for ``batch`` rows, and the index of each row's adapter, -1 for none; None if all rows have the same adapter.
+        """The adapters for ``batch`` rows, and the index of each row's adapter, -1 for none; None if all rows have the
+        same adapter.
 
         Raises:
-            ValueError: several adapters are active, a name is unknown, or the batch's adapters differ in a field that they must share.
+            ValueError: several adapters are active, a name is unknown, or the batch's adapters differ in a field that
+                they must share.
         """
         method, rows = self.method, self.row_adapters.get()
         if rows is None:
             if len(self.active_adapters) != 1:
                 raise ValueError(
-                    f"{method}: one adapter can be active at a time, got {self.active_adapters}; adapter_names= mixes adapters in a batch"
+                    f"{method}: one adapter can be active at a time, got {self.active_adapters}; adapter_names= mixes"
+                    " adapters in a batch"
                 )
             return list(self.active_adapters), None
         if len(rows) != batch:
-            raise ValueError(f"{method}: adapter_names must have one name for each of the {batch} rows, got {len(rows)}")
+            raise ValueError(
+                f"{method}: adapter_names must have one name for each of the {batch} rows, got {len(rows)}"
+            )
         names = list(dict.fromkeys(n for n in rows if n != BASE))
         if unknown := [n for n in names if n not in self.configs]:
             raise ValueError(f"{method}: adapter_names must be among {[*self.configs, BASE]}, got {unknown}")
@@ -147,7 +168,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
 
 class _Configs(dict):
-    """Configurations by adapter name; a deleted adapter has an empty one, because PEFT still looks it up in every forward."""
+    """Configurations by adapter name; a deleted adapter has an empty one, because PEFT still looks it up in every
+    forward.
+    """
 
     def __init__(self, configs):
         super().__init__(configs)
@@ -164,7 +187,9 @@ class _Configs(dict):
 
 
 class AddedLayerTuner(BaseTuner):
-    """Base of tuners that replace no module: they add an ``AdapterLayer`` and the hooks or mixins by which the model reads it."""
+    """Base of tuners that replace no module: they add an ``AdapterLayer`` and the hooks or mixins by which the model
+    reads it.
+    """
 
     target_module_mapping = {}
     why_unmergeable: str
@@ -173,18 +198,23 @@ class AddedLayerTuner(BaseTuner):
         for layer in (m for m in unwrapped(model).modules() if isinstance(m, AdapterLayer)):
             if not isinstance(layer, self.tuner_layer_cls):
                 raise ValueError(
-                    f"{self.tuner_layer_cls.method}: model has a {layer.method} adapter, and DePT replaces the input_ids in which PASTA finds special"
-                    " tokens; unload() it before you add the other"
+                    f"{self.tuner_layer_cls.method}: model has a {layer.method} adapter, and DePT replaces the"
+                    " input_ids in which PASTA finds special tokens; unload() it before you add the other"
                 )
             if isinstance(model, PeftModel) or adapter_name in layer.configs:
                 raise ValueError(
-                    f"{layer.method}: model has the {layer.method} adapters {list(layer.configs)}; add_adapter() adds one of another name to them"
+                    f"{layer.method}: model has the {layer.method} adapters {list(layer.configs)}; add_adapter() adds"
+                    " one of another name to them"
                 )
-        if isinstance(model, PeftModel) and adapter_name in model.peft_config and model.active_peft_config.is_prompt_learning:
+        if (
+            isinstance(model, PeftModel)
+            and adapter_name in model.peft_config
+            and model.active_peft_config.is_prompt_learning
+        ):
             kind = model.active_peft_config.peft_type.value  # PEFT would look for its model by our configuration
             raise ValueError(
-                f"{self.tuner_layer_cls.method}: adapter_name must differ from that of {kind} below, got {adapter_name!r}; get_peft_model takes"
-                " adapter_name="
+                f"{self.tuner_layer_cls.method}: adapter_name must differ from that of {kind} below, got"
+                f" {adapter_name!r}; get_peft_model takes adapter_name="
             )
         others = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -201,13 +231,16 @@ class AddedLayerTuner(BaseTuner):
         """Remove the layer, and the hooks or mixins by which the model reads it."""
         raise NotImplementedError
 
-    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None):
+    def inject_adapter(
+        self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
+    ):
         add_heads(self.peft_config[adapter_name], unwrapped(model))
         if not self.active_adapters:  # all were deleted; PEFT needs an active adapter for a head
             self.active_adapter = adapter_name
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         follow(model, self.adapter_layer())
-        if isinstance(model, PeftModel) and adapter_name in self.active_adapters:  # PEFT does not switch a head that the method below has wrapped
+        # PEFT does not switch a head that the method below has wrapped
+        if isinstance(model, PeftModel) and adapter_name in self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     @contextmanager
@@ -230,14 +263,19 @@ class AddedLayerTuner(BaseTuner):
         raise NotImplementedError(f"{type(self).__name__} replaces no module")
 
     def _replace_module(self, parent, child_name, new_module, child):
-        """Replace a head that PEFT has wrapped, the only module left to replace; PEFT's own method requires a ``weight`` on it."""
+        """Replace a head that PEFT has wrapped, the only module left to replace; PEFT's own method requires a
+        ``weight`` on it.
+        """
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self):
         raise NotImplementedError(f"{self.why_unmergeable} Use unload() to take the adapter off.")
 
     def unmerge_adapter(self):
-        raise NotImplementedError(f"{self.adapter_layer().method} has nothing merged to undo. Use disable_adapter() to switch the adapter off.")
+        raise NotImplementedError(
+            f"{self.adapter_layer().method} has nothing merged to undo. Use disable_adapter() to switch the adapter"
+            " off."
+        )
 
     def add_weighted_adapter(self, *args, **kwargs):
         raise NotImplementedError(
@@ -250,7 +288,9 @@ class AddedLayerTuner(BaseTuner):
             self._check_merge_allowed()
         self.detach()
         if isinstance(self.model, PeftModel):  # PEFT would take the method below off as well
-            self.model.set_adapter(self.model.active_adapter, inference_mode=self.model.active_peft_config.inference_mode)
+            self.model.set_adapter(
+                self.model.active_adapter, inference_mode=self.model.active_peft_config.inference_mode
+            )
             return self.model
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 

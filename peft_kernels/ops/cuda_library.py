@@ -23,7 +23,10 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 
 @cache
 def problem() -> str | None:
-    """Returns why the library cannot be used, or None. The native CPU library defines its schemas, so it is loaded first."""
+    """Returns why the library cannot be used, or None.
+
+    The native CPU library defines its schemas, so it is loaded first.
+    """
     if reason := native_library.not_built(LIBRARY, "torch, setuptools 77 or newer, a C++ compiler and nvcc"):
         return f"the CUDA library {reason}"
     if reason := native_library.problem():

@@ -15,7 +15,8 @@ _imported = cache(import_module)
 class Implementations:
     """The implementations of one operator.
 
-    Each module has ``unavailable(device_type, dtype)``, which returns a reason or None, and the functions that the operator's package lists.
+    Each module has ``unavailable(device_type, dtype)``, which returns a reason or None, and the functions that the
+    operator's package lists.
     """
 
     def __init__(self, package: str, *names: str):
@@ -32,7 +33,8 @@ class Implementations:
     def check(self, operator: str, impl: str) -> None:
         if impl != "auto" and impl not in self.names:
             raise ValueError(f"{operator}: impl must be 'auto' or one of {list(self.names)}, got {impl!r}")
-        if forward_ad._current_level >= 0:  # torch silently drops the tangents of operators without a forward-mode formula
+        # torch silently drops the tangents of operators without a forward-mode formula
+        if forward_ad._current_level >= 0:
             raise NotImplementedError(f"{operator}: forward-mode differentiation is not implemented")
 
     def runnable(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
@@ -59,7 +61,9 @@ class Implementations:
         return "reference"
 
     def resolve(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
-        return self.module(self.choose(device, dtype)) if impl == "auto" else self.runnable(operator, impl, device, dtype)
+        return (
+            self.module(self.choose(device, dtype)) if impl == "auto" else self.runnable(operator, impl, device, dtype)
+        )
 
 
 def no_second_derivative(lib: torch.library.Library, operator: str) -> None:
@@ -79,9 +83,15 @@ def check_numbers(operator: str, **numbers: float | Tensor | None) -> None:
     """
     for name, x in numbers.items():
         if isinstance(x, Tensor) and x.requires_grad:
-            raise ValueError(f"{operator}: {name} must be a number, to which no gradient goes, got a tensor that requires one")
+            raise ValueError(
+                f"{operator}: {name} must be a number, to which no gradient goes, got a tensor that requires one"
+            )
 
 
 def without_autocast(device: str):
     """Disables autocast for the library's matmuls: an operator determines its compute dtype itself."""
-    return torch.autocast(device, enabled=False) if device != "meta" and torch.is_autocast_enabled(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if device != "meta" and torch.is_autocast_enabled(device)
+        else nullcontext()
+    )

@@ -10,7 +10,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def not_built(library: Path, needs: str) -> str | None:
-    """Returns why a library is missing, as its build noted it, and the command that builds it; None if the library exists."""
+    """Returns why a library is missing, as its build noted it, and the command that builds it; None if the library
+    exists.
+    """
     if library.exists():
         return None
     note = library.with_suffix(".txt")

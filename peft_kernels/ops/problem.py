@@ -12,11 +12,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute an operator: ``compute(*leaves)`` returns its output, one or more tensors, differentiable in the leaves."""
+    """One way to compute an operator: ``compute(*leaves)`` returns its output, one or more tensors, differentiable in
+    the leaves.
+    """
 
     compute: Callable[..., Any]
     leaves: tuple[Tensor, ...] | None = None  # in the candidate's own layout; None: the problem's leaves
-    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None  # maps outputs and gradients to the operator's shapes, for the check
+    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = (
+        None  # maps outputs and gradients to the operator's shapes, for the check
+    )
     waits: bool = False  # synchronizes with the device, so it cannot be captured in a CUDA graph
 
 
@@ -29,8 +33,11 @@ class Problem:
     ours: Callable[[str], Candidate]  # impl -> candidate
     truth: Callable[..., Any]  # called with the leaves in float64
     cost: Callable[..., Any]  # called with the leaves and the keyword backward; returns a Cost
-    baselines: Mapping[str, Callable[[], Candidate]]  # each is prepared once; if it does not apply here, it raises and says why
-    roofline: Callable[[], Any] | None = None  # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
+    # each is prepared once; if it does not apply here, it raises and says why
+    baselines: Mapping[str, Callable[[], Candidate]]
+    roofline: Callable[[], Any] | None = (
+        None  # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,8 @@ class Operator:
     published: str | None = None  # the baseline of a paper or a library, quoted beside the strongest one
     shapes: tuple[dict[str, int], ...]  # the letters of the operator's docstring -> sizes
     quick_shapes: tuple[dict[str, int], ...]
-    problem: Callable[[Mapping[str, int], str, torch.dtype, str, bool], Problem]  # shape, variant, dtype, device, backward
+    # shape, variant, dtype, device, backward
+    problem: Callable[[Mapping[str, int], str, torch.dtype, str, bool], Problem]
     variants: tuple[str, ...] = ("",)
     dtypes: tuple[str, ...] = DTYPES  # or int64 alone
     has_backward: bool = True
@@ -88,7 +96,8 @@ class Setting(NamedTuple):
 class RandomInputs:
     """Seeded random tensors: the same order of draws gives the same tensors.
 
-    They are drawn on the CPU, so that every device gets the same values; ``on_device`` draws on the device, which is faster for large tensors.
+    They are drawn on the CPU, so that every device gets the same values; ``on_device`` draws on the device, which is
+    faster for large tensors.
     """
 
     def __init__(self, device: str | torch.device, dtype: torch.dtype, on_device: bool = False):
@@ -116,7 +125,8 @@ def compiled(compute: Callable[..., Any]) -> Callable[[], Candidate]:
 
 
 def fresh(device: str, *outputs: Tensor) -> Callable[[], Any] | None:
-    """Returns the roofline of an operator that allocates ``outputs``, for a CPU: page faults of new large tensors, which a plain copy does not show.
+    """Returns the roofline of an operator that allocates ``outputs``, for a CPU: page faults of new large tensors,
+    which a plain copy does not show.
 
     None on other devices.
     """

@@ -4,7 +4,8 @@ A package ``ops/<package>`` may have these modules, which are imported on demand
 
 * ``cost``: ``FLOPS``, the matmuls of each dispatcher operator by shapes, for ``torch.utils.flop_counter``;
 * ``problems``: ``OPERATORS``, the benchmark of each public operator;
-* ``tunable``: ``KERNELS`` and ``targets``, the configs that ``peft-kernels tune`` may change and the calls that it times;
+* ``tunable``: ``KERNELS`` and ``targets``, the configs that ``peft-kernels tune`` may change and the calls that it
+  times;
 * ``variants``: ``variants()``, the Triton kernels as they are launched, and ``CUDA_KERNELS``, for tools/kernel_report.
 """
 
@@ -28,7 +29,11 @@ def packages() -> dict[str, tuple[str, ...]]:
 
 def declared(what: str) -> dict[str, ModuleType]:
     """Returns package -> its module ``what``, for the packages that have one."""
-    return {package: import_module(f".{package}.{what}", __package__) for package in packages() if find_spec(f"{__package__}.{package}.{what}")}
+    return {
+        package: import_module(f".{package}.{what}", __package__)
+        for package in packages()
+        if find_spec(f"{__package__}.{package}.{what}")
+    }
 
 
 def operator(name: str) -> Operator:

@@ -58,7 +58,9 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 
 def guard(device: torch.device):
-    """Makes ``device`` current for a launch: kernels launch on the current device, which need not be that of their tensors."""
+    """Makes ``device`` current for a launch: kernels launch on the current device, which need not be that of their
+    tensors.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -80,7 +82,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def partition(batch: int, addends_per_row: int, programs: int) -> tuple[int, int]:
-    """Returns the number of parts of the batch and the rows per part. Both depend on sizes alone, and so does the order of a sum."""
+    """Returns the number of parts of the batch and the rows per part.
+
+    Both depend on sizes alone, and so does the order of a sum.
+    """
     parts = max(1, min(batch * addends_per_row // ADDENDS, PROGRAMS // max(programs, 1), batch))
     rows = max(1, cdiv(batch, parts))
     return max(1, cdiv(batch, rows)), rows

@@ -1,4 +1,5 @@
-"""Launch options that ``peft-kernels tune`` found faster on this GPU: read once, at the first launch, then a dictionary lookup per launch.
+"""Launch options that ``peft-kernels tune`` found faster on this GPU: read once, at the first launch, then a dictionary
+lookup per launch.
 
 If the cache cannot be used, a warning names it and the default configs apply: a bad cache never ends a training run.
 """
@@ -21,7 +22,9 @@ WARPS, STAGES = (1, 16), (1, 5)
 
 
 class Kernel(NamedTuple):
-    """A tunable kernel: the key of its table of default configs, and the range (least, most) of every block size that may be tuned."""
+    """A tunable kernel: the key of its table of default configs, and the range (least, most) of every block size that
+    may be tuned.
+    """
 
     key: tuple[str, ...]
     blocks: dict[str, tuple[int, int]]
@@ -48,7 +51,10 @@ class Site(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Replacements for the default config at ``site``: block sizes, ``num_warps``, ``num_stages``. Times are in seconds."""
+    """Replacements for the default config at ``site``: block sizes, ``num_warps``, ``num_stages``.
+
+    Times are in seconds.
+    """
 
     site: Site
     options: dict[str, int]
@@ -58,7 +64,9 @@ class Entry(NamedTuple):
 
 
 def options(operator: str, kernel: str, device: torch.device, shipped: dict, *key: int) -> dict:
-    """Returns the launch options: ``shipped``, overridden by the tuned options for ``key`` on this device, if there are any."""
+    """Returns the launch options: ``shipped``, overridden by the tuned options for ``key`` on this device, if there are
+    any.
+    """
     found = entries(device).get((operator, kernel, key))
     return {**shipped, **found} if found else shipped
 
@@ -78,8 +86,8 @@ def entries(device: torch.device) -> dict[Site, dict[str, int]]:
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"peft_kernels uses its shipped launch configurations, because its cache of tuned ones cannot be used: {error}."
-            " Run `peft-kernels tune` again, or set PEFT_KERNELS_TUNED=0.",
+            "peft_kernels uses its shipped launch configurations, because its cache of tuned ones cannot be used:"
+            f" {error}. Run `peft-kernels tune` again, or set PEFT_KERNELS_TUNED=0.",
             stacklevel=2,
         )
         return {}
@@ -107,7 +115,12 @@ def fingerprint(device: torch.device) -> dict[str, str | int]:
     import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"schema": SCHEMA, "device": name, "triton": ".".join(triton.__version__.split(".")[:2]), "peft_kernels": __version__}
+    return {
+        "schema": SCHEMA,
+        "device": name,
+        "triton": ".".join(triton.__version__.split(".")[:2]),
+        "peft_kernels": __version__,
+    }
 
 
 def read(path: Path, device: torch.device) -> list[Entry]:
@@ -162,6 +175,8 @@ def _entry(item: dict) -> Entry:
         least, most = allowed.get(what, (0, 0))
         power = what == "num_stages" or (isinstance(value, int) and value & (value - 1) == 0)
         if type(value) is not int or not least <= value <= most or not power:
-            raise ValueError(f"{operator}, {name}: {what}={value!r} is no option, which are {allowed}, powers of two but for stages")
+            raise ValueError(
+                f"{operator}, {name}: {what}={value!r} is no option, which are {allowed}, powers of two but for stages"
+            )
     times = float(item["shipped_s"]), float(item["tuned_s"])
     return Entry(Site(operator, name, tuple(item["key"].values())), item["options"], *times, str(item["date"]))

@@ -1,4 +1,6 @@
-"""A Triton kernel as it is launched on one architecture, and the properties that its binary must have with every compiler."""
+"""A Triton kernel as it is launched on one architecture, and the properties that its binary must have with every
+compiler.
+"""
 
 from typing import Any, NamedTuple
 
@@ -29,8 +31,8 @@ class Expected(NamedTuple):
 class Variant(NamedTuple):
     """A compiled kernel.
 
-    ``options`` are the kernel's constants and the compiler's options, as the launcher passes them. ``types`` are the types of the
-    arguments that are not 32-bit integers; None for an absent argument.
+    ``options`` are the kernel's constants and the compiler's options, as the launcher passes them. ``types`` are the
+    types of the arguments that are not 32-bit integers; None for an absent argument.
     """
 
     architecture: str
@@ -45,5 +47,10 @@ class Variant(NamedTuple):
     @property
     def name(self) -> str:
         values = {key: value for key, value in self.options.items() if key in self.function.arg_names}
-        configuration = " ".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in values.items())
-        return f"{self.architecture} {self.operator} {self.kernel} {self.dtype} {configuration} stages={self.options['num_stages']}"
+        configuration = " ".join(
+            f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in values.items()
+        )
+        return (
+            f"{self.architecture} {self.operator} {self.kernel} {self.dtype} {configuration}"
+            f" stages={self.options['num_stages']}"
+        )

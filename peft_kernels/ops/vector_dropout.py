@@ -1,8 +1,9 @@
 """Dropout of the vectors added to special tokens: a counter-based draw for every row of the batch and every occurrence.
 
-Element ``column`` of the vector for slot ``slot`` of row ``row`` is kept if the first word of Philox4x32-10 (Salmon et al., SC 2011)
-with the key (low, high half of seed) and the counter (column, slot, row, 0) is at least ``threshold(p)``; kept elements are multiplied
-by 1 / (1 - p). No mask is stored: backward draws the same numbers again, and all implementations draw the same numbers.
+Element ``column`` of the vector for slot ``slot`` of row ``row`` is kept if the first word of Philox4x32-10 (Salmon et
+al., SC 2011) with the key (low, high half of seed) and the counter (column, slot, row, 0) is at least ``threshold(p)``;
+kept elements are multiplied by 1 / (1 - p). No mask is stored: backward draws the same numbers again, and all
+implementations draw the same numbers.
 """
 
 import torch
@@ -30,7 +31,11 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def factors(p: float, seed: Tensor, batch: int, slots: int, width: int) -> Tensor:
     """Returns the dropout factors, (batch, slots, width) float32: 0 or 1 / (1 - p)."""
     rows, occurrences, columns = (torch.arange(n, device=seed.device) for n in (batch, slots, width))
-    c0, c1, c2 = columns.expand(batch, slots, -1), occurrences[:, None].expand(batch, -1, width), rows[:, None, None].expand(-1, slots, width)
+    c0, c1, c2 = (
+        columns.expand(batch, slots, -1),
+        occurrences[:, None].expand(batch, -1, width),
+        rows[:, None, None].expand(-1, slots, width),
+    )
     kept = philox(seed, c0, c1, c2) >= threshold(p)
     return kept.to(torch.float32) * (1 / (1 - p))
 

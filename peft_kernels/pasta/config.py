@@ -14,21 +14,26 @@ PASTA = peft_type("PASTA")
 
 @dataclass
 class PASTAConfig(PeftConfig):
-    """Special token adaptation (arXiv 2210.04382): before every layer, a vector is added to the hidden state of every special token.
+    """Special token adaptation (arXiv 2210.04382): before every layer, a vector is added to the hidden state of every
+    special token.
 
-    The special tokens of a row, [CLS] and each [SEP], are counted from 0: number j has its own vector in every layer, shared by all
-    rows. L layers of width d have L * P * d parameters. Padding and [MASK] get no vector.
+    The special tokens of a row, [CLS] and each [SEP], are counted from 0: number j has its own vector in every layer,
+    shared by all rows. L layers of width d have L * P * d parameters. Padding and [MASK] get no vector.
 
     Args:
-        num_special_tokens: P, the number of special tokens of a row with their own vectors: 2 for ``[CLS] a [SEP]``, 3 for
-            ``[CLS] a [SEP] b [SEP]``, 4 for RoBERTa's pairs ``<s> a </s></s> b </s>``.
-        special_token_ids: ids of the special tokens. None: the tokenizer's ``cls_token_id`` and ``sep_token_id`` (``bos_token_id`` and
-            ``eos_token_id`` if it has none), which are then stored here, so that loading an adapter needs no tokenizer.
-        tokenizer_name_or_path: the tokenizer for ``special_token_ids``. None: the model's own, if it is available offline.
+        num_special_tokens: P, the number of special tokens of a row with their own vectors: 2 for ``[CLS] a [SEP]``, 3
+            for ``[CLS] a [SEP] b [SEP]``, 4 for RoBERTa's pairs ``<s> a </s></s> b </s>``.
+        special_token_ids: ids of the special tokens. None: the tokenizer's ``cls_token_id`` and ``sep_token_id``
+            (``bos_token_id`` and ``eos_token_id`` if it has none), which are then stored here, so that loading an
+            adapter needs no tokenizer.
+        tokenizer_name_or_path: the tokenizer for ``special_token_ids``. None: the model's own, if it is available
+            offline.
         dropout: dropout of the vectors in training, drawn for every row and special token.
         init: ``"normal"``, N(0, 0.02^2), or ``"zero"``, which starts from the unchanged model.
-        overflow: treatment of special tokens beyond P: ``"error"`` refuses the row; ``"last"`` gives them the last vector.
-        modules_to_save: further modules to train and save, as in every PEFT method. The head of a classification model is added.
+        overflow: treatment of special tokens beyond P: ``"error"`` refuses the row; ``"last"`` gives them the last
+            vector.
+        modules_to_save: further modules to train and save, as in every PEFT method. The head of a classification model
+            is added.
 
     Raises:
         ValueError: a value is out of range.
@@ -49,10 +54,14 @@ class PASTAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PASTA
         if not isinstance(self.num_special_tokens, int) or self.num_special_tokens < 1:
-            raise ValueError(f"PASTAConfig: num_special_tokens must be an integer of at least 1, got {self.num_special_tokens!r}")
+            raise ValueError(
+                f"PASTAConfig: num_special_tokens must be an integer of at least 1, got {self.num_special_tokens!r}"
+            )
         ids = self.special_token_ids
         if ids is not None and (isinstance(ids, str) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids)):
-            raise ValueError(f"PASTAConfig: special_token_ids must be one token id or more, each at least 0, got {ids!r}")
+            raise ValueError(
+                f"PASTAConfig: special_token_ids must be one token id or more, each at least 0, got {ids!r}"
+            )
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"PASTAConfig: dropout must lie in [0, 1), got {self.dropout!r}")
         for name, allowed in (("init", INITS), ("overflow", OVERFLOWS)):

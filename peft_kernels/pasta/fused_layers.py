@@ -22,9 +22,15 @@ class Fusion:
         self.layer, self.following, self.normed = layer, following, normed
 
     def applies(self, x: Tensor, *norms: nn.Module) -> bool:
-        """Whether the fused path applies: not under autocast, where a norm changes the dtype, nor in a layer that runs again in backward."""
+        """Whether the fused path applies: not under autocast, where a norm changes the dtype, nor in a layer that runs
+        again in backward.
+        """
         checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
-        return not checkpointed and not torch.is_autocast_enabled(x.device.type) and all(_is_plain(norm, x.device) for norm in norms)
+        return (
+            not checkpointed
+            and not torch.is_autocast_enabled(x.device.type)
+            and all(_is_plain(norm, x.device) for norm in norms)
+        )
 
     def pending(self) -> Injection | None:
         """The injection into the following layer."""
@@ -34,7 +40,9 @@ class Fusion:
     def ahead(self, device: torch.device) -> dict:
         """The following layer's vectors, as arguments of the operator; empty if this layer's output is recorded."""
         injection = self.pending()
-        return {} if injection is None or injection.recorded else injection.ahead(self.following.pasta_indices[0], device)
+        return (
+            {} if injection is None or injection.recorded else injection.ahead(self.following.pasta_indices[0], device)
+        )
 
 
 class FusedOutput(Swapped):
@@ -47,7 +55,9 @@ class FusedOutput(Swapped):
         if not fusion.applies(input_tensor, self.LayerNorm):
             return super().forward(hidden_states, input_tensor)
         hidden_states = self.dropout(self.dense(hidden_states))
-        return add_layer_norm_inject(hidden_states, input_tensor, **_norm(self.LayerNorm), **fusion.ahead(input_tensor.device))
+        return add_layer_norm_inject(
+            hidden_states, input_tensor, **_norm(self.LayerNorm), **fusion.ahead(input_tensor.device)
+        )
 
 
 class FusedAttention(Swapped):
@@ -73,11 +83,16 @@ class FusedBlock(Swapped):
             return super().forward(hidden_states, attention_mask, **kwargs)
         attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         attended = add_layer_norm_inject(attended, hidden_states, **_norm(self.sa_layer_norm))
-        return add_layer_norm_inject(self.ffn(attended), attended, **_norm(self.output_layer_norm), **fusion.ahead(hidden_states.device))
+        return add_layer_norm_inject(
+            self.ffn(attended), attended, **_norm(self.output_layer_norm), **fusion.ahead(hidden_states.device)
+        )
 
 
 class FusedPreNorm(Swapped):
-    """Mixin for ModernBertEncoderLayer. The next layer's norm is fused with the sum that ends this one, and its result passed on."""
+    """Mixin for ModernBertEncoderLayer.
+
+    The next layer's norm is fused with the sum that ends this one, and its result passed on.
+    """
 
     pasta_fusion: Fusion
 
@@ -89,13 +104,17 @@ class FusedPreNorm(Swapped):
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
         if ready is not hidden_states:
             normed = self.attn_norm(hidden_states)
-        attended, _ = self.attn(normed, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs)
+        attended, _ = self.attn(
+            normed, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs
+        )
         normed, hidden_states = add_inject_layer_norm(attended, hidden_states, **_norm(self.mlp_norm))
         update, following, injection = self.mlp(normed), fusion.following, fusion.pending()
         recorded = injection is not None and injection.recorded
         if following is None or recorded or not following.pasta_fusion.applies(update, following.attn_norm):
             return hidden_states + update
-        normed, hidden_states = add_inject_layer_norm(update, hidden_states, **_norm(following.attn_norm), **fusion.ahead(hidden_states.device))
+        normed, hidden_states = add_inject_layer_norm(
+            update, hidden_states, **_norm(following.attn_norm), **fusion.ahead(hidden_states.device)
+        )
         fusion.normed.set((hidden_states, normed))
         return hidden_states
 

@@ -39,16 +39,18 @@ _FUSIBLE = {
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse add, norm and injection in the layers of ``model``, by ``add_layer_norm_inject`` or ``add_inject_layer_norm``.
+    """Fuse add, norm and injection in the layers of ``model``, by ``add_layer_norm_inject`` or
+    ``add_inject_layer_norm``.
 
-    Results are those of the unfused model, within rounding. The model may have a PASTA adapter, get one later, or have none. A layer's
-    output already contains the vectors that the next layer would add; hooks on norms do not run.
+    Results are those of the unfused model, within rounding. The model may have a PASTA adapter, get one later, or have
+    none. A layer's output already contains the vectors that the next layer would add; hooks on norms do not run.
 
-    A forward under autocast and a layer under gradient checkpointing take the model's own path. If hidden states are requested, the
-    next layer adds its vectors itself, so that the recorded states do not contain them.
+    A forward under autocast and a layer under gradient checkpointing take the model's own path. If hidden states are
+    requested, the next layer adds its vectors itself, so that the recorded states do not contain them.
 
     Args:
-        model: a transformers model, or a ``PeftModel`` of it: BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, MPNet, RoBERTa, XLM-R.
+        model: a transformers model, or a ``PeftModel`` of it: BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, MPNet,
+            RoBERTa, XLM-R.
 
     Raises:
         ValueError: the model is of another type, computes feed-forward layers in chunks, or is already fused.

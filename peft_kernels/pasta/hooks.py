@@ -66,7 +66,9 @@ class Hooks:
 
     def slots(self, selection: Selection, ids: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"PASTA: attention_mask must be {tuple(ids.shape)} as input_ids is, got {tuple(mask.shape)}")
+            raise ValueError(
+                f"PASTA: attention_mask must be {tuple(ids.shape)} as input_ids is, got {tuple(mask.shape)}"
+            )
         config = selection.config
         if selection.has_base_rows:  # base rows may have any number of special tokens
             adapted = (selection.adapter_ids >= 0).to(ids.device)[:, None].expand(ids.shape)
@@ -76,8 +78,8 @@ class Hooks:
             return special_token_slots(ids, selection.special_ids.to(ids.device), max_slots=most, attention_mask=mask)
         except ValueError as error:
             raise ValueError(
-                f"PASTA: {error}. The adapter has num_special_tokens={config.num_special_tokens} vectors for tokens {config.special_token_ids};"
-                " overflow='last' gives the last one to all that follow."
+                f"PASTA: {error}. The adapter has num_special_tokens={config.num_special_tokens} vectors for tokens"
+                f" {config.special_token_ids}; overflow='last' gives the last one to all that follow."
             ) from error
 
     def records(self, kwargs: dict) -> bool:

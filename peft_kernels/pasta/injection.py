@@ -38,7 +38,9 @@ class Injection:
         }
 
     def ahead(self, index: int, device: torch.device) -> dict:
-        """``arguments`` for a caller that adds the vectors before the pass begins; the pass then leaves its input unchanged."""
+        """``arguments`` for a caller that adds the vectors before the pass begins; the pass then leaves its input
+        unchanged.
+        """
         self.done = index
         return self.arguments(index, device)
 
@@ -46,11 +48,18 @@ class Injection:
         """``hidden`` (B, S, d) with the vectors added, for a layer that takes the passes ``indices``."""
         index, self.passes = indices[0] if len(indices) == 1 else self.passes, self.passes + 1
         if index not in indices:
-            raise RuntimeError(f"PASTA: pass {index} of a forward goes through another layer, got one that takes {indices}")
+            raise RuntimeError(
+                f"PASTA: pass {index} of a forward goes through another layer, got one that takes {indices}"
+            )
         if self.done == index:
             return hidden
         width = self.vectors[index].shape[-1]
-        if hidden.ndim != 3 or hidden.shape[0] != self.shape[0] or hidden.shape[1] < self.shape[1] or hidden.shape[2] != width:
+        if (
+            hidden.ndim != 3
+            or hidden.shape[0] != self.shape[0]
+            or hidden.shape[1] < self.shape[1]
+            or hidden.shape[2] != width
+        ):
             raise ValueError(f"PASTA: layers must take hidden states {(*self.shape, width)}, got {tuple(hidden.shape)}")
         if self.in_place and not _is_shared(hidden):
             return special_token_add_(hidden, **self.arguments(index, hidden.device))
@@ -60,7 +69,9 @@ class Injection:
         return result
 
     def restored(self, output):
-        """``output`` of the encoder with the first recorded hidden state as in the stock model: transformers records it with the vectors."""
+        """``output`` of the encoder with the first recorded hidden state as in the stock model: transformers records it
+        with the vectors.
+        """
         if self.first is None or output is None:
             return output
         taken, stock = self.first
@@ -84,12 +95,14 @@ class State:
         self.call = CallState()  # within a forward: its Injection, or False if there is nothing to add
 
     def injection(self) -> Injection | None:
-        """The injection of the current forward, or None; raises if an adapter is active and no forward of the encoder is running."""
+        """The injection of the current forward, or None; raises if an adapter is active and no forward of the encoder
+        is running.
+        """
         injection = self.call.get()
         if injection is None and self.adapters.is_active():
             raise RuntimeError(
-                "PASTA: a layer runs outside of its encoder's forward, where nobody knows what to add; checkpointing other than"
-                " gradient_checkpointing_enable() does that in the backward pass"
+                "PASTA: a layer runs outside of its encoder's forward, where nobody knows what to add; checkpointing"
+                " other than gradient_checkpointing_enable() does that in the backward pass"
             )
         return injection or None
 
@@ -97,8 +110,9 @@ class State:
 class InjectingLayer(Swapped):
     """The mixin that is put in front of a layer's own class.
 
-    It adds in ``__call__``, outside of gradient checkpointing, which transformers wraps around ``__call__`` (5.17) or ``forward`` (5.23):
-    a layer that runs again in the backward pass gets its original input, whichever forward ran last.
+    It adds in ``__call__``, outside of gradient checkpointing, which transformers wraps around ``__call__`` (5.17) or
+    ``forward`` (5.23): a layer that runs again in the backward pass gets its original input, whichever forward ran
+    last.
     """
 
     pasta_state: State

@@ -40,7 +40,10 @@ class PASTALayer(AdapterLayer):
     def add(self, name: str, config: PASTAConfig, *, empty: bool) -> None:
         """Add an adapter, at least float32. ``empty``: on meta, loaded later."""
         device, width = self.device_for_adapters(), self._module[0].config.hidden_size
-        kwargs = {"device": "meta" if empty else device, "dtype": torch.promote_types(self.get_base_layer().weight.dtype, torch.float32)}
+        kwargs = {
+            "device": "meta" if empty else device,
+            "dtype": torch.promote_types(self.get_base_layer().weight.dtype, torch.float32),
+        }
         vectors = torch.zeros(self.passes, config.num_special_tokens, width, **kwargs)
         if config.init == "normal":
             vectors.normal_(std=_STD)

@@ -15,18 +15,19 @@ from .layer import PASTALayer
 
 
 class PASTAModel(AddedLayerTuner):
-    """PEFT's tuner for PASTA. It replaces no module: it adds a layer with the vectors, which the encoder's layers add to their input.
+    """PEFT's tuner for PASTA. It replaces no module: it adds a layer with the vectors, which the encoder's layers add
+    to their input.
 
-    In the families of ``family.IN_PLACE``, vectors are added in place: a layer's output, also one that a hook has kept, contains the
-    next layer's vectors afterwards. With ``output_hidden_states=True`` they are added out of place, and the returned states do not
-    contain them.
+    In the families of ``family.IN_PLACE``, vectors are added in place: a layer's output, also one that a hook has kept,
+    contains the next layer's vectors afterwards. With ``output_hidden_states=True`` they are added out of place, and
+    the returned states do not contain them.
     """
 
     prefix = "pasta_"
     tuner_layer_cls = PASTALayer
     why_unmergeable = (
-        "PASTA cannot be merged: its vectors are added to the hidden states of special tokens alone, and no weight of the model knows where"
-        " those stand."
+        "PASTA cannot be merged: its vectors are added to the hidden states of special tokens alone, and no weight of"
+        " the model knows where those stand."
     )
 
     def adapter_layer(self) -> PASTALayer:
@@ -68,12 +69,16 @@ class PASTAModel(AddedLayerTuner):
 
 
 def _complete(config: PASTAConfig, model) -> None:
-    """Fill in the fields that depend on the model or on a tokenizer, so that loading the configuration needs no tokenizer."""
+    """Fill in the fields that depend on the model or on a tokenizer, so that loading the configuration needs no
+    tokenizer.
+    """
     if config.special_token_ids is None:
         config.special_token_ids = _special_ids(config, model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if max(config.special_token_ids) >= vocabulary:
-        raise ValueError(f"PASTAConfig: special_token_ids must lie in [0, {vocabulary}), got {config.special_token_ids}")
+        raise ValueError(
+            f"PASTAConfig: special_token_ids must lie in [0, {vocabulary}), got {config.special_token_ids}"
+        )
 
 
 def _special_ids(config, model):

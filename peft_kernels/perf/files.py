@@ -17,7 +17,9 @@ def text_of(path: Path, option: str) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{option}: {path} must be text in UTF-8, got byte 0x{error.object[error.start]:02x} at {error.start}") from None
+        raise ValueError(
+            f"{option}: {path} must be text in UTF-8, got byte 0x{error.object[error.start]:02x} at {error.start}"
+        ) from None
     except OSError as error:
         raise ValueError(f"{option}: cannot read {path}: {error.strerror}") from None
     if "\0" in text:
@@ -81,7 +83,10 @@ def folder_or_hub_id(name: str, option: str) -> str:
     path = Path(name)
     is_path = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
     if not name.strip() or (is_path and not path.is_dir()) or path.is_file():
-        raise ValueError(f"{option}: expected a folder or the id of a model on the hub, got {name!r}, {'a file' if path.is_file() else 'no folder'}")
+        raise ValueError(
+            f"{option}: expected a folder or the id of a model on the hub, got {name!r},"
+            f" {'a file' if path.is_file() else 'no folder'}"
+        )
     return name
 
 

@@ -1,4 +1,6 @@
-"""Timing: runs interleaved in one process, medians with their spread, and the measured peaks of the same machine in the same run."""
+"""Timing: runs interleaved in one process, medians with their spread, and the measured peaks of the same machine in the
+same run.
+"""
 
 import ctypes
 import gc
@@ -44,7 +46,12 @@ class Timing:
         return (high - low) / self.median
 
     def to_json(self) -> dict:
-        return {"median_s": self.median, "spread": self.spread, "runs": len(self.seconds), "seconds": list(self.seconds)}
+        return {
+            "median_s": self.median,
+            "spread": self.spread,
+            "runs": len(self.seconds),
+            "seconds": list(self.seconds),
+        }
 
 
 @runtime_checkable
@@ -73,15 +80,17 @@ def interleaved(
     device: str = "cpu",
     notify: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Time every function ``repeats`` times, turn by turn, so that drifts of the machine's speed affect all of them alike.
+    """Time every function ``repeats`` times, turn by turn, so that drifts of the machine's speed affect all of them
+    alike.
 
     ``repeats`` may differ by name; slow functions then skip the later turns.
 
-    The order changes every turn, so that no function always runs after the same one, which leaves caches cold or warm for it. On CUDA the L2
-    cache is flushed before each run and events are timed. ``notify`` gets the name before each timed run.
+    The order changes every turn, so that no function always runs after the same one, which leaves caches cold or warm
+    for it. On CUDA the L2 cache is flushed before each run and events are timed. ``notify`` gets the name before each
+    timed run.
 
-    A ``SelfTimed`` function runs in another process, whose caches are in a different state. If there is one among the functions, every
-    timed run directly follows an untimed one of the same function.
+    A ``SelfTimed`` function runs in another process, whose caches are in a different state. If there is one among the
+    functions, every timed run directly follows an untimed one of the same function.
 
     Raises:
         Interrupted: on KeyboardInterrupt in a timed run.
@@ -155,17 +164,22 @@ def captured(function: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         function()
 
-    def replay(function=function):  # the default argument keeps the function alive, and with it the tensors that the graph reads
+    # the default argument keeps the function alive, and with it the tensors that the graph reads
+    def replay(
+        function=function,
+    ):
         graph.replay()
 
     return replay
 
 
 def peak_memory(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, int | None, float]:
-    """Run once; returns the result, by how many bytes memory rose above its level before the run, and the seconds it took.
+    """Run once; returns the result, by how many bytes memory rose above its level before the run, and the seconds it
+    took.
 
-    On a CPU the kernel keeps the high-water mark of resident memory (``VmHWM``). It is reset before the run, after free memory has been returned
-    to the system; so no peak is missed, and memory that the allocator holds counts. None if the system has no such mark (only Linux has).
+    On a CPU the kernel keeps the high-water mark of resident memory (``VmHWM``). It is reset before the run, after free
+    memory has been returned to the system; so no peak is missed, and memory that the allocator holds counts. None if
+    the system has no such mark (only Linux has).
     """
     gc.collect()
     if device == "cuda":
@@ -197,7 +211,9 @@ def _resident(field: str) -> int:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The measured peaks of this machine in this run; the roofline bound of a call is the larger of bytes / bandwidth and operations / rate."""
+    """The measured peaks of this machine in this run; the roofline bound of a call is the larger of bytes / bandwidth
+    and operations / rate.
+    """
 
     bandwidth: float  # bytes per second of a copy, reads and writes counted
     rate: float  # operations per second of a large matmul; a multiply-add counts as two
@@ -210,7 +226,9 @@ class Peaks:
 
 
 def peaks(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> Peaks:
-    return Peaks(copy_bandwidth(device, COPY_BYTES >> (5 if quick else 0)), matrix_rate(dtype, device, 256 if quick else None))
+    return Peaks(
+        copy_bandwidth(device, COPY_BYTES >> (5 if quick else 0)), matrix_rate(dtype, device, 256 if quick else None)
+    )
 
 
 def copy_bandwidth(device: str = "cpu", nbytes: int = COPY_BYTES) -> float:
@@ -270,5 +288,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus(),
-        "tuned": len(tuned.entries(torch.device("cuda"))) if torch.cuda.is_available() else 0,  # configs that differ from the default ones
+        "tuned": len(tuned.entries(torch.device("cuda")))
+        if torch.cuda.is_available()
+        else 0,  # configs that differ from the default ones
     }

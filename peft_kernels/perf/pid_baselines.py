@@ -38,8 +38,8 @@ def t5_base(dtype: torch.dtype = torch.float32, device: str = "cpu", **overrides
 def sharpened(model: T5ForConditionalGeneration) -> T5ForConditionalGeneration:
     """Rescale a random T5 so that its tokens depend on input, prompt and step, which makes comparing them meaningful.
 
-    With the usual initialisation and tied embeddings it repeats its last token whatever it reads. This scales embeddings down and makes
-    attention sharper.
+    With the usual initialisation and tied embeddings it repeats its last token whatever it reads. This scales
+    embeddings down and makes attention sharper.
     """
     with torch.no_grad():
         model.shared.weight.mul_(0.05)
@@ -55,7 +55,8 @@ def check_kind(name: str) -> None:
     """Check the kind of model from its configuration alone.
 
     Raises:
-        OSError, ValueError: transformers cannot read a model of that name, or ``pid`` does not support it: it takes text encoder-decoder models.
+        OSError, ValueError: transformers cannot read a model of that name, or ``pid`` does not support it: it takes
+            text encoder-decoder models.
     """
     config = AutoConfig.from_pretrained(name)
     kind = config.model_type
@@ -86,8 +87,8 @@ def prompt_in_encoder(model: nn.Module, inputs: Sequence[list[int]], prompts: Se
 def repeated(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
     """PiD without this package: encodes inputs once, repeats the encoder's output per prompt, calls stock ``generate``.
 
-    Prompts of different lengths are padded on the left if the decoder's positions are relative. Other stock models are wrong with left
-    padding, so prompts of each length get their own ``generate``.
+    Prompts of different lengths are padded on the left if the decoder's positions are relative. Other stock models are
+    wrong with left padding, so prompts of each length get their own ``generate``.
     """
     ids, mask = padded(inputs, model)
     states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -158,7 +159,9 @@ def padded(rows: Sequence[list[int]], model: nn.Module, left: bool = False) -> t
 
 def pad_token(model: nn.Module) -> int:
     config = model.generation_config
-    return next((x for x in (config.pad_token_id, model.config.get_text_config(decoder=True).pad_token_id) if x is not None), 0)
+    return next(
+        (x for x in (config.pad_token_id, model.config.get_text_config(decoder=True).pad_token_id) if x is not None), 0
+    )
 
 
 def start_token(model: nn.Module) -> int:

@@ -12,9 +12,11 @@ DRAWN_EVERY = 0.2  # seconds
 
 @contextmanager
 def progress_bar(console: Console, total: int):
-    """Yield ``step(label, done=None)``: shows what runs next, with ``done`` of ``total`` completed, or one more than before.
+    """Yield ``step(label, done=None)``: shows what runs next, with ``done`` of ``total`` completed, or one more than
+    before.
 
-    It draws only when called, and at most every ``DRAWN_EVERY`` seconds: a drawing thread would take time from the timed runs.
+    It draws only when called, and at most every ``DRAWN_EVERY`` seconds: a drawing thread would take time from the
+    timed runs.
     """
     columns = SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:

@@ -16,12 +16,25 @@ from .measure import Peaks, Timing, cpu_model, environment
 
 OURS = "ours"
 SCHEMA = 2
-ENVIRONMENT = {"cores", "cpu", "cpu_capability", "date", "gpus", "system", "threads", "versions"}  # the facts that a report shows of a machine
+# the facts that a report shows of a machine
+ENVIRONMENT = {
+    "cores",
+    "cpu",
+    "cpu_capability",
+    "date",
+    "gpus",
+    "system",
+    "threads",
+    "versions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One candidate on one benchmark case. Rows that agree in all of ``case`` were timed turn by turn in one process."""
+    """One candidate on one benchmark case.
+
+    Rows that agree in all of ``case`` were timed turn by turn in one process.
+    """
 
     benchmark: str  # an operator's name, or an end-to-end benchmark's
     shape: dict[str, int]  # the letters of the operator's docstring -> sizes
@@ -33,10 +46,14 @@ class Row:
     spread: float | None = None  # interquartile range over the median
     runs: int = 0
     ratio: float | None = None  # the candidate's time over ours: the median of the turns' ratios
-    error: float | None = None  # norm of the error over norm of the float64 truth; for tokens, the share of streams that differ
+    error: float | None = (
+        None  # norm of the error over norm of the float64 truth; for tokens, the share of streams that differ
+    )
     bytes: int | None = None  # each input read once, each output written once
     operations: int | None = None  # a multiply-add counts as two
-    roofline_s: float | None = None  # the larger of bytes over the measured bandwidth and operations over the measured rate
+    roofline_s: float | None = (
+        None  # the larger of bytes over the measured bandwidth and operations over the measured rate
+    )
     peak_bytes: int | None = None  # above the level before the run
     kept_bytes: int | None = None  # held between steps: cross-attention's keys and values
     items: int | None = None  # number of items that a run processes
@@ -53,7 +70,8 @@ class Row:
 
 
 def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **common) -> list[Row]:
-    """A row for each candidate that was timed, turn by turn. each: candidate -> its own fields; common: fields that all rows share.
+    """A row for each candidate that was timed, turn by turn. each: candidate -> its own fields; common: fields that all
+    rows share.
 
     Without OURS among the candidates there are no ratios.
     """
@@ -88,7 +106,8 @@ class Results:
         return found
 
     def write(self, path: Path) -> Path:
-        """Write JSON to ``path`` and the same rows as CSV beside it. Partial results go to a file beside complete ones and do not replace them.
+        """Write JSON to ``path`` and the same rows as CSV beside it. Partial results go to a file beside complete ones
+        and do not replace them.
 
         Returns:
             The path of the JSON file.
@@ -106,7 +125,9 @@ class Results:
         with path.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [one.name for one in fields(Row)])
             writer.writeheader()
-            writer.writerows({**asdict(row), "shape": " ".join(f"{k}={v}" for k, v in row.shape.items())} for row in self.rows)
+            writer.writerows(
+                {**asdict(row), "shape": " ".join(f"{k}={v}" for k, v in row.shape.items())} for row in self.rows
+            )
         return path
 
 
@@ -121,7 +142,10 @@ def partial_path(path: Path) -> Path:
 
 
 def write_json(path: Path, partial: bool, **content) -> Path:
-    """Write the results of a run that has no rows. Returns the path, which is beside ``path`` if the run was interrupted."""
+    """Write the results of a run that has no rows.
+
+    Returns the path, which is beside ``path`` if the run was interrupted.
+    """
     if partial:
         path, content = partial_path(path), {"partial": True, **content}
     else:
@@ -161,7 +185,9 @@ def read(path: Path) -> Results:
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {type(error).__name__}: {error}") from error
     if missing:
-        raise ValueError(f"{path}: expected results of schema {SCHEMA}, whose environment has {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{path}: expected results of schema {SCHEMA}, whose environment has {', '.join(sorted(missing))}"
+        )
     return found
 
 

@@ -27,7 +27,9 @@ LEAST_WANTED = ("runs", "error", "kept MB", "spread", "{item}/s", "peak MB", "% 
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """A table of rows that were timed together; below it the roofline bound, and the reasons for candidates without a time."""
+    """A table of rows that were timed together; below it the roofline bound, and the reasons for candidates without a
+    time.
+    """
     first, shown = rows[0], [row for row in rows if row.missing is None]
     cells = {name: [cell(row) for row in shown] for name, cell in COLUMNS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
@@ -35,7 +37,11 @@ def table(rows: Sequence[Row]) -> Group:
     lines = [f"  roofline bound {seconds(first.roofline_s)}"] if first.roofline_s is not None else []
     if first.bytes is not None:
         lines[0] += f": {first.bytes / 1e6:,.1f} MB, {first.operations / 1e9:,.2f} GFLOP"
-    lines += [f"  [yellow]missing[/yellow] {escape(row.candidate)}: {escape(row.missing)}" for row in rows if row.missing is not None]
+    lines += [
+        f"  [yellow]missing[/yellow] {escape(row.candidate)}: {escape(row.missing)}"
+        for row in rows
+        if row.missing is not None
+    ]
     return Group(f"[bold]{escape(title(first))}[/bold]", result, *lines, "")
 
 
@@ -48,7 +54,10 @@ class _Fitting:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         names, left_out = list(self.cells), []
         for name in (name for name in LEAST_WANTED if name in self.cells):
-            if Measurement.get(console, options.update(max_width=10**6), self._table(names)).maximum <= options.max_width:
+            if (
+                Measurement.get(console, options.update(max_width=10**6), self._table(names)).maximum
+                <= options.max_width
+            ):
                 break
             names.remove(name)
             left_out.append(name.format(item=self.item))

@@ -28,7 +28,8 @@ class Workload:
 
 
 class WordIds:
-    """Token ids without a tokenizer, for models with random weights: one id per word or punctuation mark, from its hash.
+    """Token ids without a tokenizer, for models with random weights: one id per word or punctuation mark, from its
+    hash.
 
     Ids 0 to 2 are reserved for padding, end and unknown. Decoding restores every word seen, up to white space.
     """
@@ -87,7 +88,11 @@ def chosen(input: Path | None, prompts: Path | None) -> Texts:
         ValueError: a file that is not text, or is empty.
     """
     text = text_of(input, "--input") if input else built_in_text()
-    lines = [line.strip() for line in (text_of(prompts, "--prompts") if prompts else _built_in("questions.txt")).splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in (text_of(prompts, "--prompts") if prompts else _built_in("questions.txt")).splitlines()
+        if line.strip()
+    ]
     for option, path, content in (("--input", input, text.strip()), ("--prompts", prompts, lines)):
         if not content:
             raise ValueError(f"{option}: {path} is an empty file")
@@ -116,26 +121,39 @@ def dialogues(path: Path, limit: int, batch_size: int) -> Texts:
     if not beside.is_file():
         raise ValueError(f"--data: expected the slots in {beside}, and there is no such file")
     ontology = json_of(beside, "--data")
-    if not isinstance(ontology, dict) or not all(isinstance(ontology.get(key), list | dict) for key in ("informable", "requestable")):
-        raise ValueError(f"--data: {beside} must be an object whose 'informable' and 'requestable' name slots, got {_kind(ontology)}")
+    if not isinstance(ontology, dict) or not all(
+        isinstance(ontology.get(key), list | dict) for key in ("informable", "requestable")
+    ):
+        raise ValueError(
+            f"--data: {beside} must be an object whose 'informable' and 'requestable' name slots, got {_kind(ontology)}"
+        )
     informable = [slot for slot in ontology["informable"] if slot != "request"]
     asked = [f"what {slot} does the user want?" for slot in informable]
     asked += [f"does the user ask for the {slot}?" for slot in ontology["requestable"]]
     if not asked:
         raise ValueError(f"--data: {beside} names no slot to ask for")
-    about = f": {', '.join(map(str, informable))} and {len(ontology['requestable'])} requestable slots; batches of {batch_size}"
-    return Texts(f"{len(taken)} of the {len(found)} dialogues of {path.name}, last turn", inputs, asked, batch_size, about)
+    about = (
+        f": {', '.join(map(str, informable))} and {len(ontology['requestable'])} requestable slots; batches of"
+        f" {batch_size}"
+    )
+    return Texts(
+        f"{len(taken)} of the {len(found)} dialogues of {path.name}, last turn", inputs, asked, batch_size, about
+    )
 
 
 def _text(dialogue, where: str) -> str:
     turns = dialogue.get("dialogue") if isinstance(dialogue, dict) else None
     try:
-        said = [(who, turn[key]) for turn in turns for who, key in (("system", "system_transcript"), ("user", "transcript"))]
+        said = [
+            (who, turn[key]) for turn in turns for who, key in (("system", "system_transcript"), ("user", "transcript"))
+        ]
         text = " ".join(f"{who}: {words.strip()}" for who, words in said if words)
     except (AttributeError, KeyError, TypeError):
         text = ""
     if not text:
-        raise ValueError(f"{where} must have 'dialogue', turns with 'system_transcript' and 'transcript', and something said in them")
+        raise ValueError(
+            f"{where} must have 'dialogue', turns with 'system_transcript' and 'transcript', and something said in them"
+        )
     return text
 
 

@@ -16,9 +16,13 @@ NAMES = {"sdpa": "peft_kernels_sdpa", "eager": "peft_kernels_eager"}
 
 
 def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Run our operator for cross-attention with several streams per input, and transformers' own function for everything else."""
+    """Run our operator for cross-attention with several streams per input, and transformers' own function for
+    everything else.
+    """
     if not _shares(module, query, key, attention_mask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if dropout:
         return _folded(sdpa_attention_forward, module, query, key, value, attention_mask, dropout, scaling, kwargs)
     lengths, index = streams.unpack(attention_mask, key.shape[0])
@@ -27,7 +31,9 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *
 
 
 def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Run the model's own eager function, which can return attention weights; on folded rows where streams share an input."""
+    """Run the model's own eager function, which can return attention weights; on folded rows where streams share an
+    input.
+    """
     stock = sys.modules[type(module).__module__].eager_attention_forward
     if not _shares(module, query, key, attention_mask):
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -41,7 +47,10 @@ def configs_of(model: nn.Module) -> list:
 
 
 def adopt(configs: list) -> None:
-    """Replace the names of stock functions with ours. ``set_attn_implementation`` may restore a stock name at any time; Whisper does so itself."""
+    """Replace the names of stock functions with ours.
+
+    ``set_attn_implementation`` may restore a stock name at any time; Whisper does so itself.
+    """
     if not is_adopted(configs):
         rename(configs, NAMES)
 
@@ -51,7 +60,8 @@ def is_adopted(configs: list) -> bool:
 
 
 def rename(configs: list, names: dict[str, str]) -> None:
-    current = [config._attn_implementation for config in configs]  # read all first: a parent's setter also sets its sub-configs
+    # read all first: a parent's setter also sets its sub-configs
+    current = [config._attn_implementation for config in configs]
     for config, name in zip(configs, current):
         config._attn_implementation = names.get(name, name)
 
@@ -63,7 +73,9 @@ AttentionMaskInterface.register(NAMES["eager"], eager_mask)
 
 
 def _shares(module, query, key, attention_mask) -> bool:
-    return getattr(module, "pid_cross_attention", False) and (query.shape[0] != key.shape[0] or streams.is_packed(attention_mask))
+    return getattr(module, "pid_cross_attention", False) and (
+        query.shape[0] != key.shape[0] or streams.is_packed(attention_mask)
+    )
 
 
 def _folded(stock, module, query, key, value, packed, dropout, scaling, kwargs) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,9 @@ DROP_BELOW = 0.5  # finished streams are dropped once at most this share of the 
 
 
 class GrowingLayer(DynamicLayer):
-    """A dynamic layer with spare capacity: a step writes its token in place, where the stock layer copies all keys and values."""
+    """A dynamic layer with spare capacity: a step writes its token in place, where the stock layer copies all keys and
+    values.
+    """
 
     room = 64  # tokens
 
@@ -27,7 +29,8 @@ class GrowingLayer(DynamicLayer):
     def _append(self, held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
         before, after = held.shape[2], held.shape[2] + new.shape[2]
         ours = memory is not None and held.data_ptr() == memory.data_ptr() and held.stride() == memory.stride()
-        if not ours or after > memory.shape[2]:  # the first tokens, rows were selected in between, or the capacity is used up
+        # the first tokens, rows were selected in between, or the capacity is used up
+        if not ours or after > memory.shape[2]:
             memory = new.new_empty((*held.shape[:2], after + self.room, held.shape[3]))
             memory[:, :, :before] = held
         memory[:, :, before:after] = new
@@ -77,7 +80,9 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         self.self_attention_cache.batch_select_indices(indices)
 
     def drop_finished(self, input_ids: Tensor):
-        """Stop decoding finished streams once most have finished; called before every step with all (N, length) ids so far."""
+        """Stop decoding finished streams once most have finished; called before every step with all (N, length) ids so
+        far.
+        """
         if self._prompt_length is None:
             self._prompt_length = input_ids.shape[1]
         steps = input_ids.shape[1] - self._prompt_length
@@ -110,7 +115,9 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         return self._mask
 
     def for_all_streams(self, logits: Tensor) -> Tensor:
-        """Scatter the logits (k, ...) of the remaining rows into (N, ...); ``generate`` pads finished streams whatever their logits."""
+        """Scatter the logits (k, ...) of the remaining rows into (N, ...); ``generate`` pads finished streams whatever
+        their logits.
+        """
         return logits.new_zeros(self.num_streams, *logits.shape[1:]).index_copy_(0, self.rows, logits)
 
 

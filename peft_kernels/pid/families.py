@@ -11,7 +11,9 @@ CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention.self
 @dataclass(frozen=True)
 class Family:
     positions: str  # decoder positions: "relative" (T5), "table" (rows of embed_positions) or "argument" (position_ids)
-    views_decoder_batch: bool = False  # cross-attention reshapes keys and values by the decoder's batch size: it needs a filled cache
+    views_decoder_batch: bool = (
+        False  # cross-attention reshapes keys and values by the decoder's batch size: it needs a filled cache
+    )
     takes_encoder_mask: bool = True
 
 
@@ -19,7 +21,20 @@ _T5, _BART = Family("relative"), Family("table")
 FAMILIES = {
     **dict.fromkeys(("t5", "mt5", "longt5"), _T5),
     "umt5": Family("relative", views_decoder_batch=True),
-    **dict.fromkeys(("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small", "plbart", "bigbird_pegasus"), _BART),
+    **dict.fromkeys(
+        (
+            "bart",
+            "mbart",
+            "pegasus",
+            "marian",
+            "m2m_100",
+            "blenderbot",
+            "blenderbot-small",
+            "plbart",
+            "bigbird_pegasus",
+        ),
+        _BART,
+    ),
     "encoder-decoder": Family("argument"),
     "whisper": Family("table", views_decoder_batch=True, takes_encoder_mask=False),
 }
@@ -46,7 +61,11 @@ def cross_attentions(model: nn.Module):
 
 def keys_and_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (b, H, n, D) of (b, n, d) encoder states, as the module would put them into its cache."""
-    width = next(getattr(attention, a) for a in ("key_value_proj_dim", "head_dim", "attention_head_size") if hasattr(attention, a))
+    width = next(
+        getattr(attention, a)
+        for a in ("key_value_proj_dim", "head_dim", "attention_head_size")
+        if hasattr(attention, a)
+    )
     shape = (*states.shape[:2], -1, width)
 
     def project(*names):
@@ -59,7 +78,8 @@ def keys_and_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tenso
 def positions_of(mask: Tensor, tokens: int) -> Tensor:
     """Positions (N, t) of the last ``tokens`` columns, not counting padding, from the decoder's mask.
 
-    ``mask`` is (N, length) with ones at tokens, or the (N, 1, t, length) mask that transformers derives from it for a static cache.
+    ``mask`` is (N, length) with ones at tokens, or the (N, 1, t, length) mask that transformers derives from it for a
+    static cache.
     """
     if mask.ndim == 2:
         positions = mask.long().cumsum(1)[:, -tokens:] - 1

@@ -14,22 +14,31 @@ from .families import family_of
 
 
 class PiDGenerationMixin(Swapped):
-    """The mixin that ``pid.enable`` puts in front of a model's class. Names and signatures are those of ``GenerationMixin``."""
+    """The mixin that ``pid.enable`` puts in front of a model's class.
+
+    Names and signatures are those of ``GenerationMixin``.
+    """
 
     def generate(self, *args, **kwargs):
         with packing.packed_linears(self):
             return super().generate(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ("encoder_index", "left_padded_prompts")})
+        super()._validate_model_kwargs(
+            {k: v for k, v in model_kwargs.items() if k not in ("encoder_index", "left_padded_prompts")}
+        )
 
-    def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, decoder_start_token_id, device=None):
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size, model_input_name, model_kwargs, decoder_start_token_id, device=None
+    ):
         ids = model_kwargs.get("decoder_input_ids")
         if ids is not None and ids.shape[0] != batch_size:
             batch_size = ids.shape[0]
             if decoder_start_token_id.ndim == 1 and decoder_start_token_id.shape[0] != batch_size:
                 decoder_start_token_id = decoder_start_token_id[:1].expand(batch_size)
-        return super()._prepare_decoder_input_ids_for_generation(batch_size, model_input_name, model_kwargs, decoder_start_token_id, device)
+        return super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, decoder_start_token_id, device
+        )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeat the per-stream inputs; keep one row per input of the encoder's output and mask."""
@@ -47,19 +56,26 @@ class PiDGenerationMixin(Swapped):
                 model_kwargs["index_of_own_keys"] = index = streams.index_of(mask, states.shape[0], rows)
                 states, mask = streams.repeated(states, mask, index)
             if states is not encoder_outputs[0]:
-                encoder_outputs = copy.copy(encoder_outputs) if isinstance(encoder_outputs, BaseModelOutput) else BaseModelOutput()
+                encoder_outputs = (
+                    copy.copy(encoder_outputs) if isinstance(encoder_outputs, BaseModelOutput) else BaseModelOutput()
+                )
                 encoder_outputs["last_hidden_state"] = states
         return input_ids, {**model_kwargs, "encoder_outputs": encoder_outputs, "attention_mask": mask}
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
+    ):
         """Fill the cross-attention cache with one row per input."""
         shared = model_kwargs.pop("shared_streams", None)  # N
-        own_keys = model_kwargs.pop("index_of_own_keys", None)  # (N,), the input of each stream, if streams cannot share
+        # (N,), the input of each stream, if streams cannot share
+        own_keys = model_kwargs.pop("index_of_own_keys", None)
         left_padded = model_kwargs.pop("left_padded_prompts", False)
         expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if shared:
             batch_size = shared // expand_size
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
+        )
         cache = cache_of(model_kwargs)
         if not (shared or left_padded) or (cache is None and not left_padded):
             return
@@ -76,8 +92,15 @@ class PiDGenerationMixin(Swapped):
             layers[:] = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
         eos = None
         asked_for = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-        greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(getattr(generation_config, name) for name in asked_for)
-        droppable = shared and own_keys is None and family_of(self).takes_encoder_mask and not isinstance(cache.self_attention_cache, StaticCache)
+        greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(
+            getattr(generation_config, name) for name in asked_for
+        )
+        droppable = (
+            shared
+            and own_keys is None
+            and family_of(self).takes_encoder_mask
+            and not isinstance(cache.self_attention_cache, StaticCache)
+        )
         if droppable and greedy_or_sampling:
             eos = generation_config._eos_token_tensor
         model_kwargs[CACHE] = filled(
@@ -94,8 +117,12 @@ class PiDGenerationMixin(Swapped):
         """Give processors that compare with the encoder's input one row of it per stream, not counting beams."""
         cache = cache_of(model_kwargs or {})
         if isinstance(cache, SharedEncoderDecoderCache) and encoder_input_ids is not None:
-            encoder_input_ids = encoder_input_ids[cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]]
-        return super()._get_logits_processor(generation_config, *args, encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs, **kwargs)
+            encoder_input_ids = encoder_input_ids[
+                cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]
+            ]
+        return super()._get_logits_processor(
+            generation_config, *args, encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs, **kwargs
+        )
 
     def _prefill(self, *args, **kwargs):
         """Run the first pass over the prompts, with logits of the last position only."""
@@ -107,7 +134,8 @@ class PiDGenerationMixin(Swapped):
             last_only.set(None)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        if not isinstance(self, PiDGenerationMixin):  # PEFT's prompt tuning keeps a reference to this method after disable
+        # PEFT's prompt tuning keeps a reference to this method after disable
+        if not isinstance(self, PiDGenerationMixin):
             return type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         cache = cache_of(inputs)
@@ -115,7 +143,9 @@ class PiDGenerationMixin(Swapped):
             return inputs
         cache.drop_finished(input_ids)
         if cache.rows is not None:
-            inputs = {k: v[cache.rows] if k.startswith("decoder_") and torch.is_tensor(v) else v for k, v in inputs.items()}
+            inputs = {
+                k: v[cache.rows] if k.startswith("decoder_") and torch.is_tensor(v) else v for k, v in inputs.items()
+            }
             inputs["attention_mask"] = cache.mask_of_rows(inputs["attention_mask"])
         return inputs
 

@@ -17,7 +17,8 @@ class DecoderHooks:
         self.model, self.family, self.configs = model, family_of(model), attention.configs_of(model)
         self.encoder_index = CallState()  # from the model's hook to the decoder's
         self.positions = CallState()  # from the decoder's hook to the hook of embed_positions
-        self.last_only = CallState()  # True in the prefill of ``generate``, which reads only the logits of the last position
+        # True in the prefill of ``generate``, which reads only the logits of the last position
+        self.last_only = CallState()
         decoder = model.get_decoder()
         self.handles = [
             model.register_forward_pre_hook(self.before_model, with_kwargs=True),
@@ -31,14 +32,18 @@ class DecoderHooks:
         self.handles += [m.register_forward_hook(self.after_biased_attention) for m in biased]
 
     def after_biased_attention(self, attention, args, output):
-        """Make T5's position bias contiguous: the first layer passes it on transposed, and sdpa would copy it in every layer."""
+        """Make T5's position bias contiguous: the first layer passes it on transposed, and sdpa would copy it in every
+        layer.
+        """
         if len(output) < 3:  # UMT5 has one bias per layer and does not return it
             return None
         out, bias, *rest = output
         return out, bias if bias is None else bias.contiguous(), *rest
 
     def before_model(self, model, args, kwargs):
-        """Take ``encoder_index`` out of the arguments: some models would pass it to their encoder too, and LongT5 to no module."""
+        """Take ``encoder_index`` out of the arguments: some models would pass it to their encoder too, and LongT5 to no
+        module.
+        """
         attention.adopt(self.configs)
         self.encoder_index.set(kwargs.pop("encoder_index", None))
         return args, kwargs
@@ -87,7 +92,9 @@ class DecoderHooks:
         return given
 
     def repeated(self, states, mask, rows: int) -> dict:
-        """The decoder's arguments where rows cannot share: the cache has its own keys (prefix tuning), or the attention function is not ours."""
+        """The decoder's arguments where rows cannot share: the cache has its own keys (prefix tuning), or the attention
+        function is not ours.
+        """
         states, mask = streams.repeated(states, mask, streams.index_of(mask, states.shape[0], rows))
         given = {"encoder_hidden_states": states}
         if self.family.takes_encoder_mask:
@@ -134,8 +141,14 @@ def _keys_per_row(cache, inputs: int) -> bool:
 
 
 def _is_prefix(cache) -> bool:
-    """Whether a stock cache is that of PEFT's prefix tuning before the first step, when it has no cross-attention keys yet."""
-    return isinstance(cache, EncoderDecoderCache) and cache.get_seq_length() > 0 and not cache.cross_attention_cache.get_seq_length()
+    """Whether a stock cache is that of PEFT's prefix tuning before the first step, when it has no cross-attention keys
+    yet.
+    """
+    return (
+        isinstance(cache, EncoderDecoderCache)
+        and cache.get_seq_length() > 0
+        and not cache.cross_attention_cache.get_seq_length()
+    )
 
 
 def _rows(cache) -> int | None:

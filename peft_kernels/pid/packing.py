@@ -1,11 +1,13 @@
 """Linear layers on weights packed for oneDNN, on a CPU, without gradients.
 
-A decoding step multiplies a few dozen rows by every weight of the decoder. With plain weights the library's matmul at so few rows
-reaches a third to a half of the machine's matrix rate; with weights reordered once it reaches most of it, and the encoder gains a
-little too (benchmarks/pid_generate.py). The packed copies double the memory of the linear weights; ``pid.disable`` frees them.
+A decoding step multiplies a few dozen rows by every weight of the decoder. With plain weights the library's matmul at
+so few rows reaches a third to a half of the machine's matrix rate; with weights reordered once it reaches most of it,
+and the encoder gains a little too (benchmarks/pid_generate.py). The packed copies double the memory of the linear
+weights; ``pid.disable`` frees them.
 
-A packed copy is used only while its checksum matches the weight. Addresses and version counters are not enough: fused optimizers,
-``merge_adapter`` and everything else that writes through ``.data`` change neither. So every ``generate`` reads the weights once.
+A packed copy is used only while its checksum matches the weight. Addresses and version counters are not enough: fused
+optimizers, ``merge_adapter`` and everything else that writes through ``.data`` change neither. So every ``generate``
+reads the weights once.
 """
 
 from collections import Counter
@@ -30,10 +32,11 @@ _packed = CallState()  # layer -> packed weight, in this thread's ``generate``
 
 @contextmanager
 def packed_linears(model: nn.Module):
-    """Run the plain ``nn.Linear`` modules of encoder, decoder and head on packed weights, in this thread and within the context.
+    """Run the plain ``nn.Linear`` modules of encoder, decoder and head on packed weights, in this thread and within the
+    context.
 
-    Does nothing unless the model was enabled with ``pack_weights=True``, the native library is built, and the weights are float32 or
-    bfloat16 on a CPU.
+    Does nothing unless the model was enabled with ``pack_weights=True``, the native library is built, and the weights
+    are float32 or bfloat16 on a CPU.
     """
     outer = _packed.get()
     usable = model.pid_pack_weights and native_library.problem() is None and torch.backends.mkldnn.is_available()

@@ -18,10 +18,10 @@ class PiDOutput:
     """The result of ``pid.generate``.
 
     Attributes:
-        sequences: ``sequences[i][u]`` is the list of generated token ids for input i and prompt u, without the prompt and padding, with
-            the end token; with ``num_return_sequences`` > 1, a list of such lists.
-        scores: with ``output_scores=True``, the log-probabilities of these tokens in the same nesting, as 1-d float32 tensors on the CPU;
-            otherwise None.
+        sequences: ``sequences[i][u]`` is the list of generated token ids for input i and prompt u, without the prompt
+            and padding, with the end token; with ``num_return_sequences`` > 1, a list of such lists.
+        scores: with ``output_scores=True``, the log-probabilities of these tokens in the same nesting, as 1-d float32
+            tensors on the CPU; otherwise None.
         output: the return value of transformers' ``generate``, with the rows of all streams in order.
     """
 
@@ -30,25 +30,33 @@ class PiDOutput:
     output: Any
 
 
-def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention_mask: Tensor | None = None, **generate_kwargs: Any) -> PiDOutput:
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    prompts: Prompts,
+    *,
+    attention_mask: Tensor | None = None,
+    **generate_kwargs: Any,
+) -> PiDOutput:
     """Encode every input once and continue each of its prompts. Prompt-in-Decoder, arXiv 2403.13112, section 3.
 
-    A prompt is a forced prefix of the decoder, after the decoder's start token. Prompts of different length are padded on the left,
-    which is exact: padding is masked, and positions do not count it. Attention masks of the inputs may be padded on either side or
-    have holes; this is exact too.
+    A prompt is a forced prefix of the decoder, after the decoder's start token. Prompts of different length are padded
+    on the left, which is exact: padding is masked, and positions do not count it. Attention masks of the inputs may be
+    padded on either side or have holes; this is exact too.
 
     Args:
         model: a model that ``pid.enable`` has changed.
         input_ids: (b, n), the encoder's inputs.
-        prompts: a list of prompts, each a list of token ids, for every input; or a list of such lists, one per input, where
-            ``prompts[i][u]`` is prompt u of input i. The nesting depth tells the two apart. An empty prompt is the start token alone.
+        prompts: a list of prompts, each a list of token ids, for every input; or a list of such lists, one per input,
+            where ``prompts[i][u]`` is prompt u of input i. The nesting depth tells the two apart. An empty prompt is
+            the start token alone.
         attention_mask: (b, n), nonzero where ``input_ids`` are not padding; None: no padding.
-        generate_kwargs: any argument of ``model.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``, ``cache_implementation``...
-            ``max_length`` includes the longest prompt.
+        generate_kwargs: any argument of ``model.generate``: ``max_new_tokens``, ``num_beams``, ``do_sample``,
+            ``cache_implementation``... ``max_length`` includes the longest prompt.
 
     Raises:
-        ValueError: the model is not enabled; there are no inputs or no prompts; the number of prompt lists differs from the number of
-            inputs; or a prompt is longer than the decoder has positions for.
+        ValueError: the model is not enabled; there are no inputs or no prompts; the number of prompt lists differs from
+            the number of inputs; or a prompt is longer than the decoder has positions for.
         TypeError: a token id is not an integer.
     """
     base = _checked(model, "generate")
@@ -57,7 +65,8 @@ def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
     flat = [prompt for one in per_input for prompt in one]
     config, _ = base._prepare_generation_config(
-        generate_kwargs.get("generation_config"), **{k: v for k, v in generate_kwargs.items() if k != "generation_config"}
+        generate_kwargs.get("generation_config"),
+        **{k: v for k, v in generate_kwargs.items() if k != "generation_config"},
     )
     longest = max(map(len, flat)) + 1
     _check_positions(base, longest + (config.max_new_tokens or 1), longest - 1)
@@ -76,7 +85,9 @@ def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention
         streams["decoder_attention_mask"] = mask
     counts = [len(one) for one in per_input]
     if len(set(counts)) > 1:
-        streams["encoder_index"] = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
+        streams["encoder_index"] = torch.arange(len(counts), device=device).repeat_interleave(
+            torch.tensor(counts, device=device)
+        )
 
     want_scores = config.output_scores
     arguments = {**generate_kwargs, "return_dict_in_generate": True}
@@ -85,7 +96,9 @@ def generate(model: nn.Module, input_ids: Tensor, prompts: Prompts, *, attention
     tails = _generated(output.sequences[:, longest:], config.eos_token_id, config.pad_token_id)
     scores = None
     if want_scores:
-        steps = base.compute_transition_scores(output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=True).cpu()
+        steps = base.compute_transition_scores(
+            output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=True
+        ).cpu()
         scores = _nested([row[: len(tail)] for row, tail in zip(steps, tails)], counts, repeats)
     return PiDOutput(_nested(tails, counts, repeats), scores, output)
 
@@ -99,10 +112,11 @@ def forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run one training forward: the loss over the target tokens of every stream, given its input, its prompt and the preceding tokens.
+    """Run one training forward: the loss over the target tokens of every stream, given its input, its prompt and the
+    preceding tokens.
 
-    The loss is ``-sum log p(y_t | E, prompt, y_<t)`` over all streams, divided by the number of target tokens as in transformers.
-    Prompt-in-Decoder, arXiv 2403.13112, equation 4; prompt positions have the label -100.
+    The loss is ``-sum log p(y_t | E, prompt, y_<t)`` over all streams, divided by the number of target tokens as in
+    transformers. Prompt-in-Decoder, arXiv 2403.13112, equation 4; prompt positions have the label -100.
 
     Args:
         model: a model that ``pid.enable`` has changed.
@@ -113,18 +127,20 @@ def forward(
         kwargs: any other argument of the model's forward.
 
     Returns:
-        The model's output; ``loss`` is a scalar, ``logits`` are (N, T, V) for the streams in order, padded on the right.
+        The model's output; ``loss`` is a scalar, ``logits`` are (N, T, V) for the streams in order, padded on the
+        right.
 
     Raises:
-        ValueError, TypeError: as in ``generate``; also if the number of targets differs from the number of prompts, or if no target has
-            a token.
+        ValueError, TypeError: as in ``generate``; also if the number of targets differs from the number of prompts, or
+            if no target has a token.
     """
     base = _checked(model, "forward")
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
     wanted = _per_input(targets, input_ids.shape[0], "targets", shared=False)
     if [len(one) for one in per_input] != [len(one) for one in wanted]:
         raise ValueError(
-            f"pid.forward: every prompt needs a target, got {[len(x) for x in per_input]} prompts and {[len(x) for x in wanted]} targets per input"
+            f"pid.forward: every prompt needs a target, got {[len(x) for x in per_input]} prompts and"
+            f" {[len(x) for x in wanted]} targets per input"
         )
     pairs = [(list(p), list(y)) for ps, ys in zip(per_input, wanted) for p, y in zip(ps, ys)]
     if not any(y for _, y in pairs):
@@ -142,9 +158,19 @@ def forward(
         labels[row, len(prompt) : len(prompt) + len(target)] = torch.tensor(target, dtype=ids.dtype, device=device)
     counts = torch.tensor([len(one) for one in per_input], device=device)
     name = "decoder_encoder_index" if base.config.model_type == "encoder-decoder" else "encoder_index"
-    index = {} if bool((counts == counts[0]).all()) else {name: torch.arange(len(counts), device=device).repeat_interleave(counts)}
+    index = (
+        {}
+        if bool((counts == counts[0]).all())
+        else {name: torch.arange(len(counts), device=device).repeat_interleave(counts)}
+    )
     return model(
-        input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=ids, decoder_attention_mask=mask, labels=labels, **index, **kwargs
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        decoder_input_ids=ids,
+        decoder_attention_mask=mask,
+        labels=labels,
+        **index,
+        **kwargs,
     )
 
 
@@ -157,8 +183,8 @@ def _checked(model, what):
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and adapter.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
-            f"pid.{what}: {adapter.peft_type.value} puts keys of its own in front of the decoder's, where the masks of prompts do not count them;"
-            " use model.generate with decoder_input_ids"
+            f"pid.{what}: {adapter.peft_type.value} puts keys of its own in front of the decoder's, where the masks of"
+            " prompts do not count them; use model.generate with decoder_input_ids"
         )
     return base
 
@@ -167,7 +193,10 @@ def _per_input(prompts, inputs: int, label: str, shared: bool = True) -> list[li
     """One list of token-id lists per input."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"pid: {label} must be a list that is not empty, got {prompts!r}")
-    deep = any(isinstance(p, Sequence) and any(isinstance(token, Sequence) and not isinstance(token, str) for token in p) for p in prompts)
+    deep = any(
+        isinstance(p, Sequence) and any(isinstance(token, Sequence) and not isinstance(token, str) for token in p)
+        for p in prompts
+    )
     if not deep and not shared:
         raise ValueError(f"pid: {label} must be nested: {label}[i][u] is the token-id list of input i, prompt u")
     per_input = [list(one) for one in prompts] if deep else [list(prompts)] * inputs
@@ -177,7 +206,11 @@ def _per_input(prompts, inputs: int, label: str, shared: bool = True) -> list[li
         raise ValueError(f"pid: {label} are empty for every input")
     for one in per_input:
         for prompt in one:
-            if not isinstance(prompt, Sequence) or isinstance(prompt, str) or any(isinstance(t, bool) or not isinstance(t, int) for t in prompt):
+            if (
+                not isinstance(prompt, Sequence)
+                or isinstance(prompt, str)
+                or any(isinstance(t, bool) or not isinstance(t, int) for t in prompt)
+            ):
                 raise TypeError(f"pid: {label} must hold lists of int token ids, got {prompt!r}")
     return per_input
 
@@ -189,7 +222,9 @@ def _start_token(base, config) -> int:
     if start is None:
         start = config.bos_token_id
     if start is None:
-        raise ValueError("pid: the model has no decoder_start_token_id; set model.generation_config.decoder_start_token_id")
+        raise ValueError(
+            "pid: the model has no decoder_start_token_id; set model.generation_config.decoder_start_token_id"
+        )
     return start if isinstance(start, int) else start[0]
 
 
@@ -197,7 +232,8 @@ def _check_positions(base, length: int, prompt: int):
     limit = max_positions(base)
     if limit is not None and length > limit:
         raise ValueError(
-            f"pid: the decoder has {limit} positions, but a prompt of {prompt} tokens with its start token and what follows needs {length}"
+            f"pid: the decoder has {limit} positions, but a prompt of {prompt} tokens with its start token and what"
+            f" follows needs {length}"
         )
 
 

@@ -1,8 +1,9 @@
 """Key lengths and the input of each decoder stream, packed so that they pass through a stock model.
 
-Decoders hand their ``encoder_attention_mask`` to every cross-attention, and a four-dimensional mask passes through unchanged. It
-carries two small int64 vectors: (1, 1, 1, b) key lengths, followed by (N,) stream-to-input indices if streams are ragged. No mask is
-built, and an argument, unlike state on a module, is still correct when a checkpointed layer runs again.
+Decoders hand their ``encoder_attention_mask`` to every cross-attention, and a four-dimensional mask passes through
+unchanged. It carries two small int64 vectors: (1, 1, 1, b) key lengths, followed by (N,) stream-to-input indices if
+streams are ragged. No mask is built, and an argument, unlike state on a module, is still correct when a checkpointed
+layer runs again.
 """
 
 import torch
@@ -21,7 +22,8 @@ def is_packed(mask: Tensor | None) -> bool:
 def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | None]:
     """The key lengths and the encoder index; each is None if the mask does not restrict it.
 
-    A mask that is not packed was created by transformers in place of None, under ``torch.compile``: every key is visible.
+    A mask that is not packed was created by transformers in place of None, under ``torch.compile``: every key is
+    visible.
     """
     if not is_packed(mask):
         return None, None
@@ -29,11 +31,15 @@ def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | No
     return flat[:inputs], flat[inputs:] if flat.shape[0] > inputs else None
 
 
-def prepare(states: Tensor, mask: Tensor | None, streams: int, encoder_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Check the streams against the inputs; return encoder states with every input's keys in front, and the packed lengths and index.
+def prepare(
+    states: Tensor, mask: Tensor | None, streams: int, encoder_index: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check the streams against the inputs; return encoder states with every input's keys in front, and the packed
+    lengths and index.
 
-    Cross-attention has no positions, so keys may be reordered: with left padding or holes in the mask they are gathered to the front,
-    which is exact. This synchronizes with a GPU, so it runs once per forward pass or generation, never per layer or step.
+    Cross-attention has no positions, so keys may be reordered: with left padding or holes in the mask they are gathered
+    to the front, which is exact. This synchronizes with a GPU, so it runs once per forward pass or generation, never
+    per layer or step.
 
     Args:
         states: (b, n, d), the encoder's last hidden states.
@@ -42,14 +48,15 @@ def prepare(states: Tensor, mask: Tensor | None, streams: int, encoder_index: Te
         encoder_index: (N,) or None.
 
     Raises:
-        ValueError: N is not a multiple of b and there is no index; the index decreases or is out of range; or the mask has another shape.
+        ValueError: N is not a multiple of b and there is no index; the index decreases or is out of range; or the mask
+            has another shape.
     """
     inputs, n = states.shape[:2]
     if encoder_index is None:
         if streams % inputs:
             raise ValueError(
-                f"the decoder's rows must be a multiple of the encoder's inputs, got {streams} rows for {inputs} inputs: "
-                "pass encoder_index, the input of every row, where inputs have different numbers of streams"
+                f"the decoder's rows must be a multiple of the encoder's inputs, got {streams} rows for {inputs}"
+                " inputs: pass encoder_index, the input of every row, where inputs have different numbers of streams"
             )
     else:
         encoder_index = _checked(encoder_index.to(states.device), inputs, streams)
@@ -88,9 +95,14 @@ def repeated(states: Tensor, mask: Tensor | None, index: Tensor) -> tuple[Tensor
 
 def _checked(index: Tensor, inputs: int, streams: int) -> Tensor:
     if index.shape != (streams,) or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"encoder_index must be ({streams},) integers, one per row of the decoder, got {tuple(index.shape)} {index.dtype}")
+        raise ValueError(
+            f"encoder_index must be ({streams},) integers, one per row of the decoder, got {tuple(index.shape)}"
+            f" {index.dtype}"
+        )
     if bool((index[1:] < index[:-1]).any()):
         raise ValueError(f"encoder_index must not decrease, got {index.tolist()}")
     if streams and not 0 <= int(index[0]) <= int(index[-1]) < inputs:
-        raise ValueError(f"encoder_index must lie in [0, {inputs}), got values from {int(index[0])} to {int(index[-1])}")
+        raise ValueError(
+            f"encoder_index must lie in [0, {inputs}), got values from {int(index[0])} to {int(index[-1])}"
+        )
     return index

@@ -13,16 +13,18 @@ from .hooks import DecoderHooks
 def enable(model: nn.Module, *, pack_weights: bool = True) -> nn.Module:
     """Let the decoder streams of one encoder input share its cross-attention keys and values.
 
-    Afterwards ``model.generate`` with beams, ``num_return_sequences`` or more decoder rows than encoder rows computes and stores the
-    keys and values of every input once, and ``model(input_ids=(b, n), labels=(N, T))`` trains N streams on b encoded inputs. Streams
-    ``[i*N/b, (i+1)*N/b)`` belong to input i, unless ``encoder_index`` (N,) names the input of each stream. Tokens, losses and gradients
-    are those of repeated encoder outputs. No module is replaced, so adapters on the projections keep working.
+    Afterwards ``model.generate`` with beams, ``num_return_sequences`` or more decoder rows than encoder rows computes
+    and stores the keys and values of every input once, and ``model(input_ids=(b, n), labels=(N, T))`` trains N streams
+    on b encoded inputs. Streams ``[i*N/b, (i+1)*N/b)`` belong to input i, unless ``encoder_index`` (N,) names the input
+    of each stream. Tokens, losses and gradients are those of repeated encoder outputs. No module is replaced, so
+    adapters on the projections keep working.
 
     Args:
-        model: an encoder-decoder model of transformers, or a PEFT model around one, with "sdpa" or "eager" attention. Changed in place.
-            "sdpa" runs our operator; "eager" can return attention weights (``output_attentions=True``).
-        pack_weights: on a CPU, generate with a second copy of the linear weights, packed for few rows (see pid/packing.py):
-            about 1.4 times as fast, at the cost of a second copy in memory. False: plain weights.
+        model: an encoder-decoder model of transformers, or a PEFT model around one, with "sdpa" or "eager" attention.
+            Changed in place. "sdpa" runs our operator; "eager" can return attention weights
+            (``output_attentions=True``).
+        pack_weights: on a CPU, generate with a second copy of the linear weights, packed for few rows (see
+            pid/packing.py): about 1.4 times as fast, at the cost of a second copy in memory. False: plain weights.
 
     Returns:
         ``model``. Enabling twice changes only ``pack_weights``.

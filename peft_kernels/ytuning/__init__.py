@@ -2,9 +2,10 @@
 
 Importing this package registers the model with ``AutoConfig`` and ``AutoModelForSequenceClassification``.
 
-The paper has no public code. Where it leaves a choice, this implementation uses the following: slots, one for the task and then one for
-each label, are free vectors; a block is post-norm, with self-attention, cross-attention and a feed-forward part; a label's score is the
-inner product of the final states of its slot and the task's; the triplet loss is the sum of the hinges over all wrong labels.
+The paper has no public code. Where it leaves a choice, this implementation uses the following: slots, one for the task
+and then one for each label, are free vectors; a block is post-norm, with self-attention, cross-attention and a
+feed-forward part; a label's score is the inner product of the final states of its slot and the task's; the triplet loss
+is the sum of the hinges over all wrong labels.
 """
 
 from ..hf.extra import needed_by

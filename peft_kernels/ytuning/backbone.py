@@ -15,7 +15,8 @@ _loading = threading.Lock()
 
 
 class FrozenBackbone:
-    """Holds the backbone outside of the model's modules, so that it is not saved or trained with the model and stays in eval mode.
+    """Holds the backbone outside of the model's modules, so that it is not saved or trained with the model and stays in
+    eval mode.
 
     It is loaded on first use and follows the device of its inputs.
     """
@@ -30,7 +31,10 @@ class FrozenBackbone:
     def __call__(self, layer: int, **inputs) -> Tensor:
         if self.model is None:
             if self.name is None:
-                raise ValueError("YTuningForSequenceClassification: input_ids need a backbone: name one in the config, or give features")
+                raise ValueError(
+                    "YTuningForSequenceClassification: input_ids need a backbone: name one in the config, or give"
+                    " features"
+                )
             with _loading, torch.device("cpu"):
                 if self.model is None:
                     self.set(AutoModel.from_pretrained(self.name))
@@ -59,7 +63,10 @@ def features_of(model, layer: int, **inputs) -> Tensor:
 
 
 def right_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Features with the unmasked ones of ``mask`` (B, n) in front, and their number, (B,). Attention does not depend on their order."""
+    """Features with the unmasked ones of ``mask`` (B, n) in front, and their number, (B,).
+
+    Attention does not depend on their order.
+    """
     mask = mask.bool()
     lengths = mask.sum(1)
     if (mask[:, 1:] & ~mask[:, :-1]).any():

@@ -43,13 +43,14 @@ def cache_features(
 ) -> Path:
     """Write the hidden states of every text to ``folder``, for ``CachedFeatures`` to read; returns the folder.
 
-    Texts are sorted by length, so that batches have little padding, and divided into shards. A shard is written atomically and then
-    entered in the index with its SHA-256, so that an interrupted run continues after the last complete shard when called again.
-    Existing shards are checked; damaged or missing ones are computed again. A second process with the same folder waits for the first.
+    Texts are sorted by length, so that batches have little padding, and divided into shards. A shard is written
+    atomically and then entered in the index with its SHA-256, so that an interrupted run continues after the last
+    complete shard when called again. Existing shards are checked; damaged or missing ones are computed again. A second
+    process with the same folder waits for the first.
 
     Args:
-        model: the backbone, without its head if it has one; the encoder of an encoder-decoder model; a PEFT model with its active
-            adapter. It runs in eval mode on its own device.
+        model: the backbone, without its head if it has one; the encoder of an encoder-decoder model; a PEFT model with
+            its active adapter. It runs in eval mode on its own device.
         tokenizer: the model's tokenizer.
         texts: strings, or pairs of strings, in any ordered iterable.
         folder: folder of shards and index; created if it does not exist.
@@ -59,12 +60,12 @@ def cache_features(
         max_length: the most tokens of a text; longer ones are cut. None: the limit of model and tokenizer.
         overwrite: whether to replace a cache of another model, tokenizer or texts; False: raise an error.
 
-    The key of a cache is a digest of the weights, config, active adapters and autocast of the model, the token ids of all texts,
-    ``dtype`` and ``layer``.
+    The key of a cache is a digest of the weights, config, active adapters and autocast of the model, the token ids of
+    all texts, ``dtype`` and ``layer``.
 
     Raises:
-        ValueError: ``dtype``, ``layer`` or ``batch_size`` is out of range; ``folder`` has a cache with another key, cannot be written, or
-            has another kind of index.
+        ValueError: ``dtype``, ``layer`` or ``batch_size`` is out of range; ``folder`` has a cache with another key,
+            cannot be written, or has another kind of index.
         TypeError: ``model`` is not a transformers model, or ``texts`` are not strings or pairs of strings.
     """
     if dtype not in (torch.bfloat16, torch.float32):
@@ -76,7 +77,11 @@ def cache_features(
     if layers is not None and not -layers - 1 <= layer <= layers:
         raise ValueError(f"cache_features: layer must lie in [{-layers - 1}, {layers}], got {layer}")
     texts = strings("cache_features", "texts", texts, pairs=True)
-    most = max_length_of(model, tokenizer, None) if max_length is None else whole("cache_features", "max_length", max_length, 1)
+    most = (
+        max_length_of(model, tokenizer, None)
+        if max_length is None
+        else whole("cache_features", "max_length", max_length, 1)
+    )
     encoded = _encode(tokenizer, texts, most)
     key = fingerprint(model, model, [str(dtype), layer, encoded])
     head = {"format": FORMAT, "key": key, "texts": len(encoded), "dtype": str(dtype).removeprefix("torch.")}
@@ -109,7 +114,10 @@ def _fill(model, tokenizer, encoded, folder, head, batch_size, dtype, layer, ove
         _write_index(folder, head, len(plan), done)
         features = _features(model, tokenizer, [encoded[i] for i in rows], batch_size, layer).to(dtype)
         offsets = torch.tensor([0, *(lengths[i] for i in rows)]).cumsum(0)
-        sums = torch.tensor([checksum_of_text(features[begin:end]) for begin, end in offsets.unfold(0, 2, 1).tolist()], dtype=torch.int64)
+        sums = torch.tensor(
+            [checksum_of_text(features[begin:end]) for begin, end in offsets.unfold(0, 2, 1).tolist()],
+            dtype=torch.int64,
+        )
         tensors = {"features": features, "rows": torch.tensor(rows), "offsets": offsets, "checksums": sums}
         durable.replace(folder / name, lambda part, tensors=tensors: save_file(tensors, part))
         done[name] = checksum(folder / name)
@@ -121,7 +129,11 @@ def read_index(folder: Path) -> dict | None:
     """The index in ``folder``, of this format or an earlier one; None if there is none or it cannot be read."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return index if isinstance(index["format"], int) and isinstance(index["done"], dict) and isinstance(index["key"], str) else None
+        return (
+            index
+            if isinstance(index["format"], int) and isinstance(index["done"], dict) and isinstance(index["key"], str)
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -153,14 +165,17 @@ def _continue(folder, head, overwrite) -> dict:
     shards = [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
     if index is None:
         if (folder / INDEX).exists() and not shards:
-            raise ValueError(f"cache_features: folder must be a new one or one of cache_features, got {folder}, whose {INDEX} is something else")
+            raise ValueError(
+                f"cache_features: folder must be a new one or one of cache_features, got {folder}, whose {INDEX} is"
+                " something else"
+            )
         return {}
     if index["key"] == head["key"] and index["format"] == FORMAT:
         return index["done"]
     if not overwrite:
         raise ValueError(
-            f"cache_features: {folder} holds features of another model, tokenizer or texts, or of another dtype, layer or max_length;"
-            " give overwrite=True to replace them, or another folder"
+            f"cache_features: {folder} holds features of another model, tokenizer or texts, or of another dtype, layer"
+            " or max_length; give overwrite=True to replace them, or another folder"
         )
     for path in shards:
         path.unlink()
@@ -195,15 +210,24 @@ def _features(model, tokenizer, rows, batch_size, layer):
     if not rows:
         return torch.zeros(0, model.config.hidden_size)
     with evaluating(model):
-        return torch.cat([_batch(model, tokenizer, rows[i : i + batch_size], layer) for i in range(0, len(rows), batch_size)])
+        return torch.cat(
+            [_batch(model, tokenizer, rows[i : i + batch_size], layer) for i in range(0, len(rows), batch_size)]
+        )
 
 
 def _batch(model, tokenizer, rows, layer):
-    device = None if model.device.type == "meta" else model.device  # accelerate's hooks fetch offloaded weights and move the inputs
-    mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True).to(device)
+    # accelerate's hooks fetch offloaded weights and move the inputs
+    device = None if model.device.type == "meta" else model.device
+    mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True).to(
+        device
+    )
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0}
-    inputs = {name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill[name]).to(device) for name in rows[0]}
+    inputs = {
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill[name]).to(device) for name in rows[0]
+    }
     features = features_of(model, layer, attention_mask=mask, **inputs)
     if features.shape[:2] != mask.shape:
-        raise ValueError(f"cache_features: model must give a feature for each of {mask.shape[1]} tokens, got {features.shape[1]}")
+        raise ValueError(
+            f"cache_features: model must give a feature for each of {mask.shape[1]} tokens, got {features.shape[1]}"
+        )
     return features[mask.bool().to(features.device)].cpu()

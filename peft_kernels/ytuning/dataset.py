@@ -16,10 +16,11 @@ __all__ = ["CachedFeatures", "FeatureCollator"]
 
 
 class CachedFeatures(Dataset):
-    """Dataset over a folder of ``cache_features``, in the order of its texts, with items ``{"features": (n, d), "labels": ...}``.
+    """Dataset over a folder of ``cache_features``, in the order of its texts, with items ``{"features": (n, d),
+    "labels": ...}``.
 
-    Shards are memory-mapped: only the items that are read are loaded, and worker processes share them. The features of an item are
-    compared with their checksum when it is read.
+    Shards are memory-mapped: only the items that are read are loaded, and worker processes share them. The features of
+    an item are compared with their checksum when it is read.
 
     Args:
         folder: the folder that ``cache_features`` wrote.
@@ -27,8 +28,8 @@ class CachedFeatures(Dataset):
         verify: compare every shard with its checksum now, which reads all of them.
 
     Raises:
-        ValueError: the folder has no cache, or one that is incomplete or damaged; the number of labels is wrong, or they are not whole
-            numbers. Reading an item with damaged features raises it too.
+        ValueError: the folder has no cache, or one that is incomplete or damaged; the number of labels is wrong, or
+            they are not whole numbers. Reading an item with damaged features raises it too.
     """
 
     def __init__(self, folder: str | Path, labels: Sequence[int] | None = None, *, verify: bool = False) -> None:
@@ -37,9 +38,14 @@ class CachedFeatures(Dataset):
         if index is None:
             raise ValueError(f"CachedFeatures: {folder} has no index of features: run cache_features")
         if index["format"] != FORMAT:
-            raise ValueError(f"CachedFeatures: {folder} was written by an earlier version: run cache_features with overwrite=True")
+            raise ValueError(
+                f"CachedFeatures: {folder} was written by an earlier version: run cache_features with overwrite=True"
+            )
         if len(index["done"]) < index["shards"]:
-            raise ValueError(f"CachedFeatures: {folder} has {len(index['done'])} of {index['shards']} shards: run cache_features again to continue")
+            raise ValueError(
+                f"CachedFeatures: {folder} has {len(index['done'])} of {index['shards']} shards: run cache_features"
+                " again to continue"
+            )
         labels = None if labels is None else class_indices("CachedFeatures", labels)
         if labels is not None and len(labels) != index["texts"]:
             raise ValueError(f"CachedFeatures: labels must be as many as texts, {index['texts']}, got {len(labels)}")
@@ -48,7 +54,10 @@ class CachedFeatures(Dataset):
         for name in self.names:
             found = checksum(self.folder / name) if verify else (self.folder / name).exists()
             if not found or (verify and found != index["done"][name]):
-                raise ValueError(f"CachedFeatures: {self.folder / name} is damaged or missing: run cache_features again, which repairs it")
+                raise ValueError(
+                    f"CachedFeatures: {self.folder / name} is damaged or missing: run cache_features again, which"
+                    " repairs it"
+                )
         self._shards: list[Tensor] | None = None
         self._place = torch.zeros(index["texts"], 4, dtype=torch.long)  # shard, begin, end, checksum
         for number in range(len(self.names)):
@@ -64,7 +73,10 @@ class CachedFeatures(Dataset):
             self._shards = [self._tensors(number)[0] for number in range(len(self.names))]
         item = {"features": self._shards[shard][begin:end]}
         if checksum_of_text(item["features"]) != checksum:
-            raise ValueError(f"CachedFeatures: {self.folder / self.names[shard]} is damaged: run cache_features again, which repairs it")
+            raise ValueError(
+                f"CachedFeatures: {self.folder / self.names[shard]} is damaged: run cache_features again, which repairs"
+                " it"
+            )
         return item if self.labels is None else {**item, "labels": self.labels[i]}
 
     def __getstate__(self) -> dict:
@@ -80,15 +92,23 @@ class CachedFeatures(Dataset):
             with safe_open(self.folder / self.names[number], framework="pt") as shard:
                 return tuple(shard.get_tensor(name) for name in ("features", "rows", "offsets", "checksums"))
         except Exception as error:  # safetensors raises its own exception type
-            raise ValueError(f"CachedFeatures: {self.folder / self.names[number]} is damaged: run cache_features again, which repairs it") from error
+            raise ValueError(
+                f"CachedFeatures: {self.folder / self.names[number]} is damaged: run cache_features again, which"
+                " repairs it"
+            ) from error
 
 
 class FeatureCollator:
-    """Collates items to a batch for ``YTuningForSequenceClassification``: ``features`` padded on the right, ``lengths``, any ``labels``."""
+    """Collates items to a batch for ``YTuningForSequenceClassification``: ``features`` padded on the right,
+    ``lengths``, any ``labels``.
+    """
 
     def __call__(self, items: list[dict]) -> dict:
         features = [item["features"] for item in items]
-        batch = {"features": pad_sequence(features, batch_first=True), "lengths": torch.tensor([len(x) for x in features])}
+        batch = {
+            "features": pad_sequence(features, batch_first=True),
+            "lengths": torch.tensor([len(x) for x in features]),
+        }
         if "labels" in items[0]:
             batch["labels"] = torch.tensor([item["labels"] for item in items])
         return batch

@@ -32,7 +32,9 @@ class SelfAttention(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A weight that is read by a call, so that hooks of accelerate and FSDP can load it if it is offloaded or sharded."""
+    """A weight that is read by a call, so that hooks of accelerate and FSDP can load it if it is offloaded or
+    sharded.
+    """
 
     def __init__(self, width: int):
         super().__init__(width, width, bias=False)
@@ -52,8 +54,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, slots, features, lengths):
         weights = self.query(), self.key(), self.value()
-        with torch.autocast(features.device.type, enabled=False):  # the operator accumulates in float32 and takes features in their stored dtype
-            states = label_cross_attention(slots.to(weights[0].dtype), features, *weights, lengths=lengths, num_heads=self.heads)
+        # the operator accumulates in float32 and takes features in their stored dtype
+        with torch.autocast(features.device.type, enabled=False):
+            states = label_cross_attention(
+                slots.to(weights[0].dtype), features, *weights, lengths=lengths, num_heads=self.heads
+            )
         return self.output(states)
 
 
@@ -77,9 +82,10 @@ class LabelBlock(nn.Module):
 class YTuningForSequenceClassification(PreTrainedModel):
     """Y-Tuning (arXiv 2202.09817): a slot for the task and one for each label attend to the features of a frozen model.
 
-    Takes ``features``, or ``input_ids`` for the backbone that ``config.backbone`` names. The backbone is loaded on first use, stays
-    frozen and in eval mode, and is not part of ``parameters``, ``state_dict`` or ``save_pretrained``: a checkpoint holds the label
-    blocks, and its config names the backbone. ``set_backbone`` sets one that is already in memory.
+    Takes ``features``, or ``input_ids`` for the backbone that ``config.backbone`` names. The backbone is loaded on
+    first use, stays frozen and in eval mode, and is not part of ``parameters``, ``state_dict`` or ``save_pretrained``:
+    a checkpoint holds the label blocks, and its config names the backbone. ``set_backbone`` sets one that is already in
+    memory.
     """
 
     config_class = YTuningConfig
@@ -122,14 +128,19 @@ class YTuningForSequenceClassification(PreTrainedModel):
             labels: (B,) integers in [0, num_labels).
 
         Returns:
-            ``logits`` (B, num_labels), inner products of the final states of task and label, and ``loss`` if ``labels`` are given.
+            ``logits`` (B, num_labels), inner products of the final states of task and label, and ``loss`` if ``labels``
+            are given.
 
         Raises:
-            ValueError: none or both of ``features`` and ``input_ids`` are given, or both of ``lengths`` and ``attention_mask``; features
-                have another width; a label is not a class index; or the loss is for regression, several labels per text or one class.
+            ValueError: none or both of ``features`` and ``input_ids`` are given, or both of ``lengths`` and
+                ``attention_mask``; features have another width; a label is not a class index; or the loss is for
+                regression, several labels per text or one class.
         """
         if (features is None) == (input_ids is None):
-            raise ValueError(f"YTuningForSequenceClassification: give features or input_ids, got {'none' if features is None else 'both'}")
+            raise ValueError(
+                "YTuningForSequenceClassification: give features or input_ids, got"
+                f" {'none' if features is None else 'both'}"
+            )
         if lengths is not None and attention_mask is not None:
             raise ValueError("YTuningForSequenceClassification: give lengths or attention_mask, got both")
         if features is None:
@@ -138,7 +149,10 @@ class YTuningForSequenceClassification(PreTrainedModel):
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
             features = self.frozen_backbone(self.config.backbone_layer, **inputs)
         if features.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"YTuningForSequenceClassification: features must be {self.config.hidden_size} wide, got {tuple(features.shape)}")
+            raise ValueError(
+                f"YTuningForSequenceClassification: features must be {self.config.hidden_size} wide, got"
+                f" {tuple(features.shape)}"
+            )
         if attention_mask is not None:
             features, lengths = right_padded(features, attention_mask)
         if features.dtype != self.dtype and self.dtype != torch.float32:
@@ -165,7 +179,9 @@ class YTuningForSequenceClassification(PreTrainedModel):
 
 
 def triplet_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """The triplet loss: the mean over rows of ``scores`` (B, C) of the sum over ``c != y`` of ``max(0, margin + t_c - t_y)``."""
+    """The triplet loss: the mean over rows of ``scores`` (B, C) of the sum over ``c != y`` of ``max(0, margin + t_c -
+    t_y)``.
+    """
     right = scores.gather(1, labels[:, None])
     hinges = (margin + scores - right).relu()
     return hinges.scatter(1, labels[:, None], 0).sum(1).mean()

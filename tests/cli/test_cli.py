@@ -1,4 +1,6 @@
-"""The command line and the benchmark scripts on tiny models: they run and report true facts; no measured number is checked."""
+"""The command line and the benchmark scripts on tiny models: they run and report true facts; no measured number is
+checked.
+"""
 
 import itertools
 import json
@@ -24,7 +26,15 @@ from peft_kernels.perf.workloads import WordIds, built_in
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXT = "the cat sat on the mat and the dog ran to the park while it rained all day"
 PROMPTS = "who sat ?\nwhere did the dog run ?\nwhat\n"
-TINY = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 16}
+TINY = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "d_kv": 16,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +60,22 @@ def checkpoint(request, tmp_path):
     else:
         torch.manual_seed(0)
         layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-        sizes = {"vocab_size": 64, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "init_std": 0.5}
+        sizes = {
+            "vocab_size": 64,
+            "d_model": 32,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "init_std": 0.5,
+        }
         model = BartForConditionalGeneration(BartConfig(**layers, **sizes, forced_eos_token_id=None))
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(f"{TEXT} {PROMPTS}".split())]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -112,7 +131,10 @@ def test_info_fits_on_a_screen(gpu, monkeypatch):
     reason = f"the native library is not built (g++ failed (exit status 1): {error})"
     monkeypatch.setattr(native_library, "problem", lambda: reason)
     if gpu:
-        tuned_ones = {**dict.fromkeys(info.packages(), "shipped"), "label_logits": f"tuned on 2026-01-02, rows: 3, /{'long/' * 12}gpu.json"}
+        tuned_ones = {
+            **dict.fromkeys(info.packages(), "shipped"),
+            "label_logits": f"tuned on 2026-01-02, rows: 3, /{'long/' * 12}gpu.json",
+        }
         monkeypatch.setattr(info, "device_types", lambda: ["cpu", "cuda"])
         monkeypatch.setattr(info, "gpus", lambda: ["CUDA 0: NVIDIA H100 80GB HBM3, sm_90, 80 GiB"])
         monkeypatch.setattr(info, "launch_options", lambda device: tuned_ones)
@@ -138,7 +160,9 @@ def test_a_footnote_names_the_dtypes_that_a_reason_holds_for():
     half, wide, brain = torch.float16, torch.float32, torch.bfloat16
     footnotes = {}
     assert info._cell({wide: None, brain: f"not {brain}", half: f"not {half}"}, footnotes) == "[green]yes[/green] 1"
-    assert info._cell({wide: "no GPU", brain: f"not {brain}", half: f"not {half}"}, footnotes) == "[yellow]no[/yellow] 2,1"
+    assert (
+        info._cell({wide: "no GPU", brain: f"not {brain}", half: f"not {half}"}, footnotes) == "[yellow]no[/yellow] 2,1"
+    )
     assert info._cell({wide: None, brain: "wrong there", half: None}, footnotes) == "[green]yes[/green] 3"
     assert [*footnotes] == ["not torch.bfloat16 and torch.float16", "no GPU", "torch.bfloat16: wrong there"]
 
@@ -151,7 +175,8 @@ def test_demo_on_a_checkpoint(checkpoint, files, tmp_path):
     assert found["environment"]["versions"]["torch"] == torch.__version__
     pie, repeated, ours = found["results"]
     assert [pie["runs"], repeated["runs"], ours["runs"]] == [1, 2, 2]
-    if json.loads((checkpoint / "config.json").read_text())["model_type"] == "t5":  # one generate for prompts of all lengths
+    # one generate for prompts of all lengths
+    if json.loads((checkpoint / "config.json").read_text())["model_type"] == "t5":
         assert repeated["cross_kv_bytes"] == 3 * ours["cross_kv_bytes"]
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
@@ -159,17 +184,23 @@ def test_demo_on_a_checkpoint(checkpoint, files, tmp_path):
 def test_demo_on_dialogues_of_different_length(checkpoint, tmp_path):
     turn = {"system_transcript": "the dog ran", "transcript": "where did it"}
     (tmp_path / "woz.json").write_text(json.dumps([{"dialogue": [turn] * k} for k in (1, 3, 2)]))
-    (tmp_path / "ontology_en.json").write_text(json.dumps({"requestable": ["park", "mat"], "informable": {"request": ["park"], "dog": ["x"]}}))
+    (tmp_path / "ontology_en.json").write_text(
+        json.dumps({"requestable": ["park", "mat"], "informable": {"request": ["park"], "dog": ["x"]}})
+    )
     data = "--data", tmp_path / "woz.json", "--batch-size", 2, "--new-tokens", 3, "--repeats", 1
     text = invoke("demo", "--model", checkpoint, *data, "--out", tmp_path / "out")
     assert "3 of the 3 dialogues" in text and "identical" in text
     assert json.loads((tmp_path / "out" / "demo.json").read_text())["tokens"]["streams"] == 9
-    assert "2 of the 3 dialogues" in invoke("demo", "--model", checkpoint, *data, "--limit", 2, "--out", tmp_path / "out")
+    assert "2 of the 3 dialogues" in invoke(
+        "demo", "--model", checkpoint, *data, "--limit", 2, "--out", tmp_path / "out"
+    )
 
 
 def test_demo_without_a_checkpoint_says_that_weights_are_random(files, tmp_path, monkeypatch):
     build = pid_baselines.t5_base
-    monkeypatch.setattr(pid_baselines, "t5_base", lambda dtype, device: build(dtype, device, **{**TINY, "vocab_size": 32128}))
+    monkeypatch.setattr(
+        pid_baselines, "t5_base", lambda dtype, device: build(dtype, device, **{**TINY, "vocab_size": 32128})
+    )
     text = invoke("demo", *files, "--new-tokens", 2, "--repeats", 1, "--dtype", "bfloat16", "--out", tmp_path / "out")
     assert "RANDOM weights" in text
 
@@ -181,7 +212,9 @@ def test_demo_fails_where_a_token_differs(checkpoint, files, tmp_path, monkeypat
         return answers
 
     monkeypatch.setattr(pid_baselines, "shared", wrong)
-    assert "1 of 3 streams of ours DIFFER" in " ".join(invoke("demo", "--model", checkpoint, *files, "--out", tmp_path / "out", code=1).split())
+    assert "1 of 3 streams of ours DIFFER" in " ".join(
+        invoke("demo", "--model", checkpoint, *files, "--out", tmp_path / "out", code=1).split()
+    )
 
 
 def test_one_clear_line_without_the_extra(monkeypatch):
@@ -198,11 +231,15 @@ def test_built_in_workload_is_the_one_of_the_figures():
 
 
 def test_random_weights_answer_by_input_prompt_and_step():
-    model = pid_baselines.t5_base(**{**TINY, "vocab_size": 32128, "d_model": 64, "num_layers": 4, "num_decoder_layers": 4})
+    model = pid_baselines.t5_base(
+        **{**TINY, "vocab_size": 32128, "d_model": 64, "num_layers": 4, "num_decoder_layers": 4}
+    )
     workload = built_in(64, 6)
 
     def answer(inputs):
-        return pid_baselines.ask(pid_baselines.repeated, model, replace(workload, inputs=inputs), 8, full_length=True).tokens.tolist()
+        return pid_baselines.ask(
+            pid_baselines.repeated, model, replace(workload, inputs=inputs), 8, full_length=True
+        ).tokens.tolist()
 
     tokens = answer(workload.inputs)
     assert len({tuple(row) for row in tokens}) == len(tokens)
@@ -220,7 +257,9 @@ def test_word_ids_are_reversible_and_share_the_vocabulary():
 @pytest.mark.parametrize("script", ["pid_generate", "dept_training", "pasta_layer", "dect", "ytuning_step"])
 def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr("sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")])
+    monkeypatch.setattr(
+        "sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")]
+    )
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
     found = read(tmp_path / "out.json")
     assert {row.dtype for row in found.rows} == {"float32", "bfloat16"}

@@ -19,9 +19,24 @@ from peft_kernels.perf.profile import run as profile_run
 from peft_kernels.perf.tune import search as tune
 from peft_kernels.perf.workloads import WordIds
 
-T5 = {"vocab_size": 32128, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 1, "d_kv": 16}
+T5 = {
+    "vocab_size": 32128,
+    "d_model": 16,
+    "d_ff": 16,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 1,
+    "d_kv": 16,
+}
 BERT = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-BART = {"vocab_size": 40000, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+BART = {
+    "vocab_size": 40000,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 1,
+    "decoder_attention_heads": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +57,12 @@ def nothing_runs(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("bad input was not noticed in time")
 
-    for module, name in ((pid_baselines, "t5_base"), (demo, "run"), (operators_command, "peaks"), (profile_run, "source_of")):
+    for module, name in (
+        (pid_baselines, "t5_base"),
+        (demo, "run"),
+        (operators_command, "peaks"),
+        (profile_run, "source_of"),
+    ):
         monkeypatch.setattr(module, name, never)
 
 
@@ -78,7 +98,10 @@ FILES = {
         ("demo --input folder", "is a directory"),
         ("demo --prompts latin1", "--prompts: latin1 must be text"),
         ("demo --prompts empty", "--prompts: empty is an empty file"),
-        ("demo --data object.json", "--data: object.json must be a list of dialogues, got an object without anything in it"),
+        (
+            "demo --data object.json",
+            "--data: object.json must be a list of dialogues, got an object without anything in it",
+        ),
         ("demo --data list.json", "--data: list.json must be a list of dialogues, got a list without anything in it"),
         ("demo --data number.json", "--data: dialogue 0 of number.json must have 'dialogue'"),
         ("demo --data turns.json", "--data: dialogue 0 of turns.json must have 'dialogue'"),
@@ -91,7 +114,10 @@ FILES = {
         ("demo --batch-size 3", "--batch-size: is of --data"),
         ("demo --new-tokens 0", "'--new-tokens'"),
         ("demo --new-tokens 99999999999999999999", "'--new-tokens'"),
-        ("demo --model ./nowhere", "--model: expected a folder or the id of a model on the hub, got './nowhere', no folder"),
+        (
+            "demo --model ./nowhere",
+            "--model: expected a folder or the id of a model on the hub, got './nowhere', no folder",
+        ),
         ("demo --model empty", "--model: expected a folder or the id of a model on the hub, got 'empty', a file"),
         ("demo --tokenizer a/b/c", "--tokenizer: expected a folder"),
         ("demo --out empty/below", "--out: cannot write to empty/below"),
@@ -100,7 +126,10 @@ FILES = {
         ("bench label_logits --shapes B=0", "--shapes of label_logits must be"),
         ("bench --against nothing", "--against"),
         ("profile t5-base --out empty/below", "--out: cannot write to empty/below"),
-        ("profile t5-base --batch 1,99999999999999999999", "--batch: expected positive integers with commas between them, at most 1,048,576"),
+        (
+            "profile t5-base --batch 1,99999999999999999999",
+            "--batch: expected positive integers with commas between them, at most 1,048,576",
+        ),
         ("profile /nowhere", "MODEL: expected a folder or the id"),
         ("tune --out empty/below/file.json", "--out: cannot write to empty/below"),
         ("report folder", "folder: expected result files (*.json), found none"),
@@ -131,7 +160,9 @@ def checkpoint(here):
     "model, broken, message",
     [
         (
-            lambda: BertForMaskedLM(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)),
+            lambda: BertForMaskedLM(
+                BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+            ),
             {},
             "model of text, got model",
         ),
@@ -170,7 +201,11 @@ def test_demo_refuses_more_tokens_than_positions(options, message, checkpoint, m
 
 
 def test_demo_refuses_ids_that_the_model_does_not_have(monkeypatch):
-    monkeypatch.setattr(pid_baselines, "t5_base", lambda dtype, device, build=pid_baselines.t5_base: build(dtype, device, **{**T5, "vocab_size": 50}))
+    monkeypatch.setattr(
+        pid_baselines,
+        "t5_base",
+        lambda dtype, device, build=pid_baselines.t5_base: build(dtype, device, **{**T5, "vocab_size": 50}),
+    )
     assert "--tokenizer: it has an id of" in invoke("demo")
 
 
@@ -191,7 +226,9 @@ def interrupt(monkeypatch, after: int, error=KeyboardInterrupt):
 @pytest.mark.parametrize("after, candidates, runs", [(1, 2, 1), (4, 3, 2)])
 def test_interrupted_demo_keeps_what_it_has(after, candidates, runs, here, monkeypatch):
     """Keeps the first run of a decoder method, or complete turns."""
-    monkeypatch.setattr(pid_baselines, "t5_base", lambda dtype, device, build=pid_baselines.t5_base: build(dtype, device, **T5))
+    monkeypatch.setattr(
+        pid_baselines, "t5_base", lambda dtype, device, build=pid_baselines.t5_base: build(dtype, device, **T5)
+    )
     (here / "prompts").write_text("what is it?\nwhere?\n")
     interrupt(monkeypatch, after)
     options = "--input-tokens", 8, "--new-tokens", 2, "--repeats", 3, "--prompts", "prompts", "--out", "out"
@@ -209,7 +246,9 @@ def test_interrupted_profile_keeps_its_cases(after, rows, checkpoint, here, monk
     monkeypatch.setattr(profile_run, "self_times", lambda *_: {"aten::mm": 1.0})  # the profiler takes seconds to start
     interrupt(monkeypatch, after)
     sizes = "--batch", 1, "--length", 8, "--streams", 2, "--new-tokens", 2, "--repeats", 2, "--out", "out"
-    assert "interrupted: what was written is partial" in invoke("profile", "model", *sizes, code=interruption.INTERRUPTED)
+    assert "interrupted: what was written is partial" in invoke(
+        "profile", "model", *sizes, code=interruption.INTERRUPTED
+    )
     found = results.read(here / "out" / "profile_pid.partial.json")
     assert found.partial and len(found.rows) == rows
     assert not (here / "out" / "profile_pid.json").exists()
@@ -217,7 +256,10 @@ def test_interrupted_profile_keeps_its_cases(after, rows, checkpoint, here, monk
 
 def test_whole_results_take_the_place_of_partial_ones(here):
     one = results.measured([], "cpu", partial=True)
-    for found, names in ((one, ["x.partial.csv", "x.partial.json"]), (replace(one, partial=False), ["x.csv", "x.json"])):
+    for found, names in (
+        (one, ["x.partial.csv", "x.partial.json"]),
+        (replace(one, partial=False), ["x.csv", "x.json"]),
+    ):
         assert found.write(here / "x.json").name == names[1]
         assert sorted(path.name for path in here.iterdir()) == names
         assert results.read(here / names[1]).partial == found.partial
@@ -237,7 +279,9 @@ def test_interrupted_bench_is_partial_and_leaves_whole_results_alone(here, monke
     command = "bench", "label_logits", "--quick", "--dtype", "float32", "--repeats", 2, "--out", "out"
     monkeypatch.setattr(operators_command, "peaks", lambda *_: measure.Peaks(1e9, 1e9))
     monkeypatch.setattr(operators_command, "QUICK_SECONDS", 0.01)
-    rows = [results.Row(benchmark="b", shape={"B": 1}, dtype="float32", phase="forward", candidate="ours", median_s=1.0)]
+    rows = [
+        results.Row(benchmark="b", shape={"B": 1}, dtype="float32", phase="forward", candidate="ours", median_s=1.0)
+    ]
     done = []
 
     def compare(case, *args, **kwargs):
@@ -252,7 +296,9 @@ def test_interrupted_bench_is_partial_and_leaves_whole_results_alone(here, monke
     assert "partial" in invoke(*command, code=interruption.INTERRUPTED)
     found = results.read(here / "out" / "operators.partial.json")
     assert found.partial and len(found.rows) == 1
-    assert (here / "out" / "operators.partial.csv").exists() and (here / "out" / "operators.json").read_text() == "whole"
+    assert (here / "out" / "operators.partial.csv").exists() and (
+        here / "out" / "operators.json"
+    ).read_text() == "whole"
 
 
 def test_interrupted_tune_saves_what_it_found(here, monkeypatch):
@@ -270,14 +316,38 @@ def test_interrupted_tune_saves_what_it_found(here, monkeypatch):
     monkeypatch.setattr(tune, "table", lambda *_: "")
     monkeypatch.setattr(tune, "mistakes", lambda *_: [])
     with pytest.raises(interruption.typer.Exit):
-        tune.tune(["label_logits", "prototype_scores"], [torch.float32], torch.device("cpu"), here / "x.json", None, 1, interruption.Console())
+        tune.tune(
+            ["label_logits", "prototype_scores"],
+            [torch.float32],
+            torch.device("cpu"),
+            here / "x.json",
+            None,
+            1,
+            interruption.Console(),
+        )
     assert saved == problems[:1]
 
 
 def a_result(**fields):
-    row = {"benchmark": "label_logits", "shape": {"B": 1}, "dtype": "float32", "phase": "forward", "candidate": "ours", "median_s": 1.0, "runs": 2}
+    row = {
+        "benchmark": "label_logits",
+        "shape": {"B": 1},
+        "dtype": "float32",
+        "phase": "forward",
+        "candidate": "ours",
+        "median_s": 1.0,
+        "runs": 2,
+    }
     environment = {**measure.environment(), "date": "2026-01-02T03:04:05+00:00"}
-    return {"schema": 2, "device": "cpu", "device_name": "A CPU", "environment": environment, "rows": [row], "peaks": {}, **fields}
+    return {
+        "schema": 2,
+        "device": "cpu",
+        "device_name": "A CPU",
+        "environment": environment,
+        "rows": [row],
+        "peaks": {},
+        **fields,
+    }
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ def test_bad_input_is_answered_without_torch(arguments, message, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="os.kill ends a process of Windows")
-@pytest.mark.parametrize("module", ["peft_kernels.cli.commands", "typer", "torch", "torch.nn", "peft_kernels.ops", "transformers"])
+@pytest.mark.parametrize(
+    "module", ["peft_kernels.cli.commands", "typer", "torch", "torch.nn", "peft_kernels.ops", "transformers"]
+)
 def test_interrupted_while_it_imports(module, tmp_path):
     done = run("info", tmp_path, interrupted_at=module)
     assert done.returncode == INTERRUPTED and "Traceback" not in done.stderr, done.stderr

@@ -50,7 +50,10 @@ def translated(source: str) -> str:
     def references(match):
         alignment, element, declarators = match.groups()
         arrays = (re.match(r"\s*(\w+)(.*)", declarator, re.DOTALL).groups() for declarator in declarators.split(","))
-        return " ".join(f"auto& {name} = cuda_on_host::shared<{element}{sizes}, {alignment or 1}>([] {{}});" for name, sizes in arrays)
+        return " ".join(
+            f"auto& {name} = cuda_on_host::shared<{element}{sizes}, {alignment or 1}>([] {{}});"
+            for name, sizes in arrays
+        )
 
     return SHARED.sub(references, source)
 
@@ -59,7 +62,11 @@ def build(folder: Path, kernels: Path = KERNELS, checks: str = "races") -> Path:
     """Compiles the kernels in ``kernels`` into a library in ``folder``, and returns it."""
     for path in (*kernels.glob("*.cuh"), *kernels.glob("*.cu"), HERE / "device.cuh"):  # ours last
         (folder / path.name).write_text(f'#line 1 "{path}"\n' + translated(path.read_text()))
-    sources = [HERE / "block.cpp", HERE / "races.cpp", *(path for path in folder.glob("*.cu") if path.name != "device.cu")]
+    sources = [
+        HERE / "block.cpp",
+        HERE / "races.cpp",
+        *(path for path in folder.glob("*.cu") if path.name != "device.cu"),
+    ]
     includes = [f"-I{path}" for path in (HERE / "include", *include_paths())]
 
     def compiled(source):
@@ -71,7 +78,17 @@ def build(folder: Path, kernels: Path = KERNELS, checks: str = "races") -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources))
     sanitizers = CHECKS[checks] if checks == "sanitizers" else []
-    run("g++", "-shared", *sanitizers, *objects, *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ldl", "-o", folder / "library.so")
+    run(
+        "g++",
+        "-shared",
+        *sanitizers,
+        *objects,
+        *(f"-L{path}" for path in library_paths()),
+        "-ltorch_cpu",
+        "-ldl",
+        "-o",
+        folder / "library.so",
+    )
     return folder / "library.so"
 
 
@@ -86,7 +103,9 @@ def library() -> ctypes.CDLL:
     """Returns the library, loaded; it is compiled once for each state of the sources."""
     checks = os.environ.get("CUDA_ON_HOST", "races")
     state = hashlib.sha256(repr((torch.__version__, FLAGS, CHECKS)).encode())
-    for path in sorted((*KERNELS.iterdir(), *(path for path in HERE.rglob("*") if path.is_file() and path.suffix != ".pyc"))):
+    for path in sorted(
+        (*KERNELS.iterdir(), *(path for path in HERE.rglob("*") if path.is_file() and path.suffix != ".pyc"))
+    ):
         state.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_on_host" / f"{checks}-{state.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +145,9 @@ def in_every_order(function):
             results = [x.clone() for x in tensors_of(args[0] if result is None else result)]
             if first is None:
                 first = results
-            assert all(map(same_bits, results, first)), f"{function.__name__}: blocks and threads in {order} order change the result"
+            assert all(map(same_bits, results, first)), (
+                f"{function.__name__}: blocks and threads in {order} order change the result"
+            )
         library().cuda_on_host_order(0)
         return result
 

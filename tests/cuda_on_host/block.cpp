@@ -1,7 +1,6 @@
 // The scheduler of block.h: fibers, barriers, warp collectives, shared memory.
 
 #include "block.h"
-#include "races.h"
 
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -17,6 +16,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "races.h"
 
 Index threadIdx, blockIdx, blockDim;
 
@@ -116,7 +117,7 @@ std::string text_of(const Thread& t) {
 
 bool same_call(const Thread& a, const Thread& b) {
   return b.state == State::kWaits && a.mask == b.mask && a.site.line() == b.site.line() &&
-      std::strcmp(a.call, b.call) == 0 && std::strcmp(a.site.file_name(), b.site.file_name()) == 0;
+         std::strcmp(a.call, b.call) == 0 && std::strcmp(a.site.file_name(), b.site.file_name()) == 0;
 }
 
 // Returns the thread that `t` waits for, or null if all have arrived.
@@ -171,7 +172,8 @@ void fiber() {
 void start(unsigned index) {
   Thread& t = launch->threads[index];
   t = {};
-  void** top = reinterpret_cast<void**>(stack_of(index) + kStack) - 2;  // as after a call: 8 bytes past a multiple of 16
+  void** top =
+      reinterpret_cast<void**>(stack_of(index) + kStack) - 2;  // as after a call: 8 bytes past a multiple of 16
   *top = reinterpret_cast<void*>(fiber);
   t.stack_pointer = top - 6;
 }

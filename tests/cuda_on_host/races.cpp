@@ -23,7 +23,7 @@ struct Access {
 
 struct Cell {
   Access written, read;
-  bool read_by_others = false;   // in the interval and block of `read`
+  bool read_by_others = false;  // in the interval and block of `read`
   bool read_by_blocks = false;  // other than that of `read`
 };
 
@@ -46,9 +46,8 @@ Cell& cell_of(uintptr_t address) {
 }
 
 void report(const char* what, const char* before, const Access& other) {
-  races::report(
-      std::string(what) + " what thread " + std::to_string(other.thread) + " of block " + std::to_string(other.block) +
-      before + ", without a barrier between them");
+  races::report(std::string(what) + " what thread " + std::to_string(other.thread) + " of block " +
+                std::to_string(other.block) + before + ", without a barrier between them");
 }
 
 void on_read(Cell& cell) {
@@ -111,7 +110,9 @@ ACCESS(8, 8)
 ACCESS(16, 16)
 void __tsan_read_range(void* memory, size_t size) { access(memory, size, false); }
 void __tsan_write_range(void* memory, size_t size) { access(memory, size, true); }
-int __tsan_atomic32_fetch_add(volatile int* to, int value, int) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
+int __tsan_atomic32_fetch_add(volatile int* to, int value, int) {
+  return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST);
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

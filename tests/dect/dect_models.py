@@ -1,4 +1,6 @@
-"""Tiny random models of every family with tokenizers trained here, and DecT's query with stock transformers: the truth."""
+"""Tiny random models of every family with tokenizers trained here, and DecT's query with stock transformers: the
+truth.
+"""
 
 from functools import cache
 
@@ -20,40 +22,78 @@ TEXTS = [
     "",
     "it was a good day for a film",
 ]
-_CORPUS = [*TEXTS, "It was great .", "It was terrible.", "It was good (great).", "(good)", "all in all unbelievable"] * 3
+_CORPUS = [
+    *TEXTS,
+    "It was great .",
+    "It was terrible.",
+    "It was good (great).",
+    "(good)",
+    "all in all unbelievable",
+] * 3
 _BERT_SPECIAL, _ROBERTA_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 @cache
 def tokenizer(kind: str):
-    """Train a tokenizer. word: like BERT's; bpe: like RoBERTa's; gpt: bpe without special tokens; unigram: like T5's."""
+    """Train a tokenizer. word: like BERT's; bpe: like RoBERTa's; gpt: bpe without special tokens; unigram: like
+    T5's.
+    """
     if kind == "word":
         t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        t.train_from_iterator(_CORPUS, trainers.WordPieceTrainer(vocab_size=160, special_tokens=_BERT_SPECIAL, show_progress=False))
+        t.train_from_iterator(
+            _CORPUS, trainers.WordPieceTrainer(vocab_size=160, special_tokens=_BERT_SPECIAL, show_progress=False)
+        )
         t.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        names = {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        }
     elif kind == "unigram":
         special = ["<pad>", "</s>", "<unk>", "<extra_id_0>"]
-        words, letters = ({w for text in _CORPUS for w in text.replace("(", " ").split()}, set("".join(_CORPUS)) - {" "})
-        pieces = [(w, 0.0) for w in special] + [(f"▁{w}", -5.0) for w in sorted(words)] + [(x, -9.0) for x in ["▁", *sorted(letters)]]
+        words, letters = (
+            {w for text in _CORPUS for w in text.replace("(", " ").split()},
+            set("".join(_CORPUS)) - {" "},
+        )
+        pieces = (
+            [(w, 0.0) for w in special]
+            + [(f"▁{w}", -5.0) for w in sorted(words)]
+            + [(x, -9.0) for x in ["▁", *sorted(letters)]]
+        )
         t = Tokenizer(models.Unigram(pieces, unk_id=2))
         t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         t.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "additional_special_tokens": ["<extra_id_0>"]}
+        names = {
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "additional_special_tokens": ["<extra_id_0>"],
+        }
     else:
         t = Tokenizer(models.BPE())
         t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         special = _ROBERTA_SPECIAL if kind == "bpe" else ["<|endoftext|>"]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         t.train_from_iterator(
-            _CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
+            _CORPUS,
+            trainers.BpeTrainer(
+                vocab_size=400, special_tokens=special, initial_alphabet=alphabet, min_frequency=1, show_progress=False
+            ),
         )
         names = {"eos_token": "<|endoftext|>"}
         if kind == "bpe":
             t.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
             mask = AddedToken("<mask>", lstrip=True, special=True)
-            names = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": mask}
+            names = {
+                "cls_token": "<s>",
+                "pad_token": "<pad>",
+                "sep_token": "</s>",
+                "unk_token": "<unk>",
+                "mask_token": mask,
+            }
     return PreTrainedTokenizerFast(tokenizer_object=t, model_max_length=40, **names)
 
 
@@ -65,11 +105,28 @@ _SMALL = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
 }
-_DEBERTA = dict(_SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, position_buckets=4)
-_DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64, "initializer_range": 0.3}
+_DEBERTA = dict(
+    _SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, position_buckets=4
+)
+_DISTILBERT = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 _MODERNBERT = dict(_SMALL, local_attention=8, global_attn_every_n_layers=2, decoder_bias=True)
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "eos_token_id": 1}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 1,
+}
 _T5["relative_attention_max_distance"] = 100  # with 128, rounding decides the bucket of distance 16
 _GEMMA2 = dict(_SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=3.0)
 

@@ -46,7 +46,9 @@ def test_is_read_again(cached):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("changed", ["weight", "one row of the table", "texts", "order", "template", "words", "max_length", "model"])
+@pytest.mark.parametrize(
+    "changed", ["weight", "one row of the table", "texts", "order", "template", "words", "max_length", "model"]
+)
 def test_is_not_read_where_anything_has_changed(cached, changed):
     model, t, path, _ = cached
     texts, template, words, options = list(TEXTS), TEMPLATE, WORDS, {}
@@ -75,7 +77,9 @@ def test_is_not_read_where_anything_has_changed(cached, changed):
 
 def test_another_tokenizer(cached):
     model, t, path, _ = cached
-    other = type(t)(tokenizer_object=tokenizer("word").backend_tokenizer, mask_token="[SEP]", pad_token="[PAD]", model_max_length=40)
+    other = type(t)(
+        tokenizer_object=tokenizer("word").backend_tokenizer, mask_token="[SEP]", pad_token="[PAD]", model_max_length=40
+    )
     assert runs(model, other, TEXTS, "{text} {mask}", None, cache=path)[0]
 
 
@@ -133,7 +137,10 @@ def test_a_path_that_cannot_be_written_is_noticed_first(cached, tmp_path):
 
 
 def stopped_after(model, batches, error):
-    """Raise ``error`` before the forward that follows ``batches`` others. The empty text and the trial of the columns count as batches."""
+    """Raise ``error`` before the forward that follows ``batches`` others.
+
+    The empty text and the trial of the columns count as batches.
+    """
     calls = []
 
     def count(*_):
@@ -162,7 +169,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
     got = extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=2, cache=path)
     handle.remove()
     assert len(rest) <= 3, "two rows in one batch, after the columns are tried"
-    assert_within_rounding(features_and_scores(got), lambda: features_and_scores(extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1)))
+    assert_within_rounding(
+        features_and_scores(got), lambda: features_and_scores(extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1))
+    )
     assert not runs(model, t, TEXTS, TEMPLATE, WORDS, cache=path)[0]
 
 
@@ -183,13 +192,21 @@ t = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
 stopped_after(model, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
 extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1, cache={str(path)!r})
 """
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=os.getcwd())
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=os.getcwd(),
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     handle, rest = stopped_after(model, 99, interrupt)
     got = extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1, cache=path)
     handle.remove()
     assert 0 < len(rest) < 6
-    assert_within_rounding(features_and_scores(got), lambda: features_and_scores(extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1)))
+    assert_within_rounding(
+        features_and_scores(got), lambda: features_and_scores(extract(model, t, TEXTS, TEMPLATE, WORDS, batch_size=1))
+    )
 
 
 def test_adapters_have_features_of_their_own(tmp_path):

@@ -91,7 +91,9 @@ def test_learns_and_predicts():
 def test_the_same_seed_gives_the_same_classifier():
     features, labels, scores = data()
     state = torch.get_rng_state()
-    first, again, other = (DecoderTuning(calibration="none", seed=s).fit(features, labels, scores).head_ for s in (3, 3, 4))
+    first, again, other = (
+        DecoderTuning(calibration="none", seed=s).fit(features, labels, scores).head_ for s in (3, 3, 4)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.projection, again.projection) and not torch.equal(first.projection, other.projection)
 
@@ -99,7 +101,11 @@ def test_the_same_seed_gives_the_same_classifier():
 def test_inputs_of_every_kind():
     features, labels, scores = data()
     expected = WithinRounding(lambda: DecoderTuning(calibration="none").fit(features, labels, scores).head_.projection)
-    for change in (lambda x: x.numpy(), lambda x: x.tolist(), lambda x: x.clone().requires_grad_() if x.is_floating_point() else x):
+    for change in (
+        lambda x: x.numpy(),
+        lambda x: x.tolist(),
+        lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
+    ):
         got = DecoderTuning(calibration="none").fit(*map(change, (features, labels, scores)))
         expected.check(got.head_.projection)
     expected.check(DecoderTuning(calibration="none").fit(features.double(), labels, scores).head_.projection)
@@ -139,10 +145,14 @@ def test_saved_and_loaded(tmp_path, with_scores):
     features, labels, scores = data()
     names, scores = np.array(["bad", "good", "so so"])[labels], scores if with_scores else None
     classes = ["so so", "good", "bad"] if with_scores else None
-    classifier = DecoderTuning(dim=8, empty_scores=torch.tensor([1.0, 2.0, 3.0]), classes=classes).fit(features, names, scores)
+    classifier = DecoderTuning(dim=8, empty_scores=torch.tensor([1.0, 2.0, 3.0]), classes=classes).fit(
+        features, names, scores
+    )
     classifier.save(tmp_path / "classifier.safetensors")
     loaded = DecoderTuning.load(tmp_path / "classifier.safetensors")
-    assert torch.equal(loaded.head_.projection, classifier.head_.projection) and torch.equal(loaded.head_.radius, classifier.head_.radius)
+    assert torch.equal(loaded.head_.projection, classifier.head_.projection) and torch.equal(
+        loaded.head_.radius, classifier.head_.radius
+    )
     assert_within_rounding(loaded.logits(features, scores), lambda: classifier.logits(features, scores))
     assert (loaded.predict(features, scores) == classifier.predict(features, scores)).all()
     assert repr(loaded) == repr(classifier) and loaded.classes_.tolist() == classifier.classes_.tolist()
@@ -187,7 +197,11 @@ def test_scikit_learn():
         ({"features": torch.full((24, 24), torch.nan)}, {}, "features must be finite, got NaN or infinity in row 0"),
         ({"y": [0, 1, 2]}, {}, r"labels must be \(24,\), one for each row of features, got \(3,\)"),
         ({"y": [0, 1, 3] * 8}, {}, r"labels must be among the classes \[0, 1, 2\], got 3"),
-        ({"y": ["a", "b", "c"] * 8}, {"classes": ["a", "b", "d"]}, r"labels must be among the classes \['a', 'b', 'd'\], got c"),
+        (
+            {"y": ["a", "b", "c"] * 8},
+            {"classes": ["a", "b", "d"]},
+            r"labels must be among the classes \['a', 'b', 'd'\], got c",
+        ),
         ({"y": [0, 1, 0] * 8}, {}, r"every class must have a text, got none for \[2\]"),
         ({"scores": torch.zeros(24)}, {}, r"scores must be a matrix, got \(24,\)"),
         ({"scores": torch.zeros(23, 3)}, {}, r"scores must be \(24, 3\), got \(23, 3\)"),

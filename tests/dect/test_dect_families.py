@@ -83,7 +83,9 @@ def test_an_encoder_without_a_head(name):
     model, t, template = make(name)
     bare = make(name, "Model")[0]
     bare.load_state_dict(model.state_dict() if name == "t5" else model.base_model.state_dict(), strict=False)
-    assert_within_rounding(extract(bare, t, TEXTS, template, None).features, lambda: extract(model, t, TEXTS, template, None).features)
+    assert_within_rounding(
+        extract(bare, t, TEXTS, template, None).features, lambda: extract(model, t, TEXTS, template, None).features
+    )
     with pytest.raises(ValueError, match="Model has no language model's head, so it gives no scores"):
         extract(bare, t, TEXTS, template, WORDS)
 
@@ -92,7 +94,9 @@ def test_an_encoder_without_a_head(name):
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_any_batch_size_in_the_order_of_the_texts(name, batch_size):
     model, t, template = make(name)
-    got, expected = (partial(features_and_scores, model, t, TEXTS, template, WORDS, batch_size=n) for n in (batch_size, 3))
+    got, expected = (
+        partial(features_and_scores, model, t, TEXTS, template, WORDS, batch_size=n) for n in (batch_size, 3)
+    )
     assert_within_rounding(got(), expected)
 
 

@@ -26,13 +26,18 @@ class Table:
         return iter(["text", "label"])
 
 
-@pytest.mark.parametrize("form", [list, tuple, iter, lambda x: map(str, x), lambda x: (y for y in x), np.array, lambda x: np.array(x, object)])
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, iter, lambda x: map(str, x), lambda x: (y for y in x), np.array, lambda x: np.array(x, object)],
+)
 def test_texts_of_every_form(bert, form):
     model, t, template = bert
     expected = extract(model, t, TEXTS[:3], template, None)
     assert torch.equal(extract(model, t, form(TEXTS[:3]), template, None).features, expected.features)
     words = [form(words) for words in WORDS]
-    assert torch.equal(extract(model, t, [], template, iter(words)).empty_scores, extract(model, t, [], template, WORDS).empty_scores)
+    assert torch.equal(
+        extract(model, t, [], template, iter(words)).empty_scores, extract(model, t, [], template, WORDS).empty_scores
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,16 @@ def test_pairs():
     pairs = [("a", "b"), ("c", "d")]
     for form in (pairs, iter(pairs), [list(x) for x in pairs], np.array(pairs)):
         assert strings("m", "texts", form, pairs=True) == pairs
-    for wrong in (["a", ("b", "c")], [("a", "b"), "cd"], [("a", "b", "c")], [("a", 1)], [("a", "b"), ("c",)], "ab", {"a": "b"}, [{"a", "b"}]):
+    for wrong in (
+        ["a", ("b", "c")],
+        [("a", "b"), "cd"],
+        [("a", "b", "c")],
+        [("a", 1)],
+        [("a", "b"), ("c",)],
+        "ab",
+        {"a": "b"},
+        [{"a", "b"}],
+    ):
         with pytest.raises(TypeError, match="m: texts must be a sequence of strings or of pairs of strings, got"):
             strings("m", "texts", wrong, pairs=True)
 
@@ -135,7 +149,9 @@ def test_padding_on_either_side(name):
     for left in (True, False):
         fill = [[0] * (longest - len(row)) for row in rows]
         ids = torch.tensor([f + row if left else row + f for f, row in zip(fill, rows)])
-        mask = torch.tensor([[0] * len(f) + [1] * len(row) if left else [1] * len(row) + [0] * len(f) for f, row in zip(fill, rows)])
+        mask = torch.tensor(
+            [[0] * len(f) + [1] * len(row) if left else [1] * len(row) + [0] * len(f) for f, row in zip(fill, rows)]
+        )
         expected.check(model(ids, mask).logits)
     mask[2] = 0
     with pytest.raises(ValueError, match="row 2 is all padding"):
@@ -147,8 +163,14 @@ def test_labels_and_modes_of_the_model():
     expected = WithinRounding(lambda: logits_of(model, t))
     batch = t(model.prepare(TEXTS, t), padding=True, return_tensors="pt")
     for labels, message in (
-        (torch.rand(6), "labels must be integers, the indices of classes, got torch.float32; regression is not supported"),
-        (torch.eye(2)[torch.tensor(LABELS)].long(), r"labels must be \(6,\), one class index for each row, got \(6, 2\)"),
+        (
+            torch.rand(6),
+            "labels must be integers, the indices of classes, got torch.float32; regression is not supported",
+        ),
+        (
+            torch.eye(2)[torch.tensor(LABELS)].long(),
+            r"labels must be \(6,\), one class index for each row, got \(6, 2\)",
+        ),
         (torch.tensor([0, 1, 2, 0, 1, 0]), r"labels must lie in \[0, 2\), got values from 0 to 2"),
         (torch.tensor([0, 1, -100, 0, 1, 0]), r"labels must lie in \[0, 2\)"),
     ):
@@ -169,7 +191,10 @@ def test_backbones_that_could_not_be_loaded_again(bert):
     class Mine(type(model)):
         pass
 
-    for backbone, message in ((adapted, "without adapters"), (Mine(model.config), "of a class of transformers, got Mine")):
+    for backbone, message in (
+        (adapted, "without adapters"),
+        (Mine(model.config), "of a class of transformers, got Mine"),
+    ):
         with pytest.raises(ValueError, match=message):
             DecTForSequenceClassification.from_classifier(classifier, backbone, t, template, None)
     with pytest.raises(ValueError, match="must be of the classifier's 2 classes, got 1"):

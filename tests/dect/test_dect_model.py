@@ -47,7 +47,9 @@ def test_saved_and_loaded(name, words, tmp_path):
     assert isinstance(loaded, DecTForSequenceClassification)
     assert AutoConfig.from_pretrained(tmp_path).id2label == {0: "bad", 1: "good"}
     state = loaded.state_dict()
-    assert state.keys() == model.state_dict().keys() and all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert state.keys() == model.state_dict().keys() and all(
+        torch.equal(x, state[name]) for name, x in model.state_dict().items()
+    )
     expected.check(logits_of(loaded, t))
 
 
@@ -65,20 +67,30 @@ def test_a_padded_batch_and_a_loss():
     batch = t(model.prepare(TEXTS, t), padding=True, return_tensors="pt")
     output = model(batch["input_ids"], batch["attention_mask"], labels=torch.tensor(LABELS))
     assert_within_rounding(output.logits, lambda: logits_of(model, t))
-    assert_within_rounding(output.loss, lambda: torch.nn.functional.cross_entropy(output.logits.detach(), torch.tensor(LABELS)))
+    assert_within_rounding(
+        output.loss, lambda: torch.nn.functional.cross_entropy(output.logits.detach(), torch.tensor(LABELS))
+    )
 
 
 def test_trainer_evaluates_and_copies_agree(tmp_path):
     model, t, _ = trained("bert")
     rows = [{**t(text), "labels": label} for text, label in zip(model.prepare(TEXTS, t), LABELS)]
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, per_device_eval_batch_size=4)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=DataCollatorWithPadding(t))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, per_device_eval_batch_size=4
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=DataCollatorWithPadding(t)
+    )
     expected = WithinRounding(lambda: logits_of(model, t))
     expected.check(torch.tensor(trainer.predict(rows).predictions))
     with pytest.raises(ValueError, match="DecTForSequenceClassification is trained already"):
         trainer.train()
     torch.save(model, tmp_path / "whole")
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "whole", weights_only=False)):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "whole", weights_only=False),
+    ):
         expected.check(logits_of(twin, t))
     with torch.autocast("cpu", torch.bfloat16):
         got = logits_of(model, t)

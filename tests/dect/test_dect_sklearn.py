@@ -1,4 +1,6 @@
-"""DecoderTuning with scikit-learn's tools: estimator checks, searches, calibration, one-vs-rest, sample weights, pickles."""
+"""DecoderTuning with scikit-learn's tools: estimator checks, searches, calibration, one-vs-rest, sample weights,
+pickles.
+"""
 
 import os
 import pickle
@@ -21,8 +23,10 @@ from sklearn.utils.estimator_checks import estimator_checks_generator  # noqa: E
 from peft_kernels.dect import DecoderTuning  # noqa: E402
 
 EXCEPTIONS = {
-    "check_sample_weight_equivalence_on_dense_data": "training is float32, and the check wants the results of two ways of adding equal to 1e-7",
-    "check_class_weight_classifiers": "the radius of a class starts at the spread of its features, here about 20, and thirty epochs at"
+    "check_sample_weight_equivalence_on_dense_data": "training is float32, and the check wants the results of two ways"
+    " of adding equal to 1e-7",
+    "check_class_weight_classifiers": "the radius of a class starts at the spread of its features, here about 20, and"
+    " thirty epochs at"
     " lr 0.01 move it by 0.3 at most, whatever the weights",
 }
 
@@ -68,13 +72,17 @@ def test_meta_estimators():
 
 def test_saved_after_a_search_over_numbers_of_numpy(tmp_path):
     x, y = data()
-    search = GridSearchCV(DecoderTuning(class_weight={0: np.float64(2), 2: 1}), {"dim": np.array([4, 8]), "lr": np.logspace(-2, -1, 2)}, cv=2).fit(
-        x, y
-    )
+    search = GridSearchCV(
+        DecoderTuning(class_weight={0: np.float64(2), 2: 1}),
+        {"dim": np.array([4, 8]), "lr": np.logspace(-2, -1, 2)},
+        cv=2,
+    ).fit(x, y)
     assert isinstance(search.best_estimator_.dim, np.integer)
     search.best_estimator_.save(tmp_path / "x")
     loaded = DecoderTuning.load(tmp_path / "x")
-    assert_within_rounding(torch.from_numpy(loaded.predict_proba(x)), lambda: search.best_estimator_.logits(x).softmax(1))
+    assert_within_rounding(
+        torch.from_numpy(loaded.predict_proba(x)), lambda: search.best_estimator_.logits(x).softmax(1)
+    )
     assert loaded.class_weight == {0: 2, 2: 1}
 
 
@@ -97,7 +105,12 @@ def trained(classifier, x, y, dtype):
 
 
 def of(classifier, x):
-    return classifier.head_.projection, classifier.head_.radius, classifier.losses_, torch.from_numpy(classifier.predict_proba(x))
+    return (
+        classifier.head_.projection,
+        classifier.head_.radius,
+        classifier.losses_,
+        torch.from_numpy(classifier.predict_proba(x)),
+    )
 
 
 def test_weights_count_texts():
@@ -107,8 +120,12 @@ def test_weights_count_texts():
     repeated, plain = DecoderTuning(dim=8).fit(xs, ys), DecoderTuning(dim=8).fit(x, y)
     weighted = DecoderTuning(dim=8).fit(x, y, sample_weight=weights)
     halved = DecoderTuning(dim=8).fit(x, y, sample_weight=np.full(len(y), 0.5))
-    assert_within_rounding(of(weighted, xs), lambda: trained(repeated, xs, ys, torch.float32), trained(repeated, xs, ys, torch.float64))
-    assert_within_rounding(of(halved, x), lambda: trained(plain, x, y, torch.float32), trained(plain, x, y, torch.float64))
+    assert_within_rounding(
+        of(weighted, xs), lambda: trained(repeated, xs, ys, torch.float32), trained(repeated, xs, ys, torch.float64)
+    )
+    assert_within_rounding(
+        of(halved, x), lambda: trained(plain, x, y, torch.float32), trained(plain, x, y, torch.float64)
+    )
     assert weighted.score_weight_ == repeated.score_weight_
 
 
@@ -118,10 +135,15 @@ def test_weights_of_classes():
     x, y = x[keep], y[keep]
     plain, balanced = (DecoderTuning(dim=8, class_weight=w).fit(x, y) for w in (None, "balanced"))
     named = DecoderTuning(dim=8, class_weight={0: 10 / 16, 1: 10 / 4}).fit(x, y)
-    by_text = DecoderTuning(dim=8, score_weight=plain.score_weight_).fit(x, y, sample_weight=np.array([10 / 16, 10 / 4])[y])
+    by_text = DecoderTuning(dim=8, score_weight=plain.score_weight_).fit(
+        x, y, sample_weight=np.array([10 / 16, 10 / 4])[y]
+    )
     assert (balanced.predict_proba(x) == named.predict_proba(x)).all()
     assert balanced.predict_proba(x)[:, 1].mean() > plain.predict_proba(x)[:, 1].mean() + 0.01
-    assert balanced.score_weight_ == plain.score_weight_ and by_text.head_.projection.shape == balanced.head_.projection.shape
+    assert (
+        balanced.score_weight_ == plain.score_weight_
+        and by_text.head_.projection.shape == balanced.head_.projection.shape
+    )
 
 
 def test_pickled():
@@ -162,14 +184,26 @@ import torch
 from peft_kernels.dect import DecoderTuning
 classifier = DecoderTuning(dim=4).set_params(epochs=3)
 x, y = torch.randn(8, 5), [0, 1] * 4
-assert classifier.fit(x, y).predict(x).shape == (8,) and classifier.get_params()["epochs"] == 3 and "dim=4" in repr(classifier)
-for call in (lambda: DecoderTuning().predict(x), lambda: classifier.set_params(width=1), lambda: classifier.predict(x[:, :2])):
+assert classifier.fit(x, y).predict(x).shape == (8,)
+assert classifier.get_params()["epochs"] == 3 and "dim=4" in repr(classifier)
+not_fitted = lambda: DecoderTuning().predict(x)
+for call in (not_fitted, lambda: classifier.set_params(width=1), lambda: classifier.predict(x[:, :2])):
     try:
         call()
     except ValueError as error:
         print(error)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=os.getcwd())
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=os.getcwd(),
+    )
     assert out.returncode == 0, out.stderr
     first, second, third = out.stdout.splitlines()
-    assert "fit must come first" in first and "Invalid parameter 'width'" in second and "features must be (N, 5) as in fit" in third
+    assert (
+        "fit must come first" in first
+        and "Invalid parameter 'width'" in second
+        and "features must be (N, 5) as in fit" in third
+    )

@@ -24,7 +24,11 @@ def test_cuts_the_text_and_nothing_else(kind, template, words):
     kept = sum(1 for n in range(201) if len(t(filled.fill(" ".join(["film"] * n)))["input_ids"]) <= 40) - 1
     cut = " ".join(["film"] * min(words, kept))
     expected = t(filled.fill(cut))["input_ids"]
-    assert got.input_ids[-3:] == expected[-3:] and got.input_ids[:2] == expected[:2] and len(got.input_ids) >= len(expected)
+    assert (
+        got.input_ids[-3:] == expected[-3:]
+        and got.input_ids[:2] == expected[:2]
+        and len(got.input_ids) >= len(expected)
+    )
 
 
 def test_a_template_that_does_not_fit():

@@ -1,4 +1,5 @@
-"""One model used by many threads, as a server does: every answer is that of a single thread, and the model does not change.
+"""One model used by many threads, as a server does: every answer is that of a single thread, and the model does not
+change.
 
 Answers agree within rounding: libraries may split a sum among as many threads as are free.
 """

@@ -1,4 +1,6 @@
-"""Tiny random models for every task, and DePT's formula written out with stock transformers: the truth for the method."""
+"""Tiny random models for every task, and DePT's formula written out with stock transformers: the truth for the
+method.
+"""
 
 import copy
 import math
@@ -15,7 +17,17 @@ VOCAB, PAD, EOS, WIDTH = 99, 0, 1, 32
 M, R, S = 5, 3, 12  # prompt rows, rank, max_length
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 3}
-_T5 = dict(_COMMON, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2, num_heads=3, decoder_start_token_id=0, dropout_rate=0.0, initializer_factor=1.5)
+_T5 = dict(
+    _COMMON,
+    d_model=WIDTH,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_heads=3,
+    decoder_start_token_id=0,
+    dropout_rate=0.0,
+    initializer_factor=1.5,
+)
 _BART = dict(
     _COMMON,
     d_model=WIDTH,
@@ -44,9 +56,30 @@ _BERT = dict(
     attention_probs_dropout_prob=0.0,
     initializer_range=0.3,
 )
-_DISTILBERT = dict(_COMMON, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0)
-_GPT2 = dict(_COMMON, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3)
-_LLAMA = dict(_COMMON, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.3)
+_DISTILBERT = dict(
+    _COMMON,
+    dim=WIDTH,
+    n_layers=2,
+    n_heads=4,
+    hidden_dim=48,
+    max_position_embeddings=64,
+    dropout=0.0,
+    attention_dropout=0.0,
+)
+_GPT2 = dict(
+    _COMMON,
+    n_embd=WIDTH,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    initializer_range=0.3,
+)
+_LLAMA = dict(
+    _COMMON, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.3
+)
 _GEMMA = dict(_LLAMA, num_key_value_heads=2, head_dim=8)
 
 # name -> (config class, settings, model class, task type, prompt after the first token, embedding scale)
@@ -56,13 +89,27 @@ MODELS = {
     "bart-scaled": ("BartConfig", _SCALED, "BartForConditionalGeneration", "SEQ_2_SEQ_LM", False, math.sqrt(WIDTH)),
     "m2m_100": ("M2M100Config", _SCALED, "M2M100ForConditionalGeneration", "SEQ_2_SEQ_LM", False, math.sqrt(WIDTH)),
     "pegasus": ("PegasusConfig", _SCALED, "PegasusForConditionalGeneration", "SEQ_2_SEQ_LM", False, math.sqrt(WIDTH)),
-    "marian": ("MarianConfig", dict(_SCALED, decoder_vocab_size=VOCAB), "MarianMTModel", "SEQ_2_SEQ_LM", False, math.sqrt(WIDTH)),
+    "marian": (
+        "MarianConfig",
+        dict(_SCALED, decoder_vocab_size=VOCAB),
+        "MarianMTModel",
+        "SEQ_2_SEQ_LM",
+        False,
+        math.sqrt(WIDTH),
+    ),
     "gpt2": ("GPT2Config", _GPT2, "GPT2LMHeadModel", "CAUSAL_LM", False, 1.0),
     "llama": ("LlamaConfig", _LLAMA, "LlamaForCausalLM", "CAUSAL_LM", False, 1.0),
     "gemma": ("GemmaConfig", _GEMMA, "GemmaForCausalLM", "CAUSAL_LM", False, torch.tensor(math.sqrt(WIDTH)).item()),
     "bert-sequence": ("BertConfig", _BERT, "BertForSequenceClassification", "SEQ_CLS", True, 1.0),
     "roberta-sequence": ("RobertaConfig", _BERT, "RobertaForSequenceClassification", "SEQ_CLS", True, 1.0),
-    "distilbert-sequence": ("DistilBertConfig", _DISTILBERT, "DistilBertForSequenceClassification", "SEQ_CLS", True, 1.0),
+    "distilbert-sequence": (
+        "DistilBertConfig",
+        _DISTILBERT,
+        "DistilBertForSequenceClassification",
+        "SEQ_CLS",
+        True,
+        1.0,
+    ),
     "gpt2-sequence": ("GPT2Config", _GPT2, "GPT2ForSequenceClassification", "SEQ_CLS", False, 1.0),
     "bert-token": ("BertConfig", _BERT, "BertForTokenClassification", "TOKEN_CLS", True, 1.0),
     "llama-token": ("LlamaConfig", _LLAMA, "LlamaForTokenClassification", "TOKEN_CLS", False, 1.0),

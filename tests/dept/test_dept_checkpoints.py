@@ -1,4 +1,7 @@
-"""The authors' checkpoints. PEFT_KERNELS_DEPT_CHECKPOINT names a folder with a real one; without it, one of the same format is generated."""
+"""The authors' checkpoints.
+
+PEFT_KERNELS_DEPT_CHECKPOINT names a folder with a real one; without it, one of the same format is generated.
+"""
 
 import json
 import os
@@ -53,14 +56,18 @@ def _weights(folder):
 def t5():
     """As wide as T5-base, with one layer and a small vocabulary: only the encoder's input is checked."""
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=500, d_model=WIDTH, d_kv=64, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=500, d_model=WIDTH, d_kv=64, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
 def _encoder_inputs(model, ids):
     seen = []
     encoder = model.get_base_model().get_encoder()
-    handle = encoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    handle = encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     with torch.no_grad():
         model(input_ids=ids, labels=ids[:, :2].contiguous())
     handle.remove()
@@ -72,7 +79,9 @@ def test_converted_checkpoint_is_the_official_formula(official, t5, tmp_path, le
     dept.convert_official(official, tmp_path)
     model = PeftModel.from_pretrained(t5, tmp_path)
     weights = _weights(official)
-    p, a, b = (weights[k] for k in ("prompt_embeddings", "prompt_encoder.lora_embedding_A", "prompt_encoder.lora_embedding_B"))
+    p, a, b = (
+        weights[k] for k in ("prompt_embeddings", "prompt_encoder.lora_embedding_A", "prompt_encoder.lora_embedding_B")
+    )
     layer = model.base_model.model.dept
     for got, expected in zip((layer.dept_prompt, layer.dept_a, layer.dept_b), (p, a, b)):
         assert torch.equal(got["default"], expected)

@@ -44,7 +44,11 @@ def test_beyond_the_position_table(name, limit):
     model = adapted(name, max_length=100, num_virtual_tokens=10)
     fits = inputs(n=limit - 10, padding="none")
     model(**fits)
-    with pytest.raises(ValueError, match=f"10 prompt rows and {limit - 9} tokens make {limit + 1} columns, but the model has positions for {limit}"):
+    with pytest.raises(
+        ValueError,
+        match=f"10 prompt rows and {limit - 9} tokens make {limit + 1} columns, but the model has positions for"
+        f" {limit}",
+    ):
         model(**inputs(n=limit - 9, padding="none"))
 
 
@@ -85,16 +89,26 @@ def test_models():
     with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got Linear"):
         get_peft_model(torch.nn.Linear(2, 2), DePTConfig(**settings))
     whisper = transformers.WhisperConfig(
-        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0
+        vocab_size=99,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        pad_token_id=0,
     )
     with pytest.raises(ValueError, match="main input of WhisperForConditionalGeneration is 'input_features'"):
         get_peft_model(transformers.WhisperForConditionalGeneration(whisper), DePTConfig(**settings))
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     with pytest.raises(ValueError, match="model must embed its tokens by a table, but CanineModel has none"):
         get_peft_model(transformers.CanineModel(transformers.CanineConfig(**small)), DePTConfig(**settings))
-    with pytest.raises(ValueError, match="the input embedding of IBertModel must be an nn.Embedding, got QuantEmbedding"):
+    with pytest.raises(
+        ValueError, match="the input embedding of IBertModel must be an nn.Embedding, got QuantEmbedding"
+    ):
         get_peft_model(transformers.IBertModel(transformers.IBertConfig(**small)), DePTConfig(**settings))
-    with pytest.raises(ValueError, match="BrosModel must take input_ids alone, but raises ValueError .You have to specify bbox"):
+    with pytest.raises(
+        ValueError, match="BrosModel must take input_ids alone, but raises ValueError .You have to specify bbox"
+    ):
         get_peft_model(transformers.BrosModel(transformers.BrosConfig(**small)), DePTConfig(**settings))
 
 
@@ -114,7 +128,9 @@ def test_refused_model_is_left_alone():
     model.lm_head.eval()
 
     def state():
-        modules = [(m.training, set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        modules = [
+            (m.training, set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+        ]
         return modules, [p.requires_grad for p in model.parameters()], torch.get_rng_state().tolist()
 
     before = state()
@@ -124,10 +140,14 @@ def test_refused_model_is_left_alone():
 
 
 def test_initialisation():
-    """A is uniform in 1 / sqrt(r), B is zero; P is made of tokens, repeated or cut, as the first layer reads them, and is the same after loading."""
+    """A is uniform in 1 / sqrt(r), B is zero; P is made of tokens, repeated or cut, as the first layer reads them, and
+    is the same after loading.
+    """
     for name in ("t5", "pegasus"):
         base = models.stock(name)
-        model = get_peft_model(base, DePTConfig(num_virtual_tokens=5, r=4, max_length=9, init_token_ids=[7, 8], task_type="SEQ_2_SEQ_LM"))
+        model = get_peft_model(
+            base, DePTConfig(num_virtual_tokens=5, r=4, max_length=9, init_token_ids=[7, 8], task_type="SEQ_2_SEQ_LM")
+        )
         p, a, b = models.parameters(model)
         assert_within_rounding(p, lambda: models.MODELS[name][5] * base.get_input_embeddings().weight[[7, 8, 7, 8, 7]])
         assert a.shape == (9, 4) and a.abs().max() <= 0.5 and a.std() > 0.2 and not b.any()
@@ -144,7 +164,9 @@ def test_initialisation_from_a_text(tmp_path):
     tokenizer.pre_tokenizer = Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
     base = models.stock("t5")
-    config = DePTConfig(num_virtual_tokens=5, r=4, max_length=9, init_text="is it good", tokenizer_name_or_path=str(tmp_path))
+    config = DePTConfig(
+        num_virtual_tokens=5, r=4, max_length=9, init_text="is it good", tokenizer_name_or_path=str(tmp_path)
+    )
     model = get_peft_model(base, config)
     assert config.init_token_ids == [5, 6, 7]
     assert torch.equal(models.parameters(model)[0], base.get_input_embeddings().weight[[5, 6, 7, 5, 6]])

@@ -13,7 +13,15 @@ from peft import get_peft_model
 from peft_kernels import DePTConfig
 
 _SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-_OPT = dict(_COMMON, hidden_size=WIDTH, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+_OPT = dict(
+    _COMMON,
+    hidden_size=WIDTH,
+    word_embed_proj_dim=16,
+    ffn_dim=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 _GEMMA3 = dict(_LLAMA, head_dim=8, num_key_value_heads=2, sliding_window=6)
 _MODERNBERT = dict(_COMMON, **_SMALL, hidden_size=WIDTH, cls_token_id=4, sep_token_id=5, local_attention=8)
 _DEBERTA = dict(_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)
@@ -104,7 +112,9 @@ def test_generated_tokens_do_not_depend_on_padding(kind):
             ids = row["input_ids"]
             for _ in range(5):
                 # without a mask, OPT counts positions in floats, whose rounding is not that of a sum
-                ids = torch.cat([ids, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)], 1)
+                ids = torch.cat(
+                    [ids, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)], 1
+                )
             found.append(ids[:, -5:])
         return torch.cat(found)
 
@@ -113,13 +123,18 @@ def test_generated_tokens_do_not_depend_on_padding(kind):
 
 def test_multiple_choice():
     torch.manual_seed(0)
-    model = get_peft_model(transformers.BertForMultipleChoice(transformers.BertConfig(**_BERT)), DePTConfig(num_virtual_tokens=5, max_length=16))
+    model = get_peft_model(
+        transformers.BertForMultipleChoice(transformers.BertConfig(**_BERT)),
+        DePTConfig(num_virtual_tokens=5, max_length=16),
+    )
     assert model(**{k: v[None] for k, v in models.inputs().items()}).logits.shape == (1, 3)
 
 
 def test_masks_that_a_model_does_not_read():
     config = transformers.FNetConfig(**_BERT)
-    model = get_peft_model(transformers.FNetForSequenceClassification(config), DePTConfig(num_virtual_tokens=5, max_length=16))
+    model = get_peft_model(
+        transformers.FNetForSequenceClassification(config), DePTConfig(num_virtual_tokens=5, max_length=16)
+    )
     with pytest.raises(ValueError, match="cannot share a batch with others in FNetModel"):
         model(input_ids=models.inputs()["input_ids"], adapter_names=["default", "__base__", "default"])
 

@@ -1,4 +1,6 @@
-"""Every task: outputs, losses and gradients equal those of the formula written out; shapes equal those of the model without an adapter."""
+"""Every task: outputs, losses and gradients equal those of the formula written out; shapes equal those of the model
+without an adapter.
+"""
 
 import copy
 
@@ -25,13 +27,19 @@ def test_equals_the_formula(name):
     p = [q.detach().clone().requires_grad_() for q in models.parameters(model)]
 
     def results(output, main, parameters):
-        loss = output.loss if labels else main[..., :8].square().mean()  # over all columns, a norm before would leave nothing to learn
+        # over all columns, a norm before would leave nothing to learn
+        loss = output.loss if labels else main[..., :8].square().mean()
         return main.detach(), loss.detach(), torch.autograd.grad(loss, parameters)
 
     def expected():
         output = models.by_formula(name, stock, p, x, labels)
         main = _main(output)
-        per_token = main.ndim == 3 and "labels" in labels and labels["labels"].shape == x["input_ids"].shape or "labels" not in labels
+        per_token = (
+            main.ndim == 3
+            and "labels" in labels
+            and labels["labels"].shape == x["input_ids"].shape
+            or "labels" not in labels
+        )
         return results(output, models.narrowed(name, main) if per_token else main, p)
 
     got = model(**x, **labels)
@@ -73,7 +81,10 @@ def test_spans_are_those_of_the_input():
     def expected():
         wide = models.by_formula("roberta-qa", stock.roberta, p, x).last_hidden_state
         start, end = stock.qa_outputs(models.narrowed("roberta-qa", wide)).unbind(-1)
-        losses = [torch.nn.functional.cross_entropy(logits, spans[f"{k}_positions"]) for k, logits in (("start", start), ("end", end))]
+        losses = [
+            torch.nn.functional.cross_entropy(logits, spans[f"{k}_positions"])
+            for k, logits in (("start", start), ("end", end))
+        ]
         return sum(losses) / 2, start, end
 
     got = model(**x, **spans)
@@ -104,7 +115,9 @@ def test_inputs_embeds_in_place_of_ids(name):
     assert embeddings.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "t5-encoder", "llama", "gpt2", "bert-token", "roberta-qa", "bert-sequence"])
+@pytest.mark.parametrize(
+    "name", ["t5", "bart", "t5-encoder", "llama", "gpt2", "bert-token", "roberta-qa", "bert-sequence"]
+)
 def test_left_padding_by_tokens_equals_no_padding(name):
     model = models.adapted(name, position="token")
     x = models.inputs(padding="left")
@@ -167,7 +180,9 @@ def test_a_sequence_in_two_parts_equals_the_whole(name, padding):
     model = models.adapted(name, position="token" if padding == "left" else "padded")
     x = models.inputs(padding=padding)
     first = model(**{k: v[:, :6] for k, v in x.items()}, use_cache=True)
-    second = model(input_ids=x["input_ids"][:, 6:], attention_mask=x["attention_mask"], past_key_values=first.past_key_values)
+    second = model(
+        input_ids=x["input_ids"][:, 6:], attention_mask=x["attention_mask"], past_key_values=first.past_key_values
+    )
     assert_within_rounding(second.logits, lambda: model(**x).logits[:, 6:])
 
 
@@ -178,11 +193,15 @@ def test_bart_decodes_the_shifted_input_where_nothing_else_is_given():
     config = transformers.BartConfig(**models.MODELS["bart"][1])
     torch.manual_seed(0)
     stock = transformers.BartModel(config).eval()
-    model = get_peft_model(copy.deepcopy(stock), models.DePTConfig(num_virtual_tokens=models.M, r=models.R, max_length=models.S)).eval()
+    model = get_peft_model(
+        copy.deepcopy(stock), models.DePTConfig(num_virtual_tokens=models.M, r=models.R, max_length=models.S)
+    ).eval()
     models.fill(model, "default", 1)
     x = models.inputs(padding="none")
     shifted = torch.cat([torch.full((3, 1), 2), x["input_ids"][:, :-1]], 1)
-    assert_within_rounding(model(**x).last_hidden_state, lambda: model(**x, decoder_input_ids=shifted).last_hidden_state)
+    assert_within_rounding(
+        model(**x).last_hidden_state, lambda: model(**x, decoder_input_ids=shifted).last_hidden_state
+    )
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "llama", "bert-sequence"])
@@ -193,12 +212,16 @@ def test_float32_parameters_on_a_bfloat16_model(name):
     x = models.inputs()
     labels = models.targets(name, x)
     seen = {}
-    embedded = model.base_model.model.dept_hooks.module.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    embedded = model.base_model.model.dept_hooks.module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
     loss = model(**x, **labels).loss
     embedded.remove()
     assert seen["inputs_embeds"].dtype == torch.bfloat16
     embeddings = base.get_input_embeddings().weight[x["input_ids"]].float()
-    expected = WithinRounding(lambda: models.widened(embeddings, *models.parameters(model), models.MODELS[name][4]).to(torch.bfloat16))
+    expected = WithinRounding(
+        lambda: models.widened(embeddings, *models.parameters(model), models.MODELS[name][4]).to(torch.bfloat16)
+    )
     expected.check(seen["inputs_embeds"])
     loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in models.parameters(model))

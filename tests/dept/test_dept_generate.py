@@ -1,4 +1,6 @@
-"""Generation: encoder-decoder models against stock ``generate`` from the formula's embeddings, causal models against rereading the whole sequence."""
+"""Generation: encoder-decoder models against stock ``generate`` from the formula's embeddings, causal models against
+rereading the whole sequence.
+"""
 
 import copy
 from functools import cache
@@ -123,7 +125,12 @@ def test_tokens_beyond_max_length_get_their_embedding_alone():
 def test_lengths_count_tokens():
     stock, model = models.pair("gpt2")
     x = models.inputs(padding="none")
-    for kwargs in ({"max_length": 11}, {"generation_config": GenerationConfig(max_length=11, min_length=10)}, {"max_new_tokens": 3}, {}):
+    for kwargs in (
+        {"max_length": 11},
+        {"generation_config": GenerationConfig(max_length=11, min_length=10)},
+        {"max_new_tokens": 3},
+        {},
+    ):
         kwargs["pad_token_id"] = 0
         got, expected = (m.generate(**x, **kwargs, eos_token_id=None).shape for m in (model, stock))
         assert got == expected
@@ -162,7 +169,9 @@ def test_what_counts_input_ids_is_refused(setting):
     with pytest.raises(ValueError, match=rf"cannot take \['{setting}'\]"):
         models.adapted("gpt2").generate(**x, max_new_tokens=2, **{setting: 4})
     model = models.adapted("t5")
-    assert_same_tokens(model.generate(**x, max_new_tokens=4, **{setting: 4}), lambda: model.generate(**x, max_new_tokens=4))
+    assert_same_tokens(
+        model.generate(**x, max_new_tokens=4, **{setting: 4}), lambda: model.generate(**x, max_new_tokens=4)
+    )
 
 
 def test_sampling_takes_what_greedy_takes_at_top_1():

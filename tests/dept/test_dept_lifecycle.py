@@ -10,7 +10,17 @@ import torch
 from accuracy import WithinRounding, assert_same_tokens, assert_within_rounding
 from peft import PeftModel, get_peft_model
 
-ONE_PER_KIND = ["t5", "bart", "gpt2", "llama", "bert-sequence", "roberta-qa", "llama-token", "t5-encoder", "gpt2-untyped"]
+ONE_PER_KIND = [
+    "t5",
+    "bart",
+    "gpt2",
+    "llama",
+    "bert-sequence",
+    "roberta-qa",
+    "llama-token",
+    "t5-encoder",
+    "gpt2-untyped",
+]
 
 
 def _out(model, x, labels=None, **kwargs):
@@ -34,14 +44,19 @@ def test_save_and_load(name, tmp_path):
     trainable = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
     assert_within_rounding(_out(trainable, x, labels), lambda: _out(model, x, labels))
     assert_within_rounding(_out(loaded, x, labels), lambda: _out(model, x, labels))
-    assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def test_load_without_allocating_first(tmp_path):
     base, model = models.pair("t5")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base.to(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
-    assert all(torch.equal(p, q) and q.dtype == torch.float32 for p, q in zip(models.parameters(model), models.parameters(loaded)))
+    assert all(
+        torch.equal(p, q) and q.dtype == torch.float32
+        for p, q in zip(models.parameters(model), models.parameters(loaded))
+    )
 
 
 def test_saved_configuration_is_complete(tmp_path):
@@ -76,7 +91,11 @@ def test_unload_leaves_the_stock_model(name):
     labels = _labels(name, x)
     assert type(base) is type(stock)
     assert base.state_dict().keys() == stock.state_dict().keys()
-    assert set(vars(base)) - set(vars(stock)) <= {"_old_forward"} and not base._forward_hooks and not base._forward_pre_hooks
+    assert (
+        set(vars(base)) - set(vars(stock)) <= {"_old_forward"}
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+    )
     assert_within_rounding(_out(base, x, labels), lambda: _out(stock, x, labels))
     again = models.adapted(name, base=base)
     assert not torch.equal(_out(again, x, labels), _out(stock, x, labels))
@@ -125,7 +144,9 @@ MIXED = ["default", "other", "__base__", "other", "default"]
 
 
 @pytest.mark.parametrize("position", ["padded", "token"])
-@pytest.mark.parametrize("name", ["t5", "bart", "pegasus", "gpt2", "llama", "bert-features", "roberta-qa", "llama-token", "t5-encoder"])
+@pytest.mark.parametrize(
+    "name", ["t5", "bart", "pegasus", "gpt2", "llama", "bert-features", "roberta-qa", "llama-token", "t5-encoder"]
+)
 def test_mixed_batch_equals_separate_runs(name, position):
     base, alone, both = _two(name, position=position)
     heads = [k for k in ("classifier", "score", "qa_outputs") if hasattr(base, k)]
@@ -169,7 +190,10 @@ def test_mixed_batch_generates_what_separate_runs_do(name, num_beams):
     got = both.generate(**x, adapter_names=MIXED, **kwargs)
     parts = {"default": alone[0], "other": alone[1]}
     rows = [{k: v[i : i + 1] for k, v in x.items()} for i in range(len(MIXED))]
-    assert_same_tokens(got, lambda: torch.cat([parts.get(adapter, base).generate(**row, **kwargs) for adapter, row in zip(MIXED, rows)]))
+    assert_same_tokens(
+        got,
+        lambda: torch.cat([parts.get(adapter, base).generate(**row, **kwargs) for adapter, row in zip(MIXED, rows)]),
+    )
 
 
 def test_base_rows_alone_are_stock():
@@ -194,7 +218,9 @@ def test_resized_embeddings():
     x = models.inputs()
     x["input_ids"][0, 0] = models.VOCAB + 3
     labels = models.targets("t5", x)
-    assert_within_rounding(model(**x, **labels).logits, lambda: models.by_formula("t5", stock, models.parameters(model), x, labels).logits)
+    assert_within_rounding(
+        model(**x, **labels).logits, lambda: models.by_formula("t5", stock, models.parameters(model), x, labels).logits
+    )
 
 
 def test_another_method_after_unloading():
@@ -207,7 +233,7 @@ def test_another_method_after_unloading():
 
 def test_import_needs_torch_only():
     code = (
-        "import sys, peft_kernels; assert not {'transformers', 'peft'} & set(sys.modules);"
-        "from peft_kernels import DePTConfig; import peft; assert 'DEPT' in peft.PeftType.__members__; peft_kernels.__version__"
+        "import sys, peft_kernels; assert not {'transformers', 'peft'} & set(sys.modules);from peft_kernels import"
+        " DePTConfig; import peft; assert 'DEPT' in peft.PeftType.__members__; peft_kernels.__version__"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -32,7 +32,14 @@ def _requests(name):
 def _answer(model, request, generates):
     try:
         if generates:
-            return [model.generate(**{k: v for k, v in request.items() if k != "labels"}, max_new_tokens=4, pad_token_id=0, eos_token_id=None)]
+            return [
+                model.generate(
+                    **{k: v for k, v in request.items() if k != "labels"},
+                    max_new_tokens=4,
+                    pad_token_id=0,
+                    eos_token_id=None,
+                )
+            ]
         return [v for v in model(**request).values() if isinstance(v, torch.Tensor)]
     except ValueError as error:
         return str(error)
@@ -62,7 +69,9 @@ class _Expected:
 @torch.no_grad()
 def _adapted(name):
     model = models.adapted(name, position="token")
-    model.add_adapter("other", models.DePTConfig(num_virtual_tokens=models.M, r=models.R, max_length=models.S, position="token"))
+    model.add_adapter(
+        "other", models.DePTConfig(num_virtual_tokens=models.M, r=models.R, max_length=models.S, position="token")
+    )
     models.fill(model, "other", 2)
     return model
 
@@ -89,7 +98,9 @@ def test_threads(name):
 
 
 def test_gradients_in_threads():
-    """Each thread gets the gradients of its own rows, with checkpointing, which runs layers again in the backward pass."""
+    """Each thread gets the gradients of its own rows, with checkpointing, which runs layers again in the backward
+    pass.
+    """
     model = models.adapted("gpt2").train()
     model.gradient_checkpointing_enable()
     requests = [models.inputs(n=4 + i, seed=i) for i in range(THREADS)]
@@ -109,7 +120,10 @@ def test_memory_does_not_grow():
 
     def rounds(number):
         for _ in range(number):
-            threads = [threading.Thread(target=lambda: [_answer(model, request, False) for request in requests[:7]]) for _ in range(4)]
+            threads = [
+                threading.Thread(target=lambda: [_answer(model, request, False) for request in requests[:7]])
+                for _ in range(4)
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:

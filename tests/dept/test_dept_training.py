@@ -119,7 +119,13 @@ def test_seq2seq_trainer_predicts_with_generate(tmp_path):
     rows = _Rows(x | models.targets("t5", x))
     trainer = Seq2SeqTrainer(
         model,
-        _arguments(Seq2SeqTrainingArguments, tmp_path, predict_with_generate=True, generation_max_length=6, generation_num_beams=2),
+        _arguments(
+            Seq2SeqTrainingArguments,
+            tmp_path,
+            predict_with_generate=True,
+            generation_max_length=6,
+            generation_num_beams=2,
+        ),
         train_dataset=rows,
         eval_dataset=rows,
         optimizers=(torch.optim.AdamW(dept.param_groups(model, 0.05, 0.01)), None),
@@ -130,7 +136,9 @@ def test_seq2seq_trainer_predicts_with_generate(tmp_path):
     assert predicted.metrics["test_loss"] < before
     model.eval()
     length = model.generate(**x, max_length=6, num_beams=2).shape[1]
-    assert_same_tokens(torch.tensor(predicted.predictions)[:, :length], lambda: model.generate(**x, max_length=6, num_beams=2))
+    assert_same_tokens(
+        torch.tensor(predicted.predictions)[:, :length], lambda: model.generate(**x, max_length=6, num_beams=2)
+    )
 
 
 def test_training_a_copy_leaves_the_original():
@@ -138,4 +146,6 @@ def test_training_a_copy_leaves_the_original():
     x = models.inputs()
     twin = copy.deepcopy(model)
     twin(**x, **models.targets("gpt2", x)).loss.backward()
-    assert all(p.grad is None for p in models.parameters(model)) and all(p.grad is not None for p in models.parameters(twin))
+    assert all(p.grad is None for p in models.parameters(model)) and all(
+        p.grad is not None for p in models.parameters(twin)
+    )

@@ -1,4 +1,6 @@
-"""DePT on models with other adapters, offload, shards, copies or compilation; and arguments and outputs that count tokens."""
+"""DePT on models with other adapters, offload, shards, copies or compilation; and arguments and outputs that count
+tokens.
+"""
 
 import copy
 import io
@@ -33,7 +35,15 @@ def _inputs(name):
 
 
 def _config(name, **settings):
-    return DePTConfig(**{"num_virtual_tokens": models.M, "r": models.R, "max_length": models.S, "task_type": models.MODELS[name][3], **settings})
+    return DePTConfig(
+        **{
+            "num_virtual_tokens": models.M,
+            "r": models.R,
+            "max_length": models.S,
+            "task_type": models.MODELS[name][3],
+            **settings,
+        }
+    )
 
 
 def _filled(model):
@@ -47,7 +57,9 @@ def _filled(model):
 
 
 def _with_lora(name, model, targets=None):
-    model = get_peft_model(model, LoraConfig(target_modules=targets or [QUERIES[name]], task_type=models.MODELS[name][3], r=2))
+    model = get_peft_model(
+        model, LoraConfig(target_modules=targets or [QUERIES[name]], task_type=models.MODELS[name][3], r=2)
+    )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -114,7 +126,11 @@ def test_lora_on_the_embedding():
 def test_ia3(order):
     ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[])
     model = models.stock("gpt2")
-    model = get_peft_model(get_peft_model(model, ia3), _config("gpt2")) if order == "below" else get_peft_model(models.adapted("gpt2"), ia3)
+    model = (
+        get_peft_model(get_peft_model(model, ia3), _config("gpt2"))
+        if order == "below"
+        else get_peft_model(models.adapted("gpt2"), ia3)
+    )
     _agree(_filled(model), _adapted("gpt2"), "gpt2")  # a new IA3 changes nothing
 
 
@@ -192,7 +208,12 @@ def one_rank(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "shard"),
-    [("bert-sequence", "bert.embeddings"), ("roberta-qa", "roberta.embeddings.word_embeddings"), ("llama", "model.embed_tokens"), ("t5", None)],
+    [
+        ("bert-sequence", "bert.embeddings"),
+        ("roberta-qa", "roberta.embeddings.word_embeddings"),
+        ("llama", "model.embed_tokens"),
+        ("t5", None),
+    ],
 )
 def test_fsdp2(name, shard, one_rank):
     """The embedding, or the module around it, is its own shard, as accelerate's policy makes it."""
@@ -222,10 +243,14 @@ def test_int8_weights():
     quantization = pytest.importorskip("torchao.quantization")
     stock, x = models.stock("llama"), models.inputs()
     kinds = (torch.nn.Linear, torch.nn.Embedding)
-    quantization.quantize_(stock, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, kinds))
+    quantization.quantize_(
+        stock, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, kinds)
+    )
     model = models.adapted("llama", base=copy.deepcopy(stock))
     embeddings = stock.get_input_embeddings()(x["input_ids"])
-    assert_within_rounding(model(**x).logits, lambda: model(inputs_embeds=embeddings, attention_mask=x["attention_mask"]).logits)
+    assert_within_rounding(
+        model(**x).logits, lambda: model(inputs_embeds=embeddings, attention_mask=x["attention_mask"]).logits
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert-sequence"])
@@ -256,7 +281,10 @@ def test_packed_sequences_are_refused():
     model = models.adapted("llama")
     for settings, message in (
         ({}, "position_ids start again within a row"),
-        ({"return_position_ids": False, "return_flash_attn_kwargs": True}, "cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k describe"),
+        (
+            {"return_position_ids": False, "return_flash_attn_kwargs": True},
+            "cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k describe",
+        ),
         ({"return_position_ids": False, "return_seq_idx": True}, "seq_idx describes several"),
     ):
         with pytest.raises(ValueError, match=f"DePT: a row must hold one sequence.*{message}"):
@@ -284,11 +312,15 @@ def test_logits_to_keep(keep):
 
 
 def test_labels_as_trainer_counts_them():
-    """Trainer divides by the number of labels after the first: the first label must not count then, nor in shift_labels."""
+    """Trainer divides by the number of labels after the first: the first label must not count then, nor in
+    shift_labels.
+    """
     model, x = models.adapted("gpt2"), models.inputs(padding="none")
     ids = x["input_ids"]
     shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-    expected = WithinRounding(lambda: torch.nn.functional.cross_entropy(model(**x).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    expected = WithinRounding(
+        lambda: torch.nn.functional.cross_entropy(model(**x).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    )
     expected.check(model(**x, labels=ids, num_items_in_batch=3 * 7).loss)
     expected.check(model(**x, labels=ids, shift_labels=shifted).loss)
 
@@ -312,7 +344,10 @@ def test_generate_arguments_that_count_tokens(name):
     embeddings = stock.get_input_embeddings()(x["input_ids"])
     for kwargs in ({"max_length": 13, "min_length": 12}, {"generation_config": GenerationConfig(max_length=11)}):
         for given in ({"input_ids": x["input_ids"]}, {"inputs_embeds": embeddings}):
-            assert model.generate(**given, **kwargs, pad_token_id=0).shape == stock.generate(**given, **kwargs, pad_token_id=0).shape
+            assert (
+                model.generate(**given, **kwargs, pad_token_id=0).shape
+                == stock.generate(**given, **kwargs, pad_token_id=0).shape
+            )
     both = model.generate(input_ids=x["input_ids"], inputs_embeds=embeddings.flip(1), **GENERATE)
     assert_same_tokens(both[:, 8:], lambda: model.generate(input_ids=x["input_ids"].flip(1), **GENERATE)[:, 8:])
     for setting in ("use_mtp", "token_healing"):
@@ -341,9 +376,15 @@ def test_generate_whose_rows_are_not_those_of_the_input():
     model = models.adapted("bart")
     pid.enable(model)
     x = models.inputs()
-    streams = {"decoder_input_ids": torch.full((4, 1), 2), "encoder_index": torch.tensor([0, 0, 1, 2]), "max_new_tokens": 4}
+    streams = {
+        "decoder_input_ids": torch.full((4, 1), 2),
+        "encoder_index": torch.tensor([0, 0, 1, 2]),
+        "max_new_tokens": 4,
+    }
     model.generate(**x, **streams)
-    with pytest.raises(ValueError, match=r"cannot take \['encoder_no_repeat_ngram_size'\]: .* other rows than those of input_ids"):
+    with pytest.raises(
+        ValueError, match=r"cannot take \['encoder_no_repeat_ngram_size'\]: .* other rows than those of input_ids"
+    ):
         model.generate(**x, **streams, encoder_no_repeat_ngram_size=2)
 
 
@@ -352,7 +393,9 @@ def test_guidance_calls_the_model_within_generate():
     stock, model = models.pair("llama", num_virtual_tokens=0)
     torch.nn.init.zeros_(models.parameters(model)[2])
     x = models.inputs(padding="none")
-    assert_same_tokens(model.generate(**x, **GENERATE, guidance_scale=1.5), lambda: stock.generate(**x, **GENERATE, guidance_scale=1.5))
+    assert_same_tokens(
+        model.generate(**x, **GENERATE, guidance_scale=1.5), lambda: stock.generate(**x, **GENERATE, guidance_scale=1.5)
+    )
 
 
 @pytest.mark.parametrize(("padding", "position"), [("right", "padded"), ("left", "padded"), ("left", "token")])

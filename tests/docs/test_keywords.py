@@ -1,4 +1,6 @@
-"""Every keyword of the public API occurs in code on a page: a method's on the method's page, an operator's on any page."""
+"""Every keyword of the public API occurs in code on a page: a method's on the method's page, an operator's on any
+page.
+"""
 
 import inspect
 import re
@@ -17,7 +19,11 @@ def keywords_of(module) -> dict[str, set[str]]:
     public = {name: getattr(module, name) for name in module.__all__}
     keywords = {}
     for name, value in public.items():
-        bases = [base for base in value.__mro__[1:-1] if not base.__module__.startswith("peft_kernels")] if inspect.isclass(value) else []
+        bases = (
+            [base for base in value.__mro__[1:-1] if not base.__module__.startswith("peft_kernels")]
+            if inspect.isclass(value)
+            else []
+        )
         keywords[name] = parameters(value).difference(*map(parameters, bases))
         methods = [method for method in vars(value) if not method.startswith("_")] if inspect.isclass(value) else []
         for method in methods:
@@ -29,7 +35,11 @@ def keywords_of(module) -> dict[str, set[str]]:
 
 def parameters(value) -> set[str]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name for name, parameter in inspect.signature(value).parameters.items() if parameter.kind not in kinds and name != "self"}
+    return {
+        name
+        for name, parameter in inspect.signature(value).parameters.items()
+        if parameter.kind not in kinds and name != "self"
+    }
 
 
 def code_of(pages) -> str:
@@ -42,7 +52,11 @@ def code_of(pages) -> str:
 def test_every_keyword_is_on_a_page(name):
     pages = sorted(DOCS.glob("*.md")) if name == "ops" else [DOCS / f"{name}.md"]
     words = set(re.findall(r"\w+", code_of(pages)))
-    missing = {function: sorted(absent) for function, keywords in keywords_of(MODULES[name]).items() if (absent := keywords - words)}
+    missing = {
+        function: sorted(absent)
+        for function, keywords in keywords_of(MODULES[name]).items()
+        if (absent := keywords - words)
+    }
     assert missing == {}
 
 

@@ -12,8 +12,16 @@ PAGES = [*OUTSIDE_THE_SITE, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def links_of(page: Path) -> list[str]:
-    inline = [child for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8")) for child in token.children or []]
-    return [child.attrs["href" if child.type == "link_open" else "src"] for child in inline if child.type in ("link_open", "image")]
+    inline = [
+        child
+        for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
+        for child in token.children or []
+    ]
+    return [
+        child.attrs["href" if child.type == "link_open" else "src"]
+        for child in inline
+        if child.type in ("link_open", "image")
+    ]
 
 
 @pytest.mark.parametrize("page", OUTSIDE_THE_SITE, ids=lambda page: page.name)

@@ -1,4 +1,7 @@
-"""Every block of Python in the README and in the documentation runs. The blocks of a page share names; the first block starts without any."""
+"""Every block of Python in the README and in the documentation runs.
+
+The blocks of a page share names; the first block starts without any.
+"""
 
 from doctest import NORMALIZE_WHITESPACE
 from pathlib import Path

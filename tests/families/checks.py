@@ -1,4 +1,6 @@
-"""Properties of both PEFT methods for every class: an adapter that changes nothing leaves the stock model, and any other follows the formula."""
+"""Properties of both PEFT methods for every class: an adapter that changes nothing leaves the stock model, and any
+other follows the formula.
+"""
 
 import copy
 import inspect
@@ -23,7 +25,8 @@ _ENDINGS = ("logits", "last_hidden_state", "start_logits", "prediction_logits", 
 
 
 SCALED = {
-    r"afmoe|blenderbot-small|ctrl|fsmt|kosmos-2.5|marian|mvp|pegasus$|recurrent_gemma|t5gemma$|tipsv2": lambda config, width: width**0.5,
+    r"afmoe|blenderbot-small|ctrl|fsmt|kosmos-2.5|marian|mvp": lambda config, width: width**0.5,
+    r"pegasus$|recurrent_gemma|t5gemma$|tipsv2": lambda config, width: width**0.5,
     r"granite|hyperclovax|falcon_h1": lambda config, width: 3.0,
     r"hrm_text": lambda config, width: 50.0,
 }
@@ -57,7 +60,11 @@ def inputs(model, rows: int = 3, length: int = 9, padding: str = "right") -> dic
         x["attention_mask"] = mask
     if type(model).__name__ == "LongformerForQuestionAnswering":  # expects three separators
         x["global_attention_mask"] = (ids == BOS).long()
-    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names and not type(model).__name__.endswith(HEADS):
+    if (
+        getattr(model.config, "is_encoder_decoder", False)
+        and "decoder_input_ids" in names
+        and not type(model).__name__.endswith(HEADS)
+    ):
         x["decoder_input_ids"] = torch.randint(10, 90, (rows, 5), generator=generator)
     return x
 
@@ -67,7 +74,11 @@ def labels(model, x: dict) -> dict:
     names = inspect.signature(model.forward).parameters
     if model.config.model_type == "git":  # its labels of text must match the logits behind those of its image
         return {}
-    if "labels" not in names or getattr(model.config, "is_encoder_decoder", False) or not kind.endswith(("CausalLM", "MaskedLM", "LMHeadModel")):
+    if (
+        "labels" not in names
+        or getattr(model.config, "is_encoder_decoder", False)
+        or not kind.endswith(("CausalLM", "MaskedLM", "LMHeadModel"))
+    ):
         return {}
     return {"labels": x["input_ids"].masked_fill(x.get("attention_mask", torch.ones(())) == 0, -100)}
 
@@ -76,7 +87,11 @@ def outputs(output) -> dict[str, torch.Tensor]:
     """The tensors that a user reads."""
     if not hasattr(output, "items"):
         output = {"first": output[0] if isinstance(output, tuple) else output}
-    found = {k: v for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and (k in _ENDINGS or k in ("loss", "first"))}
+    found = {
+        k: v
+        for k, v in output.items()
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and (k in _ENDINGS or k in ("loss", "first"))
+    }
     return found or {k: v for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
@@ -148,7 +163,8 @@ def generate(base, model):
             raise
         raise Refused(f"generate: {error}") from error
     if not torch.equal(got, expected) and not base.config.is_encoder_decoder:
-        # transformers' generate counts RoBERTa's positions from 0, its forward from padding_idx + 1: DePT generates as it trains
+        # transformers' generate counts RoBERTa's positions from 0, its forward from padding_idx + 1: DePT generates as
+        # it trains
         expected = greedy(base, x, settings["max_new_tokens"])
     assert torch.equal(got, expected), f"generate: {got[:, -3:].tolist()} instead of {expected[:, -3:].tolist()}"
 
@@ -162,7 +178,9 @@ def greedy(model, x, tokens):
 
 @torch.no_grad()
 def dept_by_formula(base):
-    """Compare with the oracle: the stock model with ordinary tokens in the prompt's place; an embedding hook inserts prompt and update."""
+    """Compare with the oracle: the stock model with ordinary tokens in the prompt's place; an embedding hook inserts
+    prompt and update.
+    """
     x = inputs(base)
     x |= labels(base, x)
     stock_of(base, x)
@@ -190,7 +208,8 @@ def filled(model):
 
 @contextmanager
 def prompted(base, prompt, update, first: int, scale: float, decoded=None):
-    """``base`` with ``prompt`` after ``first`` tokens and ``update`` added; ``scale``: the factor that it applies after its embedding module.
+    """``base`` with ``prompt`` after ``first`` tokens and ``update`` added; ``scale``: the factor that it applies after
+    its embedding module.
 
     ``decoded``: the decoder input, without a prompt, of a head that decodes its own input.
     """
@@ -207,7 +226,12 @@ def prompted(base, prompt, update, first: int, scale: float, decoded=None):
         if decoded is not None and kwargs.get("decoder_input_ids") is None:
             kwargs["decoder_input_ids"] = decoded
         seen["ids"] = kwargs["input_ids"] = widen(kwargs["input_ids"], FILLER)
-        for name, fill in {"attention_mask": 1, "token_type_ids": 0, "global_attention_mask": 0, "labels": -100}.items():
+        for name, fill in {
+            "attention_mask": 1,
+            "token_type_ids": 0,
+            "global_attention_mask": 0,
+            "labels": -100,
+        }.items():
             if kwargs.get(name) is not None and kwargs[name].shape[1] == seen["ids"].shape[1] - M:
                 kwargs[name] = widen(kwargs[name], fill)
         return (), kwargs
@@ -223,7 +247,9 @@ def prompted(base, prompt, update, first: int, scale: float, decoded=None):
             return None
         seen["done"] = True
         tokens = torch.cat([output[:, :first], output[:, first + M : length]], 1) + update[: length - M] / scale
-        return torch.cat([tokens[:, :first], (prompt / scale).expand(len(ids), -1, -1), tokens[:, first:], output[:, length:]], 1)
+        return torch.cat(
+            [tokens[:, :first], (prompt / scale).expand(len(ids), -1, -1), tokens[:, first:], output[:, length:]], 1
+        )
 
     def narrow(value):
         if isinstance(value, tuple):
@@ -252,7 +278,9 @@ def decoded_by(base, x):
     if not type(base).__name__.endswith(HEADS) or not base.config.is_encoder_decoder:
         return None
     seen = []
-    handle = base.get_decoder().register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    handle = base.get_decoder().register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
     run(base, x)
     handle.remove()
     return seen[0]

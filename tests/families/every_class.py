@@ -1,4 +1,5 @@
-"""Every text class of transformers under both PEFT methods: equal to stock, or refused in a sentence. ``make test-families`` runs this.
+"""Every text class of transformers under both PEFT methods: equal to stock, or refused in a sentence. ``make
+test-families`` runs this.
 
 A class in none of the tables below must be built, accept text alone, and be equal.
 """
@@ -21,7 +22,8 @@ REFUSED_BY_DEPT = {
     "must be an nn.Embedding, got QuantEmbedding": "IBert",
     "does more than look up and scale rows": "Inkling(2|2Loop)?(Text)?|MuseGlimmer|MuseGlimmerText|MuseSparkText",
     "reads input_ids for more than their embeddings": "DeepseekV4|FSMT|Gemma3nText|Gemma4|Gemma4Text",
-    "cannot generate from inputs_embeds": "Bamba|CTRL|Exaone4_5_|FalconH1|Flaubert|Florence2|Gemma3|Gemma4Unified|HiggsAudioV2|HyperCLOVAXVisionV2|"
+    "cannot generate from inputs_embeds": "Bamba|CTRL|Exaone4_5_|FalconH1|Flaubert|Florence2|Gemma3|Gemma4Unified|"
+    "HiggsAudioV2|HyperCLOVAXVisionV2|"
     "Kosmos2_5|NemotronH|OpenAIGPT|PaliGemma|RoCBert|XLM|XLNet|Zamba2",
 }
 # reasons why PASTA refuses, other than decoders and composites of text and other encoders -> configuration classes
@@ -35,14 +37,16 @@ BIDIRECTIONAL = {"prefixes": "PaliGemma", "encoders by default": "BertGeneration
 # errors of stock models that need more than text, or cannot run on it -> configuration classes
 NOT_TEXT_ALONE = {
     # images
-    "pixel_values|image_embeds|visual_feats|'NoneType' object has no attribute": "Aimv2|Align|AltCLIP|Blip|CLIP|CLIPSeg|ChineseCLIP|GroupViT|Idefics|"
+    "pixel_values|image_embeds|visual_feats|'NoneType' object has no attribute": "Aimv2|Align|AltCLIP|Blip|CLIP|"
+    "CLIPSeg|ChineseCLIP|GroupViT|Idefics|"
     "Lxmert|MetaClip2|OwlViT|Owlv2|Siglip|Siglip2|Tvp|Vilt|VisionTextDualEncoder|XCLIP",
     # boxes
     "[Bb]box": "Bros|Udop",
     # sound
     "input_features|input_values|conv1d|'NoneType' object has no attribute": "Clap|Clvp|PeAudio|VoxtralRealtime",
     # a token for each of its codebooks
-    "shape .* is invalid for input of size|must match the size of tensor": "Dia|KyutaiSpeechToText|MusicgenDecoder|MusicgenMelodyDecoder",
+    "shape .* is invalid for input of size|must match the size of tensor": "Dia|KyutaiSpeechToText|MusicgenDecoder|"
+    "MusicgenMelodyDecoder",
     # the states of the model that it assists
     "inputs_embeds and shared_kv_states cannot be None": "Gemma4UnifiedAssistant",
     # nothing: it expects outputs that its text model does not return
@@ -56,12 +60,15 @@ NOT_TEXT_ALONE = {
 NOT_BUILT = {
     "requires the (timm|detectron2) library": "FastVlm|Gemma3n|LayoutLMv2|PeAudioVideo|PeVideo|PerceptionLM",
     # part sizes that depend on each other
-    "validate_architecture|must be divisible|must be greater than 0|not a multiple": "BridgeTower|Csm|FunAsrNano|Glm5Next|Glm5NextText|"
+    "validate_architecture|must be divisible|must be greater than 0|not a multiple": "BridgeTower|Csm|FunAsrNano|"
+    "Glm5Next|Glm5NextText|"
     "GradiumPhononTTS|KyutaiSpeechToText|Molmo2|MuseSpark|NemotronH_Omni_Reasoning_V3_|NeoMME|PocketTTS|VibeVoiceAsr",
     # settings without a default
-    "NoneType|existing size \\(0\\)|has no attribute": "DeepseekOcr2|DiffusionGemma|Ernie4_5_VLMoe|Granite4Vision|Qwen4Exp(Text)?|T5Gemma2Encoder",
+    "NoneType|existing size \\(0\\)|has no attribute": "DeepseekOcr2|DiffusionGemma|Ernie4_5_VLMoe|Granite4Vision|"
+    "Qwen4Exp(Text)?|T5Gemma2Encoder",
     # settings of individual layers
-    "(full|sliding)_attention|per_layer_config|hidden_size_per_layer_input": "CohereCompass|CohereCompassText|Dots3Note|Gemma4Assistant",
+    "(full|sliding)_attention|per_layer_config|hidden_size_per_layer_input": "CohereCompass|CohereCompassText|"
+    "Dots3Note|Gemma4Assistant",
     # a decoder among encoders of one configuration
     "make sure that `is_decoder=True`": "Reformer",
 }

@@ -1,4 +1,6 @@
-"""A dozen of the classes in ``every_class.py``, and cases outside its tables: images, modes, weights that are loaded later."""
+"""A dozen of the classes in ``every_class.py``, and cases outside its tables: images, modes, weights that are loaded
+later.
+"""
 
 import copy
 
@@ -72,7 +74,9 @@ def test_pasta(name):
 
 
 def test_pasta_adds_to_one_stream():
-    with pytest.raises(ValueError, match=r"layers of HYV4VLTextModel must take hidden states \(B, S, d\), but take \(B, S, 4, d\)"):
+    with pytest.raises(
+        ValueError, match=r"layers of HYV4VLTextModel must take hidden states \(B, S, d\), but take \(B, S, 4, d\)"
+    ):
         get_peft_model(built("HYV4VLTextModel"), PASTAConfig(num_special_tokens=1, special_token_ids=[1]))
 
 
@@ -103,7 +107,9 @@ def with_images(base, token):
 def test_images_take_the_place_of_their_tokens():
     base = built("LlavaForConditionalGeneration")
     x = with_images(base, base.config.image_token_id)
-    model = get_peft_model(copy.deepcopy(base), DePTConfig(num_virtual_tokens=checks.M, r=checks.R, max_length=checks.S)).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), DePTConfig(num_virtual_tokens=checks.M, r=checks.R, max_length=checks.S)
+    ).eval()
     prompt, update = checks.filled(model)
 
     def formula():
@@ -125,11 +131,14 @@ def test_positions_of_images_come_from_ids():
     base = built("Qwen2VLForConditionalGeneration")
     model = get_peft_model(copy.deepcopy(base), DePTConfig(**EMPTY)).eval()
     x = checks.inputs(base)
-    model.base_model.model.model.rope_deltas = torch.full((2, 1), 5)  # a call with images, of another batch, leaves it so
+    # a call with images, of another batch, leaves it so
+    model.base_model.model.model.rope_deltas = torch.full((2, 1), 5)
     checks.assert_equal(checks.run(model, x), lambda: checks.run(base, x), x["attention_mask"].bool(), "text")
     images = {"pixel_values": torch.randn(4, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 2, 2]])}
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="takes positions of images and videos from input_ids.*it can be given text alone"):
+        with pytest.raises(
+            ValueError, match="takes positions of images and videos from input_ids.*it can be given text alone"
+        ):
             call(**x, **images)
 
 

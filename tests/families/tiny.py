@@ -35,24 +35,40 @@ _SIZES = [
     (r"num_experts$|routed_experts$|local_experts$", 4),
     (r"experts_per_tok(en)?$|^moe_k$|top_?k$", 2),
     (r"^n_group$|^topk_group$|^num_hidden_groups$|^num_groups$|^n_groups$", 1),
-    (r"intermediate_size\w*$|ffn_dim$|^d_ff$|^d_inner$|^ffn_hidden_size$|^hidden_dim$|ff_dim$|^n_inner$|_ff$|^ffn_size$", 48),
+    (
+        r"intermediate_size\w*$|ffn_dim$|^d_ff$|^d_inner$|^ffn_hidden_size$|^hidden_dim$|ff_dim$|^n_inner$|_ff$|^ffn_size$",
+        48,
+    ),
     (
         r"hidden_size\w*$|d_model$|^n_embd$|embed_dim$|^dim$|^emb_dim$|^embedding_size$|projection_dim$|width$|^d_embed$|^d_proj$|^hidden_channels$",
         WIDTH,
     ),
-    (r"max_position_embeddings$|^n_positions$|^max_seq_len$|^n_ctx$|max_\w+_position_embeddings$|^max_position$|^seq_len\w*$", 64),
+    (
+        r"max_position_embeddings$|^n_positions$|^max_seq_len$|^n_ctx$|max_\w+_position_embeddings$|^max_position$|^seq_len\w*$",
+        64,
+    ),
     (r"^image_size$", 16),
     (r"bottleneck_size$|^true_hidden_size$", 16),
     (r"^(spatial_)?patch_size$", 8),
     (r"sliding_window$|^attention_window$|^local_attention$|^window_size$|chunk_size$", 8),
 ]
 
-_SWITCHES = {"embedding_multiplier": 3.0, "scale_embedding": True, "mup_enabled": True}  # the adapter must add after the scale
+# the adapter must add after the scale
+_SWITCHES = {
+    "embedding_multiplier": 3.0,
+    "scale_embedding": True,
+    "mup_enabled": True,
+}
 _IMAGE_VOCABULARY = {"<image>": 110, "<|extra_200|>": 111, "<|image start|>": 112}
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # by configuration class: settings that no rule covers
 OVERRIDES = {
-    "Apertus1p5Config": {"image_token_id": 50, "audio_token_id": 51, "image_token_offset": 60, "audio_token_offset": 70},
+    "Apertus1p5Config": {
+        "image_token_id": 50,
+        "audio_token_id": 51,
+        "image_token_offset": 60,
+        "audio_token_offset": 70,
+    },
     "Apertus1p5VisionTokenizerConfig": {"codebook_size": 10},
     "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": _IMAGE_VOCABULARY},
@@ -94,7 +110,8 @@ OVERRIDES = {
         for name in ("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmImageTextConfig", "GlmOcrTextConfig")
     },
     **{
-        name: {"rope_parameters": _SECTIONS} for name in ("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5OmniTextConfig", "Qwen2_5_VLTextConfig")
+        name: {"rope_parameters": _SECTIONS}
+        for name in ("PaddleOCRTextConfig", "Qwen2VLTextConfig", "Qwen2_5OmniTextConfig", "Qwen2_5_VLTextConfig")
     },
     # stock reads this setting, and only the whole model's configuration has it
     **{name: {"vision_start_token_id": 113} for name in ("Qwen2_5OmniThinkerConfig", "Qwen3OmniMoeThinkerConfig")},
@@ -149,18 +166,25 @@ def tiny_settings(config) -> dict:
     settings, defaults = {}, _defaults(config)
     for name, value in defaults.items():
         if isinstance(value, transformers.PreTrainedConfig):
-            settings[name] = {"model_type": value.model_type, **tiny_settings(value), **OVERRIDES.get(type(value).__name__, {})}
+            settings[name] = {
+                "model_type": value.model_type,
+                **tiny_settings(value),
+                **OVERRIDES.get(type(value).__name__, {}),
+            }
         elif name in _SWITCHES:
             settings[name] = _SWITCHES[name]
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in _SIZES if re.search(pattern, name)), None)
             if size is not None and value > 0:
-                settings[name] = size if size == VOCAB else min(value, size)  # in a sub-configuration, also non-default settings
+                # in a sub-configuration, also non-default settings
+                settings[name] = size if size == VOCAB else min(value, size)
             elif name.endswith(("_token_id", "_token_index")) and value >= VOCAB:
                 settings[name] = 100 + value % 20
         elif value is None and name in ("vocab_size", "head_dim"):
             settings[name] = VOCAB if name == "vocab_size" else 8
-    settings |= {name: i for name, i in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)) if name in defaults}
+    settings |= {
+        name: i for name, i in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)) if name in defaults
+    }
     if getattr(config, "is_encoder_decoder", False) and "decoder_start_token_id" not in defaults:
         settings["decoder_start_token_id"] = PAD
     if "kv_lora_rank" in defaults:  # latent attention has as many keys as queries
@@ -168,8 +192,13 @@ def tiny_settings(config) -> dict:
     for name in ("layer_types", "layers_block_type"):
         if isinstance(types := defaults.get(name), list):
             settings[name] = (list(dict.fromkeys(types)) * 2)[: max(2, len(set(types)))]
-            settings |= {n: len(settings[name]) for n in ("num_hidden_layers", "n_layer", "num_layers") if n in settings}
-    if isinstance(rope := defaults.get("rope_parameters", defaults.get("rope_scaling")), dict) and "mrope_section" in rope:
+            settings |= {
+                n: len(settings[name]) for n in ("num_hidden_layers", "n_layer", "num_layers") if n in settings
+            }
+    if (
+        isinstance(rope := defaults.get("rope_parameters", defaults.get("rope_scaling")), dict)
+        and "mrope_section" in rope
+    ):
         settings["rope_parameters"] = rope | {"mrope_section": [2, 1, 1]}
     return settings
 
@@ -192,7 +221,8 @@ def build(kind: type, config: type, **settings) -> nn.Module:
         settings["is_decoder"] = True
     torch.manual_seed(0)
     model = kind(config(**settings)).eval()
-    with torch.no_grad():  # as large as trained ones, padding included, and with open gates, so that no zero hides an error
+    # as large as trained ones, padding included, and with open gates, so that no zero hides an error
+    with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(std=0.2)

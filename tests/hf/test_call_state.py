@@ -64,7 +64,9 @@ def test_threads_do_not_meet(prepare):
     assert not wrong
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_share_no_state(twin_of):
     model = Outer()
     model.state.set(torch.ones(()))

@@ -9,7 +9,14 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from peft_kernels.hf.fingerprint import fingerprint
 
-SIZES = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 9}
+SIZES = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 9,
+}
 
 
 def bert(kind=BertModel, seed=0, **settings):

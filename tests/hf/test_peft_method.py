@@ -11,18 +11,46 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from peft_kernels import DePTConfig, PASTAConfig
 
-_SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 1}
+_SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "pad_token_id": 1,
+}
 _BERT = {**_SMALL, "initializer_range": 0.3}
-_DISTILBERT = {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "initializer_range": 0.3, "pad_token_id": 1}
+_DISTILBERT = {
+    "vocab_size": 99,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "initializer_range": 0.3,
+    "pad_token_id": 1,
+}
 _MODERNBERT = {**_BERT, "cls_token_id": 0, "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
 _BART = {
-    **{f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))},
+    **{
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    },
     "vocab_size": 99,
     "d_model": 32,
     "pad_token_id": 1,
     "init_std": 0.3,
 }
-_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 1, "eos_token_id": 2}
+_T5 = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
 _T5["decoder_start_token_id"] = 1
 MODELS = {
     "bert": ("Bert", _BERT),
@@ -32,7 +60,11 @@ MODELS = {
     "bart": ("Bart", _BART),
     "t5": ("T5", _T5),
 }
-TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification", "QUESTION_ANS": "ForQuestionAnswering"}
+TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 CONFIGS = {
     "dept": lambda **kw: DePTConfig(num_virtual_tokens=2, r=2, max_length=16, **kw),
     "pasta": lambda **kw: PASTAConfig(special_token_ids=[0, 2], dropout=0.0, **kw),
@@ -86,7 +118,10 @@ def _rows_alone(model, x, names, base=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize(("family", "task"), [("bert", "SEQ_CLS"), ("roberta", "SEQ_CLS"), ("roberta", "TOKEN_CLS"), ("modernbert", "QUESTION_ANS")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("bert", "SEQ_CLS"), ("roberta", "SEQ_CLS"), ("roberta", "TOKEN_CLS"), ("modernbert", "QUESTION_ANS")],
+)
 def test_a_head_for_each_row(family, task, method):
     base = _base(family, task)
     model = get_peft_model(copy.deepcopy(base), CONFIGS[method](task_type=task)).eval()
@@ -124,7 +159,9 @@ def test_heads_below_lora_of_another_name(method, tmp_path):
     expected.check(_out(headless, x))  # a new LoRA changes nothing
     model = get_peft_model(below, LoraConfig(task_type="SEQ_CLS", **targets), adapter_name="top").eval()
     (head,) = (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
-    assert {name for name, p in head.named_parameters() if p.requires_grad} >= {f"modules_to_save.top.{n}" for n in ("weight", "bias")}
+    assert {name for name, p in head.named_parameters() if p.requires_grad} >= {
+        f"modules_to_save.top.{n}" for n in ("weight", "bias")
+    }
     _fill(model, "top", 1)
     got = _out(model, x)
     head.modules_to_save["default"].weight.zero_()
@@ -137,7 +174,9 @@ def test_heads_below_lora_of_another_name(method, tmp_path):
 
 def test_a_saved_module_in_a_checkpointed_layer():
     """The backward pass would run it again with the active adapter's weights for all rows."""
-    model = get_peft_model(_base("bert", "SEQ_CLS"), CONFIGS["pasta"](task_type="SEQ_CLS", modules_to_save=["intermediate"])).train()
+    model = get_peft_model(
+        _base("bert", "SEQ_CLS"), CONFIGS["pasta"](task_type="SEQ_CLS", modules_to_save=["intermediate"])
+    ).train()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="bert.encoder.layer.0 is checkpointed and holds one of modules_to_save"):
         model(**_inputs(), adapter_names=["default"] * 4)
@@ -166,10 +205,14 @@ def _wrapped(model):
 @torch.no_grad()
 @pytest.mark.parametrize(("method", "family", "task", "heads"), HEADS)
 def test_every_head_is_trained_and_saved(method, family, task, heads, tmp_path):
-    """Two fresh models from one checkpoint of the base have different heads; the adapter brings the head that it was trained with."""
+    """Two fresh models from one checkpoint of the base have different heads; the adapter brings the head that it was
+    trained with.
+    """
     kind = "ForMaskedLM" if family == "modernbert" else "Model"  # the former fills part of the head
     torch.manual_seed(0)
-    _class(family, kind)(getattr(transformers, f"{MODELS[family][0]}Config")(**MODELS[family][1])).save_pretrained(tmp_path / "base")
+    _class(family, kind)(getattr(transformers, f"{MODELS[family][0]}Config")(**MODELS[family][1])).save_pretrained(
+        tmp_path / "base"
+    )
     cls = _class(family, TASKS[task])
     model = get_peft_model(cls.from_pretrained(tmp_path / "base"), CONFIGS[method](task_type=task)).eval()
     assert _wrapped(model) == heads
@@ -198,7 +241,9 @@ def test_a_pooler_that_the_checkpoint_has_not(tmp_path):
 def test_heads_that_a_checkpoint_has(tmp_path):
     """They are trained as PEFT trains ``classifier``."""
     _base("bart", "SEQ_CLS").save_pretrained(tmp_path)
-    model = get_peft_model(_class("bart", TASKS["SEQ_CLS"]).from_pretrained(tmp_path), CONFIGS["dept"](task_type="SEQ_CLS"))
+    model = get_peft_model(
+        _class("bart", TASKS["SEQ_CLS"]).from_pretrained(tmp_path), CONFIGS["dept"](task_type="SEQ_CLS")
+    )
     assert _wrapped(model) == {"classification_head"}
 
 
@@ -233,6 +278,8 @@ def test_what_is_refused_says_why(method):
         model.unmerge_adapter()
     with pytest.raises(NotImplementedError, match=f"{name} cannot combine adapters into one. Use adapter_names="):
         model.add_weighted_adapter(["default"], [1.0], "sum")
-    canine = transformers.CanineModel(transformers.CanineConfig(**{k: v for k, v in _SMALL.items() if k != "vocab_size"}))
+    canine = transformers.CanineModel(
+        transformers.CanineConfig(**{k: v for k, v in _SMALL.items() if k != "vocab_size"})
+    )
     with pytest.raises(ValueError, match=f"{name}: model must embed its tokens by a table, but CanineModel has none"):
         get_peft_model(canine, CONFIGS[method]())

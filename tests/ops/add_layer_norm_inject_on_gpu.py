@@ -50,7 +50,21 @@ class Problem(NamedTuple):
             adapter_ids = torch.randint(-1, self.adapters, (self.batch, every), device=device, dtype=self.integer)[:, 0]
         if self.dropout:
             seed = torch.randint(-(2**63), 2**63 - 1, (1,)).to(device)
-        arguments = (x, residual, weight, bias, vectors, slots, adapter_ids, 1e-5, self.rms, self.pre, self.dropout, seed, True)
+        arguments = (
+            x,
+            residual,
+            weight,
+            bias,
+            vectors,
+            slots,
+            adapter_ids,
+            1e-5,
+            self.rms,
+            self.pre,
+            self.dropout,
+            seed,
+            True,
+        )
         return arguments, grad, grad_sum if self.pre else None
 
 
@@ -79,7 +93,9 @@ def all_results(impl, arguments, grad, grad_sum, need_x=True, need_vectors=True)
     out, total, mean, rstd = impl.forward(*arguments)
     sizes = (0, 0) if vectors is None else vectors.shape[:2]
     needs = need_x, need_vectors and vectors is not None
-    grads = impl.backward(grad, grad_sum, total, mean, rstd, weight, slots, adapter_ids, *sizes, rms, pre, dropout_p, seed, *needs)
+    grads = impl.backward(
+        grad, grad_sum, total, mean, rstd, weight, slots, adapter_ids, *sizes, rms, pre, dropout_p, seed, *needs
+    )
     return {"out": out, "sum": total, "mean": mean, "rstd": rstd, "grad_x": grads[0], "grad_vectors": grads[1]}
 
 
@@ -112,7 +128,9 @@ def test_only_what_is_asked_for(problem, needs, implementation, poisoned, device
 @pytest.mark.parametrize("pre", [False, True])
 def test_nothing_is_kept_for_inference(pre, implementation, poisoned, device):
     arguments, *_ = Problem(3, 4, 40, 2, pre=pre).make(torch.float16, device)
-    _, total, mean, rstd = assert_like(reference, implementation, lambda impl, *given: impl.forward(*given), *arguments[:-1], False)
+    _, total, mean, rstd = assert_like(
+        reference, implementation, lambda impl, *given: impl.forward(*given), *arguments[:-1], False
+    )
     assert (total is not None) == pre and mean is None and rstd is None
 
 
@@ -122,7 +140,9 @@ def test_the_sum_is_that_of_two_operations(implementation, device):
     assert_within_rounding(implementation.forward(*arguments)[1], lambda: x + residual, x.double() + residual.double())
 
 
-@pytest.mark.parametrize("batch, length, slots, width, adapters", [(0, 3, 2, 8, 1), (2, 0, 2, 8, 1), (2, 3, 0, 8, 1), (2, 3, 2, 8, 0)])
+@pytest.mark.parametrize(
+    "batch, length, slots, width, adapters", [(0, 3, 2, 8, 1), (2, 0, 2, 8, 1), (2, 3, 0, 8, 1), (2, 3, 2, 8, 0)]
+)
 @pytest.mark.parametrize("pre", [False, True])
 def test_empty(batch, length, slots, width, adapters, pre, implementation, poisoned, device):
     tensors = Problem(batch, length, width, slots, adapters=adapters, chosen=True, pre=pre).make(torch.float32, device)
@@ -164,7 +184,13 @@ def test_through_the_operator(pre, implementation, poisoned, device):
     (x, residual, weight, bias, vectors, slots, adapter_ids, eps, _, _, p, seed, _), grad, grad_sum = tensors
     x, vectors = x.requires_grad_(), vectors.requires_grad_()
     operator = add_inject_layer_norm if pre else add_layer_norm_inject
-    options = {"eps": eps, "dropout_p": p, "seed": seed, "adapter_ids": adapter_ids, "impl": implementation.__name__.rsplit(".")[-1]}
+    options = {
+        "eps": eps,
+        "dropout_p": p,
+        "seed": seed,
+        "adapter_ids": adapter_ids,
+        "impl": implementation.__name__.rsplit(".")[-1],
+    }
     results = operator(x, residual, weight, bias, vectors, slots, **options)
     out, *total = results if pre else (results,)
     torch.autograd.backward((out, *total), (grad, grad_sum) if pre else (grad,))

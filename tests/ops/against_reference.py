@@ -11,12 +11,16 @@ def widened(arguments):
 
 
 def expected_of(function, plain, *arguments):
-    """The expected result of ``function(implementation, *arguments)``: within rounding of ``plain``, measured from float64."""
+    """The expected result of ``function(implementation, *arguments)``: within rounding of ``plain``, measured from
+    float64.
+    """
     return WithinRounding(lambda: function(plain, *arguments), function(plain, *widened(arguments)))
 
 
 def assert_like(plain, implementation, function, *arguments):
-    """Assert that ``function(implementation, *arguments)`` equals ``plain``'s result, with its dtypes and its None; returns it."""
+    """Assert that ``function(implementation, *arguments)`` equals ``plain``'s result, with its dtypes and its None;
+    returns it.
+    """
     got = function(implementation, *arguments)
     expected = tree_leaves(function(plain, *arguments))
     assert [getattr(x, "dtype", x) for x in tree_leaves(got)] == [getattr(x, "dtype", x) for x in expected]

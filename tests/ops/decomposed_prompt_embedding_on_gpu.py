@@ -42,12 +42,17 @@ class Problem(NamedTuple):
             return spread[..., 0]
 
         positions = self.length + self.more_positions
-        weight, grad = random(23, self.width).to(dtype), random(self.batch, self.virtual + self.length, self.width).to(dtype)
+        weight, grad = (
+            random(23, self.width).to(dtype),
+            random(self.batch, self.virtual + self.length, self.width).to(dtype),
+        )
         prompt = random(self.adapters, self.virtual, self.width)
         a, b, delta = random(self.adapters, positions, self.rank), random(self.adapters, self.rank, self.width), None
         if self.given:
             a, b, delta = None, None, random(self.adapters, positions, self.width)
-        input_ids = integers(0, 23, self.length, self.batch).T if self.strided else integers(0, 23, self.batch, self.length)
+        input_ids = (
+            integers(0, 23, self.length, self.batch).T if self.strided else integers(0, 23, self.batch, self.length)
+        )
         offsets = integers(0, self.length + 1, self.batch) if self.offsets else None
         adapter_ids = integers(-1, self.adapters, self.batch) if self.chosen else None
         return (input_ids, weight, prompt, a, b, delta, 0.7, 1.3, offsets, self.first, adapter_ids), grad
@@ -132,7 +137,11 @@ def test_any_rank(rank, implementation, poisoned, device):
 
 def test_a_gradient_with_strides_of_zero(implementation, poisoned, device):
     arguments, grad = PROBLEMS["padded on the left"].make(torch.float32, device)
-    for spread in (grad[:1, :1, :1].expand(grad.shape), grad[:1, :1].expand(grad.shape), grad.transpose(1, 2).contiguous().transpose(1, 2)):
+    for spread in (
+        grad[:1, :1, :1].expand(grad.shape),
+        grad[:1, :1].expand(grad.shape),
+        grad.transpose(1, 2).contiguous().transpose(1, 2),
+    ):
         check_all(implementation, arguments, spread)
 
 
@@ -159,12 +168,23 @@ def test_through_the_operator(implementation, poisoned, device):
     arguments, grad = PROBLEMS["adapters"].make(torch.float32, device)
     input_ids, weight, prompt, a, b, _, scale, embed_scale, offsets, first, adapter_ids = arguments
     prompt, a, b = (x.clone().requires_grad_() for x in (prompt, a, b))
-    options = {"scale": scale, "embed_scale": embed_scale, "offsets": offsets, "insert_after_first": first, "adapter_ids": adapter_ids}
+    options = {
+        "scale": scale,
+        "embed_scale": embed_scale,
+        "offsets": offsets,
+        "insert_after_first": first,
+        "adapter_ids": adapter_ids,
+    }
     out = decomposed_prompt_embedding(input_ids, weight, prompt, a, b, **options, impl=impl)
     out.backward(grad)
 
     def expected(impl, arguments, grad):
         a, b, found = arguments[3], arguments[4], all_results(impl, arguments, grad)
-        return found["out"], found["grad_prompt"], scale * found["grad_delta"] @ b.mT, scale * a.mT @ found["grad_delta"]
+        return (
+            found["out"],
+            found["grad_prompt"],
+            scale * found["grad_delta"] @ b.mT,
+            scale * a.mT @ found["grad_delta"],
+        )
 
     expected_of(expected, reference, arguments, grad).check((out, prompt.grad, a.grad, b.grad))

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """``tensors``: all arguments; ``laid_out``: those whose strides change; ``varying``: those that cannot have a stride of 0."""
+    """``tensors``: all arguments; ``laid_out``: those whose strides change; ``varying``: those that cannot have a
+    stride of 0.
+    """
 
     package: str
     tensors: dict[str, Tensor]
@@ -24,20 +26,36 @@ def integers(*values):
 def attention():
     keys = {"key": torch.randn(3, 1, 7, 16), "value": torch.randn(3, 1, 7, 16)}
     vectors = {"key_lengths": integers(7, 2, 5), "encoder_index": integers(0, 0, 1, 1, 2, 2)}
-    return Case("shared_cross_attention", {"query": torch.randn(6, 1, 3, 16), **keys, **vectors}, tuple(vectors), {"return_lse": True})
+    return Case(
+        "shared_cross_attention",
+        {"query": torch.randn(6, 1, 3, 16), **keys, **vectors},
+        tuple(vectors),
+        {"return_lse": True},
+    )
 
 
 def label_attention(**rows):
     features = torch.randn(3, 7, 32) if "lengths" in rows else torch.randn(11, 32)
     weights = {name: torch.randn(32, 32) for name in ("w_q", "w_k", "w_v")}
     options = {"num_heads": 2}
-    return Case("label_cross_attention", {"slots": torch.randn(3, 32), "features": features, **weights, **rows}, tuple(rows), options, ("offsets",))
+    return Case(
+        "label_cross_attention",
+        {"slots": torch.randn(3, 32), "features": features, **weights, **rows},
+        tuple(rows),
+        options,
+        ("offsets",),
+    )
 
 
 def words(**rows):
     vectors = {"label_ids": integers(*[4, 1, 7], *[2, 5, 0]).view(2, 3), "bias": torch.randn(9), **rows}
     hidden = torch.randn(3, 5, 24) if rows else torch.randn(3, 24)
-    return Case("label_logits", {"hidden": hidden, "weight": torch.randn(9, 24), **vectors}, tuple(vectors), {"reduce": "logsumexp"})
+    return Case(
+        "label_logits",
+        {"hidden": hidden, "weight": torch.randn(9, 24), **vectors},
+        tuple(vectors),
+        {"reduce": "logsumexp"},
+    )
 
 
 def scores(**labels):
@@ -59,7 +77,9 @@ def injection(package="special_tokens", options={"dropout_p": 0.3}, **large):  #
     vectors = {"vectors": torch.randn(2, 2, 20), "seed": integers(12345678901), **INJECTED}
     if package == "add_layer_norm_inject":
         vectors |= {"weight": torch.randn(20), "bias": torch.randn(20)}
-    return Case(package, {**{name: torch.randn(3, 6, 20) for name in large or ("hidden",)}, **vectors}, tuple(vectors), options)
+    return Case(
+        package, {**{name: torch.randn(3, 6, 20) for name in large or ("hidden",)}, **vectors}, tuple(vectors), options
+    )
 
 
 def norm():
@@ -73,7 +93,9 @@ def embedding():
         "adapter_ids": integers(1, -1, 0),
     }
     parameters = {"prompt": torch.randn(2, 3, 24), "delta": torch.randn(2, 5, 24)}
-    return Case("decomposed_prompt_embedding", {"weight": torch.randn(9, 24), **rows, **parameters}, (*rows, *parameters))
+    return Case(
+        "decomposed_prompt_embedding", {"weight": torch.randn(9, 24), **rows, **parameters}, (*rows, *parameters)
+    )
 
 
 CASES = {

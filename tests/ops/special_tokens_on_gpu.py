@@ -38,7 +38,11 @@ class Problem(NamedTuple):
         hidden, grad = (random(self.batch, self.length, self.width).to(dtype) for _ in range(2))
         if self.strided:
             hidden, grad = (x.mT.contiguous().mT for x in (hidden, grad))
-        adapter_ids = torch.randint(-1, self.adapters, (self.batch, every), device=device, dtype=self.integer)[:, 0] if self.chosen else None
+        adapter_ids = (
+            torch.randint(-1, self.adapters, (self.batch, every), device=device, dtype=self.integer)[:, 0]
+            if self.chosen
+            else None
+        )
         slots = random_slots(self.batch, self.length, self.slots).to(device, self.integer)
         slots = slots.T.contiguous().T if self.strided else slots
         seed = torch.randint(-(2**63), 2**63 - 1, (1,)).to(device) if self.dropout else None
@@ -114,7 +118,9 @@ def test_drops_what_the_reference_drops(p, seed, implementation, device):
     scaled = WithinRounding(lambda: (expected != 0) / torch.full_like(expected, 1 - p))
     scaled.check(hidden)
     one_row = torch.eye(batch, device=device)[:, :, None, None].expand(batch, batch, count, width)
-    scaled.check(torch.cat([implementation.backward(grad.contiguous(), slots, 1, count, p, seed, None) for grad in one_row]))
+    scaled.check(
+        torch.cat([implementation.backward(grad.contiguous(), slots, 1, count, p, seed, None) for grad in one_row])
+    )
 
 
 def test_repeats_are_bit_equal(implementation, poisoned, device):
@@ -126,16 +132,23 @@ def test_repeats_are_bit_equal(implementation, poisoned, device):
 
 
 @pytest.mark.parametrize(
-    "batch, length, slots, width, adapters", [(0, 3, 2, 8, 1), (2, 0, 2, 8, 1), (2, 3, 0, 8, 2), (2, 3, 2, 0, 1), (2, 3, 2, 8, 0)]
+    "batch, length, slots, width, adapters",
+    [(0, 3, 2, 8, 1), (2, 0, 2, 8, 1), (2, 3, 0, 8, 2), (2, 3, 2, 0, 1), (2, 3, 2, 8, 0)],
 )
 def test_empty(batch, length, slots, width, adapters, implementation, poisoned, device):
-    arguments, grad = Problem(batch, length, slots, 2, width, adapters=adapters, chosen=True).make(torch.float32, device)
+    arguments, grad = Problem(batch, length, slots, 2, width, adapters=adapters, chosen=True).make(
+        torch.float32, device
+    )
     check_all(implementation, arguments, grad)
 
 
 def test_a_gradient_with_strides_of_zero(implementation, poisoned, device):
     arguments, grad = PROBLEMS["plain"].make(torch.float32, device)
-    for spread in (grad[:1, :1, :1].expand(grad.shape), grad[:1, :1].expand(grad.shape), grad.transpose(0, 1).contiguous().transpose(0, 1)):
+    for spread in (
+        grad[:1, :1, :1].expand(grad.shape),
+        grad[:1, :1].expand(grad.shape),
+        grad.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
         check_all(implementation, arguments, spread)
 
 
@@ -166,7 +179,10 @@ def test_rows_more_than_two_gibi_elements_apart(implementation, device):
 @pytest.mark.parametrize("max_slots", [0, 2, 7, 600])
 @pytest.mark.parametrize("length", [1, 31, 64, 1500])
 def test_slots(length, max_slots, implementation, poisoned, device):
-    input_ids, special_ids = torch.randint(0, 60, (5, length), device=device), torch.tensor([3, 50, 3, 17], device=device)
+    input_ids, special_ids = (
+        torch.randint(0, 60, (5, length), device=device),
+        torch.tensor([3, 50, 3, 17], device=device),
+    )
     input_ids[0] = 3
     input_ids[1] = 0
     for mask in (None, torch.rand(5, length, device=device) < 0.8):
@@ -176,10 +192,17 @@ def test_slots(length, max_slots, implementation, poisoned, device):
 def check_slots(implementation, input_ids, special_ids, mask, max_slots):
     arguments = input_ids, special_ids, mask, max_slots
     (slots, counts), (expected_slots, expected_counts) = implementation.slots(*arguments), reference.slots(*arguments)
-    assert slots.dtype == torch.int32 and torch.equal(slots, expected_slots) and torch.equal(counts.long(), expected_counts)
+    assert (
+        slots.dtype == torch.int32
+        and torch.equal(slots, expected_slots)
+        and torch.equal(counts.long(), expected_counts)
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.float32, torch.float16, torch.float64],
+)
 def test_slots_of_strided_tensors(dtype, implementation, poisoned, device):
     mask = torch.tensor([0.0, 1.0, 2.0, -0.0], device=device)[torch.randint(0, 4, (70, 3), device=device)].to(dtype).T
     for ids_dtype, special_dtype in ((torch.int64, torch.int32), (torch.int32, torch.int64)):

@@ -26,7 +26,9 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (
+        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
+    ):
         pytest.skip(reason)
     return request.param
 
@@ -48,7 +50,13 @@ def tensors(case, dtype=torch.float32, device="cpu", bias=True, injects=True):
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    floats = [x, normal(*x.shape), 1 + normal(x.shape[2]) / 4, normal(x.shape[2]) if bias else None, vectors if injects else None]
+    floats = [
+        x,
+        normal(*x.shape),
+        1 + normal(x.shape[2]) / 4,
+        normal(x.shape[2]) if bias else None,
+        vectors if injects else None,
+    ]
     return floats, {"slots": slots if injects else None, "adapter_ids": adapter_ids if injects else None}
 
 
@@ -83,7 +91,10 @@ def results(function, floats, grads, **options):
     leaves = [None if x is None else x.detach().requires_grad_() for x in floats]
     outs = function(*leaves, **options)
     torch.autograd.backward(outs, [g.to(outs[0].dtype) for g in grads[: len(outs)]])
-    return [*(out.detach() for out in outs), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x is not None)]
+    return [
+        *(out.detach() for out in outs),
+        *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x is not None),
+    ]
 
 
 def compare(form, impl, floats, **options):
@@ -93,12 +104,18 @@ def compare(form, impl, floats, **options):
     grads = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for _ in range(2)]
     truth = results(written_out(form), [t if t is None else t.double() for t in floats], grads, **options)
     got = results(of(form, impl), floats, grads, **options)
-    assert_within_rounding(got, lambda: results(written_out(form), [t if t is None else t.to(x.dtype) for t in floats], grads, **options), truth)
+    assert_within_rounding(
+        got,
+        lambda: results(written_out(form), [t if t is None else t.to(x.dtype) for t in floats], grads, **options),
+        truth,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 77}, {"rms": True}], ids=["plain", "dropout", "rms"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout_p": 0.3, "seed": 77}, {"rms": True}], ids=["plain", "dropout", "rms"]
+)
 def test_parity(form, impl, case, dtype, options, device):
     if not takes(impl, device, dtype):
         pytest.skip(f"{impl} does not take {dtype}")
@@ -106,7 +123,8 @@ def test_parity(form, impl, case, dtype, options, device):
     compare(form, impl, floats, **where, **options)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "one of all"])  # a gradient of a single number is 0 except for rounding
+# a gradient of a single number is 0 except for rounding
+@pytest.mark.parametrize("case", [name for name in CASES if name != "one of all"])
 @pytest.mark.parametrize("rms", [False, True])
 def test_the_reference_is_the_formula(form, case, rms, device):
     """Compare in float64: the reference is the truth of other tests."""
@@ -153,7 +171,12 @@ def test_strides(form, impl, device):
         lambda t: t.repeat_interleave(3, -1)[..., 1::3],
     ):
         compare(form, impl, [change(x), change(residual), *rest], **where)
-    compare(form, impl, [x[:1].expand_as(x), residual, *(t if t is None else t.repeat_interleave(2, -1)[..., ::2] for t in rest)], **where)
+    compare(
+        form,
+        impl,
+        [x[:1].expand_as(x), residual, *(t if t is None else t.repeat_interleave(2, -1)[..., ::2] for t in rest)],
+        **where,
+    )
 
 
 def test_strides_of_the_gradient(form, impl, device):
@@ -165,7 +188,9 @@ def test_strides_of_the_gradient(form, impl, device):
     for change in (lambda g: g.mT.contiguous().mT, lambda g: g.transpose(0, 1).contiguous().transpose(0, 1)):
         expected.check(torch.autograd.grad(outs, leaves, [change(g) for g in grads], retain_graph=True))
     summed = torch.autograd.grad([out.sum() for out in outs], leaves, retain_graph=True)  # strides 0
-    assert_within_rounding(summed, lambda: torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs], retain_graph=True))
+    assert_within_rounding(
+        summed, lambda: torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs], retain_graph=True)
+    )
 
 
 def test_one_of_two_results_is_enough(impl, device):
@@ -183,7 +208,15 @@ def test_one_of_two_results_is_enough(impl, device):
 def test_frozen_tensors_get_nothing_and_keep_nothing(form, impl, device):
     floats, where = tensors(CASES["plain"], torch.float32, device)
     names = ("x", "residual", "weight", "bias", "vectors")
-    for wanted in (("x",), ("residual",), ("weight",), ("bias",), ("vectors",), ("x", "vectors"), ("weight", "residual")):
+    for wanted in (
+        ("x",),
+        ("residual",),
+        ("weight",),
+        ("bias",),
+        ("vectors",),
+        ("x", "vectors"),
+        ("weight", "residual"),
+    ):
         leaves = [t.detach().requires_grad_(name in wanted) for name, t in zip(names, floats)]
         sum(out.square().sum() for out in of(form, impl)(*leaves, **where)).backward()
         assert {name for name, t in zip(names, leaves) if t.grad is not None} == set(wanted)
@@ -204,9 +237,14 @@ def test_ten_repeats_are_bit_equal(form, impl, device):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data, device):
-    batch, length, width, count = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (8, 150), (1, 4)))
+    batch, length, width, count = (
+        data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (8, 150), (1, 4))
+    )
     most = data.draw(st.integers(0, 5))
-    slots = [data.draw(st.lists(st.integers(0, length - 1), unique=True, max_size=min(most, length))) if length else [] for _ in range(batch)]
+    slots = [
+        data.draw(st.lists(st.integers(0, length - 1), unique=True, max_size=min(most, length))) if length else []
+        for _ in range(batch)
+    ]
     slots = [row + [-1] * (most - len(row)) for row in slots]
     floats, _ = tensors(((batch, length, width, count, 0), [[]] * batch, None), device=device)
     slots = torch.tensor(slots, dtype=torch.int32, device=device).reshape(batch, most)
@@ -223,19 +261,40 @@ def test_opcheck(impl, rms, pre):
     operators = torch.ops.peft_kernels
     torch.library.opcheck(operators.add_layer_norm_inject.default, (*leaves, *where.values(), *options))
     nothing = None, None, None
-    torch.library.opcheck(operators.add_layer_norm_inject.default, (*floats[:4], *nothing, EPS, rms, pre, 0.0, None, False, impl))
+    torch.library.opcheck(
+        operators.add_layer_norm_inject.default, (*floats[:4], *nothing, EPS, rms, pre, 0.0, None, False, impl)
+    )
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize("needs", [(True, False, False, True), (True, True, True, True), (False, True, False, False), (False, False, False, True)])
+@pytest.mark.parametrize(
+    "needs",
+    [(True, False, False, True), (True, True, True, True), (False, True, False, False), (False, False, False, True)],
+)
 def test_opcheck_backward(impl, rms, needs):
     (x, residual, weight, bias, vectors), where = tensors(CASES["adapters"])
     for pre in (False, True):
         args = x, residual, weight, bias, vectors, *where.values(), EPS, rms, pre, 0.0, None, True, impl
         _, total, mean, rstd = torch.ops.peft_kernels.add_layer_norm_inject.default(*args)
         grad_sum = torch.randn_like(x) if pre else None
-        backward = torch.randn_like(x), grad_sum, total, mean, rstd, weight, *where.values(), 3, 2, rms, pre, 0.0, None, *needs, impl
+        backward = (
+            torch.randn_like(x),
+            grad_sum,
+            total,
+            mean,
+            rstd,
+            weight,
+            *where.values(),
+            3,
+            2,
+            rms,
+            pre,
+            0.0,
+            None,
+            *needs,
+            impl,
+        )
         torch.library.opcheck(torch.ops.peft_kernels.add_layer_norm_inject_backward.default, backward)
 
 
@@ -243,7 +302,9 @@ def test_gradcheck(form):
     floats, where = tensors(((2, 3, 5, 2, 2), [[0, 2], [1, -1]], [1, 0]), torch.float64)
     leaves = [t.double().requires_grad_() for t in floats]
     for rms in (False, True):
-        assert torch.autograd.gradcheck(lambda *t, rms=rms: of(form, "auto")(*t, rms=rms, dropout_p=0.2, seed=1, **where), leaves)
+        assert torch.autograd.gradcheck(
+            lambda *t, rms=rms: of(form, "auto")(*t, rms=rms, dropout_p=0.2, seed=1, **where), leaves
+        )
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -270,10 +331,18 @@ def test_compiles_with_dynamic_shapes(form, impl):
         ({"x": torch.zeros(2, 7)}, ValueError, r"x must be \(B, S, d\), got \(2, 7\)"),
         ({"x": torch.zeros(2, 7, 32, dtype=torch.int8)}, TypeError, "x must be float32"),
         ({"residual": torch.zeros(2, 7, 31)}, ValueError, r"residual must be \(2, 7, 32\) as x is, got \(2, 7, 31\)"),
-        ({"residual": torch.zeros(2, 7, 32).half()}, TypeError, "residual must be torch.float32 as x is, got torch.float16"),
+        (
+            {"residual": torch.zeros(2, 7, 32).half()},
+            TypeError,
+            "residual must be torch.float32 as x is, got torch.float16",
+        ),
         ({"residual": torch.zeros(2, 7, 32, device="meta")}, ValueError, "residual must be on cpu as x is, got meta"),
         ({"weight": torch.ones(31)}, ValueError, r"weight must be \(32,\), got \(31,\)"),
-        ({"bias": torch.ones(32).half()}, TypeError, "bias must be torch.float32 as x is, or float32, got torch.float16"),
+        (
+            {"bias": torch.ones(32).half()},
+            TypeError,
+            "bias must be torch.float32 as x is, or float32, got torch.float16",
+        ),
         ({"slots": None}, ValueError, "vectors and slots come together, got vectors alone"),
         ({"vectors": None}, ValueError, "vectors and slots come together, got slots alone"),
         ({"vectors": torch.zeros(2, 31)}, ValueError, r"vectors must be \(P, 32\)"),
@@ -292,8 +361,16 @@ def test_errors(form, changed, error, message):
 def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
     if reason := implementations.module("cpp").unavailable("cpu", torch.float32):
         pytest.skip(reason)
-    x, weight, vectors, slots = torch.zeros(2, 3, 4), torch.ones(4), torch.zeros(1, 2, 4), torch.tensor([[0, -1], [2, 1]])
-    forward, backward = torch.ops.peft_kernels.add_layer_norm_inject_cpu, torch.ops.peft_kernels.add_layer_norm_inject_backward_cpu
+    x, weight, vectors, slots = (
+        torch.zeros(2, 3, 4),
+        torch.ones(4),
+        torch.zeros(1, 2, 4),
+        torch.tensor([[0, -1], [2, 1]]),
+    )
+    forward, backward = (
+        torch.ops.peft_kernels.add_layer_norm_inject_cpu,
+        torch.ops.peft_kernels.add_layer_norm_inject_backward_cpu,
+    )
     for changed, message in (
         ({0: x.half()}, "float32 or bfloat16"),
         ({0: torch.zeros(2, 4, 3).mT}, "dense rows"),
@@ -311,7 +388,11 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
             given[i] = value
         with pytest.raises(RuntimeError, match=message):
             forward(*given)
-    for changed, message in (({2: x[:1]}, "sum must have"), ({4: torch.ones(5)}, "rstd must be 6"), ({1: x[:, :2]}, "grad_sum must have")):
+    for changed, message in (
+        ({2: x[:1]}, "sum must have"),
+        ({4: torch.ones(5)}, "rstd must be 6"),
+        ({1: x[:, :2]}, "grad_sum must have"),
+    ):
         given = [x, None, x, None, torch.ones(2, 3), weight, None, None, 1]
         for i, value in changed.items():
             given[i] = value

@@ -16,7 +16,9 @@ def implementation(device):
     return triton
 
 
-@pytest.mark.parametrize("width, rows, columns, num_warps", [(1, 32, 1, 1), (64, 32, 64, 4), (768, 2, 1024, 4), (5120, 1, 8192, 16)])
+@pytest.mark.parametrize(
+    "width, rows, columns, num_warps", [(1, 32, 1, 1), (64, 32, 64, 4), (768, 2, 1024, 4), (5120, 1, 8192, 16)]
+)
 def test_rows_to_a_program(width, rows, columns, num_warps):
     options = triton.row_options(width)
     assert (options["BR"], options["BD"], options["num_warps"]) == (rows, columns, num_warps)

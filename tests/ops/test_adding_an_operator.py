@@ -54,7 +54,8 @@ from ..problem import Candidate, Operator, Problem, RandomInputs, plain
 
 def problem(shape, variant, dtype, device, backward):
     inputs = RandomInputs(device, dtype)
-    x, factor, grad = inputs.normal(shape["B"], shape["d"]), inputs.normal(shape["B"]), inputs.normal(shape["B"], shape["d"])
+    x, grad = inputs.normal(shape["B"], shape["d"]), inputs.normal(shape["B"], shape["d"])
+    factor = inputs.normal(shape["B"])
     return Problem(
         leaves=(x, factor),
         grads=(grad,),
@@ -68,7 +69,8 @@ def problem(shape, variant, dtype, device, backward):
 SHAPES = ({"B": 8, "d": 16},)
 OPERATORS = {
     "scale_rows": Operator(
-        name="scale_rows", title="Scaled rows", about="B rows of width d", shapes=SHAPES, quick_shapes=SHAPES, problem=problem, has_backward=False
+        name="scale_rows", title="Scaled rows", about="B rows of width d", shapes=SHAPES, quick_shapes=SHAPES,
+        problem=problem, has_backward=False,
     )
 }
 '''
@@ -84,8 +86,12 @@ def tree(tmp_path_factory):
     for name, text in FILES.items():
         (folder / name).write_text(text)
     init = root / "peft_kernels/ops/__init__.py"
-    text = init.read_text().replace("from .special_tokens import", "from .scale_rows import scale_rows\nfrom .special_tokens import")
-    init.write_text(text.replace('    "label_cross_attention",\n]', '    "label_cross_attention",\n    "scale_rows",\n]'))
+    text = init.read_text().replace(
+        "from .special_tokens import", "from .scale_rows import scale_rows\nfrom .special_tokens import"
+    )
+    init.write_text(
+        text.replace('    "label_cross_attention",\n]', '    "label_cross_attention",\n    "scale_rows",\n]')
+    )
     return root
 
 
@@ -97,7 +103,20 @@ def run(tree, *command):
 
 def test_commands_have_it(tree):
     assert "scale_rows" in run(tree, "-m", "peft_kernels", "info")
-    shown = run(tree, "-m", "peft_kernels", "bench", "scale_rows", "--quick", "--dtype", "float32", "--repeats", "2", "--out", "out")
+    shown = run(
+        tree,
+        "-m",
+        "peft_kernels",
+        "bench",
+        "scale_rows",
+        "--quick",
+        "--dtype",
+        "float32",
+        "--repeats",
+        "2",
+        "--out",
+        "out",
+    )
     assert "scale_rows, B=8 d=16, float32, forward" in shown and "one line" in shown
     run(tree, "-m", "peft_kernels", "report", "out", "--out", "page.html")
     assert "Scaled rows" in (tree / "page.html").read_text()

@@ -27,7 +27,9 @@ def test_shared_cross_attention_reads_each_input_once_and_no_padding():
     # 7 of the 10 keys; streams of the first input see 5, of the second 2: 3 * (5 + 2) pairs
     ragged = attention.shared_cross_attention(query, key, value, key_lengths=integers(5, 2))
     assert ragged == Cost(2 * 96 + 2 * 7 * 16 + 16, 2 * 2 * 21 * 4)
-    mostly_short = attention.shared_cross_attention(query, key, value, key_lengths=integers(5, 2), encoder_index=integers(0, 1, 1, 1, 1, 1))
+    mostly_short = attention.shared_cross_attention(
+        query, key, value, key_lengths=integers(5, 2), encoder_index=integers(0, 1, 1, 1, 1, 1)
+    )
     assert mostly_short.operations == 2 * 2 * (5 + 5 * 2) * 4
 
 
@@ -57,7 +59,9 @@ def test_special_tokens():
     hidden, vectors = empty(2, 7, 5), empty(2, 5, grad=True)
     in_place = special_tokens.special_token_add_(hidden, vectors, slots)
     assert in_place == Cost(2 * 3 * 5 * 4 + 40 + 32, 3 * 5)  # 3 rows hold a special token
-    assert special_tokens.special_token_add_(hidden, vectors, slots, backward=True) == Cost(in_place.bytes + 60 + 40, 2 * 15)
+    assert special_tokens.special_token_add_(hidden, vectors, slots, backward=True) == Cost(
+        in_place.bytes + 60 + 40, 2 * 15
+    )
     assert special_tokens.special_token_add_(hidden, vectors.detach(), slots, backward=True) == in_place
     assert special_tokens.special_token_add(hidden, vectors, slots) == Cost(2 * 280 + 40 + 32, 15)
 
@@ -65,11 +69,15 @@ def test_special_tokens():
 def test_add_layer_norm_inject():
     x, residual, weight = empty(2, 3, 5, grad=True), empty(2, 3, 5, grad=True), empty(5)
     assert norms.add_layer_norm_inject(x, residual, weight).bytes == 3 * 120 + 20
-    assert norms.add_layer_norm_inject(x, residual, weight, backward=True).bytes == 5 * 120 + 20  # one gradient for both
+    # one gradient for both
+    assert norms.add_layer_norm_inject(x, residual, weight, backward=True).bytes == 5 * 120 + 20
     assert norms.add_inject_layer_norm(x, residual, weight).bytes == 4 * 120 + 20
     assert norms.add_inject_layer_norm(x, residual, weight, backward=True).bytes == 7 * 120 + 20
     vectors, slots = empty(2, 5, grad=True), torch.zeros(2, 2, dtype=torch.int32)
-    assert norms.add_layer_norm_inject(x, residual, weight, None, vectors, slots, backward=True).bytes == 5 * 120 + 20 + 2 * 40 + 16
+    assert (
+        norms.add_layer_norm_inject(x, residual, weight, None, vectors, slots, backward=True).bytes
+        == 5 * 120 + 20 + 2 * 40 + 16
+    )
 
 
 def test_label_logits():
@@ -100,10 +108,14 @@ def test_label_cross_attention_takes_the_cheaper_form():
     few, many = empty(1, 8, grad=True), empty(9, 8, grad=True)
     forward = label_attention.label_cross_attention(few, features, *weights, num_heads=2)
     assert forward == Cost(384 + 32 + 3 * 256 + 64, 2 * 128 + 2 * 128 + 2 * (2 * 12 * 2 * 8))
-    assert label_attention.label_cross_attention(many, features, *weights, num_heads=2).operations == 9 * 128 + 2 * 12 * 128 + 2 * (2 * 12 * 9 * 8)
+    assert label_attention.label_cross_attention(
+        many, features, *weights, num_heads=2
+    ).operations == 9 * 128 + 2 * 12 * 128 + 2 * (2 * 12 * 9 * 8)
     backward = label_attention.label_cross_attention(few, features, *weights, num_heads=2, backward=True)
     assert backward.bytes == forward.bytes + 64 + 32 + 3 * 256
-    frozen = label_attention.label_cross_attention(few.detach(), features, *(w.detach() for w in weights), num_heads=2, backward=True)
+    frozen = label_attention.label_cross_attention(
+        few.detach(), features, *(w.detach() for w in weights), num_heads=2, backward=True
+    )
     assert frozen.operations == forward.operations
     padded = label_attention.label_cross_attention(few, features, *weights, lengths=integers(6, 1), num_heads=2)
     assert padded.bytes == forward.bytes - 5 * 32 + 16

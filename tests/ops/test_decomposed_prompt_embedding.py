@@ -1,4 +1,6 @@
-"""Every implementation that runs on this device, and ``auto``, against the formula written out token by token in float64."""
+"""Every implementation that runs on this device, and ``auto``, against the formula written out token by token in
+float64.
+"""
 
 import pytest
 import torch
@@ -41,7 +43,9 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (
+        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
+    ):
         pytest.skip(reason)
     return request.param
 
@@ -56,13 +60,18 @@ def make(case, dtype=torch.float32, device="cpu", seed=0, vocabulary=50, paramet
 
     stack = (adapters,) if adapters else ()
     ids = torch.randint(0, vocabulary, (batch, length), generator=generator).to(device)
-    trained = [normal(*stack, *shape, dtype=parameters or dtype) for shape in ((virtual, width), (positions, rank), (rank, width))]
+    trained = [
+        normal(*stack, *shape, dtype=parameters or dtype)
+        for shape in ((virtual, width), (positions, rank), (rank, width))
+    ]
     where = {"offsets": offsets, "adapter_ids": adapter_ids}
     where = {name: None if x is None else torch.tensor(x, dtype=torch.long, device=device) for name, x in where.items()}
     return (ids, normal(vocabulary, width)), trained, where
 
 
-def by_hand(ids, weight, prompt, a, b, *, scale=1.0, embed_scale=1.0, offsets=None, insert_after_first=False, adapter_ids=None):
+def by_hand(
+    ids, weight, prompt, a, b, *, scale=1.0, embed_scale=1.0, offsets=None, insert_after_first=False, adapter_ids=None
+):
     """The formula, one row and one token at a time; autograd computes the gradients."""
     prompt, a, b = (x if x.ndim == 3 else x[None] for x in (prompt, a, b))
     delta = scale * a @ b
@@ -94,11 +103,15 @@ def compare(embed, table, trained, **options):
     """Assert equality within rounding of plain PyTorch in the same dtype."""
     ids, weight = table
     expected = by_hand(ids, weight.double(), *(x.double() for x in trained), **options)
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(weight.device, weight.dtype)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        weight.device, weight.dtype
+    )
     truth = results(by_hand, (ids, weight.double()), [x.double() for x in trained], grad, **options)
     got = results(embed, table, trained, grad, **options)
     assert [x.dtype for x in got] == [x.dtype for x in (weight, *trained, weight)]
-    assert_within_rounding(got, lambda: results(by_hand, (ids, weight), [x.to(weight.dtype) for x in trained], grad, **options), truth)
+    assert_within_rounding(
+        got, lambda: results(by_hand, (ids, weight), [x.to(weight.dtype) for x in trained], grad, **options), truth
+    )
     assert got[0].is_contiguous()
 
 
@@ -155,7 +168,14 @@ def test_strides(impl, device):
     apart = [x.repeat_interleave(3, -1)[..., 1::3] for x in (ids, weight, *trained, *where.values())]
     turned = [x if x.ndim == 1 else x.mT.contiguous().mT for x in (ids, weight, *trained, *where.values())]
     for ids, weight, prompt, a, b, offsets, adapter_ids in (apart, turned):
-        compare(of(impl), (ids.int(), weight), (prompt, a, b), offsets=offsets.int(), adapter_ids=adapter_ids.int(), scale=0.3)
+        compare(
+            of(impl),
+            (ids.int(), weight),
+            (prompt, a, b),
+            offsets=offsets.int(),
+            adapter_ids=adapter_ids.int(),
+            scale=0.3,
+        )
     row = ids[:1].expand(6, -1)
     compare(of(impl), (row, weight[:1].expand(50, -1)), (prompt, a, b), **where)
 
@@ -166,7 +186,11 @@ def test_strides_of_the_gradient(impl, device):
     out = decomposed_prompt_embedding(ids, weight, *leaves, impl=impl, **where)
     grad = torch.randn_like(out)
     expected = WithinRounding(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    for changed in (grad.mT.contiguous().mT, grad.repeat_interleave(2, -1)[..., ::2], grad.transpose(0, 1).contiguous().transpose(0, 1)):
+    for changed in (
+        grad.mT.contiguous().mT,
+        grad.repeat_interleave(2, -1)[..., ::2],
+        grad.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
         expected.check(torch.autograd.grad(out, leaves, changed, retain_graph=True))
     summed = torch.autograd.grad(out.sum(), leaves, retain_graph=True)  # strides 0
     assert_within_rounding(summed, lambda: torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True))
@@ -180,7 +204,9 @@ def test_table_rows_more_than_2_31_elements_apart(impl, device):
     ids = torch.tensor([[3, 0, 2, 1]], device=device)
     prompt, a, b = (torch.randn(shape, device=device) for shape in ((2, 8), (4, 3), (3, 8)))
     out = decomposed_prompt_embedding(ids, weight, prompt, a, b, impl=impl)
-    assert_within_rounding(out, lambda: decomposed_prompt_embedding(ids, weight.contiguous(), prompt, a, b, impl="reference"))
+    assert_within_rounding(
+        out, lambda: decomposed_prompt_embedding(ids, weight.contiguous(), prompt, a, b, impl="reference")
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -207,7 +233,10 @@ def test_ten_repeats_are_bit_equal(impl, device):
 def test_frozen_table_and_frozen_parameters_get_nothing(impl, device):
     (ids, weight), (prompt, a, b), where = make(CASES["plain"], torch.float32, device)
     for wanted in (("prompt",), ("a",), ("b",), ("a", "b"), ("weight",), ("prompt", "weight")):
-        leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in zip(("weight", "prompt", "a", "b"), (weight, prompt, a, b))}
+        leaves = {
+            name: x.detach().requires_grad_(name in wanted)
+            for name, x in zip(("weight", "prompt", "a", "b"), (weight, prompt, a, b))
+        }
         decomposed_prompt_embedding(ids, impl=impl, **leaves, **where).square().sum().backward()
         assert {name for name, x in leaves.items() if x.grad is not None} == set(wanted)
 
@@ -216,4 +245,6 @@ def test_auto_takes_the_native_library_where_it_is_built(device):
     if device.type == "cpu":
         built = implementations.module("cpp").unavailable("cpu", torch.float32) is None
         assert implementations.choose("cpu", torch.float32) == ("cpp" if built else "reference")
-        assert implementations.choose("cpu", torch.float64) == implementations.choose("cpu", torch.float16) == "reference"
+        assert (
+            implementations.choose("cpu", torch.float64) == implementations.choose("cpu", torch.float16) == "reference"
+        )

@@ -1,4 +1,6 @@
-"""The CUDA C++ kernels against the reference, with ``--device cuda``; without a GPU, their library loads and says why it does not run."""
+"""The CUDA C++ kernels against the reference, with ``--device cuda``; without a GPU, their library loads and says why
+it does not run.
+"""
 
 import cuda_on_host
 import pytest
@@ -22,7 +24,9 @@ def test_a_block_of_several_rows(chosen, implementation, poisoned, device):
     check_all(implementation, (*arguments[:10], torch.tensor(chosen, device=device).repeat(repeats)), grad)
 
 
-@pytest.mark.parametrize("device_type, dtype, reason", [("cpu", torch.float32, "not on cpu"), ("cuda", torch.float64, "float64")])
+@pytest.mark.parametrize(
+    "device_type, dtype, reason", [("cpu", torch.float32, "not on cpu"), ("cuda", torch.float64, "float64")]
+)
 def test_says_why_it_cannot_run(device_type, dtype, reason):
     assert reason in cuda.unavailable(device_type, dtype)
 

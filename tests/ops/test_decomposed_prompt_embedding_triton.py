@@ -32,7 +32,9 @@ def test_rows_of_the_batch_share_a_product_where_the_device_is_full():
     assert triton.rows_per_program(64, 4000, 132) == triton.MAX_ROWS
 
 
-@pytest.mark.parametrize("device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")])
+@pytest.mark.parametrize(
+    "device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")]
+)
 def test_says_why_it_cannot_run(device_type, dtype, reason):
     assert reason in triton.unavailable(device_type, dtype)
 

@@ -65,5 +65,8 @@ def test_label_cross_attention():
 
 @pytest.mark.parametrize("order", ["peft_kernels, torch.utils.flop_counter", "torch.utils.flop_counter, peft_kernels"])
 def test_registered_whatever_is_imported_first(order):
-    code = f"import {order}; import torch, torch.utils.flop_counter as f; assert torch.ops.peft_kernels.label_logits in f.flop_registry"
+    code = (
+        f"import {order}; import torch, torch.utils.flop_counter as f; assert torch.ops.peft_kernels.label_logits in"
+        " f.flop_registry"
+    )
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)

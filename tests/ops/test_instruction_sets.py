@@ -1,4 +1,6 @@
-"""The native kernels compiled for lower instruction sets than this CPU's: each in a new process, because a process chooses once."""
+"""The native kernels compiled for lower instruction sets than this CPU's: each in a new process, because a process
+chooses once.
+"""
 
 import os
 import subprocess
@@ -26,6 +28,17 @@ def test_lesser_instruction_sets(file, capability):
     if native_library.problem():
         pytest.skip(native_library.problem())
     environment = {**os.environ, "PEFT_KERNELS_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name(file)), "-q", "-x", "-p", "no:cacheprovider", "-k", TESTS[file]]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(Path(__file__).with_name(file)),
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        TESTS[file],
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,6 @@
-"""Every implementation that runs on this device, and ``auto``, against attention with keys and values, one row at a time, in float64."""
+"""Every implementation that runs on this device, and ``auto``, against attention with keys and values, one row at a
+time, in float64.
+"""
 
 import pytest
 import torch
@@ -56,7 +58,10 @@ def make(case, per_row=False, dtype=torch.float32, wide=None, device="cpu"):
         return torch.randn(shape, generator=generator)
 
     features = normal(rows, tokens, width)
-    floats = [normal(*((rows,) if per_row else ()), slots, width), *(normal(width, width) * (1.5 / width**0.5) for _ in range(3))]
+    floats = [
+        normal(*((rows,) if per_row else ()), slots, width),
+        *(normal(width, width) * (1.5 / width**0.5) for _ in range(3)),
+    ]
     if lengths is not None:
         lengths = torch.tensor(lengths, device=device)
         features[torch.arange(tokens) >= lengths.cpu()[:, None]] = torch.nan
@@ -73,7 +78,9 @@ def ragged(features, lengths, num_heads):
 
 
 def by_hand(slots, w_q, w_k, w_v, features, *, lengths=None, offsets=None, num_heads):
-    """Attention with one matmul each for queries, keys and values, as in the operator: separate rows would be summed in another order."""
+    """Attention with one matmul each for queries, keys and values, as in the operator: separate rows would be summed in
+    another order.
+    """
     rows = [x[:k] for x, k in zip(features, lengths)] if lengths is not None else list(features)
     if offsets is not None:
         rows = [features[i:j] for i, j in zip(offsets[:-1], offsets[1:])]
@@ -119,7 +126,8 @@ def compare(impl, floats, features, **options):
 
 
 DTYPES = {
-    "float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "float32 over bfloat16": (torch.bfloat16, torch.float32),
+    "float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "float32 over bfloat16": (torch.bfloat16,
+    torch.float32),
     "float16": (torch.float16, None),
 }  # fmt: skip
 
@@ -236,9 +244,13 @@ def test_ten_repeats_are_bit_equal(impl, per_row, device):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data, device):
-    rows, tokens, heads, each, slots = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (1, 6), (1, 24), (1, 6)))
+    rows, tokens, heads, each, slots = (
+        data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (1, 6), (1, 24), (1, 6))
+    )
     lengths = data.draw(st.lists(st.integers(0, tokens), min_size=rows, max_size=rows))
-    floats, features, options = make(((rows, tokens, heads * each, slots, heads), None), data.draw(st.booleans()), device=device)
+    floats, features, options = make(
+        ((rows, tokens, heads * each, slots, heads), None), data.draw(st.booleans()), device=device
+    )
     options["lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
     if data.draw(st.booleans()):
         features, options = ragged(features, **options)
@@ -257,15 +269,22 @@ def test_opcheck(impl, form):
         features = features.nan_to_num()  # opcheck compares its arguments
         slots, _, w_k, w_v = (x.requires_grad_() for x in floats)
         query = slots if per_row else slots[None].detach().requires_grad_()
-        operator, args = torch.ops.peft_kernels.label_cross_attention.default, (query, features, w_k, w_v, lengths, offsets, heads)
+        operator, args = (
+            torch.ops.peft_kernels.label_cross_attention.default,
+            (query, features, w_k, w_v, lengths, offsets, heads),
+        )
         torch.library.opcheck(operator, (*args, True, impl))
-        torch.library.opcheck(operator, (*(x.detach() if isinstance(x, torch.Tensor) else x for x in args), False, impl))
+        torch.library.opcheck(
+            operator, (*(x.detach() if isinstance(x, torch.Tensor) else x for x in args), False, impl)
+        )
         with torch.no_grad():
             out, weights, kept = operator(*args, True, impl)
         query, w_k, w_v = query.detach(), w_k.detach(), w_v.detach()
         backward = torch.ops.peft_kernels.label_cross_attention_backward.default
         for needs in ((True, True, True), (True, False, False), (False, False, True)):
-            torch.library.opcheck(backward, (torch.randn_like(out), query, features, w_k, w_v, weights, kept, *args[4:], *needs, impl))
+            torch.library.opcheck(
+                backward, (torch.randn_like(out), query, features, w_k, w_v, weights, kept, *args[4:], *needs, impl)
+            )
 
 
 @pytest.mark.parametrize("impl", ["auto", "explicit", "matmul"])
@@ -324,7 +343,11 @@ def test_auto_takes_what_is_cheaper():
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"features": torch.zeros(3, 32)}, ValueError, r"features must be \(B, n, d\), with offsets \(total, d\), got \(3, 32\)"),
+        (
+            {"features": torch.zeros(3, 32)},
+            ValueError,
+            r"features must be \(B, n, d\), with offsets \(total, d\), got \(3, 32\)",
+        ),
         ({"features": torch.zeros(3, 7, 32, dtype=torch.int8)}, TypeError, "features must be float32"),
         ({"features": torch.zeros(3, 7, 32, requires_grad=True)}, ValueError, "features must not require a gradient"),
         ({"offsets": torch.tensor([0, 7])}, ValueError, "features must be"),
@@ -332,9 +355,21 @@ def test_auto_takes_what_is_cheaper():
         ({"lengths": torch.ones(3)}, TypeError, "lengths must be int32 or int64, got torch.float32"),
         ({"lengths": torch.tensor([7, 8, 0])}, ValueError, r"lengths must lie in \[0, 7\], got values from 0 to 8"),
         ({"lengths": torch.tensor([7, -1, 0])}, ValueError, r"lengths must lie in \[0, 7\], got values from -1 to 7"),
-        ({"features": torch.zeros(7, 32), "offsets": torch.tensor([0, 5, 6])}, ValueError, "offsets must go from 0 to 7"),
-        ({"features": torch.zeros(7, 32), "offsets": torch.tensor([0, 5, 4, 7])}, ValueError, "offsets must go from 0 to 7"),
-        ({"features": torch.zeros(7, 32), "offsets": torch.zeros(0).long()}, ValueError, r"offsets must be \(B \+ 1,\), got \(0,\)"),
+        (
+            {"features": torch.zeros(7, 32), "offsets": torch.tensor([0, 5, 6])},
+            ValueError,
+            "offsets must go from 0 to 7",
+        ),
+        (
+            {"features": torch.zeros(7, 32), "offsets": torch.tensor([0, 5, 4, 7])},
+            ValueError,
+            "offsets must go from 0 to 7",
+        ),
+        (
+            {"features": torch.zeros(7, 32), "offsets": torch.zeros(0).long()},
+            ValueError,
+            r"offsets must be \(B \+ 1,\), got \(0,\)",
+        ),
         ({"lengths": torch.ones(3).long(), "offsets": torch.ones(3).long()}, ValueError, "exclude each other"),
         ({"slots": torch.zeros(3, 31)}, ValueError, r"slots must be \(S, 32\) or \(3, S, 32\), got \(3, 31\)"),
         ({"slots": torch.zeros(2, 3, 32)}, ValueError, "slots must be"),
@@ -363,7 +398,10 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
     if reason := implementations.unavailable("cpp", "cpu", torch.float32):
         pytest.skip(reason)
     queries, features, weights = torch.zeros(2, 3, 4, 8), torch.zeros(3, 5, 8), torch.zeros(3, 5, 8)
-    forward, backward = torch.ops.peft_kernels.label_cross_attention_cpu, torch.ops.peft_kernels.label_cross_attention_backward_cpu
+    forward, backward = (
+        torch.ops.peft_kernels.label_cross_attention_cpu,
+        torch.ops.peft_kernels.label_cross_attention_backward_cpu,
+    )
     for changed, message in (
         ({0: queries.half()}, "queries must be float32 or bfloat16"),
         ({0: queries.bfloat16()}, "queries must be float32 or as the features are"),
@@ -383,7 +421,11 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
             given[i] = value
         with pytest.raises(RuntimeError, match=message):
             forward(*given)
-    for changed, message in (({2: weights[:2]}, "weights must be 120"), ({2: weights.double()}, "weights must be"), ({0: queries[:, :1]}, "3 rows")):
+    for changed, message in (
+        ({2: weights[:2]}, "weights must be 120"),
+        ({2: weights.double()}, "weights must be"),
+        ({0: queries[:, :1]}, "3 rows"),
+    ):
         given = [queries, features, weights, None, None, 1.0, False]
         for i, value in changed.items():
             given[i] = value

@@ -46,7 +46,11 @@ class Problem(NamedTuple):
             features = torch.full((batch, self.tokens, self.width), torch.nan, dtype=dtype, device=device)
             for row, given in zip(features, rows):
                 row[: len(given)] = given
-            lengths = torch.tensor(self.lengths, dtype=self.integer, device=device) if min(self.lengths) < self.tokens else None
+            lengths = (
+                torch.tensor(self.lengths, dtype=self.integer, device=device)
+                if min(self.lengths) < self.tokens
+                else None
+            )
         else:
             features = torch.cat(rows)
             offsets = torch.tensor([0, *np.cumsum(self.lengths)], dtype=self.integer, device=device)
@@ -118,7 +122,12 @@ def test_a_row_does_not_depend_on_the_others(device):
     expected = expected_of(all_results, matmul, ((queries, grad), features, None, offsets), False)
     alone = []
     for b, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
-        row = (queries[:, b : b + 1].contiguous(), grad[:, b : b + 1].contiguous()), features[None, begin:end], None, None
+        row = (
+            (queries[:, b : b + 1].contiguous(), grad[:, b : b + 1].contiguous()),
+            features[None, begin:end],
+            None,
+            None,
+        )
         alone.append(all_results(triton, row, False))
     pooled, weights, grads = zip(*alone)
     expected.check((torch.cat(pooled, 1), torch.cat(weights, 1)[0], torch.cat(grads, 1)))
@@ -131,13 +140,20 @@ def test_ten_repeats_are_bit_equal(problem, device):
     assert all(torch.equal(x, y) for again in rest for x, y in zip(first, again))
 
 
-@pytest.mark.parametrize("problem", [Problem((0, 0), 4), Problem((0, 0)), Problem((), 4), Problem(()), Problem((2,), 2, slots=0)])
+@pytest.mark.parametrize(
+    "problem", [Problem((0, 0), 4), Problem((0, 0)), Problem((), 4), Problem(()), Problem((2,), 2, slots=0)]
+)
 @pytest.mark.parametrize("shared", [True, False])
 def test_empty(problem, shared, device):
     if not problem.lengths:
         features = torch.zeros(0, 4, 24, device=device) if problem.tokens else torch.zeros(0, 24, device=device)
         grad = torch.zeros(2, 0, 3, 24, device=device)
-        given = (torch.randn(2, 1, 3, 24, device=device), grad), features, None, None if problem.tokens else torch.tensor([0], device=device)
+        given = (
+            (torch.randn(2, 1, 3, 24, device=device), grad),
+            features,
+            None,
+            None if problem.tokens else torch.tensor([0], device=device),
+        )
     else:
         given = problem.make(torch.float32, device, shared)
     assert_like(matmul, triton, all_results, given, shared)
@@ -150,10 +166,16 @@ def test_rows_more_than_two_gibi_elements_apart(device):
     else:
         memory = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)
     (queries, grad), features, *_ = Problem((1, 1, 1), 1).make(torch.float16, device)
-    for given in ((features, None, None), (features[:, 0], None, torch.arange(4, device=device)), (features.transpose(0, 1), None, None)):
+    for given in (
+        (features, None, None),
+        (features[:, 0], None, torch.arange(4, device=device)),
+        (features.transpose(0, 1), None, None),
+    ):
         dense = given[0].contiguous()
         batch = len(dense) if given[2] is None else 3
-        strides = (24, apart, 1) if len(dense) == 1 and dense.ndim == 3 else (apart, 24, 1) if dense.ndim == 3 else (apart, 1)
+        strides = (
+            (24, apart, 1) if len(dense) == 1 and dense.ndim == 3 else (apart, 24, 1) if dense.ndim == 3 else (apart, 1)
+        )
         spread = memory.as_strided(dense.shape, strides).copy_(dense)
         expected = expected_of(all_results, matmul, ((queries, grad[:, :batch].contiguous()), dense, *given[1:]), True)
         expected.check(all_results(triton, ((queries, grad[:, :batch].contiguous()), spread, *given[1:]), True))
@@ -163,7 +185,9 @@ def test_rows_more_than_two_gibi_elements_apart(device):
 def test_through_the_operator(per_row, device):
     _, features, lengths, _ = PROBLEMS["padded"].make(torch.float32, device)
     grad = torch.randn(4, 3, 24, device=device)
-    leaves = [torch.randn(*shape, device=device) / 5 for shape in ((4, 3, 24)[not per_row :], (24, 24), (24, 24), (24, 24))]
+    leaves = [
+        torch.randn(*shape, device=device) / 5 for shape in ((4, 3, 24)[not per_row :], (24, 24), (24, 24), (24, 24))
+    ]
 
     def of_triton(slots, w_q, w_k, w_v, features, **options):
         return label_cross_attention(slots, features, w_q, w_k, w_v, **options, impl="triton")
@@ -177,11 +201,15 @@ def test_through_the_operator(per_row, device):
     expected.check(results(of_triton, torch.float32))
 
 
-@pytest.mark.parametrize("unit, queries, block", [("half", 1, 16), ("half", 36, 64), ("half", 129, 128), ("fma", 65, 64), ("amd", 17, 32)])
+@pytest.mark.parametrize(
+    "unit, queries, block", [("half", 1, 16), ("half", 36, 64), ("half", 129, 128), ("fma", 65, 64), ("amd", 17, 32)]
+)
 def test_the_least_block_that_holds_all_queries(unit, queries, block):
     assert triton.scores_options(unit, queries)["BQ"] == triton.pool_options(unit, queries)["BQ"] == block
 
 
-@pytest.mark.parametrize("device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")])
+@pytest.mark.parametrize(
+    "device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")]
+)
 def test_says_why_it_cannot_run(device_type, dtype, reason):
     assert reason in triton.unavailable(device_type, dtype)

@@ -1,4 +1,6 @@
-"""Every implementation that runs on this device, and ``auto``, against full logits in float64; and the operator's contract."""
+"""Every implementation that runs on this device, and ``auto``, against full logits in float64; and the operator's
+contract.
+"""
 
 import pytest
 import torch
@@ -38,7 +40,9 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (
+        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
+    ):
         pytest.skip(reason)
     return request.param
 
@@ -55,7 +59,13 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
     weight = torch.randn(vocabulary, width, generator=generator).to(device, dtype)
     bias = torch.randn(vocabulary, generator=generator).to(device, dtype)
     positions = torch.randint(length, (batch,), generator=generator).to(device) if length else None
-    return hidden, weight, torch.tensor(label_ids, dtype=torch.long, device=device).reshape(len(label_ids), -1 if label_ids else 1), bias, positions
+    return (
+        hidden,
+        weight,
+        torch.tensor(label_ids, dtype=torch.long, device=device).reshape(len(label_ids), -1 if label_ids else 1),
+        bias,
+        positions,
+    )
 
 
 def by_hand(hidden, weight, label_ids, bias=None, positions=None, reduce="max"):
@@ -66,7 +76,11 @@ def by_hand(hidden, weight, label_ids, bias=None, positions=None, reduce="max"):
     of_classes = []
     for ids in label_ids.tolist():
         words = logits[:, [i for i in ids if i >= 0]]
-        of_classes.append({"max": lambda x: x.amax(1), "mean": lambda x: x.mean(1), "logsumexp": lambda x: x.logsumexp(1)}[reduce](words))
+        of_classes.append(
+            {"max": lambda x: x.amax(1), "mean": lambda x: x.mean(1), "logsumexp": lambda x: x.logsumexp(1)}[reduce](
+                words
+            )
+        )
     return torch.stack(of_classes, 1) if of_classes else logits[:, :0]
 
 
@@ -85,7 +99,9 @@ def compare(function, hidden, weight, label_ids, bias, positions, **options):
     truth = results(by_hand, hidden.double(), weight.double(), label_ids, bias.double(), positions, grad, **options)
     got = results(function, hidden, weight, label_ids, bias, positions, grad, **options)
     assert [x.dtype for x in got] == [torch.float32, hidden.dtype, weight.dtype, bias.dtype]
-    assert_within_rounding(got, lambda: results(by_hand, hidden, weight, label_ids, bias, positions, grad, **options), truth)
+    assert_within_rounding(
+        got, lambda: results(by_hand, hidden, weight, label_ids, bias, positions, grad, **options), truth
+    )
 
 
 def of(impl):
@@ -104,7 +120,10 @@ def test_parity(impl, case, dtype, reduce, device):
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
     """Compare in float64: the reference is the truth of other tests."""
-    given = *make(CASES[case], torch.float64, device), torch.randn(CASES[case][0][0], len(CASES[case][1]), device=device)
+    given = (
+        *make(CASES[case], torch.float64, device),
+        torch.randn(CASES[case][0][0], len(CASES[case][1]), device=device),
+    )
     for reduce in REDUCTIONS:
         got = results(of("reference"), *given, reduce=reduce)
         assert_within_rounding(got, lambda reduce=reduce: results(by_hand, *given, reduce=reduce))
@@ -125,7 +144,9 @@ def test_without_bias_and_with_one_in_float32(impl, device):
 
 def test_reads_the_named_rows_alone(impl, device):
     hidden, weight, label_ids, bias, positions = make(CASES["classes of different size"], device=device)
-    expected = WithinRounding(lambda: label_logits(hidden, weight, label_ids, bias=bias, positions=positions, impl=impl))
+    expected = WithinRounding(
+        lambda: label_logits(hidden, weight, label_ids, bias=bias, positions=positions, impl=impl)
+    )
     kept = hidden[torch.arange(len(hidden), device=device), positions]
     poisoned, table, biases = (torch.full_like(x, torch.nan) for x in (hidden, weight, bias))
     poisoned[torch.arange(len(hidden), device=device), positions] = kept
@@ -138,8 +159,16 @@ def test_reads_the_named_rows_alone(impl, device):
 def test_strides(impl, device):
     hidden, weight, label_ids, bias, positions = make(CASES["classes of different size"], device=device)
     apart = [x.repeat_interleave(2, -1)[..., ::2] for x in (hidden, weight, label_ids, bias, positions)]
-    turned = [x if x.ndim == 1 else x.mT.contiguous().mT for x in (hidden, weight, label_ids.int(), bias, positions.int())]
-    swapped = [hidden.transpose(0, 1).contiguous().transpose(0, 1), weight.repeat(1, 2)[:, : weight.shape[1]], label_ids, bias, positions]
+    turned = [
+        x if x.ndim == 1 else x.mT.contiguous().mT for x in (hidden, weight, label_ids.int(), bias, positions.int())
+    ]
+    swapped = [
+        hidden.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.repeat(1, 2)[:, : weight.shape[1]],
+        label_ids,
+        bias,
+        positions,
+    ]
     for h, w, ids, b, at in (apart, turned, swapped):
         compare(of(impl), h, w, ids, b, at)
 
@@ -168,17 +197,28 @@ def test_tables_past_2_31_elements(impl, device, monkeypatch):
     weight = torch.empty(rows, width, dtype=torch.bfloat16, device=device)
     weight[-1] = 1
     hidden = torch.ones(2, width, dtype=torch.bfloat16, device=device)
-    assert label_logits(hidden, weight, torch.tensor([[rows - 1]], device=device), impl=impl).flatten().tolist() == [64, 64]
+    assert label_logits(hidden, weight, torch.tensor([[rows - 1]], device=device), impl=impl).flatten().tolist() == [
+        64,
+        64,
+    ]
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data, device):
-    batch, length, width, vocabulary = (data.draw(st.integers(low, high)) for low, high in ((0, 5), (0, 6), (1, 70), (1, 20)))
+    batch, length, width, vocabulary = (
+        data.draw(st.integers(low, high)) for low, high in ((0, 5), (0, 6), (1, 70), (1, 20))
+    )
     classes, most = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 3))
     of_class = st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=most)
-    label_ids = [(ids + [-1] * most)[:most] for ids in data.draw(st.lists(of_class, min_size=classes, max_size=classes))]
-    compare(of("auto"), *make(((batch, length, width, vocabulary), label_ids), device=device), reduce=data.draw(st.sampled_from(REDUCTIONS)))
+    label_ids = [
+        (ids + [-1] * most)[:most] for ids in data.draw(st.lists(of_class, min_size=classes, max_size=classes))
+    ]
+    compare(
+        of("auto"),
+        *make(((batch, length, width, vocabulary), label_ids), device=device),
+        reduce=data.draw(st.sampled_from(REDUCTIONS)),
+    )
 
 
 def test_ten_repeats_are_bit_equal(impl, device):
@@ -204,7 +244,9 @@ def test_frozen_tensors_get_nothing(impl, device):
 def test_opcheck(impl, case):
     hidden, weight, label_ids, bias, positions = make(CASES[case])
     operators = torch.ops.peft_kernels
-    torch.library.opcheck(operators.label_logits_backward.default, (torch.randn(len(hidden), *label_ids.shape), weight, label_ids, impl))
+    torch.library.opcheck(
+        operators.label_logits_backward.default, (torch.randn(len(hidden), *label_ids.shape), weight, label_ids, impl)
+    )
     label_ids = label_ids.clamp_min(0)  # opcheck compares gradients, and those of -inf are NaN
     trained = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     torch.library.opcheck(operators.label_logits.default, (*trained[:2], label_ids, trained[2], positions, impl))
@@ -215,7 +257,9 @@ def test_opcheck(impl, case):
 def test_gradcheck(reduce):
     hidden, weight, label_ids, bias, positions = make(CASES["classes of different size"], torch.float64)
     leaves = [x.detach().requires_grad_() for x in (hidden[..., :4], weight[:, :4], bias)]
-    assert torch.autograd.gradcheck(lambda h, w, b: label_logits(h, w, label_ids, bias=b, positions=positions, reduce=reduce), leaves)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: label_logits(h, w, label_ids, bias=b, positions=positions, reduce=reduce), leaves
+    )
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -224,7 +268,9 @@ def test_compiles_with_dynamic_shapes(impl):
     label_ids = torch.tensor([[1, 2], [3, -1]])
 
     def loss(hidden, weight, positions):
-        return label_logits(hidden, weight, label_ids, positions=positions, reduce="logsumexp", impl=impl).square().sum()
+        return (
+            label_logits(hidden, weight, label_ids, positions=positions, reduce="logsumexp", impl=impl).square().sum()
+        )
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, length in ((2, 5), (3, 9)):
@@ -245,26 +291,56 @@ def test_compiles_with_dynamic_shapes(impl):
         ({"hidden": torch.zeros(3, 32)}, ValueError, "positions come with hidden"),
         ({"positions": None}, ValueError, "positions come with hidden"),
         ({"weight": torch.zeros(50, 31)}, ValueError, r"weight must be \(V, 32\), got \(50, 31\)"),
-        ({"weight": torch.zeros(50, 32).half()}, TypeError, "weight must be torch.float32 as hidden is, got torch.float16"),
+        (
+            {"weight": torch.zeros(50, 32).half()},
+            TypeError,
+            "weight must be torch.float32 as hidden is, got torch.float16",
+        ),
         ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu as hidden is, got meta"),
         ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\)"),
         ({"label_ids": torch.zeros(2, 0, dtype=torch.long)}, ValueError, r"with w at least 1, got \(2, 0\)"),
         ({"label_ids": torch.zeros(2, 1)}, TypeError, "label_ids must be int32 or int64, got torch.float32"),
-        ({"label_ids": torch.tensor([[4, 1], [-1, -1]])}, ValueError, "label_ids must have a word for every class, got none for class 1"),
-        ({"label_ids": torch.tensor([[50], [1]])}, ValueError, r"label_ids must lie in \[-1, 50\), got values from 1 to 50"),
-        ({"label_ids": torch.tensor([[4, -2], [1, 1]])}, ValueError, r"label_ids must lie in \[-1, 50\), got values from -2 to 4"),
+        (
+            {"label_ids": torch.tensor([[4, 1], [-1, -1]])},
+            ValueError,
+            "label_ids must have a word for every class, got none for class 1",
+        ),
+        (
+            {"label_ids": torch.tensor([[50], [1]])},
+            ValueError,
+            r"label_ids must lie in \[-1, 50\), got values from 1 to 50",
+        ),
+        (
+            {"label_ids": torch.tensor([[4, -2], [1, 1]])},
+            ValueError,
+            r"label_ids must lie in \[-1, 50\), got values from -2 to 4",
+        ),
         ({"bias": torch.zeros(49)}, ValueError, r"bias must be \(50,\), got \(49,\)"),
-        ({"bias": torch.zeros(50).half()}, TypeError, "bias must be torch.float32 as hidden is, or float32, got torch.float16"),
+        (
+            {"bias": torch.zeros(50).half()},
+            TypeError,
+            "bias must be torch.float32 as hidden is, or float32, got torch.float16",
+        ),
         ({"positions": torch.tensor([0, 1])}, ValueError, r"positions must be \(3,\), got \(2,\)"),
         ({"positions": torch.tensor([0, 1, 7])}, ValueError, r"positions must lie in \[0, 7\), got values from 0 to 7"),
-        ({"positions": torch.tensor([0, 1, -1])}, ValueError, r"positions must lie in \[0, 7\), got values from -1 to 1"),
+        (
+            {"positions": torch.tensor([0, 1, -1])},
+            ValueError,
+            r"positions must lie in \[0, 7\), got values from -1 to 1",
+        ),
         ({"reduce": "sum"}, ValueError, r"reduce must be one of \['max', 'mean', 'logsumexp'\], got 'sum'"),
         ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
     ],
 )
 def test_errors(changed, error, message):
     hidden, weight, label_ids, bias, positions = make(CASES["two words"])
-    arguments = {"hidden": hidden, "weight": weight, "label_ids": label_ids, "bias": bias, "positions": positions} | changed
+    arguments = {
+        "hidden": hidden,
+        "weight": weight,
+        "label_ids": label_ids,
+        "bias": bias,
+        "positions": positions,
+    } | changed
     with pytest.raises(error, match=message):
         label_logits(**arguments)
 
@@ -272,7 +348,13 @@ def test_errors(changed, error, message):
 def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
     if reason := implementations.module("cpp").unavailable("cpu", torch.float32):
         pytest.skip(reason)
-    hidden, weight, ids, bias, at = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.tensor([[1], [4]]), torch.zeros(5), torch.tensor([0, 2])
+    hidden, weight, ids, bias, at = (
+        torch.zeros(2, 3, 4),
+        torch.zeros(5, 4),
+        torch.tensor([[1], [4]]),
+        torch.zeros(5),
+        torch.tensor([0, 2]),
+    )
     forward, backward = torch.ops.peft_kernels.label_logits_cpu, torch.ops.peft_kernels.label_logits_backward_cpu
     for arguments, message in (
         ((hidden.transpose(1, 2).contiguous().transpose(1, 2), weight, ids, bias, at), "dense rows"),

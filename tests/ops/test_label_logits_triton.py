@@ -1,4 +1,6 @@
-"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device cuda``."""
+"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device
+cuda``.
+"""
 
 import numpy as np
 import pytest
@@ -41,7 +43,10 @@ def test_ten_repeats_are_bit_equal(impl, device):
     grad = torch.randn(3, 2, 1, device=device)
     for backward in (False, True):
         first, *rest = (
-            triton.backward(grad, weight, label_ids) if backward else triton.forward(hidden, weight, label_ids, bias, positions) for _ in range(10)
+            triton.backward(grad, weight, label_ids)
+            if backward
+            else triton.forward(hidden, weight, label_ids, bias, positions)
+            for _ in range(10)
         )
         assert all(torch.equal(x, first) for x in rest)
 
@@ -57,7 +62,10 @@ def backward(impl, *arguments):
 @pytest.mark.parametrize("words", [1, 2, 3, 8, 17])
 def test_a_text_is_on_its_own(words, impl, device):
     hidden, weight = torch.randn(5, 3, 67, device=device), torch.randn(40, 67, device=device)
-    label_ids, positions = torch.randint(-1, 40, (1, words), device=device), torch.tensor([2, 0, 1, 1, 2], device=device)
+    label_ids, positions = (
+        torch.randint(-1, 40, (1, words), device=device),
+        torch.tensor([2, 0, 1, 1, 2], device=device),
+    )
     grad = torch.randn(5, 1, words, device=device).masked_fill(label_ids < 0, 0)
     alone = torch.cat([triton.forward(h[None], weight, label_ids, None, at[None]) for h, at in zip(hidden, positions)])
     expected_of(forward, reference, hidden, weight, label_ids, None, positions).check(alone)
@@ -82,13 +90,17 @@ def test_rows_more_than_two_gibi_elements_apart(impl, device):
     rows = torch.randn(3, 24, device=device).half()
     label_ids, grad = torch.tensor([[2, 0], [1, 1]], device=device), torch.randn(3, 2, 2, device=device)
     spread = memory.as_strided((3, 24), (apart, 1)).copy_(rows)
-    expected_of(forward, reference, rows, rows, label_ids, None, None).check(triton.forward(spread, spread, label_ids, None, None))
+    expected_of(forward, reference, rows, rows, label_ids, None, None).check(
+        triton.forward(spread, spread, label_ids, None, None)
+    )
     positions = torch.tensor([2, 1, 0], device=device)
     assert_like(reference, triton, forward, spread.expand(3, 3, 24), rows, label_ids, None, positions)
     expected_of(backward, reference, grad, rows, label_ids).check(triton.backward(grad, spread, label_ids))
 
 
-@pytest.mark.parametrize("device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")])
+@pytest.mark.parametrize(
+    "device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")]
+)
 def test_says_why_it_cannot_run(device_type, dtype, reason):
     assert reason in triton.unavailable(device_type, dtype)
 

@@ -1,4 +1,6 @@
-"""Calls that torch would silently get wrong are refused or computed right, by every operator in every implementation."""
+"""Calls that torch would silently get wrong are refused or computed right, by every operator in every
+implementation.
+"""
 
 import pytest
 import torch
@@ -55,7 +57,10 @@ def test_second_derivatives_are_refused(call):
 @pytest.mark.parametrize("call", DIFFERENTIABLE, ids="-".join, indirect=True)
 def test_forward_mode_is_refused(call):
     function, given = call
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"),
+    ):
         function({key: forward_ad.make_dual(x, x) if x.requires_grad else x for key, x in given.items()})
 
 
@@ -79,7 +84,11 @@ def slots(device):
 @pytest.mark.parametrize("layout", ["expanded", "windows"])
 def test_memory_that_is_shared_does_not_change_in_place(layout, impl, vectors, slots, device):
     memory = torch.zeros(64, device=device)
-    hidden = memory[:32].view(1, 4, 8).expand(2, -1, -1) if layout == "expanded" else memory.as_strided((2, 4, 8), (32, 4, 1))
+    hidden = (
+        memory[:32].view(1, 4, 8).expand(2, -1, -1)
+        if layout == "expanded"
+        else memory.as_strided((2, 4, 8), (32, 4, 1))
+    )
     with pytest.raises(ValueError, match="elements of hidden must not share memory"):
         special_token_add_(hidden, vectors, slots, impl=impl)
     assert not memory.any()
@@ -88,7 +97,9 @@ def test_memory_that_is_shared_does_not_change_in_place(layout, impl, vectors, s
 def test_strides_without_overlap_are_no_shared_memory(impl, vectors, slots, device):
     hidden = torch.zeros(9, 4, 2, device=device)[:8].permute(2, 1, 0)
     special_token_add_(hidden, vectors, slots, impl=impl)
-    assert_within_rounding(hidden, lambda: special_token_add(torch.zeros(2, 4, 8, device=device), vectors, slots, impl="reference"))
+    assert_within_rounding(
+        hidden, lambda: special_token_add(torch.zeros(2, 4, 8, device=device), vectors, slots, impl="reference")
+    )
 
 
 def test_vectors_may_lie_in_what_changes(impl, slots, device):
@@ -130,7 +141,11 @@ def test_slots_that_name_a_position_twice(columns, impl, vectors, device, monkey
 
 
 def test_numbers_that_are_none(device):
-    hidden, vectors, slots = torch.zeros(1, 2, 4, device=device), torch.zeros(1, 4, device=device), torch.tensor([[0]], device=device)
+    hidden, vectors, slots = (
+        torch.zeros(1, 2, 4, device=device),
+        torch.zeros(1, 4, device=device),
+        torch.tensor([[0]], device=device),
+    )
     with pytest.raises(TypeError, match="seed must be an integer or a tensor, got a float"):
         special_token_add(hidden, vectors, slots, dropout_p=0.5, seed=1.5)
     with pytest.raises(ValueError, match=r"seed must lie in \[-2\*\*63, 2\*\*63\)"):
@@ -164,7 +179,11 @@ def test_autocast_does_not_lower_what_is_promised_in_float32(device):
     """Library matmuls in operators that fix their own dtype."""
     like = {"device": device}
     features, projection, prototypes, radius = (torch.randn(*size, **like) for size in ((5, 8), (6, 8), (3, 6), (3,)))
-    labels, ids, table = torch.tensor([0, 1, 2, 1, 0], **like), torch.tensor([[1, 2, 0]], **like), torch.randn(9, 8, **like)
+    labels, ids, table = (
+        torch.tensor([0, 1, 2, 1, 0], **like),
+        torch.tensor([[1, 2, 0]], **like),
+        torch.randn(9, 8, **like),
+    )
     prompt, a, b = (torch.randn(*size, **like) for size in ((2, 8), (4, 3), (3, 8)))
 
     def results():

@@ -1,4 +1,6 @@
-"""Every implementation that runs on this device, and ``auto``, against autograd in float64; and the operators' contract."""
+"""Every implementation that runs on this device, and ``auto``, against autograd in float64; and the operators'
+contract.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,9 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (
+        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
+    ):
         pytest.skip(reason)
     return request.param
 
@@ -48,7 +52,14 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
         return torch.randn(size, generator=generator).to(device, dtype)
 
     labels = torch.randint(classes, (texts,), generator=generator).to(device)
-    return normal(texts, width), normal(to, width), normal(classes, to) / to**0.5, normal(classes), normal(texts, classes), labels
+    return (
+        normal(texts, width),
+        normal(to, width),
+        normal(classes, to) / to**0.5,
+        normal(classes),
+        normal(texts, classes),
+        labels,
+    )
 
 
 def by_hand(features, projection, prototypes, radius, scores=None, *, weight=1.0):
@@ -121,7 +132,9 @@ def test_gradients_without_autograd(impl, case, device):
     assert not any(x.requires_grad for x in got)
 
     def by_autograd():
-        loss = loss_by_hand(projected, torch.eye(projected.shape[1], device=device), prototypes, wanted, scores, labels, weight=0.2)
+        loss = loss_by_hand(
+            projected, torch.eye(projected.shape[1], device=device), prototypes, wanted, scores, labels, weight=0.2
+        )
         return (loss.detach(), *torch.autograd.grad(loss, (projected, wanted)))
 
     assert_within_rounding(got, by_autograd)
@@ -156,7 +169,9 @@ def test_no_length_and_no_distance(impl, device):
     assert_within_rounding(q[0], lambda: -prototypes.norm(dim=1))
     q.sum().backward()
     assert projected.grad[0].eq(0).all() and projected.grad[1].isfinite().all()
-    loss, grad, _ = prototype_objective(prototypes, None, torch.tensor([1, 0], device=device), impl=impl)(projected, radius)
+    loss, grad, _ = prototype_objective(prototypes, None, torch.tensor([1, 0], device=device), impl=impl)(
+        projected, radius
+    )
     assert loss.isfinite() and grad[0].eq(0).all() and grad.isfinite().all()
 
 
@@ -167,7 +182,10 @@ def test_large_scores_do_not_overflow(impl, device):
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=st.tuples(st.sampled_from([0, 16, 23, 40]), st.integers(2, 20), st.integers(2, 40), st.integers(2, 6)), weight=st.floats(-2, 2))
+@given(
+    case=st.tuples(st.sampled_from([0, 16, 23, 40]), st.integers(2, 20), st.integers(2, 40), st.integers(2, 6)),
+    weight=st.floats(-2, 2),
+)
 def test_any_shape(case, weight, device):  # several texts: a single number of PyTorch's may be well rounded by chance
     *tensors, scores, labels = make(case, device=device)
     compare(prototype_scores, by_hand, tensors, [scores], weight=weight)
@@ -201,7 +219,12 @@ def test_adam(sizes, native, device, monkeypatch):
     parameters = [torch.randn(size, device=device) for size in sizes]
     start = [p.clone() for p in parameters]
     steps = [
-        [torch.randn_like(p) * torch.randint(-1, 2, p.shape, device=device) * 10.0 ** torch.randint(-6, 3, p.shape, device=device) for p in start]
+        [
+            torch.randn_like(p)
+            * torch.randint(-1, 2, p.shape, device=device)
+            * 10.0 ** torch.randint(-6, 3, p.shape, device=device)
+            for p in start
+        ]
         for _ in range(20)
     ]
 
@@ -233,7 +256,11 @@ def test_opcheck(impl):
     torch.library.opcheck(operators.prototype_scores_backward.default, (scores, projected.detach(), prototypes, impl))
     # opcheck would differentiate its gradients, which are outputs without gradients
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(operators.prototype_cross_entropy.default, (projected, prototypes, wanted, scores, 0.5, labels, impl), test_utils=checks)
+    torch.library.opcheck(
+        operators.prototype_cross_entropy.default,
+        (projected, prototypes, wanted, scores, 0.5, labels, impl),
+        test_utils=checks,
+    )
 
 
 def test_gradcheck():
@@ -242,7 +269,9 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: prototype_scores(*x, scores, weight=0.3), leaves)
     frozen = leaves[2].detach()
     trained = leaves[0], leaves[1], leaves[3]
-    assert torch.autograd.gradcheck(lambda f, w, r: prototype_cross_entropy(f, w, frozen, r, scores, labels, weight=0.3), trained)
+    assert torch.autograd.gradcheck(
+        lambda f, w, r: prototype_cross_entropy(f, w, frozen, r, scores, labels, weight=0.3), trained
+    )
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -251,7 +280,9 @@ def test_compiles_with_dynamic_shapes(impl):
 
     def loss(features, projection, prototypes, radius, scores, labels):
         q = prototype_scores(features, projection, prototypes, radius, scores, impl=impl)
-        return q.square().sum() + prototype_cross_entropy(features, projection, prototypes, radius, scores, labels, impl=impl)
+        return q.square().sum() + prototype_cross_entropy(
+            features, projection, prototypes, radius, scores, labels, impl=impl
+        )
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for texts in (5, 9):
@@ -268,19 +299,47 @@ def test_compiles_with_dynamic_shapes(impl):
     ("changed", "error", "message"),
     [
         ({"features": torch.zeros(6)}, ValueError, r"features must be \(N, H\), got \(6,\)"),
-        ({"features": torch.zeros(6, 20).half(), "projection": torch.zeros(16, 20).half()}, TypeError, "features must be float32 or float64"),
+        (
+            {"features": torch.zeros(6, 20).half(), "projection": torch.zeros(16, 20).half()},
+            TypeError,
+            "features must be float32 or float64",
+        ),
         ({"projection": torch.zeros(16, 21)}, ValueError, r"projection must be \(D, 20\), got \(16, 21\)"),
-        ({"projection": torch.zeros(16, 20).double()}, TypeError, "projection must be torch.float32 as features is, got torch.float64"),
-        ({"prototypes": torch.zeros(3, 15)}, ValueError, r"prototypes must be \(C, 16\) with at least one row, got \(3, 15\)"),
+        (
+            {"projection": torch.zeros(16, 20).double()},
+            TypeError,
+            "projection must be torch.float32 as features is, got torch.float64",
+        ),
+        (
+            {"prototypes": torch.zeros(3, 15)},
+            ValueError,
+            r"prototypes must be \(C, 16\) with at least one row, got \(3, 15\)",
+        ),
         ({"prototypes": torch.zeros(0, 16)}, ValueError, "with at least one row"),
-        ({"prototypes": torch.zeros(3, 16, device="meta")}, ValueError, "prototypes must be on cpu as features is, got meta"),
+        (
+            {"prototypes": torch.zeros(3, 16, device="meta")},
+            ValueError,
+            "prototypes must be on cpu as features is, got meta",
+        ),
         ({"radius": torch.zeros(2)}, ValueError, r"radius must be \(3,\), got \(2,\)"),
         ({"scores": torch.zeros(6, 2)}, ValueError, r"scores must be \(6, 3\), got \(6, 2\)"),
         ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
-        ({"labels": torch.zeros(5, dtype=torch.long)}, ValueError, r"labels must be \(6,\) on cpu as features is, got \(5,\)"),
+        (
+            {"labels": torch.zeros(5, dtype=torch.long)},
+            ValueError,
+            r"labels must be \(6,\) on cpu as features is, got \(5,\)",
+        ),
         ({"labels": torch.zeros(6)}, TypeError, "labels must be int64, got torch.float32"),
-        ({"labels": torch.tensor([0, 1, 2, 3, 0, 0])}, ValueError, r"labels must lie in \[0, 3\), got values from 0 to 3"),
-        ({"labels": torch.tensor([0, 1, 2, -1, 0, 0])}, ValueError, r"labels must lie in \[0, 3\), got values from -1 to 2"),
+        (
+            {"labels": torch.tensor([0, 1, 2, 3, 0, 0])},
+            ValueError,
+            r"labels must lie in \[0, 3\), got values from 0 to 3",
+        ),
+        (
+            {"labels": torch.tensor([0, 1, 2, -1, 0, 0])},
+            ValueError,
+            r"labels must lie in \[0, 3\), got values from -1 to 2",
+        ),
     ],
 )
 def test_errors(changed, error, message):
@@ -298,7 +357,11 @@ def test_errors_of_the_loss():
     with pytest.raises(ValueError, match="prototypes must not require a gradient"):
         prototype_cross_entropy(features, projection, prototypes.requires_grad_(), radius, scores, labels)
     for arguments, error, message in (
-        ((prototypes[0], scores, labels), ValueError, r"prototypes must be \(C, D\) with at least one row, got \(16,\)"),
+        (
+            (prototypes[0], scores, labels),
+            ValueError,
+            r"prototypes must be \(C, D\) with at least one row, got \(16,\)",
+        ),
         ((prototypes, scores[:5], labels), ValueError, r"scores must be \(6, 3\), got \(5, 3\)"),
         ((prototypes.half(), None, labels), TypeError, "prototypes must be float32 or float64"),
         ((prototypes, scores.double(), labels), TypeError, "scores must be torch.float32 as prototypes is"),
@@ -316,7 +379,13 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
     if reason := implementations.module("cpp").unavailable("cpu", torch.float32):
         pytest.skip(reason)
     operators = torch.ops.peft_kernels
-    x, p, r, s, labels = torch.zeros(4, 5), torch.zeros(3, 5), torch.zeros(3), torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
+    x, p, r, s, labels = (
+        torch.zeros(4, 5),
+        torch.zeros(3, 5),
+        torch.zeros(3),
+        torch.zeros(4, 3),
+        torch.tensor([0, 1, 2, 0]),
+    )
     for changed, message in (
         ({0: x.double()}, "projected must be"),
         ({0: x.mT.contiguous().mT}, "projected must be"),
@@ -330,7 +399,11 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
             operators.prototype_scores_cpu(*arguments, 1.0)
         with pytest.raises(RuntimeError, match=message):
             operators.prototype_cross_entropy_cpu(*arguments, 1.0, labels)
-    for wrong, message in ((labels[:3], "labels must be"), (labels + 1, "labels must lie in"), (labels - 1, "labels must lie in")):
+    for wrong, message in (
+        (labels[:3], "labels must be"),
+        (labels + 1, "labels must lie in"),
+        (labels - 1, "labels must lie in"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             operators.prototype_cross_entropy_cpu(x, p, r, s, 1.0, wrong)
     for wrong in (x[:3], x.double(), x.mT.contiguous().mT):

@@ -1,11 +1,18 @@
-"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device cuda``."""
+"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device
+cuda``.
+"""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from against_reference import assert_like
-from test_prototype_scores import poisoned_memory, test_no_length_and_no_distance, test_strides, test_strides_of_the_gradient  # noqa: F401
+from test_prototype_scores import (  # noqa: F401
+    poisoned_memory,
+    test_no_length_and_no_distance,
+    test_strides,
+    test_strides_of_the_gradient,
+)
 
 from peft_kernels.ops.prototype_scores import reference, triton
 
@@ -19,8 +26,12 @@ def impl(device):
 
 def make(texts, width, classes, device):
     """projected, prototypes, radius, scores, labels; grad."""
-    projected, prototypes, *rest = (torch.randn(*shape).to(device) for shape in ((texts, width), (classes, width), (classes,), (texts, classes)))
-    return (projected, prototypes / width**0.5, *rest, torch.randint(classes, (texts,)).to(device)), torch.randn(texts, classes).to(device)
+    projected, prototypes, *rest = (
+        torch.randn(*shape).to(device) for shape in ((texts, width), (classes, width), (classes,), (texts, classes))
+    )
+    return (projected, prototypes / width**0.5, *rest, torch.randint(classes, (texts,)).to(device)), torch.randn(
+        texts, classes
+    ).to(device)
 
 
 def all_results(impl, arguments, grad):
@@ -30,7 +41,9 @@ def all_results(impl, arguments, grad):
 
 
 @pytest.mark.parametrize("with_scores", [True, False])
-@pytest.mark.parametrize("texts, width, classes", [(1, 1, 1), (7, 1, 3), (67, 5, 2), (40, 128, 3), (3, 1000, 4), (2, 1100, 2), (5, 130, 11)])
+@pytest.mark.parametrize(
+    "texts, width, classes", [(1, 1, 1), (7, 1, 3), (67, 5, 2), (40, 128, 3), (3, 1000, 4), (2, 1100, 2), (5, 130, 11)]
+)
 def test_no_worse_than_torch(texts, width, classes, with_scores, impl, device):
     """Blocks with every number of rows, and partitions of the texts."""
     (projected, prototypes, radius, scores, labels), grad = make(texts, width, classes, device)
@@ -47,13 +60,26 @@ def test_ten_repeats_are_bit_equal(impl, device):
 def test_the_loss_of_a_score_of_minus_infinity(impl, device):
     (projected, prototypes, radius, scores, labels), _ = make(6, 9, 3, device)
     scores[:2, 0], scores[2:4, 2], labels[:] = -torch.inf, -torch.inf, 1
-    assert_like(reference, triton, lambda impl, *given: impl.cross_entropy(*given), projected, prototypes, radius, scores, 1.0, labels)
+    assert_like(
+        reference,
+        triton,
+        lambda impl, *given: impl.cross_entropy(*given),
+        projected,
+        prototypes,
+        radius,
+        scores,
+        1.0,
+        labels,
+    )
 
 
 def test_no_texts(impl, device):
     (projected, prototypes, radius, scores, labels), grad = make(0, 9, 3, device)
     assert triton.forward(projected, prototypes, radius, scores, 1.0).shape == (0, 3)
-    results = *triton.backward(grad, projected, prototypes), *triton.cross_entropy(projected, prototypes, radius, scores, 1.0, labels)
+    results = (
+        *triton.backward(grad, projected, prototypes),
+        *triton.cross_entropy(projected, prototypes, radius, scores, 1.0, labels),
+    )
     for result, shape in zip(results, ((0, 9), (3, 9), (), (0, 9), (3,))):
         assert torch.equal(result, torch.zeros(shape, device=device))
 

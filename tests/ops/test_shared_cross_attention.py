@@ -38,7 +38,9 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (
+        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
+    ):
         pytest.skip(reason)
     return request.param
 
@@ -49,7 +51,9 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
     shapes = ((streams, heads, tokens, width), (inputs, heads, keys, width), (inputs, heads, keys, width))
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
     where = {"key_lengths": lengths, "encoder_index": index}
-    where = {name: None if x is None else torch.tensor(x, dtype=torch.int32, device=device) for name, x in where.items()}
+    where = {
+        name: None if x is None else torch.tensor(x, dtype=torch.int32, device=device) for name, x in where.items()
+    }
     for key_or_value in tensors[1:]:
         for i, length in enumerate(lengths or []):
             key_or_value[i, :, length:] = torch.nan
@@ -65,7 +69,8 @@ def by_hand(query, key, value, *, key_lengths=None, encoder_index=None, scale=No
         length = key.shape[2] if key_lengths is None else int(key_lengths[i])
         scores = q @ key[i, :, :length].mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         lses.append(scores.logsumexp(-1, keepdim=True))
-        outs.append((scores - lses[-1]).exp() @ value[i, :, :length])  # softmax's own backward over one key is exact: no measure of rounding
+        # softmax's own backward over one key is exact: no measure of rounding
+        outs.append((scores - lses[-1]).exp() @ value[i, :, :length])
     return torch.stack(outs), torch.stack(lses).squeeze(-1)
 
 
@@ -88,7 +93,9 @@ def assert_no_worse_than_plain(attend, tensors, where, grads, **options):
 def grads_of(query, through_lse=True, seed=1):
     generator = torch.Generator().manual_seed(seed)
     shapes = (query.shape, query.shape[:3] if through_lse else None)
-    return [None if s is None else torch.randn(s, generator=generator, dtype=torch.float64).to(query.device) for s in shapes]
+    return [
+        None if s is None else torch.randn(s, generator=generator, dtype=torch.float64).to(query.device) for s in shapes
+    ]
 
 
 def attention(impl):
@@ -164,7 +171,11 @@ def test_padding_gets_no_gradient(impl, device):
     assert not any(grad[i].any() for grad in grads for i in (0, 2, 5))  # without streams, without keys, without streams
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 5, 7, 16), (0, 0, 3, 5, 7, 16), (6, 2, 3, 0, 7, 16), (6, 2, 3, 5, 0, 16), (6, 2, 0, 5, 7, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 2, 3, 5, 7, 16), (0, 0, 3, 5, 7, 16), (6, 2, 3, 0, 7, 16), (6, 2, 3, 5, 0, 16), (6, 2, 0, 5, 7, 16)],
+    ids=str,
+)
 @pytest.mark.parametrize("extra", ["none", "lengths", "index", "both"])
 def test_empty(shape, extra, impl, device):
     streams, inputs, *_ = shape
@@ -181,11 +192,15 @@ def test_empty(shape, extra, impl, device):
 @given(data=st.data())
 def test_any_shape(data):
     small = st.integers(1, 5)
-    inputs, heads, tokens, keys, width = (data.draw(s) for s in (small, st.integers(1, 3), small, st.integers(1, 40), st.integers(1, 70)))
+    inputs, heads, tokens, keys, width = (
+        data.draw(s) for s in (small, st.integers(1, 3), small, st.integers(1, 40), st.integers(1, 70))
+    )
     index = data.draw(st.none() | st.lists(st.integers(0, inputs - 1), min_size=1, max_size=9).map(sorted))
     lengths = data.draw(st.none() | st.lists(st.integers(0, keys), min_size=inputs, max_size=inputs))
     streams = inputs * data.draw(st.integers(1, 3)) if index is None else len(index)
-    tensors, where = make(((streams, inputs, heads, tokens, keys, width), lengths, index), seed=data.draw(st.integers(0, 99)))
+    tensors, where = make(
+        ((streams, inputs, heads, tokens, keys, width), lengths, index), seed=data.draw(st.integers(0, 99))
+    )
     impl = data.draw(st.sampled_from(IMPLS))
     assert_no_worse_than_plain(attention(impl), tensors, where, grads_of(tensors[0], data.draw(st.booleans())))
 
@@ -241,7 +256,9 @@ def test_frozen_inputs_get_no_gradient(frozen, impl, device):
     everything.check([leaf.grad for leaf in leaves], partial=True)
 
 
-@pytest.mark.parametrize(("needs", "products"), [((1, 1, 1), 5), ((1, 0, 0), 3), ((0, 1, 0), 3), ((0, 0, 1), 2), ((1, 0, 1), 4)], ids=str)
+@pytest.mark.parametrize(
+    ("needs", "products"), [((1, 1, 1), 5), ((1, 0, 0), 3), ((0, 1, 0), 3), ((0, 0, 1), 2), ((1, 0, 1), 4)], ids=str
+)
 def test_frozen_inputs_get_no_work(needs, products):
     """S and dP once, then one matmul for each gradient; dP only if dS is needed."""
     (query, key, value), _ = make(CASES["uniform"])

@@ -11,7 +11,10 @@ from test_shared_cross_attention import CASES, IMPLS, make
 from peft_kernels.ops import shared_cross_attention
 from peft_kernels.ops.shared_cross_attention import implementations
 
-NAMED = [("lengths", "auto"), *((case, impl) for case in ("uniform", "ragged-lengths") for impl in ("auto", "reference", "sdpa", "matmul"))]
+NAMED = [
+    ("lengths", "auto"),
+    *((case, impl) for case in ("uniform", "ragged-lengths") for impl in ("auto", "reference", "sdpa", "matmul")),
+]
 
 
 def leaves(case, dtype=torch.float32):
@@ -25,7 +28,9 @@ def test_opcheck(case, impl, need_lse):
     tensors, where = leaves(case)
     if not need_lse:
         tensors = [x.detach() for x in tensors]
-    torch.library.opcheck(torch.ops.peft_kernels.shared_cross_attention.default, (*tensors, *where.values(), 0.3, need_lse, impl))
+    torch.library.opcheck(
+        torch.ops.peft_kernels.shared_cross_attention.default, (*tensors, *where.values(), 0.3, need_lse, impl)
+    )
 
 
 @pytest.mark.parametrize(("case", "impl"), NAMED)
@@ -47,7 +52,9 @@ def both(attend, tensors, where):
 
 def assert_compiles(backend, impls, cases):
     def attend(query, key, value, key_lengths, encoder_index, impl):
-        return shared_cross_attention(query, key, value, key_lengths=key_lengths, encoder_index=encoder_index, return_lse=True, impl=impl)
+        return shared_cross_attention(
+            query, key, value, key_lengths=key_lengths, encoder_index=encoder_index, return_lse=True, impl=impl
+        )
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
     for impl in impls:
@@ -75,7 +82,10 @@ def test_compiles_with_inductor():
     assert_compiles("inductor", ["auto"], ["ragged-lengths"])
 
 
-CASES |= {"lengths-of-two": ((6, 2, 3, 5, 17, 16), [9, 17], None), "more-lengths": ((12, 3, 2, 4, 11, 16), [0, 7, 11], None)}
+CASES |= {
+    "lengths-of-two": ((6, 2, 3, 5, 17, 16), [9, 17], None),
+    "more-lengths": ((12, 3, 2, 4, 11, 16), [0, 7, 11], None),
+}
 
 
 def test_exports():
@@ -113,10 +123,22 @@ def ints(*values, dtype=torch.int64):
 
 WRONG = [
     ({"query": X[0]}, ValueError, r"query must be a dense tensor of 4 dimensions, got \(2, 3, 8\)"),
-    ({"key": torch.nested.nested_tensor([K[0], K[1]])}, ValueError, "key must be a dense tensor .* got a nested tensor"),
+    (
+        {"key": torch.nested.nested_tensor([K[0], K[1]])},
+        ValueError,
+        "key must be a dense tensor .* got a nested tensor",
+    ),
     ({"query": X.int()}, TypeError, "query must be float32, float16, bfloat16 or float64, got torch.int32"),
-    ({"key": K.half()}, TypeError, "key and value must be torch.float32 as query is, got torch.float16 and torch.float32"),
-    ({"value": K[:, :, :4]}, ValueError, r"key and value must both be \(b, 2, n, 8\).*got \(2, 2, 5, 8\) and \(2, 2, 4, 8\)"),
+    (
+        {"key": K.half()},
+        TypeError,
+        "key and value must be torch.float32 as query is, got torch.float16 and torch.float32",
+    ),
+    (
+        {"value": K[:, :, :4]},
+        ValueError,
+        r"key and value must both be \(b, 2, n, 8\).*got \(2, 2, 5, 8\) and \(2, 2, 4, 8\)",
+    ),
     ({"key": K[:, :1], "value": K[:, :1]}, ValueError, r"must both be \(b, 2, n, 8\).*got \(2, 1, 5, 8\)"),
     ({"query": TOO_WIDE, "key": TOO_WIDE, "value": TOO_WIDE}, ValueError, "between 1 and 256, got 257"),
     ({"query": X[..., :0], "key": K[..., :0], "value": K[..., :0]}, ValueError, "between 1 and 256, got 0"),

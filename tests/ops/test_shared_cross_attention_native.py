@@ -1,4 +1,6 @@
-"""The C++ implementation against float64, with this CPU's kernels and with those of the lower instruction sets that it can run."""
+"""The C++ implementation against float64, with this CPU's kernels and with those of the lower instruction sets that it
+can run.
+"""
 
 import pytest
 import torch
@@ -50,7 +52,9 @@ def make(streams, heads, tokens, keys, width, dtype, seed=0):
 
 def check(query, key, value, lengths, index, scale):
     arguments = lengths, index, scale, True
-    out, lse = shared_cross_attention(query, key, value, key_lengths=lengths, encoder_index=index, scale=scale, return_lse=True, impl="cpp")
+    out, lse = shared_cross_attention(
+        query, key, value, key_lengths=lengths, encoder_index=index, scale=scale, return_lse=True, impl="cpp"
+    )
     truth = reference.forward(query.double(), key.double(), value.double(), *arguments)
     assert out.dtype == query.dtype and out.transpose(1, 2).is_contiguous() and lse.dtype == torch.float32
     assert_within_rounding((out, lse), lambda: reference.forward(query, key, value, *arguments), truth)
@@ -97,8 +101,22 @@ def test_strides(dtype):
         check(change(query), key, value, None, index, 0.2)
         check(query, change(key), value, None, index, 0.2)
         check(query, key, change(value), None, index, 0.2)
-    check(query[:1].expand(8, -1, -1, -1), key[:1].expand(2, -1, -1, -1), value[:, :, :1].expand(-1, -1, 90, -1), None, index, 0.2)
-    check(query, key[:, :, ::3], value[:, :, ::3], torch.tensor([30, 7])[:, None].expand(-1, 2)[:, 0], torch.tensor([0, 0, 1, 1, 1, 1, 1, 1]), 0.2)
+    check(
+        query[:1].expand(8, -1, -1, -1),
+        key[:1].expand(2, -1, -1, -1),
+        value[:, :, :1].expand(-1, -1, 90, -1),
+        None,
+        index,
+        0.2,
+    )
+    check(
+        query,
+        key[:, :, ::3],
+        value[:, :, ::3],
+        torch.tensor([30, 7])[:, None].expand(-1, 2)[:, 0],
+        torch.tensor([0, 0, 1, 1, 1, 1, 1, 1]),
+        0.2,
+    )
 
 
 def test_large_scores():
@@ -142,7 +160,9 @@ def gradients(impl, query, key, value, lengths, index, scale, dtype):
     """The gradients of a weighted sum of the output and of the finite log-sum-exps."""
     generator = torch.Generator().manual_seed(1)
     inputs = [x.to(dtype).detach().requires_grad_() for x in (query, key, value)]
-    out, lse = shared_cross_attention(*inputs, key_lengths=lengths, encoder_index=index, scale=scale, return_lse=True, impl=impl)
+    out, lse = shared_cross_attention(
+        *inputs, key_lengths=lengths, encoder_index=index, scale=scale, return_lse=True, impl=impl
+    )
     probe, lse_probe = (torch.randn(x.shape, generator=generator).to(query.dtype) for x in (out, lse))
     loss = (out * probe.to(out)).sum() + (lse.masked_fill(lse.isinf(), 0) * lse_probe).sum()
     return torch.autograd.grad(loss, inputs)
@@ -151,10 +171,16 @@ def gradients(impl, query, key, value, lengths, index, scale, dtype):
 def check_backward(query, key, value, lengths, index, scale):
     arguments = query, key, value, lengths, index, scale
     truth = gradients("reference", *arguments, torch.float64)
-    assert_within_rounding(gradients("cpp", *arguments, query.dtype), lambda: gradients("reference", *arguments, query.dtype), truth)
+    assert_within_rounding(
+        gradients("cpp", *arguments, query.dtype), lambda: gradients("reference", *arguments, query.dtype), truth
+    )
 
 
-BACKWARD_SHAPES = {**SHAPES, "rows in chunks": ([90, 20], 2, 5, 131, 40), "rows in chunks, streams differ": ([40, 0, 41], 1, 13, 100, 64)}
+BACKWARD_SHAPES = {
+    **SHAPES,
+    "rows in chunks": ([90, 20], 2, 5, 131, 40),
+    "rows in chunks, streams differ": ([40, 0, 41], 1, 13, 100, 64),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,7 +215,9 @@ def test_backward_strides(dtype):
 def test_backward_of_some_inputs_is_that_of_all(streams, dtype):
     query, key, value, index = make(streams, 2, 5, 130, 32, dtype)
     arguments = query, key, value, None, index, 0.2
-    every = WithinRounding(lambda: gradients("reference", *arguments, dtype), gradients("reference", *arguments, torch.float64))
+    every = WithinRounding(
+        lambda: gradients("reference", *arguments, dtype), gradients("reference", *arguments, torch.float64)
+    )
     for needs in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)):
         inputs = [x.detach().requires_grad_(bool(needed)) for x, needed in zip((query, key, value), needs)]
         out, lse = shared_cross_attention(*inputs, encoder_index=index, scale=0.2, return_lse=True, impl="cpp")
@@ -207,7 +235,9 @@ def test_backward_repeats_are_bit_equal(dtype, threads):
     torch.set_num_threads(threads)
     try:
         query, key, value, _ = make([13, 13], 3, 2, 300, 64, dtype)
-        first, *rest = (gradients("cpp", query, key, value, torch.tensor([300, 170]), None, 0.1, dtype) for _ in range(10))
+        first, *rest = (
+            gradients("cpp", query, key, value, torch.tensor([300, 170]), None, 0.1, dtype) for _ in range(10)
+        )
         assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))
     finally:
         torch.set_num_threads(before)
@@ -223,7 +253,10 @@ def test_backward_empty(shape, dtype):
 
 def test_refusals():
     query, key, value, _ = make([2], 1, 1, 4, 8, torch.float16)
-    with pytest.raises(ValueError, match="impl='cpp' cannot run here: its kernels take torch.float32 and torch.bfloat16, not torch.float16"):
+    with pytest.raises(
+        ValueError,
+        match="impl='cpp' cannot run here: its kernels take torch.float32 and torch.bfloat16, not torch.float16",
+    ):
         shared_cross_attention(query, key, value, impl="cpp")
     operator = torch.ops.peft_kernels.shared_cross_attention_cpu
     query, key, value = (x.float() for x in (query, key, value))

@@ -56,7 +56,9 @@ class Problem(NamedTuple):
             padding = torch.arange(self.keys, device=device) >= lengths[:, None]
             key, value = (x.masked_fill(padding[:, None, :, None], float("nan")) for x in (key, value))
         if len(set(self.streams)) > 1:
-            index = torch.arange(inputs, device=device, dtype=torch.int32).repeat_interleave(torch.tensor(self.streams, device=device))
+            index = torch.arange(inputs, device=device, dtype=torch.int32).repeat_interleave(
+                torch.tensor(self.streams, device=device)
+            )
         return query, key, value, grad_out, grad_lse, lengths, index
 
 
@@ -78,7 +80,9 @@ NAMES = "out", "lse", "grad_query", "grad_key", "grad_value"
 def all_results(impl, tensors, scale, with_grad_lse=True, needs=(True, True, True)):
     query, key, value, grad_out, grad_lse, lengths, index = tensors
     out, lse = impl.forward(query, key, value, lengths, index, scale)
-    grads = impl.backward(grad_out, grad_lse if with_grad_lse else None, query, key, value, out, lse, lengths, index, scale, *needs)
+    grads = impl.backward(
+        grad_out, grad_lse if with_grad_lse else None, query, key, value, out, lse, lengths, index, scale, *needs
+    )
     return dict(zip(NAMES, (out, lse, *grads)))
 
 
@@ -98,7 +102,9 @@ def test_padding_and_inputs_without_streams_have_gradient_zero(device):
     results = all_results(implementation, tensors, 0.25)
     for grad in (results["grad_key"], results["grad_value"]):
         assert not grad[0, :, 33:].any() and not grad[1:].any()
-    assert not results["out"][2].any() and results["lse"][2].eq(float("-inf")).all() and not results["grad_query"][2].any()
+    assert (
+        not results["out"][2].any() and results["lse"][2].eq(float("-inf")).all() and not results["grad_query"][2].any()
+    )
 
 
 @pytest.mark.parametrize("needs", [(q, k, v) for q in (False, True) for k in (False, True) for v in (False, True)])
@@ -118,7 +124,9 @@ def test_any_scale(scale, device):
 
 
 def test_large_scores(device):
-    """A weight recomputed from its score and the log-sum-exp has the rounding of both, and terms that would cancel do so no longer."""
+    """A weight recomputed from its score and the log-sum-exp has the rounding of both, and terms that would cancel do
+    so no longer.
+    """
     query, key, value, *rest = Problem((3, 2), 1, 21, 16, lengths=(21, 4)).make(torch.float32, device)
     tensors = 100 * query, 100 * key, value, *rest  # most weights underflow
 
@@ -142,7 +150,9 @@ def test_repeats_are_bit_equal(splits, device, monkeypatch):
             assert torch.equal(result, first[name]), name
 
 
-@pytest.mark.parametrize("streams, tokens, keys", [((0, 0), 3, 5), ((2, 2), 0, 5), ((2, 2), 3, 0), ((), 3, 5), ((1, 3), 2, 0)])
+@pytest.mark.parametrize(
+    "streams, tokens, keys", [((0, 0), 3, 5), ((2, 2), 0, 5), ((2, 2), 3, 0), ((), 3, 5), ((1, 3), 2, 0)]
+)
 def test_empty(streams, tokens, keys, device):
     tensors = Problem(streams, tokens, keys, 16).make(torch.float32, device)
     assert_like(reference, implementation, all_results, tensors, 1.0)
@@ -156,7 +166,9 @@ def test_lengths_and_index_of_either_width(device):
 
 def test_strides_of_zero(device):
     query, key, value, grad_out, _, lengths, index = Problem((3, 2), 2, 21, 16).make(torch.float32, device)
-    spread = [x[:1, :, :1].expand(x.shape) for x in (query, key, value)] + [grad_out[:1, :1, :1, :1].expand(grad_out.shape)]
+    spread = [x[:1, :, :1].expand(x.shape) for x in (query, key, value)] + [
+        grad_out[:1, :1, :1, :1].expand(grad_out.shape)
+    ]
     assert_like(reference, implementation, all_results, (*spread, None, lengths, index), 1.0)
 
 
@@ -189,7 +201,9 @@ def test_splits_fill_the_device_and_stay_long_enough():
     assert implementation.num_splits(1, 1 << 20, 132) == implementation.MAX_SPLITS
 
 
-@pytest.mark.parametrize("device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")])
+@pytest.mark.parametrize(
+    "device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")]
+)
 def test_says_why_it_cannot_run(device_type, dtype, reason):
     assert reason in implementation.unavailable(device_type, dtype)
 

@@ -1,4 +1,6 @@
-"""Every implementation that runs on this device, and ``auto``, against one row at a time in float64; and the operators' contract."""
+"""Every implementation that runs on this device, and ``auto``, against one row at a time in float64; and the operators'
+contract.
+"""
 
 from functools import partial
 
@@ -43,7 +45,9 @@ def poisoned_memory():
 
 @pytest.fixture(params=IMPLS)
 def impl(request, device):
-    if request.param != "auto" and (reason := implementations.module(request.param).unavailable(device.type, torch.float32)):
+    if request.param != "auto" and (
+        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
+    ):
         pytest.skip(reason)
     return request.param
 
@@ -59,7 +63,12 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
     hidden = torch.randn(batch, length, width, generator=generator).to(device, dtype)
     vectors = torch.randn(*((adapters,) if adapters else ()), count, width, generator=generator).to(device)
     slots = torch.tensor(slots, dtype=torch.int32, device=device).reshape(batch, -1 if batch else 0)
-    return hidden, vectors, slots, adapter_ids if adapter_ids is None else torch.tensor(adapter_ids, dtype=torch.long, device=device)
+    return (
+        hidden,
+        vectors,
+        slots,
+        adapter_ids if adapter_ids is None else torch.tensor(adapter_ids, dtype=torch.long, device=device),
+    )
 
 
 def by_hand(hidden, vectors, slots, *, adapter_ids=None, dropout_p=0.0, seed=None):
@@ -67,7 +76,9 @@ def by_hand(hidden, vectors, slots, *, adapter_ids=None, dropout_p=0.0, seed=Non
     vectors = vectors if vectors.ndim == 3 else vectors[None]
     kept = None
     if dropout_p:
-        kept = factors(dropout_p, torch.tensor([seed], device=hidden.device), *slots.shape, hidden.shape[2]).to(hidden.dtype)
+        kept = factors(dropout_p, torch.tensor([seed], device=hidden.device), *slots.shape, hidden.shape[2]).to(
+            hidden.dtype
+        )
     rows = []
     for b, positions in enumerate(slots.tolist()):
         adapter = 0 if adapter_ids is None else int(adapter_ids[b])
@@ -94,7 +105,9 @@ def compare(add, hidden, vectors, slots, **options):
     truth = results(by_hand, hidden.double(), vectors.double(), slots, grad, **options)
     got = results(add, hidden, vectors, slots, grad, **options)
     assert [x.dtype for x in got] == [hidden.dtype, hidden.dtype, vectors.dtype]
-    assert_within_rounding(got, lambda: results(by_hand, hidden, vectors.to(hidden.dtype), slots, grad, **options), truth)
+    assert_within_rounding(
+        got, lambda: results(by_hand, hidden, vectors.to(hidden.dtype), slots, grad, **options), truth
+    )
 
 
 def of(impl):
@@ -123,7 +136,9 @@ def test_the_reference_is_the_formula(case, device):
     grad, options = torch.randn_like(hidden), {"adapter_ids": adapter_ids, "dropout_p": 0.3, "seed": 5}
     tensors = hidden, vectors.double(), slots, grad
     for form in (of, in_place):
-        assert_within_rounding(results(form("reference"), *tensors, **options), lambda: results(by_hand, *tensors, **options))
+        assert_within_rounding(
+            results(form("reference"), *tensors, **options), lambda: results(by_hand, *tensors, **options)
+        )
 
 
 def test_touches_nothing_but_the_listed_rows(impl, device):
@@ -133,7 +148,10 @@ def test_touches_nothing_but_the_listed_rows(impl, device):
     listed = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device)
     for row, positions in enumerate(slots.tolist()):
         listed[row, [p for p in positions if p >= 0]] = True
-    assert torch.equal(out[~listed].nan_to_num(7), hidden[~listed].nan_to_num(7)) and not (out[listed] == hidden[listed]).any()
+    assert (
+        torch.equal(out[~listed].nan_to_num(7), hidden[~listed].nan_to_num(7))
+        and not (out[listed] == hidden[listed]).any()
+    )
     again = hidden.clone()
     assert special_token_add_(again, vectors, slots, impl=impl) is again
     assert_within_rounding(again, lambda: by_hand(hidden, vectors, slots))
@@ -159,7 +177,11 @@ def test_strides_of_the_gradient(impl, device):
     out = special_token_add(hidden, vectors, slots, adapter_ids=adapter_ids, impl=impl)
     grad = torch.randn_like(out)
     expected = WithinRounding(lambda: torch.autograd.grad(out, vectors, grad, retain_graph=True))
-    for changed in (grad.mT.contiguous().mT, grad.repeat_interleave(2, -1)[..., ::2], grad.transpose(0, 1).contiguous().transpose(0, 1)):
+    for changed in (
+        grad.mT.contiguous().mT,
+        grad.repeat_interleave(2, -1)[..., ::2],
+        grad.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
         expected.check(torch.autograd.grad(out, vectors, changed, retain_graph=True))
     summed = torch.autograd.grad(out.sum(), vectors, retain_graph=True)  # strides 0
     assert_within_rounding(summed, lambda: torch.autograd.grad(out, vectors, torch.ones_like(out), retain_graph=True))
@@ -177,13 +199,23 @@ def test_rows_more_than_2_31_elements_apart(impl, device, monkeypatch):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data, device):
-    batch, length, width, count = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (1, 70), (1, 4)))
+    batch, length, width, count = (
+        data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 12), (1, 70), (1, 4))
+    )
     adapters, most = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 5))
-    slots = [data.draw(st.lists(st.integers(0, length - 1), unique=True, max_size=min(most, length))) if length else [] for _ in range(batch)]
+    slots = [
+        data.draw(st.lists(st.integers(0, length - 1), unique=True, max_size=min(most, length))) if length else []
+        for _ in range(batch)
+    ]
     slots = [row + [-1] * (most - len(row)) for row in slots]
     chosen = data.draw(st.lists(st.integers(-1, adapters - 1), min_size=batch, max_size=batch)) if adapters else None
-    hidden, vectors, _, adapter_ids = make(((batch, length, width, count, adapters), [[]] * batch, chosen), device=device)
-    dropout = {"dropout_p": data.draw(st.sampled_from([0.0, 0.1, 0.9])), "seed": data.draw(st.integers(-(2**63), 2**63 - 1))}
+    hidden, vectors, _, adapter_ids = make(
+        ((batch, length, width, count, adapters), [[]] * batch, chosen), device=device
+    )
+    dropout = {
+        "dropout_p": data.draw(st.sampled_from([0.0, 0.1, 0.9])),
+        "seed": data.draw(st.integers(-(2**63), 2**63 - 1)),
+    }
     slots = torch.tensor(slots, dtype=torch.int32, device=device).reshape(batch, most)
     compare(of("auto"), hidden, vectors, slots, adapter_ids=adapter_ids, **dropout)
 
@@ -244,7 +276,9 @@ def test_seed_none_draws_from_torch(impl, device):
         draws.append(special_token_add(hidden, vectors, slots, dropout_p=0.5, impl=impl))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     given_seed = torch.tensor([9], device=device)
-    by_tensor, by_number = (special_token_add(hidden, vectors, slots, dropout_p=0.5, seed=s, impl=impl) for s in (given_seed, 9))
+    by_tensor, by_number = (
+        special_token_add(hidden, vectors, slots, dropout_p=0.5, seed=s, impl=impl) for s in (given_seed, 9)
+    )
     assert torch.equal(by_tensor, by_number)
 
 
@@ -273,21 +307,27 @@ def test_slots(impl, shape, masked, dtype, device):
     assert got.dtype == torch.int32 and torch.equal(got.cpu(), slots_by_hand(ids, [1, 5, 7], shape[1] + 2, mask))
     apart = ids.repeat_interleave(2, 1)[:, ::2], None if mask is None else mask.T.contiguous().T
     special = torch.tensor([1, 0, 5, 0, 7], device=device, dtype=torch.int32)[::2]
-    assert torch.equal(special_token_slots(apart[0], special, max_slots=shape[1] + 2, attention_mask=apart[1], impl=impl), got)
+    assert torch.equal(
+        special_token_slots(apart[0], special, max_slots=shape[1] + 2, attention_mask=apart[1], impl=impl), got
+    )
 
 
 def test_too_many_special_tokens(impl, device):
     if device.type != "cpu":
         pytest.skip("on a GPU this is an assertion on the device, which ends the process")
     ids = torch.tensor([[1, 0, 0], [1, 1, 1]])
-    assert torch.equal(special_token_slots(ids, [1], max_slots=3, impl=impl), torch.tensor([[0, -1, -1], [0, 1, 2]], dtype=torch.int32))
+    assert torch.equal(
+        special_token_slots(ids, [1], max_slots=3, impl=impl), torch.tensor([[0, -1, -1], [0, 1, 2]], dtype=torch.int32)
+    )
     with pytest.raises(ValueError, match="max_slots=2, but row 1 has 3 special tokens"):
         special_token_slots(ids, [1], max_slots=2, impl=impl)
     assert special_token_slots(ids, [4], max_slots=0, impl=impl).shape == (2, 0)
 
 
 def test_no_special_ids(impl, device):
-    assert (special_token_slots(torch.zeros(2, 3, dtype=torch.long, device=device), [], max_slots=2, impl=impl) == -1).all()
+    assert (
+        special_token_slots(torch.zeros(2, 3, dtype=torch.long, device=device), [], max_slots=2, impl=impl) == -1
+    ).all()
 
 
 # The contract
@@ -300,18 +340,26 @@ def test_opcheck(impl, case):
     vectors = vectors if vectors.ndim == 3 else vectors[None]
     seed = torch.tensor([3])
     operators = torch.ops.peft_kernels
-    torch.library.opcheck(operators.special_token_slots.default, (torch.randint(0, 4, (2, 5)), torch.tensor([1]), None, 5, impl))
+    torch.library.opcheck(
+        operators.special_token_slots.default, (torch.randint(0, 4, (2, 5)), torch.tensor([1]), None, 5, impl)
+    )
     trained = hidden.clone().requires_grad_(), vectors.clone().requires_grad_()
     torch.library.opcheck(operators.special_token_add.default, (*trained, slots, 0.1, seed, adapter_ids, impl))
-    torch.library.opcheck(operators.special_token_add_.default, (hidden.clone(), vectors, slots, 0.1, seed, adapter_ids, impl))
-    torch.library.opcheck(operators.special_token_add_backward.default, (hidden, slots, *vectors.shape[:2], 0.1, seed, adapter_ids, impl))
+    torch.library.opcheck(
+        operators.special_token_add_.default, (hidden.clone(), vectors, slots, 0.1, seed, adapter_ids, impl)
+    )
+    torch.library.opcheck(
+        operators.special_token_add_backward.default, (hidden, slots, *vectors.shape[:2], 0.1, seed, adapter_ids, impl)
+    )
 
 
 def test_gradcheck():
     hidden, vectors, slots, adapter_ids = make(CASES["adapters"], torch.float64)
     leaves = hidden[..., :4].detach().requires_grad_(), vectors[..., :4].double().requires_grad_()
     for add in (special_token_add, lambda h, *rest, **options: special_token_add_(h * 1, *rest, **options)):
-        assert torch.autograd.gradcheck(lambda h, v, add=add: add(h, v, slots, adapter_ids=adapter_ids, dropout_p=0.3, seed=1), leaves)
+        assert torch.autograd.gradcheck(
+            lambda h, v, add=add: add(h, v, slots, adapter_ids=adapter_ids, dropout_p=0.3, seed=1), leaves
+        )
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -339,20 +387,36 @@ def test_compiles_with_dynamic_shapes(impl, form):
     [
         ({"hidden": torch.zeros(2, 7)}, ValueError, r"hidden must be \(B, S, d\), got \(2, 7\)"),
         ({"hidden": torch.zeros(2, 7, 32, dtype=torch.int8)}, TypeError, "hidden must be float32"),
-        ({"vectors": torch.zeros(2, 31)}, ValueError, r"vectors must be \(P, 32\) or \(K, P, 32\) with at least one row, got \(2, 31\)"),
+        (
+            {"vectors": torch.zeros(2, 31)},
+            ValueError,
+            r"vectors must be \(P, 32\) or \(K, P, 32\) with at least one row, got \(2, 31\)",
+        ),
         ({"vectors": torch.zeros(0, 32)}, ValueError, "with at least one row"),
-        ({"vectors": torch.zeros(2, 32).half()}, TypeError, "vectors must be torch.float32 as hidden is, or float32, got torch.float16"),
+        (
+            {"vectors": torch.zeros(2, 32).half()},
+            TypeError,
+            "vectors must be torch.float32 as hidden is, or float32, got torch.float16",
+        ),
         ({"vectors": torch.zeros(3, 2, 32)}, ValueError, "adapter_ids must choose among the 3 adapters"),
         ({"vectors": torch.zeros(2, 32, device="meta")}, ValueError, "vectors must be on cpu as hidden is, got meta"),
         ({"slots": torch.zeros(3, 2, dtype=torch.int32)}, ValueError, r"slots must be \(2, k\), got \(3, 2\)"),
         ({"slots": torch.zeros(2, 2)}, TypeError, "slots must be int32 or int64, got torch.float32"),
         ({"slots": torch.tensor([[0, 7], [0, 0]])}, ValueError, r"slots must lie in \[-1, 7\), got values from 0 to 7"),
-        ({"slots": torch.tensor([[0, -2], [0, 0]])}, ValueError, r"slots must lie in \[-1, 7\), got values from -2 to 0"),
+        (
+            {"slots": torch.tensor([[0, -2], [0, 0]])},
+            ValueError,
+            r"slots must lie in \[-1, 7\), got values from -2 to 0",
+        ),
         ({"adapter_ids": torch.tensor([0])}, ValueError, r"adapter_ids must be \(2,\), got \(1,\)"),
         ({"adapter_ids": torch.tensor([0, 1])}, ValueError, r"adapter_ids must lie in \[-1, 1\)"),
         ({"adapter_ids": torch.zeros(2)}, TypeError, "adapter_ids must be int32 or int64"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
-        ({"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.long)}, ValueError, "seed must be a number or one int64"),
+        (
+            {"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.long)},
+            ValueError,
+            "seed must be a number or one int64",
+        ),
         ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
         ({"impl": "cuda"}, ValueError, "impl='cuda' cannot run here"),
     ],
@@ -372,7 +436,11 @@ def test_errors(changed, error, message, add):
         ({"input_ids": torch.zeros(3, 2)}, TypeError, "input_ids must be int32 or int64"),
         ({"special_ids": torch.zeros(2, 2, dtype=torch.long)}, ValueError, r"special_ids must be \(n,\)"),
         ({"special_ids": torch.zeros(2)}, TypeError, "special_ids must be int32 or int64"),
-        ({"attention_mask": torch.ones(2, 3)}, ValueError, r"attention_mask must be \(2, 4\) as input_ids is, got \(2, 3\)"),
+        (
+            {"attention_mask": torch.ones(2, 3)},
+            ValueError,
+            r"attention_mask must be \(2, 4\) as input_ids is, got \(2, 3\)",
+        ),
         ({"attention_mask": torch.ones(2, 4, device="meta")}, ValueError, "attention_mask must be on cpu"),
         ({"max_slots": -1}, ValueError, "max_slots must be at least 0, got -1"),
         ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),

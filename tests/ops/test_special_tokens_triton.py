@@ -24,7 +24,9 @@ def test_parts_of_the_batch():
     assert triton.partition(0, 1, 0) == (1, 1)
 
 
-@pytest.mark.parametrize("device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")])
+@pytest.mark.parametrize(
+    "device_type, dtype, reason", [("cuda", torch.float64, "float64"), ("mps", torch.float32, "not mps")]
+)
 def test_says_why_it_cannot_run(device_type, dtype, reason):
     assert reason in triton.unavailable(device_type, dtype)
 

@@ -1,4 +1,6 @@
-"""Vectors and small matrices with any strides give the results of contiguous ones, for every operator in every implementation."""
+"""Vectors and small matrices with any strides give the results of contiguous ones, for every operator in every
+implementation.
+"""
 
 import pytest
 import torch
@@ -40,12 +42,17 @@ def runs(request, device):
 
 def gradients(results, inputs, of=torch.ones_like):
     results = [x for x in results if x.requires_grad]
-    return torch.autograd.grad(results, inputs, [of(x) for x in results], allow_unused=True) if results and inputs else ()
+    return (
+        torch.autograd.grad(results, inputs, [of(x) for x in results], allow_unused=True) if results and inputs else ()
+    )
 
 
 def run(name, impl, tensors, options, of=torch.ones_like):
     """Results and gradients. Leaves keep the strides of the tensors that they replace."""
-    tensors = {key: x.detach().requires_grad_(key not in ("features", "scores")) if x.is_floating_point() else x for key, x in tensors.items()}
+    tensors = {
+        key: x.detach().requires_grad_(key not in ("features", "scores")) if x.is_floating_point() else x
+        for key, x in tensors.items()
+    }
     if name == "prototype_cross_entropy":
         tensors["prototypes"] = tensors["prototypes"].detach()
     given = dict(tensors)
@@ -58,7 +65,9 @@ def run(name, impl, tensors, options, of=torch.ones_like):
 
 def expected_of(name, tensors, options):
     """The reference's results from contiguous tensors. None: no gradient."""
-    return WithinRounding(lambda: run(name, "reference", tensors, options), run(name, "reference", widened(tensors), options))
+    return WithinRounding(
+        lambda: run(name, "reference", tensors, options), run(name, "reference", widened(tensors), options)
+    )
 
 
 def laid_out(case, layout, dtype, device):
@@ -85,7 +94,9 @@ def test_operator_honours_strides(runs, device):
     constant = expected_of(runs[0], dense(laid_out(case, expanded, torch.int64, device)), case.options)
     for layout in LAYOUTS:
         for dtype in (torch.int32, torch.int64):
-            (constant if layout is expanded else plain).check(run(*runs, laid_out(case, layout, dtype, device), case.options))
+            (constant if layout is expanded else plain).check(
+                run(*runs, laid_out(case, layout, dtype, device), case.options)
+            )
 
 
 @pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
@@ -109,7 +120,9 @@ class Recorder:
             return found
 
         def called(*arguments):
-            copies = [x.detach().clone(memory_format=torch.preserve_format) if isinstance(x, Tensor) else x for x in arguments]
+            copies = [
+                x.detach().clone(memory_format=torch.preserve_format) if isinstance(x, Tensor) else x for x in arguments
+            ]
             self.calls.append((found, copies))
             return found(*arguments)
 

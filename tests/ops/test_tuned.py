@@ -51,7 +51,12 @@ def written(**changes):
 def test_an_entry_takes_the_place_of_what_it_names():
     tuned.write(tuned.cache_file(CPU), CPU, [ENTRY])
     assert options(4, 8) == {**SHIPPED, **ENTRY.options}
-    for other in (options(2, 8), options(4, 2), options(4, 8, kernel="backward"), options(4, 8, operator="special_tokens")):
+    for other in (
+        options(2, 8),
+        options(4, 2),
+        options(4, 8, kernel="backward"),
+        options(4, 8, operator="special_tokens"),
+    ):
         assert other is SHIPPED
 
 
@@ -179,7 +184,9 @@ def test_reaches_the_launch_and_results_stay_right(device, monkeypatch):
     expected = expected_of(lambda impl, *given: impl.forward(*given), reference, hidden, weight, ids, None, None)
     expected.check(logits.forward(hidden, weight, ids, None, None))
     tuned.entries.cache_clear()
-    tuned.write(tuned.cache_file(hidden.device), hidden.device, [ENTRY._replace(options={"BW": 2, "BD": 64, "num_warps": 2})])
+    tuned.write(
+        tuned.cache_file(hidden.device), hidden.device, [ENTRY._replace(options={"BW": 2, "BD": 64, "num_warps": 2})]
+    )
     expected.check(logits.forward(hidden, weight, ids, None, None))
     (grid, shipped), (tuned_grid, found) = spy.launches
     assert (grid, tuned_grid) == ((3,), (12,))

@@ -40,7 +40,9 @@ _DISTILBERT = {
     "qa_dropout": 0.0,
     "initializer_range": 0.3,
 }
-_DEBERTA = dict(_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, pooler_dropout=0.0)
+_DEBERTA = dict(
+    _BERT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False, pooler_dropout=0.0
+)
 _DEBERTA_CONV = dict(_DEBERTA, conv_kernel_size=3, position_buckets=4, norm_rel_ebd="layer_norm")
 _MODERNBERT = {
     "vocab_size": VOCAB,
@@ -57,7 +59,16 @@ _MODERNBERT = {
     "max_position_embeddings": 64,
 }
 _ALBERT = dict(_BERT, embedding_size=16, num_hidden_layers=4, classifier_dropout_prob=0.0)
-_T5 = {"vocab_size": VOCAB, "pad_token_id": PAD, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
+_T5 = {
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+}
 
 # name -> (prefix of its classes, settings, path of its layers below the head)
 FAMILIES = {
@@ -159,7 +170,9 @@ def targets(task: str | None, x: dict, seed: int = 3) -> dict[str, torch.Tensor]
         return {"labels": torch.randint(0, 2, (b, n), generator=generator).masked_fill(x["attention_mask"] == 0, -100)}
     if task == "QUESTION_ANS":
         return {k: torch.randint(0, n, (b,), generator=generator) for k in ("start_positions", "end_positions")}
-    return {} if task == "FEATURE_EXTRACTION" else {"labels": x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)}
+    return (
+        {} if task == "FEATURE_EXTRACTION" else {"labels": x["input_ids"].masked_fill(x["attention_mask"] == 0, -100)}
+    )
 
 
 def main(output) -> torch.Tensor:

@@ -15,7 +15,9 @@ from peft_kernels import DePTConfig, PASTAConfig, pasta
 
 METHODS = {
     "lora": lambda: LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules=["query", "value"]),
-    "ia3": lambda: IA3Config(task_type="SEQ_CLS", init_ia3_weights=False, target_modules=["key", "value"], feedforward_modules=[]),
+    "ia3": lambda: IA3Config(
+        task_type="SEQ_CLS", init_ia3_weights=False, target_modules=["key", "value"], feedforward_modules=[]
+    ),
     "prefix": lambda: PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
     "prompt": lambda: PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
     "dept": lambda: DePTConfig(task_type="SEQ_CLS", num_virtual_tokens=2, r=2, max_length=16),
@@ -23,7 +25,9 @@ METHODS = {
 
 
 def _pasta(model, adapter_name="default"):
-    config = PASTAConfig(num_special_tokens=models.P, special_token_ids=models.SPECIAL, task_type="SEQ_CLS", dropout=0.0)
+    config = PASTAConfig(
+        num_special_tokens=models.P, special_token_ids=models.SPECIAL, task_type="SEQ_CLS", dropout=0.0
+    )
     return get_peft_model(model, config, adapter_name=adapter_name).eval()
 
 
@@ -45,7 +49,9 @@ def _with_head(model, head):
 
 
 # PEFT has no prefix tuning of a PeftModel
-COMPOSED = [("lora", "default", order, fused) for order in ("below", "above") for fused in (None, "before", "between", "after")]
+COMPOSED = [
+    ("lora", "default", order, fused) for order in ("below", "above") for fused in (None, "before", "between", "after")
+]
 COMPOSED += [
     ("ia3", "default", "below", None),
     ("ia3", "default", "above", None),
@@ -90,7 +96,8 @@ def test_with_another_method(method, name, order, fused):
     for twin in (model, copy.deepcopy(model)):
         expected.check(twin(**x).logits)
     with model.disable_adapter():
-        kept = alone if method == "prefix" else stock  # PEFT disables a method by disabling its modules; a prefix has none
+        # PEFT disables a method by disabling its modules; a prefix has none
+        kept = alone if method == "prefix" else stock
         assert_within_rounding(model(**x).logits, lambda: _with_head(kept, stock.classifier)(**x).logits)
     expected.check(model(**x).logits)
     if order == "below":
@@ -121,7 +128,9 @@ def test_methods_that_replace_the_input_are_refused(method, order, message):
 
 def test_the_name_of_prefix_tuning_below_is_refused():
     model = get_peft_model(models.stock("bert"), METHODS["prefix"]())
-    with pytest.raises(ValueError, match="PASTA: adapter_name must differ from that of PREFIX_TUNING below, got 'default'"):
+    with pytest.raises(
+        ValueError, match="PASTA: adapter_name must differ from that of PREFIX_TUNING below, got 'default'"
+    ):
         _pasta(model)
 
 
@@ -129,7 +138,9 @@ def test_another_method_stays_trainable():
     lora = get_peft_model(models.stock("bert"), METHODS["lora"]())
     trainable = {n for n, p in _inner(lora).named_parameters() if p.requires_grad}
     model = _pasta(lora)
-    assert {n for n, p in _inner(model).named_parameters() if p.requires_grad} == trainable | {"pasta.pasta_vectors.default"}
+    assert {n for n, p in _inner(model).named_parameters() if p.requires_grad} == trainable | {
+        "pasta.pasta_vectors.default"
+    }
 
 
 def _offloaded(model, how, folder):
@@ -137,7 +148,11 @@ def _offloaded(model, how, folder):
         return cpu_offload(model, execution_device="cpu")
     if how == "disk":
         return disk_offload(model, folder, execution_device="cpu")
-    parts = {name: "cpu" for name, _ in _inner(model).named_children()} | {"bert.encoder": "cpu", "bert.pooler": "cpu", "bert.embeddings": "disk"}
+    parts = {name: "cpu" for name, _ in _inner(model).named_children()} | {
+        "bert.encoder": "cpu",
+        "bert.pooler": "cpu",
+        "bert.embeddings": "disk",
+    }
     del parts["bert"]
     return dispatch_model(model, parts, main_device="cpu", offload_dir=folder, force_hooks=True)
 
@@ -167,7 +182,10 @@ def test_offload(family, fused, how, order, tmp_path):
     if fused and order == "after":
         pasta.fuse(model)
     _offloaded(model, how, tmp_path)
-    assert base.get_input_embeddings().weight.device.type == "cpu" and _inner(model).get_input_embeddings().weight.device.type == "meta"
+    assert (
+        base.get_input_embeddings().weight.device.type == "cpu"
+        and _inner(model).get_input_embeddings().weight.device.type == "meta"
+    )
     if order != "after":
         model = models.adapted(family, base=model)
     if fused and order == "before":
@@ -200,7 +218,11 @@ def test_fsdp2(family, fused, one_rank):
         pasta.fuse(model)
     mesh = init_device_mesh("cpu", (1,))
     inner = model.base_model.model
-    for part in [*models.layers(family, inner), next(m for n, m in inner.named_modules() if n.endswith("embeddings")), model]:
+    for part in [
+        *models.layers(family, inner),
+        next(m for n, m in inner.named_modules() if n.endswith("embeddings")),
+        model,
+    ]:
         fully_shard(part, mesh=mesh)
     x = models.inputs()
 
@@ -252,7 +274,9 @@ def test_dynamic_int8(fused):
         pasta.fuse(model)
     x = models.inputs()
     with torch.no_grad():
-        assert_within_rounding(model(**x).logits, lambda: models.formula("bert", quantised, models.vectors(model), x).logits)
+        assert_within_rounding(
+            model(**x).logits, lambda: models.formula("bert", quantised, models.vectors(model), x).logits
+        )
 
 
 @pytest.mark.parametrize("flag", ["bf16", "fp16"])
@@ -261,8 +285,17 @@ def test_trainer_in_half_precision(flag, tmp_path):
     pasta.fuse(model)
     x = models.inputs(b=8) | models.targets("SEQ_CLS", models.inputs(b=8))
     rows = [{k: v[i] for k, v in x.items()} for i in range(8)]
-    settings = {"report_to": [], "max_steps": 8, "disable_tqdm": True, "use_cpu": True, "learning_rate": 0.02, flag: True}
-    trainer = transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path), **settings), train_dataset=rows, eval_dataset=rows)
+    settings = {
+        "report_to": [],
+        "max_steps": 8,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 0.02,
+        flag: True,
+    }
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(str(tmp_path), **settings), train_dataset=rows, eval_dataset=rows
+    )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before

@@ -17,8 +17,14 @@ from peft_kernels import PASTAConfig
         ({"num_special_tokens": 0}, "num_special_tokens must be an integer of at least 1, got 0"),
         ({"num_special_tokens": 2.0}, "num_special_tokens must be an integer of at least 1, got 2.0"),
         ({"special_token_ids": []}, r"special_token_ids must be one token id or more, each at least 0, got \[\]"),
-        ({"special_token_ids": [101, -1]}, r"special_token_ids must be one token id or more, each at least 0, got \[101, -1\]"),
-        ({"special_token_ids": "[CLS]"}, r"special_token_ids must be one token id or more, each at least 0, got '\[CLS\]'"),
+        (
+            {"special_token_ids": [101, -1]},
+            r"special_token_ids must be one token id or more, each at least 0, got \[101, -1\]",
+        ),
+        (
+            {"special_token_ids": "[CLS]"},
+            r"special_token_ids must be one token id or more, each at least 0, got '\[CLS\]'",
+        ),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
         ({"init": "ones"}, r"init must be one of \('normal', 'zero'\), got 'ones'"),
         ({"overflow": "first"}, r"overflow must be one of \('error', 'last'\), got 'first'"),
@@ -36,21 +42,42 @@ def _model(kind, config=None, **settings):
 
 _T5 = models.GENERIC["t5"][1]
 _GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4}
-_LLAMA = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_LLAMA = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 _BERT = models.FAMILIES["bert"][1]
 _XLM = {"vocab_size": 99, "emb_dim": 32, "n_layers": 2, "n_heads": 4}  # has lists of the parts of its layers
 REFUSED = [
-    (lambda: _model("T5ForConditionalGeneration", **_T5), "must be an encoder, but T5ForConditionalGeneration has a decoder as well"),
+    (
+        lambda: _model("T5ForConditionalGeneration", **_T5),
+        "must be an encoder, but T5ForConditionalGeneration has a decoder as well",
+    ),
     (lambda: _model("T5ForSequenceClassification", **_T5), "has a decoder as well"),
     (lambda: _model("GPT2LMHeadModel", **_GPT2), "must be an encoder, but GPT2LMHeadModel is a decoder"),
     (lambda: _model("LlamaForSequenceClassification", **_LLAMA), "is a decoder"),
     (lambda: _model("BertLMHeadModel", **_BERT, is_decoder=True), "is a decoder"),
     (lambda: _model("RobertaForSequenceClassification", **_BERT, is_decoder=True), "is a decoder"),
-    (lambda: _model("XLMModel", **_XLM), r"must have one ModuleList of 2 layers that take hidden_states first, got none"),
-    (lambda: _model("XLMWithLMHeadModel", "XLM", **_XLM), r"XLMModel must have one ModuleList of 2 layers that take hidden_states first, got none"),
+    (
+        lambda: _model("XLMModel", **_XLM),
+        r"must have one ModuleList of 2 layers that take hidden_states first, got none",
+    ),
+    (
+        lambda: _model("XLMWithLMHeadModel", "XLM", **_XLM),
+        r"XLMModel must have one ModuleList of 2 layers that take hidden_states first, got none",
+    ),
     (lambda: _model("XLMWithLMHeadModel", "XLM", **_XLM, causal=True), "is a decoder"),
-    (lambda: _model("SqueezeBertModel", **_BERT, embedding_size=32), r"must take hidden states \(B, S, d\), but take \(B, d, S\)"),
-    (lambda: _shared_layers(), "every layer of BertModel must be a module of its own, but encoder.layer has 1 for 3 passes"),
+    (
+        lambda: _model("SqueezeBertModel", **_BERT, embedding_size=32),
+        r"must take hidden states \(B, S, d\), but take \(B, d, S\)",
+    ),
+    (
+        lambda: _shared_layers(),
+        "every layer of BertModel must be a module of its own, but encoder.layer has 1 for 3 passes",
+    ),
 ]
 
 
@@ -65,7 +92,11 @@ def _shared_layers():
 @pytest.mark.parametrize(("make", "message"), REFUSED)
 def test_models(make, message):
     model = make()
-    names, trainable, kinds = set(vars(model)), [p.requires_grad for p in model.parameters()], [type(m) for m in model.modules()]
+    names, trainable, kinds = (
+        set(vars(model)),
+        [p.requires_grad for p in model.parameters()],
+        [type(m) for m in model.modules()],
+    )
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, PASTAConfig(special_token_ids=[0, 2]))
     assert set(vars(model)) == names and [p.requires_grad for p in model.parameters()] == trainable
@@ -80,7 +111,10 @@ def test_not_of_transformers():
 def test_special_tokens():
     with pytest.raises(ValueError, match=r"special_token_ids must lie in \[0, 99\), got \[0, 99\]"):
         models.adapted("bert", special_token_ids=[0, 99])
-    with pytest.raises(ValueError, match="give special_token_ids, or a tokenizer_name_or_path .*: the model has no name to find its tokenizer by"):
+    with pytest.raises(
+        ValueError,
+        match="give special_token_ids, or a tokenizer_name_or_path .*: the model has no name to find its tokenizer by",
+    ):
         models.adapted("bert", special_token_ids=None)
     base = models.stock("bert")
     base.name_or_path = "nobody/nowhere"

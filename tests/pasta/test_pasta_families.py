@@ -11,8 +11,15 @@ from peft import get_peft_model
 
 from peft_kernels import PASTAConfig
 
-EVERY = [(family, "SEQ_CLS") for family in models.FAMILIES] + [("deberta-v2", task) for task in ("TOKEN_CLS", "QUESTION_ANS", None)]
-EVERY += [(f, t) for f in ("bert", "roberta", "distilbert", "mpnet", "modernbert", "electra") for t in models.TASKS if t != "SEQ_CLS"]
+EVERY = [(family, "SEQ_CLS") for family in models.FAMILIES] + [
+    ("deberta-v2", task) for task in ("TOKEN_CLS", "QUESTION_ANS", None)
+]
+EVERY += [
+    (f, t)
+    for f in ("bert", "roberta", "distilbert", "mpnet", "modernbert", "electra")
+    for t in models.TASKS
+    if t != "SEQ_CLS"
+]
 EVERY += [(family, "FEATURE_EXTRACTION") for family in models.GENERIC]
 
 
@@ -33,17 +40,23 @@ def test_outputs_and_gradients(family, task):
         out = run()
         return models.main(out).detach(), torch.autograd.grad(models.loss_of(out), parameters)
 
-    expected = WithinRounding(lambda: results(lambda: models.formula(family, base, v, x, **labels), [v, *map(base.get_parameter, trained)]))
+    expected = WithinRounding(
+        lambda: results(lambda: models.formula(family, base, v, x, **labels), [v, *map(base.get_parameter, trained)])
+    )
     expected.check(results(lambda: model(**x, **labels), [models.vectors(model), *trained.values()]))
     models.loss_of(model(**x, **labels)).backward()
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_hidden_states_are_free_of_vectors(family, return_dict):
-    """The embeddings and the layers' outputs are recorded as in a stock model, without the vectors that are added to them next."""
+    """The embeddings and the layers' outputs are recorded as in a stock model, without the vectors that are added to
+    them next.
+    """
     base, model = models.pair(family, "FEATURE_EXTRACTION")
     x = models.inputs()
     additions = [models.dense(x, v) for v in models.vectors(model)]
@@ -52,7 +65,9 @@ def test_hidden_states_are_free_of_vectors(family, return_dict):
     def stock():
         states = []
         with models.by_formula(family, base, additions):  # hooks that run after its own
-            hooks = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in dict.fromkeys(layers)]
+            hooks = [
+                layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in dict.fromkeys(layers)
+            ]
             last = base(**x).last_hidden_state
         for hook in hooks:
             hook.remove()
@@ -63,7 +78,9 @@ def test_hidden_states_are_free_of_vectors(family, return_dict):
     recorded = got.hidden_states if return_dict else next(t for t in got if isinstance(t, tuple))
     assert len(recorded) == len(layers) + 1
     # in deberta-v2 a convolution follows the first layer
-    WithinRounding(stock).check({i: state for i, state in enumerate(recorded) if family != "deberta-v2" or i != 1}, partial=True)
+    WithinRounding(stock).check(
+        {i: state for i, state in enumerate(recorded) if family != "deberta-v2" or i != 1}, partial=True
+    )
     assert_within_rounding(recorded[-1], lambda: model(**x).last_hidden_state)
 
 
@@ -91,14 +108,18 @@ def test_attentions(family):
     x = models.inputs()
     got = model(**x, output_attentions=True).attentions
     assert got
-    assert_within_rounding(got, lambda: models.formula(family, base, models.vectors(model), x, output_attentions=True).attentions)
+    assert_within_rounding(
+        got, lambda: models.formula(family, base, models.vectors(model), x, output_attentions=True).attentions
+    )
 
 
 def test_multiple_choice():
     """The encoder's rows are the choices."""
     torch.manual_seed(0)
     base = transformers.BertForMultipleChoice(transformers.BertConfig(**models.FAMILIES["bert"][1])).eval()
-    model = get_peft_model(copy.deepcopy(base), PASTAConfig(num_special_tokens=models.P, special_token_ids=models.SPECIAL)).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), PASTAConfig(num_special_tokens=models.P, special_token_ids=models.SPECIAL)
+    ).eval()
     models.fill(model, "default", 1)
     x = models.inputs()
     choices = {k: v[None] for k, v in x.items()}

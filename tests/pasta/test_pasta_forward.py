@@ -76,7 +76,10 @@ def _logits_and_gradient(run, vectors):
 def test_overflow():
     base, model = models.pair("bert", num_special_tokens=2)
     x = models.inputs()
-    message = r"max_slots=2, but row 1 has 3 special tokens. The adapter has num_special_tokens=2 vectors for tokens \[0, 2\]; overflow='last'"
+    message = (
+        r"max_slots=2, but row 1 has 3 special tokens. The adapter has num_special_tokens=2 vectors for tokens"
+        r" \[0, 2\]; overflow='last'"
+    )
     with pytest.raises(ValueError, match=message):
         model(**x)
     rows = {k: v[::2] for k, v in x.items()}
@@ -134,9 +137,13 @@ def _returned(family, model, run):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "in_place"), [("bert", True), ("mpnet", True), ("modernbert", True), ("deberta-v2", False)])
+@pytest.mark.parametrize(
+    ("family", "in_place"), [("bert", True), ("mpnet", True), ("modernbert", True), ("deberta-v2", False)]
+)
 def test_in_place(family, in_place):
-    """If only the layer uses a hidden state, the vectors are added in place to the previous layer's output; otherwise to a copy."""
+    """If only the layer uses a hidden state, the vectors are added in place to the previous layer's output; otherwise
+    to a copy.
+    """
     base, model = models.pair(family, "FEATURE_EXTRACTION")
     x = models.inputs()
     additions = [models.dense(x, v) for v in models.vectors(model)]
@@ -149,8 +156,12 @@ def test_in_place(family, in_place):
         states = stock()
         return [state + addition for state, addition in zip(states, additions[1:])] + states[-1:]
 
-    assert_within_rounding(_returned(family, model.base_model.model, lambda: model(**x)), changed if in_place else stock)
-    assert_within_rounding(_returned(family, model.base_model.model, lambda: model(**x, output_hidden_states=True)), stock)
+    assert_within_rounding(
+        _returned(family, model.base_model.model, lambda: model(**x)), changed if in_place else stock
+    )
+    assert_within_rounding(
+        _returned(family, model.base_model.model, lambda: model(**x, output_hidden_states=True)), stock
+    )
 
 
 @pytest.mark.parametrize("how", ["leaf", "view"])
@@ -193,6 +204,9 @@ def test_initialisation():
 
 
 def test_only_what_it_says_is_trained():
-    model = get_peft_model(transformers.BertModel(transformers.BertConfig(**models.FAMILIES["bert"][1])), PASTAConfig(special_token_ids=[0, 2]))
+    model = get_peft_model(
+        transformers.BertModel(transformers.BertConfig(**models.FAMILIES["bert"][1])),
+        PASTAConfig(special_token_ids=[0, 2]),
+    )
     trainable, total = model.get_nb_trainable_parameters()
     assert trainable == 3 * 2 * models.WIDTH and total > trainable

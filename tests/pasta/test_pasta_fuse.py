@@ -30,7 +30,9 @@ def calls(monkeypatch):
 
 
 def _fused_calls(family, model):
-    """The expected calls: an add and norm in the middle of each layer and one at its end; the last pre-norm layer has none at its end."""
+    """The expected calls: an add and norm in the middle of each layer and one at its end; the last pre-norm layer has
+    none at its end.
+    """
     depth = len(models.layers(family, model))
     calls = [False, True] * (depth - 1) + [False, False]
     return calls[:-1] if family == "modernbert" else calls
@@ -127,7 +129,9 @@ def test_hidden_states(family, calls):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
 @pytest.mark.parametrize("why", ["autocast", "checkpointing", "norm"])
 def test_stock_path(family, why, calls):
-    """The stock path runs if the fused operator would compute something else, or would read freed values when a layer runs again."""
+    """The stock path runs if the fused operator would compute something else, or would read freed values when a layer
+    runs again.
+    """
     model = models.adapted(family)
     if why == "checkpointing":
         model.gradient_checkpointing_enable()
@@ -153,20 +157,26 @@ def test_stock_path(family, why, calls):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_an_input_changed_between_layers(family):
-    """A user's hook on a layer takes effect; its input contains the next layer's vectors, so this one changes a token without a vector."""
+    """A user's hook on a layer takes effect; its input contains the next layer's vectors, so this one changes a token
+    without a vector.
+    """
     model = models.adapted(family)
     twin = copy.deepcopy(model)
     pasta.fuse(twin)
     x = models.inputs()
     for m in (model, twin):
-        models.layers(family, m.base_model.model)[1].register_forward_hook(lambda m, args, out: out.index_fill(1, torch.tensor([1]), 0.0))
+        models.layers(family, m.base_model.model)[1].register_forward_hook(
+            lambda m, args, out: out.index_fill(1, torch.tensor([1]), 0.0)
+        )
     assert_within_rounding(twin(**x).logits, lambda: model(**x).logits)
 
 
 @torch.no_grad()
 def test_half_precision():
     """Against float64, within the rounding of the unfused model."""
-    model = models.adapted("bert", "FEATURE_EXTRACTION", base=models.stock("bert", "FEATURE_EXTRACTION").to(torch.bfloat16))
+    model = models.adapted(
+        "bert", "FEATURE_EXTRACTION", base=models.stock("bert", "FEATURE_EXTRACTION").to(torch.bfloat16)
+    )
     x = models.inputs()
     unfused = WithinRounding(lambda: model(**x).last_hidden_state, copy.deepcopy(model).double()(**x).last_hidden_state)
     pasta.fuse(model)

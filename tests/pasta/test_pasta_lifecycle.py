@@ -39,7 +39,9 @@ def test_save_and_load(family, tmp_path):
     assert_within_rounding(_out(loaded, x), lambda: _out(model, x))
     assert not any(p.requires_grad for p in loaded.parameters())
     trainable = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
-    assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -54,7 +56,12 @@ def test_load_without_allocating_first(tmp_path):
 def test_saved_configuration_is_complete(tmp_path):
     models.adapted("bert", overflow="last", dropout=0.3).save_pretrained(tmp_path)
     config = PASTAConfig.from_pretrained(tmp_path)
-    assert (config.num_special_tokens, config.special_token_ids, config.overflow, config.dropout) == (models.P, models.SPECIAL, "last", 0.3)
+    assert (config.num_special_tokens, config.special_token_ids, config.overflow, config.dropout) == (
+        models.P,
+        models.SPECIAL,
+        "last",
+        0.3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,9 @@ def test_special_tokens_of_a_tokenizer(tokens, expected, tmp_path):
     from tokenizers.models import WordLevel
 
     vocabulary = {"[UNK]": 0, "[CLS]": 5, "[SEP]": 6, "<s>": 7, "</s>": 8}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")), **tokens)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")), **tokens
+    )
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     base = models.stock("bert")
     config = PASTAConfig(tokenizer_name_or_path=str(tmp_path / "tokenizer"))
@@ -92,7 +101,9 @@ def test_tokenizer_beside_the_model(tmp_path):
     from tokenizers.models import WordLevel
 
     words = Tokenizer(WordLevel({"[UNK]": 0, "[CLS]": 5, "[SEP]": 6}, unk_token="[UNK]"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, cls_token="[CLS]", sep_token="[SEP]").save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, cls_token="[CLS]", sep_token="[SEP]").save_pretrained(
+        tmp_path
+    )
     models.stock("bert").save_pretrained(tmp_path)
     model = get_peft_model(transformers.AutoModel.from_pretrained(tmp_path), PASTAConfig())
     assert model.peft_config["default"].special_token_ids == [5, 6]
@@ -150,7 +161,9 @@ def test_copies_and_pickles(family, fused, tmp_path):
         assert not torch.equal(_out(twin, x), expected) and torch.equal(_out(model, x), expected)
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
         twin.unload()
-        assert type(models.layers(family, model.base_model.model)[0]) is not type(models.layers(family, twin.base_model.model)[0])
+        assert type(models.layers(family, model.base_model.model)[0]) is not type(
+            models.layers(family, twin.base_model.model)[0]
+        )
 
 
 def _two(family, **config):
@@ -201,7 +214,9 @@ def test_mixed_batch_equals_separate_runs(family, overflow, fused):
     def separate():
         rows = [_out(parts.get(name, base), {k: v[i : i + 1] for k, v in x.items()})[0] for i, name in enumerate(MIXED)]
         loss = sum(row.square().sum() for name, row in zip(MIXED, rows) if name != "__base__")
-        return torch.stack(rows).detach(), torch.autograd.grad(loss, [models.vectors(reference) for reference in parts.values()])
+        return torch.stack(rows).detach(), torch.autograd.grad(
+            loss, [models.vectors(reference) for reference in parts.values()]
+        )
 
     assert_within_rounding((got, gradients), separate)
 

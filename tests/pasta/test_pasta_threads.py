@@ -32,7 +32,9 @@ def _two_adapters(family):
 
 
 def _requests():
-    """Calls of different lengths and with different adapters; every third one has no names, every seventh one is an error."""
+    """Calls of different lengths and with different adapters; every third one has no names, every seventh one is an
+    error.
+    """
     requests = []
     for i in range(24):
         x = models.inputs(b=1 + i % 4, n=9 + i % 7, seed=i)
@@ -60,7 +62,8 @@ def _expected(model, request):
 
 
 @pytest.mark.parametrize(
-    ("family", "fused", "calls"), [("bert", False, 1000), ("bert", True, 1000), ("modernbert", True, 400), ("albert", False, 400)]
+    ("family", "fused", "calls"),
+    [("bert", False, 1000), ("bert", True, 1000), ("modernbert", True, 400), ("albert", False, 400)],
 )
 def test_threads(family, fused, calls):
     model, requests = _two_adapters(family), _requests()
@@ -86,7 +89,9 @@ def test_threads(family, fused, calls):
 
 
 def test_gradients_in_threads():
-    """Each thread gets the gradients of its own rows, with checkpointing, which runs layers again in the backward pass."""
+    """Each thread gets the gradients of its own rows, with checkpointing, which runs layers again in the backward
+    pass.
+    """
     model = models.adapted("bert", "TOKEN_CLS").train()
     model.gradient_checkpointing_enable()
     requests = [models.inputs(n=9 + i, seed=i) for i in range(THREADS)]
@@ -137,7 +142,9 @@ def test_memory_does_not_grow():
     @torch.no_grad()
     def rounds(number):
         for _ in range(number):
-            threads = [threading.Thread(target=lambda: [_answer(model, request) for request in requests[:7]]) for _ in range(4)]
+            threads = [
+                threading.Thread(target=lambda: [_answer(model, request) for request in requests[:7]]) for _ in range(4)
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -39,10 +39,14 @@ def _train_mode(model, dropout):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
-    ("family", "fused"), [(f, fused) for f in CHECKPOINTED for fused in (False, True)] + [("deberta", False), ("deberta-v2", False)]
+    ("family", "fused"),
+    [(f, fused) for f in CHECKPOINTED for fused in (False, True)] + [("deberta", False), ("deberta-v2", False)],
 )
 def test_gradient_checkpointing(family, fused, reentrant):
-    """Gradients are equal, also if a second forward, of other rows, precedes the first backward. Checkpointing uses the model's own path."""
+    """Gradients are equal, also if a second forward, of other rows, precedes the first backward.
+
+    Checkpointing uses the model's own path.
+    """
     model = _train_mode(models.adapted(family, dropout=0.3), 0.2)
     batches = [_batch(1), _batch(2)]
 
@@ -80,12 +84,16 @@ def test_two_forwards_before_one_backward(family):
 
 @pytest.mark.parametrize("impl", ["NO_REENTRANT", "REENTRANT"])
 def test_checkpointing_around_a_layer_is_refused(impl):
-    """The layer would run again without its vectors: this gives an error, ours or autograd's, not a different gradient."""
+    """The layer would run again without its vectors: this gives an error, ours or autograd's, not a different
+    gradient.
+    """
     model = models.adapted("bert")
     layers = model.base_model.model.bert.encoder.layer
     layers[1] = checkpoint_wrapper(layers[1], CheckpointImpl[impl])
     (loss,) = _losses(model, [_batch(1)])
-    with pytest.raises(RuntimeError, match="a layer runs outside of its encoder's forward|modified by an inplace operation"):
+    with pytest.raises(
+        RuntimeError, match="a layer runs outside of its encoder's forward|modified by an inplace operation"
+    ):
         loss.backward()
 
 
@@ -106,7 +114,15 @@ def test_the_base_is_frozen(family, tmp_path):
         assert sum("pasta_vectors" in n for n in trained) == 1
 
 
-COMPILED = [("bert", False), ("bert", True), ("distilbert", True), ("mpnet", False), ("modernbert", False), ("modernbert", True), ("albert", False)]
+COMPILED = [
+    ("bert", False),
+    ("bert", True),
+    ("distilbert", True),
+    ("mpnet", False),
+    ("modernbert", False),
+    ("modernbert", True),
+    ("albert", False),
+]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -132,7 +148,10 @@ def test_compiled(family, fused, training):
             expected.check((compiled(**x).logits,), partial=True)
 
 
-@pytest.mark.parametrize(("family", "fused"), [("bert", False), ("bert", True), ("distilbert", False), ("modernbert", True), ("deberta-v2", False)])
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [("bert", False), ("bert", True), ("distilbert", False), ("modernbert", True), ("deberta-v2", False)],
+)
 def test_autocast(family, fused):
     base, model = models.pair(family)
     if fused:

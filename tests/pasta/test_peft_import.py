@@ -9,7 +9,12 @@ KNOWN = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; assert {'DEP
 
 
 def _run(code):
-    return subprocess.run([sys.executable, "-W", "error::UserWarning:peft_kernels", "-c", code], check=True, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:peft_kernels", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("order", ["import peft, peft_kernels", "import peft_kernels.hf.peft_method"])
@@ -31,7 +36,8 @@ importlib.util.find_spec("peft")  # as transformers asks whether there is one
 from peft import PeftModel
 from transformers import BertConfig, BertForSequenceClassification
 
-model = PeftModel.from_pretrained(BertForSequenceClassification(BertConfig(**{pasta_models.FAMILIES["bert"][1]})), {str(tmp_path)!r})
+base = BertForSequenceClassification(BertConfig(**{pasta_models.FAMILIES["bert"][1]}))
+model = PeftModel.from_pretrained(base, {str(tmp_path)!r})
 {KNOWN}
 print(model.base_model.model.pasta.pasta_vectors["default"].sum().item())
 """

@@ -1,4 +1,6 @@
-"""`peft-kernels bench` on tiny shapes: it measures all candidates, detects wrong ones, and writes what it shows; no measured number is checked."""
+"""`peft-kernels bench` on tiny shapes: it measures all candidates, detects wrong ones, and writes what it shows; no
+measured number is checked.
+"""
 
 import csv
 import functools
@@ -101,11 +103,16 @@ def test_every_way_is_right_and_in_the_files(name, tmp_path):
             assert row.median_s > 0 and row.ratio > 0 and row.runs == 2 and row.spread is not None
             assert 0 <= row.error < 2e-2 and row.bytes > 0 and row.roofline_s > 0
         for row in missing:
-            assert row.missing in ("no C++ compiler was found", "CUDA only", "measured on CUDA only") and row.median_s is None
+            assert (
+                row.missing in ("no C++ compiler was found", "CUDA only", "measured on CUDA only")
+                and row.median_s is None
+            )
             assert f"missing {row.candidate}: {row.missing}" in output
     with (tmp_path / "operators.csv").open() as file:
         listed = list(csv.DictReader(file))
-    assert [(r["benchmark"], r["candidate"], r["missing"]) for r in listed] == [(r.benchmark, r.candidate, r.missing or "") for r in rows]
+    assert [(r["benchmark"], r["candidate"], r["missing"]) for r in listed] == [
+        (r.benchmark, r.candidate, r.missing or "") for r in rows
+    ]
     assert [float(r["median_s"]) for r in listed if r["median_s"]] == [r.median_s for r in rows if r.median_s]
 
 
@@ -126,14 +133,18 @@ def test_a_wrong_operator_fails_the_command_after_all_rows(tmp_path, monkeypatch
     output, rows = bench("special_token_add", tmp_path, "--dtype", "float32", code=1)
     assert "ours failed" in output and "wrong: error 1.0e-03" in output
     for row in rows:
-        assert (row.missing or "").startswith("wrong" if row.candidate == "ours" else "no C++" if "compiled" in row.candidate else "")
+        assert (row.missing or "").startswith(
+            "wrong" if row.candidate == "ours" else "no C++" if "compiled" in row.candidate else ""
+        )
         assert row.ratio is None and (row.missing or row.median_s > 0)
     assert {row.phase for row in rows} == {"forward", "forward + backward"}
 
 
 def test_a_wrong_implementation_that_auto_does_not_take_fails_too(tmp_path, monkeypatch):
     function = ops.label_cross_attention
-    explicit = functools.wraps(function)(lambda *args, impl, **kwargs: function(*args, impl=impl, **kwargs) * (1.001 if impl == "explicit" else 1))
+    explicit = functools.wraps(function)(
+        lambda *args, impl, **kwargs: function(*args, impl=impl, **kwargs) * (1.001 if impl == "explicit" else 1)
+    )
     monkeypatch.setattr(ops, "label_cross_attention", explicit)
     output, _ = bench("label_cross_attention", tmp_path, "--dtype", "float32", "--phase", "forward", code=1)
     assert "ours, explicit failed" in output and "ours failed" not in output
@@ -141,7 +152,15 @@ def test_a_wrong_implementation_that_auto_does_not_take_fails_too(tmp_path, monk
 
 def test_a_shape_that_does_not_fit_costs_no_other_row(tmp_path):
     fits = TINY["label_cross_attention"]
-    output, rows = bench("label_cross_attention", tmp_path, "--shapes", fits.replace("num_heads=2", "num_heads=3"), "--dtype", "float32", code=1)
+    output, rows = bench(
+        "label_cross_attention",
+        tmp_path,
+        "--shapes",
+        fits.replace("num_heads=2", "num_heads=3"),
+        "--dtype",
+        "float32",
+        code=1,
+    )
     assert {row.shape["num_heads"]: bool(row.missing) for row in rows if row.candidate == "ours"} == {2: False, 3: True}
     assert "ours failed" in output
 
@@ -151,7 +170,9 @@ def test_a_wrong_baseline_is_missing(tmp_path, monkeypatch):
     official = module.official_add
     monkeypatch.setattr(module, "official_add", lambda *args: wrong(official(*args)))
     output, rows = bench("special_token_add", tmp_path, "--dtype", "float32", "--phase", "forward")
-    assert [row.missing for row in rows if row.candidate == "official"] == ["wrong: error 1.0e-03, at most 1e-05 is right"]
+    assert [row.missing for row in rows if row.candidate == "official"] == [
+        "wrong: error 1.0e-03, at most 1e-05 is right"
+    ]
     assert rows[0].ratio == 1
 
 
@@ -193,12 +214,18 @@ def test_what_has_nothing_to_measure_is_named(capsys):
 def repository(tmp_path):
     """This package as a small repository with a commit in which one operator is wrong and one is missing."""
     root = tmp_path / "repository"
-    shutil.copytree(ROOT / "peft_kernels", root / "peft_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "bench"))
+    shutil.copytree(
+        ROOT / "peft_kernels", root / "peft_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "bench")
+    )
     package = root / "peft_kernels" / "ops" / "__init__.py"
     package.write_text(package.read_text().replace('    "special_token_slots",\n', ""))
     reference = root / "peft_kernels" / "ops" / "label_logits" / "reference.py"
     reference.write_text(reference.read_text().replace("words + bias", "words - bias"))
-    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"],
+    ):
         subprocess.run(["git", "-C", str(root), *command], check=True)
     return root
 
@@ -236,6 +263,15 @@ def test_against_wants_a_checkout_of_its_own(repository, tmp_path):
 
 def test_pytest_benchmark_has_the_same_cases():
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-quick", "--benchmark-disable", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--benchmark-quick",
+        "--benchmark-disable",
+        "-p",
+        "no:cacheprovider",
+    ]
     result = subprocess.run([*command, "-k", "prototype_objective"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "2 passed" in result.stdout, result.stdout + result.stderr

@@ -1,4 +1,6 @@
-"""``peft-kernels profile`` on tiny models: it runs, writes what it reports, and finds disagreements; no measured number is checked."""
+"""``peft-kernels profile`` on tiny models: it runs, writes what it reports, and finds disagreements; no measured number
+is checked.
+"""
 
 import gzip
 import json
@@ -55,11 +57,34 @@ def checkpoint(tmp_path):
         folder = tmp_path / kind
         built[kind]().save_pretrained(folder)
         if kind == "bert":
-            words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "It", "was", ".", "terrible", "great", "A", "nurse", "finishes", "her"]
+            words = [
+                "[PAD]",
+                "[UNK]",
+                "[CLS]",
+                "[SEP]",
+                "[MASK]",
+                "It",
+                "was",
+                ".",
+                "terrible",
+                "great",
+                "A",
+                "nurse",
+                "finishes",
+                "her",
+            ]
             tokenizer = Tokenizer(tokenizer_models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-            tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-            names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+            tokenizer.post_processor = processors.TemplateProcessing(
+                "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+            )
+            names = {
+                "pad_token": "[PAD]",
+                "unk_token": "[UNK]",
+                "cls_token": "[CLS]",
+                "sep_token": "[SEP]",
+                "mask_token": "[MASK]",
+            }
             PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
         return folder
 
@@ -67,17 +92,25 @@ def checkpoint(tmp_path):
 
 
 def profile(out, *args, code=0):
-    result = CliRunner().invoke(app, ["profile", *map(str, args), "--repeats", "2", "--out", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["profile", *map(str, args), "--repeats", "2", "--out", str(out)], catch_exceptions=False
+    )
     assert result.exit_code == code, result.output
     return " ".join(result.output.split())
 
 
 def sizes(method):
-    return [part for axis, size in SIZES.get(method, OTHER_SIZES).items() for part in (f"--{axis.replace('_', '-')}", size)]
+    return [
+        part for axis, size in SIZES.get(method, OTHER_SIZES).items() for part in (f"--{axis.replace('_', '-')}", size)
+    ]
 
 
 def operators_in(trace):
-    return {event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"] if event["name"].startswith(NAMESPACE)}
+    return {
+        event["name"]
+        for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        if event["name"].startswith(NAMESPACE)
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,30 +129,43 @@ def operators_in(trace):
     ],
 )
 def test_method(kind, method, train, candidates, checkpoint, tmp_path):
-    text = profile(tmp_path / "out", checkpoint(kind), "--method", method, *sizes(method), *(["--train"] if train else []))
+    text = profile(
+        tmp_path / "out", checkpoint(kind), "--method", method, *sizes(method), *(["--train"] if train else [])
+    )
     assert "stock and ours agree" in text and "RANDOM" not in text
     stem = f"profile_{method}{'_train' if train else ''}"
     found = results.read(tmp_path / "out" / f"{stem}.json")
     phases = ["training step"] if train else ["generate", "first token"] if method == "pid" else ["forward"]
-    assert [(row.phase, row.candidate) for row in found.rows] == [(phase, candidate) for phase in phases for candidate in candidates]
+    assert [(row.phase, row.candidate) for row in found.rows] == [
+        (phase, candidate) for phase in phases for candidate in candidates
+    ]
     for row in found.rows:
         assert row.benchmark == f"profile {method}" and row.variant == kind and row.dtype == "float32"
         assert row.runs == 2 and row.median_s > 0 and row.ratio > 0
     assert all(row.ratio == 1 for row in found.rows if row.candidate == "ours")
     assert found.rows[0].shape == SIZES.get(method, OTHER_SIZES)
-    expected = {"generate": (18, "tokens"), "first token": (6, "tokens"), "training step": (6, "streams")} if method == "pid" else {}
+    expected = (
+        {"generate": (18, "tokens"), "first token": (6, "tokens"), "training step": (6, "streams")}
+        if method == "pid"
+        else {}
+    )
     assert {(row.items, row.item) for row in found.rows} == {expected.get(phase, (2, "samples")) for phase in phases}
     assert not operators_in(tmp_path / "out" / f"{stem}_stock.trace.json.gz")
     # T5 trains with attention dropout, which our operators do not support
     assert bool(operators_in(tmp_path / "out" / f"{stem}_ours.trace.json.gz")) == ((method, train) != ("pid", True))
 
 
-@pytest.mark.parametrize("kind, config", [("t5", lambda: models.T5Config(**T5, decoder_start_token_id=0)), ("gpt2", lambda: GPT2Config(**GPT2))])
+@pytest.mark.parametrize(
+    "kind, config",
+    [("t5", lambda: models.T5Config(**T5, decoder_start_token_id=0)), ("gpt2", lambda: GPT2Config(**GPT2))],
+)
 def test_architecture_has_random_weights_and_needs_no_tokenizer(kind, config, tmp_path, monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, "tiny", config())
     text = profile(tmp_path / "out", "tiny", "--method", "dect", *sizes("dect"))
     assert "RANDOM weights" in text and "stock and ours agree" in text
-    assert {row.variant for row in results.read(tmp_path / "out" / "profile_dect.json").rows} == {"tiny, random weights"}
+    assert {row.variant for row in results.read(tmp_path / "out" / "profile_dect.json").rows} == {
+        "tiny, random weights"
+    }
 
 
 def test_a_folder_comes_before_an_architecture_of_its_name(checkpoint, monkeypatch):
@@ -132,7 +178,9 @@ def test_a_folder_comes_before_an_architecture_of_its_name(checkpoint, monkeypat
 
 def test_sweep_makes_a_plot_for_each_axis_and_starts_at_the_first_values(checkpoint, tmp_path, monkeypatch):
     sides = []
-    monkeypatch.setattr(plot, "_along", lambda rows, axis, along=plot._along: sides.append((axis, along(rows, axis))) or sides[-1][1])
+    monkeypatch.setattr(
+        plot, "_along", lambda rows, axis, along=plot._along: sides.append((axis, along(rows, axis))) or sides[-1][1]
+    )
     sweep = "--batch", 1, "--length", 8, "--streams", 2, "--streams", 4, "--new-tokens", "2,3"
     text = profile(tmp_path / "out", checkpoint("t5"), *sweep)
     assert "method: pid, which an encoder-decoder model takes" in text and "so in all 5 cases" in text
@@ -143,7 +191,9 @@ def test_sweep_makes_a_plot_for_each_axis_and_starts_at_the_first_values(checkpo
     assert [s["streams"] for phase, s in shapes if phase == "first token"] == [2, 4]  # independent of the new tokens
     for axis in ("streams", "new_tokens"):
         assert (tmp_path / "out" / f"profile_pid_{axis}.png").read_bytes().startswith(b"\x89PNG")
-    points = {axis: {(row.shape["streams"], row.shape["new_tokens"]) for row in along["generate"]} for axis, along in sides}
+    points = {
+        axis: {(row.shape["streams"], row.shape["new_tokens"]) for row in along["generate"]} for axis, along in sides
+    }
     assert points == {"streams": {(2, 2), (4, 2)}, "new_tokens": {(2, 2), (2, 3)}}
 
 
@@ -157,12 +207,20 @@ def test_what_cannot_be_fused_is_told(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "kind, args, message",
     [
-        ("bert", ["--method", "dect", "--streams", 2], "--streams: does not apply to dect, which has --batch, --length"),
+        (
+            "bert",
+            ["--method", "dect", "--streams", 2],
+            "--streams: does not apply to dect, which has --batch, --length",
+        ),
         ("bert", ["--method", "pasta", "--new-tokens", 2], "--new-tokens: does not apply to pasta"),
         ("bert", ["--method", "dect", "--train"], "--train: does not apply to dect"),
         ("bert", ["--method", "pid"], "--method: pid takes an encoder-decoder model"),
         ("bert", [], "--method: needed for"),
-        ("bert", ["--method", "dept", "--length", 200], "--length: the model has 256 positions, got 200 tokens and a prompt"),
+        (
+            "bert",
+            ["--method", "dept", "--length", 200],
+            "--length: the model has 256 positions, got 200 tokens and a prompt",
+        ),
         ("bert", ["--method", "dect", "--length", 3], "--length: the template and its mask leave no room"),
         ("t5", ["--batch", "1,0"], "--batch: expected positive integers"),
         ("t5", ["--length", "long"], "--length: expected positive integers"),
@@ -199,7 +257,9 @@ def test_numbers_that_differ_fail(checkpoint, tmp_path, monkeypatch):
         return dect.Extraction(found.features, found.scores + 1, found.empty_scores)
 
     monkeypatch.setattr(dect, "extract", extract)
-    assert "DISAGREE: features" in profile(tmp_path / "out", checkpoint("bert"), "--method", "dect", *sizes("dect"), code=1)
+    assert "DISAGREE: features" in profile(
+        tmp_path / "out", checkpoint("bert"), "--method", "dect", *sizes("dect"), code=1
+    )
 
 
 def test_an_update_that_is_scaled_wrongly_fails(checkpoint, tmp_path, monkeypatch):

@@ -20,8 +20,23 @@ from peft_kernels.perf.results import OURS, Results, Row
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ROOT = Path(__file__).parents[2]
 NASTY = '<script>alert("&")</script>'
-MACHINE = {"versions": {"torch": "2.0"}, "system": "Linux x86_64", "cpu": "A CPU", "cpu_capability": "AVX2", "cores": 4, "threads": 2, "gpus": []}
-ATTENTION = {"benchmark": "shared_cross_attention", "dtype": "float32", "phase": "forward", "bytes": 4000, "operations": 9000, "roofline_s": 1e-3}
+MACHINE = {
+    "versions": {"torch": "2.0"},
+    "system": "Linux x86_64",
+    "cpu": "A CPU",
+    "cpu_capability": "AVX2",
+    "cores": 4,
+    "threads": 2,
+    "gpus": [],
+}
+ATTENTION = {
+    "benchmark": "shared_cross_attention",
+    "dtype": "float32",
+    "phase": "forward",
+    "bytes": 4000,
+    "operations": 9000,
+    "roofline_s": 1e-3,
+}
 
 
 def attention(streams: int, **ratios) -> list[Row]:
@@ -34,7 +49,13 @@ def attention(streams: int, **ratios) -> list[Row]:
 
 
 def results(rows, date="2026-03-05T10:00:00+00:00", **fields) -> Results:
-    what = {"device": "cpu", "device_name": "A CPU", "peaks": {"float32": Peaks(4e6, 9e6)}, "command": "bench", **fields}
+    what = {
+        "device": "cpu",
+        "device_name": "A CPU",
+        "peaks": {"float32": Peaks(4e6, 9e6)},
+        "command": "bench",
+        **fields,
+    }
     return Results(environment={**MACHINE, "date": date}, rows=tuple(rows), **what)
 
 
@@ -60,7 +81,10 @@ def report(*args, code=0):
 
 def test_pages_show_what_the_result_files_give():
     machines = load([ROOT / "benchmarks/results"])
-    for path in (ROOT / "README.md", *(ROOT / f"docs/{method}.md" for method in ("pid", "dept", "pasta", "dect", "ytuning"))):
+    for path in (
+        ROOT / "README.md",
+        *(ROOT / f"docs/{method}.md" for method in ("pid", "dept", "pasta", "dect", "ytuning")),
+    ):
         found = path.read_text()
         assert found == updated(found, machines), f"{path.name}: run `make figures`"
 
@@ -85,14 +109,24 @@ def test_picture_has_the_losses_and_both_themes(folder):
 
 def test_methods_in_one_table(folder):
     rows = [*attention(4, eager=0.5, **{"sdpa expanded": 12.0}), *attention(8, eager=3.0)]
-    end_to_end = [replace(row, benchmark="pid_generate", kept_bytes=8 if row.candidate == OURS else 80) for row in attention(4, stock=0.98)]
+    end_to_end = [
+        replace(row, benchmark="pid_generate", kept_bytes=8 if row.candidate == OURS else 80)
+        for row in attention(4, stock=0.98)
+    ]
     text = updated(f"<!-- figures: methods -->\n{END}", load([folder(cpu=results([*rows, *end_to_end]))]))
-    assert "| `python benchmarks/pid_generate.py`: over stock 0.98x | 10.0x | 0.50 to 3.00x; slower in 1 of 2 cases |" in text
+    assert (
+        "| `python benchmarks/pid_generate.py`: over stock 0.98x | 10.0x | 0.50 to 3.00x; slower in 1 of 2 cases |"
+        in text
+    )
     assert "Measured on **A CPU**, 4 cores, AVX2, 2026-03-05." in text and "No GPU was measured." in text
 
 
 def test_every_operator_belongs_to_a_method():
-    assert {operator for operator in operators if not section(operator).about.startswith(tuple(method.name for method in METHODS))} == set()
+    assert {
+        operator
+        for operator in operators
+        if not section(operator).about.startswith(tuple(method.name for method in METHODS))
+    } == set()
 
 
 def test_known_names_are_those_of_the_rows():
@@ -110,7 +144,9 @@ def test_known_names_are_those_of_the_rows():
 def test_page_without_a_gpu_says_so_and_with_one_does_not(folder):
     rows = attention(4, eager=3.0)
     cpu = page(load([folder(cpu=results(rows))]))
-    assert "No GPU was measured." in text_of(cpu) and "No GPU was measured." in updated(f"{BEGIN}\n{END}", load([folder()]))
+    assert "No GPU was measured." in text_of(cpu) and "No GPU was measured." in updated(
+        f"{BEGIN}\n{END}", load([folder()])
+    )
     both = load([folder(gpu=results(rows, device="cuda", device_name="A GPU"))])
     assert "No GPU was measured." not in text_of(page(both)) + updated(f"{BEGIN}\n{END}", both)
     assert [machine.name for machine in both] == ["A GPU", "A CPU"]
@@ -138,11 +174,20 @@ def test_page_escapes_what_files_say(folder):
     rows.append(replace(rows[1], candidate="gone", median_s=None, ratio=None, missing=NASTY))
     html = page(load([folder(cpu=results(rows, device_name=NASTY, command=NASTY))]))
     assert "<script" not in html and "&lt;script&gt;" in html
-    ElementTree.fromstring(picture(load([folder(cpu=results([replace(row, benchmark="pid_generate") for row in attention(4, **{NASTY: 2.0})]))])))
+    ElementTree.fromstring(
+        picture(
+            load(
+                [folder(cpu=results([replace(row, benchmark="pid_generate") for row in attention(4, **{NASTY: 2.0})]))]
+            )
+        )
+    )
 
 
 def test_a_baseline_that_was_not_run_is_shown_with_its_reason(folder):
-    rows = [*attention(4, eager=3.0), Row(**ATTENTION, shape={"b": 2, "M": 4, "n": 64}, candidate="flex", missing="CUDA only")]
+    rows = [
+        *attention(4, eager=3.0),
+        Row(**ATTENTION, shape={"b": 2, "M": 4, "n": 64}, candidate="flex", missing="CUDA only"),
+    ]
     text = text_of(page(load([folder(cpu=results(rows))])))
     assert "flex : CUDA only 1 of 1 case" in text and "not run: CUDA only" in text
 
@@ -150,7 +195,26 @@ def test_a_baseline_that_was_not_run_is_shown_with_its_reason(folder):
 def test_rows_alone_drive_the_page(folder):
     """An unknown benchmark, and ours without other candidates."""
     text = text_of(
-        page(load([folder(new=results([Row(benchmark="brand new", shape={}, dtype="int8", phase="forward", candidate=OURS, median_s=1.0)]))]))
+        page(
+            load(
+                [
+                    folder(
+                        new=results(
+                            [
+                                Row(
+                                    benchmark="brand new",
+                                    shape={},
+                                    dtype="int8",
+                                    phase="forward",
+                                    candidate=OURS,
+                                    median_s=1.0,
+                                )
+                            ]
+                        )
+                    )
+                ]
+            )
+        )
     )
     assert "brand new" in text and "no baseline was measured beside it" in text
 
@@ -174,7 +238,11 @@ def test_the_newest_measurement_of_a_thing_counts(folder):
 def test_figures_are_ranges_over_the_shapes(folder):
     rows = [*attention(4, eager=3.0, **{"sdpa expanded": 12.0}), *attention(8, eager=1.25, **{"sdpa expanded": 20.0})]
     text = updated(f"before {BEGIN}\nold {END} after", load([folder(cpu=results(rows))]))
-    assert text.startswith(f"before {BEGIN}\n**A CPU**, 4 cores, AVX2, 2026-03-05:") and text.endswith(f"{END} after") and "old" not in text
+    assert (
+        text.startswith(f"before {BEGIN}\n**A CPU**, 4 cores, AVX2, 2026-03-05:")
+        and text.endswith(f"{END} after")
+        and "old" not in text
+    )
     assert "| forward, 2 shapes | 1.25 to 3.00x; 12.0 to 20.0x; 50% |" in text
     assert "`peft-kernels bench shared_cross_attention`" in text
 

@@ -13,7 +13,14 @@ HEADINGS = ("time", "spread", "runs", "x ours", "% of roofline", "tokens/s", "pe
 def rows():
     case = {"benchmark": "shared_cross_attention", "shape": {"N": 60, "H": 12}, "dtype": "float32", "phase": "forward"}
     figures = {"median_s": 1.234e-3, "spread": 0.12, "runs": 20, "ratio": 10.5, "error": 1e-7, "roofline_s": 1e-3}
-    sizes = {"bytes": 10**6, "operations": 10**9, "peak_bytes": 12345678, "kept_bytes": 2345678, "items": 480, "item": "tokens"}
+    sizes = {
+        "bytes": 10**6,
+        "operations": 10**9,
+        "peak_bytes": 12345678,
+        "kept_bytes": 2345678,
+        "items": 480,
+        "item": "tokens",
+    }
     return [Row(**case, candidate=candidate, **figures, **sizes) for candidate in CANDIDATES]
 
 
@@ -33,7 +40,11 @@ def test_a_wide_table_has_every_column():
 def test_a_narrow_table_keeps_names_and_what_matters_and_says_what_it_leaves_out(width):
     text = shown(width)
     lines = text.splitlines()
-    left_out = " ".join(text[text.index("no room for") : text.index("roofline bound")].split()).removeprefix("no room for ").split(", ")
+    left_out = (
+        " ".join(text[text.index("no room for") : text.index("roofline bound")].split())
+        .removeprefix("no room for ")
+        .split(", ")
+    )
     assert max(map(len, lines)) <= width and "…" not in text
     assert all(candidate in text for candidate in CANDIDATES)
     heading = next(line for line in lines if "candidate" in line)

@@ -34,11 +34,18 @@ def here(device, tmp_path, monkeypatch):
 @pytest.fixture
 def target(here) -> Target:
     """The row (4, 8) of the table: eight words, BW 8 and BD 256."""
-    return next(p for p in targets("label_logits", torch.float32, here, TINY) if p.site.kernel == "forward" and p.site.key == (4, 8))
+    return next(
+        p
+        for p in targets("label_logits", torch.float32, here, TINY)
+        if p.site.kernel == "forward" and p.site.key == (4, 8)
+    )
 
 
 def clock(seconds, asked):
-    """A timer that runs nothing: ``seconds`` maps a candidate's config to its time. ``asked`` collects the compared candidates."""
+    """A timer that runs nothing: ``seconds`` maps a candidate's config to its time.
+
+    ``asked`` collects the compared candidates.
+    """
 
     def timer(functions):
         asked.append(list(functions))
@@ -122,7 +129,9 @@ def test_refuses_what_fails_and_what_is_wrong(target, here, monkeypatch):
             return launch
 
     monkeypatch.setattr(logits.triton_kernels, "label_logits_fwd_kernel", Broken())
-    outcome = tune.search(target, here, clock(lambda options: 0.1 if options["BW"] == "4" or options["BD"] != "256" else 1, []), 8)
+    outcome = tune.search(
+        target, here, clock(lambda options: 0.1 if options["BW"] == "4" or options["BD"] != "256" else 1, []), 8
+    )
     assert outcome.options is None
     reasons = {name: reason for name, reason in outcome.rejected.items() if "num_warps=4" in name}
     assert reasons.pop("BW=4 BD=256 num_warps=4 num_stages=1") == "MemoryError: shared memory"
@@ -136,11 +145,19 @@ def test_neighbours_stay_within_bounds():
     shipped = {"BLOCK_D": 256, "D": 200, "BM": 64, "BN": 16, "num_warps": 8, "num_stages": 5}
     options = {name: shipped[name] for name in ("BM", "BN", "num_warps", "num_stages")}
     found = list(tune.neighbours(options, shipped, kernel))
-    assert {**options, "BM": 128} in found and {**options, "num_stages": 4} in found and {**options, "BN": 32, "num_warps": 16} in found
+    assert (
+        {**options, "BM": 128} in found
+        and {**options, "num_stages": 4} in found
+        and {**options, "BN": 32, "num_warps": 16} in found
+    )
     assert all(one["BN"] >= 16 and one["num_stages"] <= 5 for one in found)
-    assert {**options, "BM": 128, "BN": 32, "num_warps": 4} not in tune.neighbours({**options, "BM": 128, "num_warps": 4}, shipped, kernel)
+    assert {**options, "BM": 128, "BN": 32, "num_warps": 4} not in tune.neighbours(
+        {**options, "BM": 128, "num_warps": 4}, shipped, kernel
+    )
     double = tuned.kernels()["shared_cross_attention"]["key_value_grad"]  # has two gradients
-    assert {**options, "num_warps": 4} in found and {**options, "num_warps": 4} not in tune.neighbours(options, shipped, double)
+    assert {**options, "num_warps": 4} in found and {**options, "num_warps": 4} not in tune.neighbours(
+        options, shipped, double
+    )
     assert {one["num_stages"] for one in tune.neighbours({**options, "num_stages": 1}, shipped, kernel)} == {1}
 
 
@@ -176,7 +193,11 @@ def test_info_says_what_launches_take(target, here, monkeypatch):
     assert set(info.launch_options(here).values()) == {"shipped"}
     tuned.write(path, here, [tuned.Entry(target.site, {"BD": 64}, 2.0, 1.0, "2026-01-02T03:04:05+00:00")])
     found = info.launch_options(here)
-    assert "tuned" in found["label_logits"] and "2026-01-02, rows: 1" in found["label_logits"] and str(path) in found["label_logits"]
+    assert (
+        "tuned" in found["label_logits"]
+        and "2026-01-02, rows: 1" in found["label_logits"]
+        and str(path) in found["label_logits"]
+    )
     assert found["special_tokens"] == "shipped"
     path.write_text(json.dumps({"entries": []}))
     assert all("cannot be used" in text and "schema" in text for text in info.launch_options(here).values())
@@ -195,7 +216,9 @@ def test_tunes_and_writes_operator_by_operator(target, here, tmp_path, monkeypat
     path = tmp_path / "out.json"
     monkeypatch.setattr(tune, "targets", lambda operator, dtype, device: [target] if operator == "label_logits" else [])
     operators = ["label_logits", "prototype_scores"]
-    tune.tune(operators, [torch.float32], here, path, clock(lambda options: float(options["BD"]), []), 8, Console(width=200))
+    tune.tune(
+        operators, [torch.float32], here, path, clock(lambda options: float(options["BD"]), []), 8, Console(width=200)
+    )
     text = capsys.readouterr().out
     assert "BD=64" in text and "prototype_scores has no kernels in torch.float32" in text and str(path) in text
     (entry,) = tuned.read(path, here)

@@ -1,4 +1,6 @@
-"""Tiny random models of every family, and the outputs of stock transformers for them: the truth for the enabled model."""
+"""Tiny random models of every family, and the outputs of stock transformers for them: the truth for the enabled
+model.
+"""
 
 import copy
 import inspect
@@ -13,12 +15,22 @@ from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderM
 transformers.logging.set_verbosity_error()
 
 # 5.17's UMT5 attends to the future of a prompt with sdpa if no mask prevents it: eager is right
-UMT5_SDPA_IS_CAUSAL = "is_causal=config.is_decoder" in inspect.getsource(inspect.getmodule(transformers.UMT5ForConditionalGeneration))
+UMT5_SDPA_IS_CAUSAL = "is_causal=config.is_decoder" in inspect.getsource(
+    inspect.getmodule(transformers.UMT5ForConditionalGeneration)
+)
 
 VOCAB, PAD, EOS = 99, 0, 1
 _COMMON = {"vocab_size": VOCAB, "d_model": 32, "pad_token_id": PAD, "eos_token_id": EOS}
 _T5 = dict(
-    _COMMON, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=3, decoder_start_token_id=0, initializer_factor=1.5, dropout_rate=0.0
+    _COMMON,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_decoder_layers=2,
+    num_heads=3,
+    decoder_start_token_id=0,
+    initializer_factor=1.5,
+    dropout_rate=0.0,
 )
 _BART = dict(
     _COMMON,
@@ -38,14 +50,24 @@ _BART = dict(
     encoder_layerdrop=0.0,
     decoder_layerdrop=0.0,
 )
-_WHISPER = dict(_BART, num_mel_bins=8, max_source_positions=20, max_target_positions=48, suppress_tokens=None, begin_suppress_tokens=None)
+_WHISPER = dict(
+    _BART,
+    num_mel_bins=8,
+    max_source_positions=20,
+    max_target_positions=48,
+    suppress_tokens=None,
+    begin_suppress_tokens=None,
+)
 del _WHISPER["max_position_embeddings"]
 CONFIGS = {
     "t5": ("T5", _T5),
     "mt5": ("MT5", _T5),
     "umt5": ("UMT5", _T5),
     "longt5-local": ("LongT5", dict(_T5, local_radius=4, encoder_attention_type="local")),
-    "longt5-global": ("LongT5", dict(_T5, local_radius=4, global_block_size=4, encoder_attention_type="transient-global")),
+    "longt5-global": (
+        "LongT5",
+        dict(_T5, local_radius=4, global_block_size=4, encoder_attention_type="transient-global"),
+    ),
     "bart": ("Bart", _BART),
     "mbart": ("MBart", _BART),
     "pegasus": ("Pegasus", _BART),
@@ -57,12 +79,18 @@ CONFIGS = {
     "bigbird_pegasus": ("BigBirdPegasus", dict(_BART, attention_type="original_full")),
     "whisper": ("Whisper", _WHISPER),
 }
-TEXT_FAMILIES = [*(name for name in CONFIGS if name != "whisper"), "encoder-decoder", "encoder-decoder-wide"]  # wide: with enc_to_dec_proj
+# wide: with enc_to_dec_proj
+TEXT_FAMILIES = [
+    *(name for name in CONFIGS if name != "whisper"),
+    "encoder-decoder",
+    "encoder-decoder-wide",
+]
 RELATIVE = [name for name in TEXT_FAMILIES if "t5" in name]
 
 
 def build(family: str, attention: str | None = None, seed: int = 0, **changes) -> transformers.PreTrainedModel:
-    """A model in eval mode whose weights depend on the arguments alone; they are large, so that its tokens depend on everything that it reads.
+    """A model in eval mode whose weights depend on the arguments alone; they are large, so that its tokens depend on
+    everything that it reads.
 
     ``attention`` None: transformers' default, sdpa if the family has it (LongT5 and BigBirdPegasus: eager).
     """
@@ -158,7 +186,8 @@ def moved_logits(model, times: float = 16.0):
 
 
 def decided(model, generate, of=lambda output: output):
-    """The result of ``generate()``, after checking that rounding decides none of its tokens, which ``of`` takes from the result.
+    """The result of ``generate()``, after checking that rounding decides none of its tokens, which ``of`` takes from
+    the result.
 
     All rounding on the way to a token shows at the logits. Perturbing those, by 16 times their error against float64,
     takes one more run; ``Rounding`` in every operation takes as long as eight.
@@ -190,7 +219,10 @@ def stock_streams(model, x: dict, per_input: list[list[list[int]]], **kwargs) ->
 
     def one(i, prompt):
         ids = torch.tensor([[start_of(model), *prompt]])
-        row = {k: v[i : i + 1] for k, v in x.items()} | {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+        row = {k: v[i : i + 1] for k, v in x.items()} | {
+            "decoder_input_ids": ids,
+            "decoder_attention_mask": torch.ones_like(ids),
+        }
         rows = decided(model, lambda: model.generate(**row, **kwargs))
         tails = [tail(row) for row in rows[:, ids.shape[1] :].tolist()]
         return tails if len(tails) > 1 else tails[0]

@@ -27,19 +27,29 @@ class EarlyEnds(LogitsProcessor):
 def run(model, x, steps, **kwargs):
     """The output, and the number of rows of every decoder call."""
     rows = []
-    handle = model.get_decoder().register_forward_hook(lambda module, args, out: rows.append(out[0].shape[0]), always_call=True)
+    handle = model.get_decoder().register_forward_hook(
+        lambda module, args, out: rows.append(out[0].shape[0]), always_call=True
+    )
     torch.manual_seed(7)
     try:
         processors = LogitsProcessorList([EarlyEnds(steps)])
-        return model.generate(**x, max_new_tokens=STEPS, no_repeat_ngram_size=2, logits_processor=processors, **kwargs), rows
+        return model.generate(
+            **x, max_new_tokens=STEPS, no_repeat_ngram_size=2, logits_processor=processors, **kwargs
+        ), rows
     finally:
         handle.remove()
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"decoder_input_ids": "three"}, {"do_sample": True, "temperature": 3.0, "num_return_sequences": 3}], ids=["greedy", "sampling"]
+    "kwargs",
+    [{"decoder_input_ids": "three"}, {"do_sample": True, "temperature": 3.0, "num_return_sequences": 3}],
+    ids=["greedy", "sampling"],
 )
-@pytest.mark.parametrize("ends", [[2, 3, 99, 1, 5, 6, 99, 0, 1], [9, 99, 9, 9, 9, 9, 1, 1, 1], [1] * 9], ids=["early", "twice", "all-at-once"])
+@pytest.mark.parametrize(
+    "ends",
+    [[2, 3, 99, 1, 5, 6, 99, 0, 1], [9, 99, 9, 9, 9, 9, 1, 1, 1], [1] * 9],
+    ids=["early", "twice", "all-at-once"],
+)
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_tokens_are_stock_from_fewer_rows(family, ends, kwargs, swapped):
     model, x = build(family), inputs()
@@ -67,17 +77,24 @@ def test_ragged_prompts_and_streams(family, swapped):
     handle = model.get_decoder().register_forward_hook(lambda module, args, out: rows.append(out[0].shape[0]))
     ours = pid.generate(model, **settings, logits_processor=LogitsProcessorList([EarlyEnds(ends)]))
     dropped, rows[:] = rows.copy(), []
-    scored = pid.generate(model, **settings, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), output_scores=True)  # drops nothing
+    # drops nothing
+    scored = pid.generate(
+        model, **settings, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), output_scores=True
+    )
     handle.remove()
     assert ours.sequences == scored.sequences
     assert min(dropped) == 2 and set(rows) == {6}
     assert [len(s) for one in ours.sequences for s in one] == [min(end + 1, STEPS) for end in ends]
 
 
-@pytest.mark.parametrize("asked_for", [{"output_scores": True}, {"output_logits": True}, {"output_hidden_states": True}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "asked_for", [{"output_scores": True}, {"output_logits": True}, {"output_hidden_states": True}, {"num_beams": 3}]
+)
 def test_off_where_every_row_is_wanted(asked_for, swapped):
     ends = [0, 1, 1, 99, 1, 1, 1, 1, 1]
-    repeats = {"num_return_sequences": 3} if "num_beams" in asked_for else {"do_sample": True, "num_return_sequences": 3}
+    repeats = (
+        {"num_return_sequences": 3} if "num_beams" in asked_for else {"do_sample": True, "num_return_sequences": 3}
+    )
     _, rows = run(swapped(build("t5")), inputs(), ends, return_dict_in_generate=True, **asked_for, **repeats)
     assert set(rows) == {9}
 

@@ -9,7 +9,13 @@ from peft_kernels import pid
 
 SMALL = {"vocab_size": 20, "d_model": 16, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 SMALL |= {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-SMALL |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+SMALL |= {
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
 
 
 def unsupported(kind):
@@ -24,15 +30,21 @@ def unsupported(kind):
             "hidden_size": 16,
         }
         return transformers.ProphetNetForConditionalGeneration(
-            transformers.ProphetNetConfig(vocab_size=20, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, **heads)
+            transformers.ProphetNetConfig(
+                vocab_size=20, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, **heads
+            )
         )
     if kind == "fsmt":
         fsmt = {k: v for k, v in SMALL.items() if k != "vocab_size"}
-        return transformers.FSMTForConditionalGeneration(transformers.FSMTConfig(langs=["a", "b"], src_vocab_size=20, tgt_vocab_size=20, **fsmt))
+        return transformers.FSMTForConditionalGeneration(
+            transformers.FSMTConfig(langs=["a", "b"], src_vocab_size=20, tgt_vocab_size=20, **fsmt)
+        )
     if kind == "led":
         led = {k: v for k, v in SMALL.items() if k != "max_position_embeddings"}
         return transformers.LEDForConditionalGeneration(
-            transformers.LEDConfig(max_encoder_position_embeddings=32, max_decoder_position_embeddings=32, attention_window=4, **led)
+            transformers.LEDConfig(
+                max_encoder_position_embeddings=32, max_decoder_position_embeddings=32, attention_window=4, **led
+            )
         )
     return transformers.MvpForConditionalGeneration(transformers.MvpConfig(**SMALL))
 
@@ -54,7 +66,11 @@ def test_what_is_no_model_is_named():
 def test_a_family_without_its_head_is_refused_or_works():
     """EncoderDecoderModel around a decoder whose cross-attention is unknown."""
     with pytest.raises(ValueError, match="model_type 't5'.*not supported|cross-attention"):
-        pid.enable(transformers.T5EncoderModel(transformers.T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, vocab_size=20)))
+        pid.enable(
+            transformers.T5EncoderModel(
+                transformers.T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, vocab_size=20)
+            )
+        )
 
 
 def test_other_attention_implementations_are_refused():
@@ -88,7 +104,11 @@ PROMPTS = [
 def test_prompts(prompts, kind, message, swapped):
     model = swapped(shared("t5"))
     if kind is None:
-        assert [len(one) for one in pid.generate(model, prompts=prompts, **inputs(), max_new_tokens=2).sequences] == [0, 1, 0]
+        assert [len(one) for one in pid.generate(model, prompts=prompts, **inputs(), max_new_tokens=2).sequences] == [
+            0,
+            1,
+            0,
+        ]
         return
     with pytest.raises(kind, match=message):
         pid.generate(model, prompts=prompts, **inputs(), max_new_tokens=2)
@@ -120,7 +140,9 @@ def test_not_enabled():
         pid.forward(model, prompts=[[5]], targets=[[[5]]] * 3, **inputs())
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(4, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long)], ids=["flat", "none"])
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(4, dtype=torch.long), torch.zeros(0, 4, dtype=torch.long)], ids=["flat", "none"]
+)
 def test_inputs(ids, swapped):
     with pytest.raises(ValueError, match=r"input_ids must be \(b, n\) with b > 0, got"):
         pid.generate(swapped(shared("t5")), ids, [[5]])

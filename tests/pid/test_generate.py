@@ -24,7 +24,8 @@ MODES = {
 
 def generate(model, x, **kwargs):
     torch.manual_seed(3)
-    return model.generate(**x, **{"max_new_tokens": 10, "no_repeat_ngram_size": 2, **kwargs})  # repeated tokens tell less
+    # repeated tokens tell less
+    return model.generate(**x, **{"max_new_tokens": 10, "no_repeat_ngram_size": 2, **kwargs})
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -54,7 +55,9 @@ def test_eager_attention(family, swapped):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"do_sample": True, "num_return_sequences": 3, "temperature": 3.0}, {"num_beams": 3}], ids=["greedy", "sampling", "beams"]
+    "kwargs",
+    [{}, {"do_sample": True, "num_return_sequences": 3, "temperature": 3.0}, {"num_beams": 3}],
+    ids=["greedy", "sampling", "beams"],
 )
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder-wide"])
 def test_scores_are_stock(family, kwargs, swapped):
@@ -130,7 +133,9 @@ def test_cross_memory_is_one_part_in_m(family, cache, swapped, monkeypatch):
 def test_prefill_computes_the_last_position_only(family, swapped):
     model, x, widths = swapped(shared(family)), inputs(), []
     ids = torch.randint(4, 99, (6, 5), generator=torch.Generator().manual_seed(5))
-    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, logits: widths.append(logits.shape[:2]))
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _, args, logits: widths.append(logits.shape[:2])
+    )
     try:
         generate(model, x, decoder_input_ids=ids, max_new_tokens=4)
     finally:
@@ -139,9 +144,17 @@ def test_prefill_computes_the_last_position_only(family, swapped):
 
 
 def test_dtype_bfloat16_generates_from_shared_keys(swapped):
-    """In bfloat16 rounding differs, so tokens may; the logits of the first step agree within the precision of the type."""
+    """In bfloat16 rounding differs, so tokens may; the logits of the first step agree within the precision of the
+    type.
+    """
     model, x = build("t5").bfloat16(), inputs()
-    settings = {"num_return_sequences": 2, "do_sample": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+    settings = {
+        "num_return_sequences": 2,
+        "do_sample": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 1,
+    }
     truth = generate(build("t5").double(), x, **settings).logits[0]
     stock = WithinRounding(lambda: generate(model, x, **settings).logits[0], truth)
     stock.check(generate(swapped(model), x, **settings).logits[0])

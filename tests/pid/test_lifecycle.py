@@ -18,7 +18,14 @@ def everything(model):
     """All visible state of a model: attributes and hooks of every module, classes, configurations."""
     seen = {}
     for name, module in model.named_modules():
-        seen[name] = type(module), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items() if k not in ("_modules", "config")}
+        seen[name] = (
+            type(module),
+            {
+                k: dict(v) if isinstance(v, dict) else v
+                for k, v in vars(module).items()
+                if k not in ("_modules", "config")
+            },
+        )
         if hasattr(module, "config"):
             seen[name + ".config"] = module.config.to_dict(), module.config._attn_implementation
     return seen
@@ -62,7 +69,11 @@ def test_the_class_keeps_its_name(family):
     model = build(family)
     cls = type(model)
     pid.enable(model)
-    assert (type(model).__name__, type(model).__module__, type(model).__qualname__) == (cls.__name__, cls.__module__, cls.__qualname__)
+    assert (type(model).__name__, type(model).__module__, type(model).__qualname__) == (
+        cls.__name__,
+        cls.__module__,
+        cls.__qualname__,
+    )
     assert isinstance(model, cls)
     pid.disable(model)
     assert type(model) is cls
@@ -111,7 +122,9 @@ TARGETS = {
 
 def with_adapter(model, family):
     torch.manual_seed(6)
-    config = LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, r=4, lora_alpha=8, target_modules=TARGETS[family], lora_dropout=0.0)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM, r=4, lora_alpha=8, target_modules=TARGETS[family], lora_dropout=0.0
+    )
     model = get_peft_model(model, config)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -134,7 +147,12 @@ def test_adapters(family, order):
     assert not torch.equal(tokens, build(family).generate(**x, **BEAMS))
     assert torch.equal(ours.generate(**x, **BEAMS), tokens)
     generated = pid.generate(ours, prompts=prompts, **x, max_new_tokens=6).sequences
-    assert generated == pid.generate(pid.enable(with_adapter(build(family), family)), prompts=prompts, **x, max_new_tokens=6).sequences
+    assert (
+        generated
+        == pid.generate(
+            pid.enable(with_adapter(build(family), family)), prompts=prompts, **x, max_new_tokens=6
+        ).sequences
+    )
 
     labels, index = torch.randint(4, 99, (4, 5), generator=torch.Generator().manual_seed(2)), torch.tensor([0, 1, 1, 2])
 

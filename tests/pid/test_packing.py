@@ -57,7 +57,13 @@ def test_plain_weights_on_request(swapped):
 
 def test_bfloat16_is_as_exact_as_plain_weights(swapped):
     model, x = build("bart").bfloat16(), inputs()
-    kwargs = {"num_return_sequences": 2, "do_sample": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+    kwargs = {
+        "num_return_sequences": 2,
+        "do_sample": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 1,
+    }
     truth = build("bart").double().generate(**x, **kwargs).logits[0]
     plain = WithinRounding(lambda: swapped(model, pack_weights=False).generate(**x, **kwargs).logits[0], truth)
     watch = Watch(model)
@@ -109,7 +115,10 @@ OPTIMIZERS = {"foreach": {"foreach": True}, "for-loop": {"foreach": False}, "fus
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD", "Muon"])
+@pytest.mark.parametrize(
+    "name",
+    ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD", "Muon"],
+)
 def test_steps_of_optimizers_are_noticed(name, kind, swapped):
     optimizer = getattr(torch.optim, name, None)
     if optimizer is None or not OPTIMIZERS[kind].keys() <= signature(optimizer).parameters.keys():

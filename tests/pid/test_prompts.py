@@ -3,7 +3,18 @@
 import pytest
 import torch
 from accuracy import assert_within_rounding
-from models import RELATIVE, TEXT_FAMILIES, UMT5_SDPA_IS_CAUSAL, VOCAB, build, decided, inputs, shared, start_of, stock_streams
+from models import (
+    RELATIVE,
+    TEXT_FAMILIES,
+    UMT5_SDPA_IS_CAUSAL,
+    VOCAB,
+    build,
+    decided,
+    inputs,
+    shared,
+    start_of,
+    stock_streams,
+)
 
 from peft_kernels import pid
 
@@ -22,7 +33,11 @@ def log_probs(model, x, i, prompt, tokens):
     """Log-probabilities of one stream's tokens, from one stock forward without a cache."""
     ids = torch.tensor([[start_of(model), *prompt, *tokens]])
     with torch.no_grad():
-        logits = model(**{k: v[i : i + 1] for k, v in x.items()}, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids)).logits
+        logits = model(
+            **{k: v[i : i + 1] for k, v in x.items()},
+            decoder_input_ids=ids,
+            decoder_attention_mask=torch.ones_like(ids),
+        ).logits
     return logits.log_softmax(-1)[0, len(prompt) : -1].gather(1, ids[0, len(prompt) + 1 :, None])[:, 0]
 
 
@@ -67,9 +82,19 @@ def test_scores_are_log_probabilities_of_the_tokens(family, attention, kwargs, s
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_scores_in_the_nesting_of_returned_sequences(family, swapped):
-    out = pid.generate(swapped(shared(family)), prompts=RAGGED, **inputs(), num_beams=4, num_return_sequences=2, max_new_tokens=5, output_scores=True)
+    out = pid.generate(
+        swapped(shared(family)),
+        prompts=RAGGED,
+        **inputs(),
+        num_beams=4,
+        num_return_sequences=2,
+        max_new_tokens=5,
+        output_scores=True,
+    )
     assert [[len(s) for s in one] for one in out.scores] == [[2], [2] * 3, [2] * 2]
-    assert all(len(s) == len(t) for ss, ts in zip(out.scores, out.sequences) for s2, t2 in zip(ss, ts) for s, t in zip(s2, t2))
+    assert all(
+        len(s) == len(t) for ss, ts in zip(out.scores, out.sequences) for s2, t2 in zip(ss, ts) for s, t in zip(s2, t2)
+    )
     assert pid.generate(shared(family), prompts=SAME, **inputs(), max_new_tokens=2).scores is None
 
 
@@ -95,7 +120,10 @@ def test_one_prompt_each(family, swapped):
     model, x, prompts = shared(family), inputs(), [[[5, 6, 7]], [[7]], [[8, 9]]]
     expected = stock_streams(model, x, prompts, max_new_tokens=8)
     for cache in ("dynamic", "static"):
-        assert pid.generate(swapped(model), prompts=prompts, **x, max_new_tokens=8, cache_implementation=cache).sequences == expected
+        assert (
+            pid.generate(swapped(model), prompts=prompts, **x, max_new_tokens=8, cache_implementation=cache).sequences
+            == expected
+        )
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder-wide"])
@@ -107,7 +135,9 @@ def test_inputs_without_prompts(family, swapped):
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_use_cache_false(family, swapped):
-    """Without a cache prompts of equal length are exact; those of different lengths are refused, because positions come from the cache."""
+    """Without a cache prompts of equal length are exact; those of different lengths are refused, because positions come
+    from the cache.
+    """
     model, x, prompts = shared(family), inputs(), [[5, 6], [7, 8]]
     expected = stock_streams(model, x, [prompts] * 3, max_new_tokens=6)
     assert pid.generate(swapped(model), prompts=prompts, **x, max_new_tokens=6, use_cache=False).sequences == expected
@@ -137,6 +167,14 @@ def test_a_generation_config_of_the_callers(swapped):
     config = type(model.generation_config)(
         max_new_tokens=6, num_beams=3, num_return_sequences=2, decoder_start_token_id=3, pad_token_id=0, eos_token_id=1
     )
-    plain = pid.generate(swapped(model), prompts=SAME, **x, max_new_tokens=6, num_beams=3, num_return_sequences=2, decoder_start_token_id=3)
+    plain = pid.generate(
+        swapped(model),
+        prompts=SAME,
+        **x,
+        max_new_tokens=6,
+        num_beams=3,
+        num_return_sequences=2,
+        decoder_start_token_id=3,
+    )
     assert pid.generate(model, prompts=SAME, **x, generation_config=config).sequences == plain.sequences
     assert config.num_beams == 3 and model.generation_config.num_beams in (None, 1)

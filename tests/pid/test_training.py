@@ -24,7 +24,11 @@ def step(model, x, **kwargs):
     model.zero_grad(set_to_none=True)
     out = model(**x, labels=kwargs.pop("labels", None), **kwargs)
     out.loss.backward()
-    return out.loss.detach(), out.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return (
+        out.loss.detach(),
+        out.logits.detach(),
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    )
 
 
 def assert_like_repeated(model, x, index, **kwargs):
@@ -107,7 +111,11 @@ def test_frozen_encoder(family):
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_frozen_but_one_query_projection(family):
     model = build(family).train().requires_grad_(False)
-    name = next(n for n, p in reversed(list(model.named_parameters())) if n.endswith(("EncDecAttention.q.weight", "encoder_attn.q_proj.weight")))
+    name = next(
+        n
+        for n, p in reversed(list(model.named_parameters()))
+        if n.endswith(("EncDecAttention.q.weight", "encoder_attn.q_proj.weight"))
+    )
     model.get_parameter(name).requires_grad_(True)
     assert_like_repeated(model, inputs(), UNIFORM)
     assert [n for n, p in model.named_parameters() if p.grad is not None] == [name]
@@ -116,7 +124,9 @@ def test_frozen_but_one_query_projection(family):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("index", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
 def test_attention_dropout_is_taken(attention, index):
-    """In training, outputs scatter around those without dropout as far as stock's do; in eval mode they do not scatter."""
+    """In training, outputs scatter around those without dropout as far as stock's do; in eval mode they do not
+    scatter.
+    """
     model, x = build("bart", attention, attention_dropout=0.2, decoder_layers=1, encoder_layers=1), inputs()
     module = model.get_decoder().layers[0]
     model.get_encoder().train(False)
@@ -146,7 +156,9 @@ def test_attention_dropout_is_taken(attention, index):
     assert 0.85 < ours.std(0).mean() / deviation.mean() < 1.15
 
 
-@pytest.mark.parametrize("prompts", [[[5, 6], [7], []], [[[5, 6]], [[7], [8, 9, 10]], [[], [11]]]], ids=["same", "ragged"])
+@pytest.mark.parametrize(
+    "prompts", [[[5, 6], [7], []], [[[5, 6]], [[7], [8, 9, 10]], [[], [11]]]], ids=["same", "ragged"]
+)
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_forward_sums_over_streams(family, prompts):
     """``pid.forward`` against stock on every stream alone, in float64."""
@@ -157,7 +169,11 @@ def test_forward_sums_over_streams(family, prompts):
     def results(loss, logits):
         model.zero_grad(set_to_none=True)
         loss.backward()
-        return loss.detach(), [row.detach() for row in logits], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return (
+            loss.detach(),
+            [row.detach() for row in logits],
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        )
 
     def alone():
         total, count, logits = 0.0, 0, []
@@ -165,7 +181,9 @@ def test_forward_sums_over_streams(family, prompts):
             for p, y in zip(ps, ys):
                 ids = torch.tensor([[start_of(model), *p, *y[:-1]]])
                 row = {k: v[i : i + 1] for k, v in x.items()}
-                logits.append(model(**row, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids)).logits[0])
+                logits.append(
+                    model(**row, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids)).logits[0]
+                )
                 total = total + F.cross_entropy(logits[-1][len(p) :], torch.tensor(y), reduction="sum")
                 count += len(y)
         return results(total / count, logits)

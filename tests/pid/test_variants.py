@@ -34,7 +34,12 @@ def test_cross_attention_weights_are_stock(family, index, mask, swapped):
 
     expected = WithinRounding(stock, stock(copy.deepcopy(model).double()))
     with torch.no_grad():
-        ours = swapped(model)(**x, decoder_input_ids=ids, output_attentions=True, encoder_index=None if index == "uniform" else INDEX[index])
+        ours = swapped(model)(
+            **x,
+            decoder_input_ids=ids,
+            output_attentions=True,
+            encoder_index=None if index == "uniform" else INDEX[index],
+        )
     assert len(ours.cross_attentions) == 2
     expected.check((ours.cross_attentions, ours.decoder_attentions))
     assert all(a.shape[0] == 3 for a in ours.encoder_attentions)
@@ -42,7 +47,11 @@ def test_cross_attention_weights_are_stock(family, index, mask, swapped):
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_weights_while_generating(family, swapped):
-    model, x = build(family, "eager").double(), inputs()  # if rounding decided the order of two beams, their weights would be swapped
+    # if rounding decided the order of two beams, their weights would be swapped
+    model, x = (
+        build(family, "eager").double(),
+        inputs(),
+    )
 
     def generate(model):
         out = model.generate(**x, num_beams=3, max_new_tokens=5, output_attentions=True, return_dict_in_generate=True)
@@ -64,7 +73,9 @@ def test_decoder_step_compiles_as_one_graph(family, attention):
         states = model.get_encoder()(**x).last_hidden_state
         cache = filled(model, states, DynamicCache(config=model.config.get_text_config(decoder=True)), num_streams=8)
         model(encoder_outputs=BaseModelOutput(states), decoder_input_ids=ids[:, :6], past_key_values=cache)
-        return decode(encoder_outputs=BaseModelOutput(states), decoder_input_ids=ids[:, 6:], past_key_values=cache).logits
+        return decode(
+            encoder_outputs=BaseModelOutput(states), decoder_input_ids=ids[:, 6:], past_key_values=cache
+        ).logits
 
     torch._dynamo.reset()
     assert_within_rounding(step(torch.compile(model, fullgraph=True, backend="aot_eager")), lambda: step(model))

@@ -45,8 +45,12 @@ def test_streams_that_end_early(x, swapped):
     """For samples Whisper repeats the recordings itself: nothing is shared or dropped, and the result is right."""
     model, ends = shared("whisper"), [99, 99, 99, 2, 1, 1, 1, 1, 1]
     kwargs = {"do_sample": True, "num_return_sequences": 3, "temperature": 3.0}
-    stock = decided(model, lambda: generate(model, x, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), **kwargs))
-    assert torch.equal(generate(swapped(model), x, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), **kwargs), stock)
+    stock = decided(
+        model, lambda: generate(model, x, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), **kwargs)
+    )
+    assert torch.equal(
+        generate(swapped(model), x, logits_processor=LogitsProcessorList([EarlyEnds(ends)]), **kwargs), stock
+    )
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

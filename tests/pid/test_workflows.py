@@ -1,4 +1,6 @@
-"""PiD in existing code: other adapters, autocast, quantised weights, pickles, threads, a changed attention function, offload."""
+"""PiD in existing code: other adapters, autocast, quantised weights, pickles, threads, a changed attention function,
+offload.
+"""
 
 import copy
 import io
@@ -37,7 +39,9 @@ def with_two_adapters(model, family="t5"):
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {}], ids=["beams", "returned", "greedy"])
+@pytest.mark.parametrize(
+    "kwargs", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {}], ids=["beams", "returned", "greedy"]
+)
 def test_an_adapter_for_each_row(family, kwargs):
     """Each row's keys and values are those of its own adapter."""
     x, names = inputs(b=3), ["a", "b", "__base__"]
@@ -59,24 +63,34 @@ def test_learned_prompts(family, enabled_first, config):
 
     def adapted(model):
         torch.manual_seed(6)
-        return loud(get_peft_model(model, config(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=4)), "prompt_encoder")
+        return loud(
+            get_peft_model(model, config(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=4)), "prompt_encoder"
+        )
 
     x = inputs(b=3)
     stock = adapted(build(family, **sizes))
     ours = adapted(pid.enable(build(family, **sizes))) if enabled_first else pid.enable(adapted(build(family, **sizes)))
     for kwargs in (BEAMS, {**BEAMS, "num_beams": 1}):
-        assert torch.equal(ours.generate(**x, **kwargs), decided(stock, lambda kwargs=kwargs: stock.generate(**x, **kwargs)))
+        assert torch.equal(
+            ours.generate(**x, **kwargs), decided(stock, lambda kwargs=kwargs: stock.generate(**x, **kwargs))
+        )
     pid.disable(ours)
     assert torch.equal(ours.generate(**x, **BEAMS), stock.generate(**x, **BEAMS))
     pid.enable(ours)
     labels, index = torch.randint(4, 99, (6, 4)), torch.arange(3).repeat_interleave(2)
-    assert_within_rounding(ours(**x, labels=labels).loss, lambda: stock(**{k: v[index] for k, v in x.items()}, labels=labels).loss)
+    assert_within_rounding(
+        ours(**x, labels=labels).loss, lambda: stock(**{k: v[index] for k, v in x.items()}, labels=labels).loss
+    )
     if config is PrefixTuningConfig:
         with pytest.raises(ValueError, match="PREFIX_TUNING puts keys of its own in front"):
             pid.generate(ours, prompts=[[5], [7]], **x)
         return
-    ids = torch.tensor([[ours.generation_config.decoder_start_token_id, 5], [ours.generation_config.decoder_start_token_id, 7]]).repeat(3, 1)
-    expected = decided(stock, lambda: stock.generate(**{k: v[index] for k, v in x.items()}, decoder_input_ids=ids, max_new_tokens=5))
+    ids = torch.tensor(
+        [[ours.generation_config.decoder_start_token_id, 5], [ours.generation_config.decoder_start_token_id, 7]]
+    ).repeat(3, 1)
+    expected = decided(
+        stock, lambda: stock.generate(**{k: v[index] for k, v in x.items()}, decoder_input_ids=ids, max_new_tokens=5)
+    )
     got = pid.generate(ours, prompts=[[5], [7]], **x, max_new_tokens=5)
     assert torch.equal(got.output.sequences, expected)
 
@@ -129,7 +143,9 @@ def test_quantised_weights(swapped):
         return model
 
     x, stock = inputs(), quantised()
-    assert torch.equal(swapped(quantised()).generate(**x, **BEAMS), decided(stock, lambda: stock.generate(**x, **BEAMS)))
+    assert torch.equal(
+        swapped(quantised()).generate(**x, **BEAMS), decided(stock, lambda: stock.generate(**x, **BEAMS))
+    )
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
@@ -153,7 +169,12 @@ def test_pickles_stay_enabled(family, how):
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["t5", "bart", "encoder-decoder"])
 def test_attention_function_changed_afterwards(family, name):
-    model, x, labels, index = build(family), inputs(), torch.randint(4, 99, (6, 4)), torch.arange(3).repeat_interleave(2)
+    model, x, labels, index = (
+        build(family),
+        inputs(),
+        torch.randint(4, 99, (6, 4)),
+        torch.arange(3).repeat_interleave(2),
+    )
     model.set_attn_implementation(name)
     names = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
     stock = decided(model, lambda: model.generate(**x, **BEAMS))
@@ -178,7 +199,12 @@ def test_whisper_token_timestamps_and_long_form():
 
     def whisper():
         model = build("whisper")
-        settings = {"no_timestamps_token_id": 90, "alignment_heads": [[0, 0], [1, 1]], "is_multilingual": False, "return_timestamps": True}
+        settings = {
+            "no_timestamps_token_id": 90,
+            "alignment_heads": [[0, 0], [1, 1]],
+            "is_multilingual": False,
+            "return_timestamps": True,
+        }
         for key, value in settings.items():
             setattr(model.generation_config, key, value)
         return model
@@ -190,7 +216,10 @@ def test_whisper_token_timestamps_and_long_form():
     for x, kwargs in ((short, {"return_token_timestamps": True}), (long, {})):
         kwargs = {**kwargs, "num_beams": 3, "max_new_tokens": 6, "return_timestamps": True}
         model = whisper()
-        stock, ours = WithinRounding(lambda model=model, x=x, kwargs=kwargs: model.generate(**x, **kwargs)), pid.enable(whisper())
+        stock, ours = (
+            WithinRounding(lambda model=model, x=x, kwargs=kwargs: model.generate(**x, **kwargs)),
+            pid.enable(whisper()),
+        )
         stock.check(ours.generate(**x, **kwargs))
         pid.disable(ours)
         stock.check(ours.generate(**x, **kwargs))
@@ -265,7 +294,12 @@ def test_steps_by_hand_on_a_returned_cache():
     whole = WithinRounding(lambda: model(**x, decoder_input_ids=ids).logits[:, 3:])
     first = model(**x, decoder_input_ids=ids[:, :3], use_cache=True)
     encoded = first.encoder_last_hidden_state
-    then = model(encoder_outputs=(encoded,), attention_mask=x["attention_mask"], decoder_input_ids=ids[:, 3:], past_key_values=first.past_key_values)
+    then = model(
+        encoder_outputs=(encoded,),
+        attention_mask=x["attention_mask"],
+        decoder_input_ids=ids[:, 3:],
+        past_key_values=first.past_key_values,
+    )
     whole.check(then.logits)
 
 
@@ -280,5 +314,8 @@ def test_copies_are_apart():
 def test_versions_outside_of_the_range_are_refused(version, monkeypatch):
     monkeypatch.setattr(names, "TESTED", ((5, 17), (5, 24)))  # --untested-transformers changes it
     monkeypatch.setattr(names.transformers, "__version__", version)
-    with pytest.raises(ImportError, match=rf"pid.enable .* 5\.17 to 5\.24, but {version} is installed: pip install 'transformers>=5\.17,<5\.25'"):
+    with pytest.raises(
+        ImportError,
+        match=rf"pid.enable .* 5\.17 to 5\.24, but {version} is installed: pip install 'transformers>=5\.17,<5\.25'",
+    ):
         pid.enable(build("t5"))

@@ -9,7 +9,16 @@ from peft_kernels import DePTConfig, PASTAConfig, dect, pasta, pid, ytuning
 
 transformers.logging.set_verbosity_error()
 
-_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
 _BERT = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -22,15 +31,31 @@ _BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "init
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "was", "good", "bad", "a", "film", "."]
 
 ADAPTERS = {
-    "LoRA": lambda task: LoraConfig(task_type=task, r=4, target_modules=["q", "v"] if task == "SEQ_2_SEQ_LM" else ["query", "value"]),
-    "IA3": lambda task: IA3Config(task_type=task, target_modules=["k", "v"] if task == "SEQ_2_SEQ_LM" else ["key", "value"], feedforward_modules=[]),
+    "LoRA": lambda task: LoraConfig(
+        task_type=task, r=4, target_modules=["q", "v"] if task == "SEQ_2_SEQ_LM" else ["query", "value"]
+    ),
+    "IA3": lambda task: IA3Config(
+        task_type=task,
+        target_modules=["k", "v"] if task == "SEQ_2_SEQ_LM" else ["key", "value"],
+        feedforward_modules=[],
+    ),
     "prompt tuning": lambda task: PromptTuningConfig(task_type=task, num_virtual_tokens=3),
     "prefix tuning": lambda task: PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
     "DePT": lambda task: DePTConfig(task_type=task, num_virtual_tokens=3, r=2, max_length=16),
     "PASTA": lambda task: PASTAConfig(task_type=task, num_special_tokens=2, special_token_ids=[2, 3], dropout=0.0),
 }
 
-SEQ_2_SEQ = ["PiD", "PiD, LoRA", "PiD, IA3", "PiD, DePT", "PiD, prompt tuning", "PiD, prefix tuning", "DePT", "DePT, LoRA", "LoRA, DePT"]
+SEQ_2_SEQ = [
+    "PiD",
+    "PiD, LoRA",
+    "PiD, IA3",
+    "PiD, DePT",
+    "PiD, prompt tuning",
+    "PiD, prefix tuning",
+    "DePT",
+    "DePT, LoRA",
+    "LoRA, DePT",
+]
 SEQ_2_SEQ += ["DePT, prompt tuning", "PiD, DePT, LoRA"]
 SEQ_CLS = ["DePT on BERT", "PASTA", "PASTA, fuse", "PASTA, LoRA", "LoRA, PASTA, fuse", "fuse, IA3, PASTA"]
 FROZEN = ["DecT", "Y-Tuning"]
@@ -61,11 +86,14 @@ def put_on(model, name: str):
         return model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = {id(p) for p in model.parameters()}
-    model = get_peft_model(model, ADAPTERS[name]("SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "SEQ_CLS")).eval()
+    model = get_peft_model(
+        model, ADAPTERS[name]("SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "SEQ_CLS")
+    ).eval()
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if id(p) not in before and p.requires_grad and "modules_to_save" not in name:  # a trained head stays after unload
+            # a trained head stays after unload
+            if id(p) not in before and p.requires_grad and "modules_to_save" not in name:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
     return model
 
@@ -76,7 +104,9 @@ def build(combination: str, folder, without: tuple[str, ...] = ()):
         return _dect(folder)
     if combination == "Y-Tuning":
         torch.manual_seed(0)
-        config = ytuning.YTuningConfig(hidden_size=32, num_attention_heads=4, intermediate_size=48, hidden_dropout_prob=0.0, num_labels=3)
+        config = ytuning.YTuningConfig(
+            hidden_size=32, num_attention_heads=4, intermediate_size=48, hidden_dropout_prob=0.0, num_labels=3
+        )
         return ytuning.YTuningForSequenceClassification(config).eval()
     model = t5() if combination in SEQ_2_SEQ else bert()
     for name in combination.removesuffix(" on BERT").split(", "):
@@ -89,7 +119,9 @@ def _dect(folder):
     t, model = tokenizer(folder), bert("MaskedLM")
     texts, words = ["a good film", "bad", "it was bad", "good film ."], [["bad"], ["good"]]
     extraction = dect.extract(model, t, texts, "{text} it was {mask} .", words)
-    classifier = dect.DecoderTuning(dim=8, empty_scores=extraction.empty_scores).fit(extraction.features, [1, 0, 0, 1], extraction.scores)
+    classifier = dect.DecoderTuning(dim=8, empty_scores=extraction.empty_scores).fit(
+        extraction.features, [1, 0, 0, 1], extraction.scores
+    )
     return dect.DecTForSequenceClassification.from_classifier(classifier, model, t, "{text} it was {mask} .", words)
 
 
@@ -104,7 +136,11 @@ def inputs(combination: str, seed: int = 1) -> dict:
     ids[1, 5:], mask[1, 5:] = 0, 0
     if combination in SEQ_2_SEQ:
         streams = 4 if combination.startswith("PiD") else 2
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(4, 99, (streams, 4), generator=generator)}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.randint(4, 99, (streams, 4), generator=generator),
+        }
     ids[:, 0], ids[0, 6], ids[1, 4] = 2, 3, 3
     if combination == "DecT":
         ids[:, 3] = 4
@@ -142,7 +178,9 @@ class Expected:
         self.numbers.check({name: x for name, x in got.items() if name != "tokens"})
 
     def check_tokens(self, got: torch.Tensor | None):
-        assert (got is None) == (self.tokens is None) and (got is None or torch.equal(got, self.tokens)), f"got {got}, expected {self.tokens}"
+        assert (got is None) == (self.tokens is None) and (got is None or torch.equal(got, self.tokens)), (
+            f"got {got}, expected {self.tokens}"
+        )
 
 
 def assert_same(got: dict, model, x: dict):

@@ -30,7 +30,9 @@ def ddp(model):
 
 
 def fsdp2(model):
-    return distributed.fsdp.fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (distributed.get_world_size(),)))
+    return distributed.fsdp.fully_shard(
+        model, mesh=distributed.device_mesh.init_device_mesh("cpu", (distributed.get_world_size(),))
+    )
 
 
 def rank(number: int, ranks: int, rows: list[str], wrap, folder) -> None:

@@ -1,7 +1,7 @@
 """Methods, alone and together, in typical uses of a model: every cell is right, or refused in a sentence.
 
-A row is a combination of methods in the order in which they are added, a column a test. ``OF_PEFT`` lists the cells in which another PEFT
-method fails without ours as well.
+A row is a combination of methods in the order in which they are added, a column a test. ``OF_PEFT`` lists the cells in
+which another PEFT method fails without ours as well.
 """
 
 import copy
@@ -14,7 +14,20 @@ import accelerate
 import pytest
 import torch
 from accuracy import WithinRounding, assert_same_tokens, assert_within_rounding
-from combinations import FROZEN, SEQ_2_SEQ, SEQ_CLS, Expected, assert_same, bert, build, inputs, put_on, repeated, result, t5
+from combinations import (
+    FROZEN,
+    SEQ_2_SEQ,
+    SEQ_CLS,
+    Expected,
+    assert_same,
+    bert,
+    build,
+    inputs,
+    put_on,
+    repeated,
+    result,
+    t5,
+)
 from peft import PeftModel
 
 ROWS = [*SEQ_2_SEQ, *SEQ_CLS, *FROZEN]
@@ -50,7 +63,9 @@ def test_equals_the_stock_model(row, tmp_path):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_train_then_use(row, tmp_path):
-    """After steps of the Trainer's default optimizer, results equal those of a model that has only had the new weights."""
+    """After steps of the Trainer's default optimizer, results equal those of a model that has only had the new
+    weights.
+    """
     model, x = build(row, tmp_path), inputs(row)
     result(model, x)  # anything cached from the old weights is cached now
     if row == "DecT":
@@ -135,7 +150,9 @@ def test_copies(row, how, tmp_path, shared):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_threads(row, tmp_path, shared):
-    """All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are free."""
+    """All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are
+    free.
+    """
     model = build(row, tmp_path)
     xs = [inputs(row, seed) for seed in SEEDS]
     with ThreadPoolExecutor(4) as pool:
@@ -212,7 +229,9 @@ def test_mixed_batch(row, tmp_path):
         assert_within_rounding(got, separate)
     else:
         asked = {k: x[k] for k in ("input_ids", "attention_mask")}
-        got = model.generate(**asked, num_beams=2, max_new_tokens=5, min_new_tokens=5, adapter_names=["other", "default"])
+        got = model.generate(
+            **asked, num_beams=2, max_new_tokens=5, min_new_tokens=5, adapter_names=["other", "default"]
+        )
         assert_same_tokens(got, separate)
     assert not torch.equal(alone["other"], alone["default"])
 
@@ -247,8 +266,13 @@ def test_prompt_tuning_above_dept():
     mask = torch.cat([torch.ones(2, 3, dtype=torch.long), x["attention_mask"]], 1)
     settings = {"max_new_tokens": 5, "num_beams": 2}
     expected = lower.generate(inputs_embeds=embeddings, attention_mask=mask, **settings)
-    assert torch.equal(model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **settings), expected)
-    assert not torch.equal(put_on(t5(), "DePT").generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **settings), expected)
+    assert torch.equal(
+        model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **settings), expected
+    )
+    assert not torch.equal(
+        put_on(t5(), "DePT").generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **settings),
+        expected,
+    )
 
 
 def test_generate_below_prefix_tuning_is_refused():

@@ -53,13 +53,19 @@ def in_one_batch(model, tokenizer, texts):
 @pytest.mark.parametrize("form", [iter, tuple, lambda x: map(str, x), np.array])
 def test_texts_of_every_form(given, form):
     model, tokenizer, texts, folder = given
-    assert_within_rounding(features(model, tokenizer, form(texts), folder), lambda: in_one_batch(model, tokenizer, texts))
+    assert_within_rounding(
+        features(model, tokenizer, form(texts), folder), lambda: in_one_batch(model, tokenizer, texts)
+    )
 
 
-@pytest.mark.parametrize("texts", ["abc", b"abc", {"a": "b"}, ["a", ("b", "c")], [("a", "b"), "cd"], [("a", "b", "c")], [3], None])
+@pytest.mark.parametrize(
+    "texts", ["abc", b"abc", {"a": "b"}, ["a", ("b", "c")], [("a", "b"), "cd"], [("a", "b", "c")], [3], None]
+)
 def test_texts_that_are_none(given, texts):
     model, tokenizer, _, folder = given
-    with pytest.raises(TypeError, match="cache_features: texts must be a sequence of strings or of pairs of strings, got"):
+    with pytest.raises(
+        TypeError, match="cache_features: texts must be a sequence of strings or of pairs of strings, got"
+    ):
         cache_features(model, tokenizer, texts, folder)
     assert not folder.exists()
 
@@ -86,7 +92,9 @@ def test_a_model_with_a_head_and_one_with_adapters(given):
 
 def test_the_encoder_of_an_encoder_decoder(given):
     _, tokenizer, texts, folder = given
-    model = T5ForConditionalGeneration(T5Config(vocab_size=45, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)).eval()
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=45, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ).eval()
     got = features(model, tokenizer, texts, folder)
     row = tokenizer(texts[2], return_tensors="pt", return_token_type_ids=False)
     assert_within_rounding(got[2], lambda: model.get_encoder()(**row).last_hidden_state[0])
@@ -128,7 +136,9 @@ def test_a_backbone_reads_padding_on_either_side():
 
 
 def test_threads_share_a_backbone(tmp_path):
-    """All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are free."""
+    """All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are
+    free.
+    """
     tiny.backbone().save_pretrained(tmp_path / "backbone")
     model = tiny.model(backbone=str(tmp_path / "backbone"))
     batches = [torch.randint(5, 45, (1, n), generator=torch.Generator().manual_seed(n)) for n in range(3, 11)]
@@ -167,7 +177,9 @@ def test_labels_of_every_form(given):
         (np.eye(2)[labels], r"got an array of shape \(24, 2\)"),
         ([True] * 24, "got bool such as True"),
     ):
-        with pytest.raises(ValueError, match=f"CachedFeatures: labels must be one class index for each text, {message}"):
+        with pytest.raises(
+            ValueError, match=f"CachedFeatures: labels must be one class index for each text, {message}"
+        ):
             CachedFeatures(folder, wrong)
 
 
@@ -212,7 +224,9 @@ def test_a_flipped_bit_is_noticed_where_it_is_read(given):
     path = sorted(folder.glob("*.safetensors"))[2]
     content = path.read_bytes()
     begin = (
-        8 + int.from_bytes(content[:8], "little") + json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["features"]["data_offsets"][0]
+        8
+        + int.from_bytes(content[:8], "little")
+        + json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["features"]["data_offsets"][0]
     )
     path.write_bytes(content[:begin] + bytes([content[begin] ^ 16]) + content[begin + 1 :])
     data = pickle.loads(pickle.dumps(CachedFeatures(folder)))
@@ -224,7 +238,10 @@ def test_folders_of_something_else_stay(given, tmp_path):
     model, tokenizer, texts, folder = given
     folder.mkdir()
     (folder / "index.json").write_text('{"my": "index"}')
-    with pytest.raises(ValueError, match="folder must be a new one or one of cache_features, got .*cache, whose index.json is something else"):
+    with pytest.raises(
+        ValueError,
+        match="folder must be a new one or one of cache_features, got .*cache, whose index.json is something else",
+    ):
         cache_features(model, tokenizer, texts, folder, overwrite=True)
     assert json.loads((folder / "index.json").read_text()) == {"my": "index"}
     (tmp_path / "file").touch()

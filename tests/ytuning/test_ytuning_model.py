@@ -60,7 +60,9 @@ def test_the_losses(margin):
     scores, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 1, 2, 0, 1])
 
     def expected():
-        terms = [(margin + t[c] - t[y]).clamp_min(0) for t, y in zip(scores, labels.tolist()) for c in range(4) if c != y]
+        terms = [
+            (margin + t[c] - t[y]).clamp_min(0) for t, y in zip(scores, labels.tolist()) for c in range(4) if c != y
+        ]
         return sum(terms) / len(labels)
 
     assert_within_rounding(triplet_loss(scores, labels, margin), expected)
@@ -93,7 +95,9 @@ def test_a_layer_of_the_backbone():
     ids, mask = _ids()
     with torch.no_grad():
         features = backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
-    assert_within_rounding(model(input_ids=ids, attention_mask=mask).logits, lambda: model(features=features, attention_mask=mask).logits)
+    assert_within_rounding(
+        model(input_ids=ids, attention_mask=mask).logits, lambda: model(features=features, attention_mask=mask).logits
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -104,7 +108,9 @@ def test_features_of_half_the_size(dtype):
     expected.check(model(features=features.to(dtype), lengths=lengths).logits)
     narrow = copy.deepcopy(model).bfloat16()
     with torch.no_grad():
-        plain = WithinRounding(lambda: torch.stack([_by_hand(narrow, x[:k].bfloat16()) for x, k in zip(features, lengths)]))
+        plain = WithinRounding(
+            lambda: torch.stack([_by_hand(narrow, x[:k].bfloat16()) for x, k in zip(features, lengths)])
+        )
     plain.check(narrow(features=features, lengths=lengths).logits)
 
 
@@ -134,7 +140,11 @@ def test_a_checkpoint_has_the_label_blocks_alone(tmp_path):
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     expected.check(loaded(input_ids=ids, attention_mask=mask).logits)
     config = AutoConfig.from_pretrained(tmp_path / "saved")
-    assert isinstance(config, YTuningConfig) and (config.num_labels, config.loss, config.margin) == (5, "cross_entropy", 2.5)
+    assert isinstance(config, YTuningConfig) and (config.num_labels, config.loss, config.margin) == (
+        5,
+        "cross_entropy",
+        2.5,
+    )
 
 
 def test_from_config_starts_from_slots_of_unit_scale():

@@ -11,7 +11,8 @@ from peft_kernels.ytuning import CachedFeatures, FeatureCollator, cache_features
 
 def _arguments(folder, **options):
     return TrainingArguments(
-        output_dir=str(folder), num_train_epochs=6, per_device_train_batch_size=8, learning_rate=3e-3, report_to="none", disable_tqdm=True,
+        output_dir=str(folder), num_train_epochs=6, per_device_train_batch_size=8, learning_rate=3e-3,
+        report_to="none", disable_tqdm=True,
         logging_steps=1, seed=0, use_cpu=True, **options,
     )  # fmt: skip
 
@@ -24,12 +25,16 @@ def test_a_short_run(form, tmp_path):
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     model = tiny.model(num_labels=2, backbone=str(tmp_path / "backbone"))
     if form == "features":
-        data = CachedFeatures(cache_features(backbone, tokenizer, texts, tmp_path / "cache", dtype=torch.float32), labels)
+        data = CachedFeatures(
+            cache_features(backbone, tokenizer, texts, tmp_path / "cache", dtype=torch.float32), labels
+        )
         collator = FeatureCollator()
     else:
         data = [{"input_ids": tokenizer(text)["input_ids"], "labels": label} for text, label in zip(texts, labels)]
         collator = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model=model, args=_arguments(tmp_path / "out"), train_dataset=data, eval_dataset=data, data_collator=collator)
+    trainer = Trainer(
+        model=model, args=_arguments(tmp_path / "out"), train_dataset=data, eval_dataset=data, data_collator=collator
+    )
     first = trainer.evaluate()["eval_loss"]
     trainer.train()
     predictions = trainer.predict(data)

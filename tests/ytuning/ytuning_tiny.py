@@ -12,7 +12,12 @@ WIDTH = 32
 def backbone(seed=0):
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=45, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64
+        vocab_size=45,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
     )
     return BertModel(config).eval()
 
@@ -36,5 +41,11 @@ def texts(count=24, seed=0):
 
 def model(seed=0, **changed):
     torch.manual_seed(seed)
-    options = {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 48, "hidden_dropout_prob": 0.0, "num_labels": 3}
+    options = {
+        "hidden_size": WIDTH,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "hidden_dropout_prob": 0.0,
+        "num_labels": 3,
+    }
     return YTuningForSequenceClassification(YTuningConfig(**{**options, **changed})).eval()

@@ -1,12 +1,14 @@
 """Compile every default config of every kernel for GPUs that are not present, and report on the binaries.
 
-    python -m tools.kernel_report [--only "^sm_90 .* bf16"]    one line of JSON for every Triton kernel
-    python -m tools.kernel_report --cuda                       the same for every kernel in the built CUDA library
-    python -m tools.kernel_report --check [--cuda]             and its faults and regressions against the table; the exit status is 1 if any
-    python -m tools.kernel_report --write [--cuda]             the same, into kernels.json and docs/kernels.md
+    python -m tools.kernel_report [--only "^sm_90 .* bf16"]    one line of JSON for every Triton kernel python -m
+    tools.kernel_report --cuda                       the same for every kernel in the built CUDA library python -m
+    tools.kernel_report --check [--cuda]             and its faults and regressions against the table; the exit status
+    is 1 if any python -m tools.kernel_report --write [--cuda]             the same, into kernels.json and
+    docs/kernels.md
 
-``--write`` keeps for every row the worst of this compiler version and the versions recorded before; delete kernels.json first to discard
-them. A kernel that spills or otherwise violates its operator's expectations keeps its old row, and the exit status is 1.
+``--write`` keeps for every row the worst of this compiler version and the versions recorded before; delete kernels.json
+first to discard them. A kernel that spills or otherwise violates its operator's expectations keeps its old row, and the
+exit status is 1.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are decorated, Triton's own among them: before the first import
+# read when kernels are decorated, Triton's own among them: before the first import
+os.environ.pop("TRITON_INTERPRET", None)
 import triton
 
 from peft_kernels.ops.registry import declared
@@ -37,7 +40,11 @@ def triton_variants() -> dict[str, Variant]:
 
 def cuda_kernels() -> dict[str, str]:
     """CUDA C++ kernel -> the package of its operator."""
-    return {kernel: package for package, module in declared("variants").items() for kernel in getattr(module, "CUDA_KERNELS", ())}
+    return {
+        kernel: package
+        for package, module in declared("variants").items()
+        for kernel in getattr(module, "CUDA_KERNELS", ())
+    }
 
 
 def compile_named(name: str) -> tuple[str, dict, Expected]:
@@ -61,7 +68,9 @@ def cuda_rows(only: str):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="kernel_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="kernel_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-j", type=int, default=2, help="processes")
     parser.add_argument("--only", default="", metavar="REGEX", help="on the name")
     parser.add_argument("--cuda", action="store_true", help="the library of CUDA C++")
@@ -86,7 +95,9 @@ def main() -> int:
     recorded = table.read()
     before = recorded.get(implementation, {})
     if options.check:
-        wrong += check.changes(found, {name: row for name, row in before.items() if re.search(options.only, name)}, version)
+        wrong += check.changes(
+            found, {name: row for name, row in before.items() if re.search(options.only, name)}, version
+        )
     elif options.write:
         good = {name: None if problems[name] else row for name, row in found.items()}
         table.write({**recorded, implementation: table.updated(before, good, version, options.only)})

@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 
 class Architecture(NamedTuple):
-    """Limits of a streaming multiprocessor (NVIDIA) or a compute unit (AMD), with four schedulers; a warp is a wavefront on AMD."""
+    """Limits of a streaming multiprocessor (NVIDIA) or a compute unit (AMD), with four schedulers; a warp is a
+    wavefront on AMD.
+    """
 
     backend: str
     arch: int | str
@@ -21,12 +23,13 @@ class Architecture(NamedTuple):
     scalars: int = 0  # scalar registers per scheduler, if they are allocated
 
 
-# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the tuning guides of Ampere, Hopper and
-# Blackwell: 65536 registers for four schedulers in units of 256 per warp, 1 KiB of shared memory reserved for every block. Tensor memory:
-# PTX ISA, "Tensor Memory". sm_80 also serves 8.6 and 8.9, where a block has 99 KiB: kernels for sm_80 may use no more.
-# AMD: CDNA3 Instruction Set Architecture guide, and LLVM's AMDGPUBaseInfo.cpp, whose occupancy for gfx942 this computes: 512 vector registers
-# per lane including the accumulation registers, 800 scalar registers in units of 16 and 16 for the trap handler, 8 wavefronts per SIMD,
-# 64 KiB of LDS, 16 workgroups of several wavefronts.
+# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the tuning guides of
+# Ampere, Hopper and Blackwell: 65536 registers for four schedulers in units of 256 per warp, 1 KiB of shared memory
+# reserved for every block. Tensor memory: PTX ISA, "Tensor Memory". sm_80 also serves 8.6 and 8.9, where a block has 99
+# KiB: kernels for sm_80 may use no more. AMD: CDNA3 Instruction Set Architecture guide, and LLVM's AMDGPUBaseInfo.cpp,
+# whose occupancy for gfx942 this computes: 512 vector registers per lane including the accumulation registers, 800
+# scalar registers in units of 16 and 16 for the trap handler, 8 wavefronts per SIMD, 64 KiB of LDS, 16 workgroups of
+# several wavefronts.
 ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 32, 64, 32, 512, 8, 164 << 10, 99 << 10, 128, 1 << 10),
     "sm_90": Architecture("cuda", 90, 32, 64, 32, 512, 8, 228 << 10, 227 << 10, 128, 1 << 10),

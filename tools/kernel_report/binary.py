@@ -16,7 +16,18 @@ MATRIX_UNITS = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma":
 PTX = {"load": r"\bld\.global([.:\w]*)", "store": r"\bst\.global([.:\w]*)"}
 PTX_COPY = r"\bcp\.async\.c[ag]\.shared\.global .*?, 0x(\d+)"  # 4, 8 or 10, hexadecimal
 AMDGCN = {"load": r"\b(?:global|buffer|flat)_load_(\w+)", "store": r"\b(?:global|buffer|flat)_store_(\w+)"}
-AMDGCN_BYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+AMDGCN_BYTES = {
+    "byte": 1,
+    "ubyte": 1,
+    "sbyte": 1,
+    "short": 2,
+    "ushort": 2,
+    "sshort": 2,
+    "dword": 4,
+    "dwordx2": 8,
+    "dwordx3": 12,
+    "dwordx4": 16,
+}
 SASS_MATRIX_UNIT = r"\b(?:[DHIQ]G?MMA|UTC\w*MMA)\b"
 SASS = {"load": r"\bLDG?(?:STS)?\.E([.\w]*)", "store": r"\bSTG?\.E([.\w]*)"}
 RESOURCES = r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
@@ -31,24 +42,38 @@ def of_triton(binary) -> dict:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
             file.flush()
-            registers, stack, _, local = map(int, re.search(RESOURCES, _cuobjdump("--dump-resource-usage", file.name)).groups())
+            registers, stack, _, local = map(
+                int, re.search(RESOURCES, _cuobjdump("--dump-resource-usage", file.name)).groups()
+            )
         scalars, spills = 0, stack + local
         widths = {key: _widest(map(_ptx_bytes, re.findall(pattern, text))) for key, pattern in PTX.items()}
         widths["load"] = max(widths["load"], _widest(int(size, 16) for size in re.findall(PTX_COPY, text)))
     else:
         text = binary.asm["amdgcn"]
         registers, scalars, spills, private = (
-            int(re.search(rf"\.{key}: +(\d+)", text)[1]) for key in ("vgpr_count", "sgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+            int(re.search(rf"\.{key}: +(\d+)", text)[1])
+            for key in ("vgpr_count", "sgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
         spills += private  # spilled scalars go to vector registers, not to memory
         widths = {key: _widest(map(_amdgcn_bytes, re.findall(pattern, text))) for key, pattern in AMDGCN.items()}
-    units = [key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)]  # two units: one matmul of the kernel fell back
+    # two units: one matmul of the kernel fell back
+    units = [key for key, pattern in MATRIX_UNITS.items() if re.search(pattern, text)]
     unit = "+".join(units) or ("fma" if "tt.dot " in binary.asm["ttgir"] else None)
-    return {"registers": registers, "scalars": scalars, "spills": spills, "shared": metadata.shared, **row, "matrix_unit": unit, **widths}
+    return {
+        "registers": registers,
+        "scalars": scalars,
+        "spills": spills,
+        "shared": metadata.shared,
+        **row,
+        "matrix_unit": unit,
+        **widths,
+    }
 
 
 def of_cuda_library(operators: dict[str, str]):
-    """Yield (architecture, operator, kernel, dtype, constants, row) of every kernel that belongs to a named operator."""
+    """Yield (architecture, operator, kernel, dtype, constants, row) of every kernel that belongs to a named
+    operator.
+    """
     threads = {
         (architecture, symbol): int(found[1], 16)
         for architecture, symbol, text in _sections(_cuobjdump("-elf", LIBRARY), r"\.nv\.info\.(\S+)")

@@ -29,7 +29,10 @@ def problems(name: str, row: dict, expected: Expected) -> list[str]:
 
 
 def changes(found: dict[str, dict], rows: dict[str, dict], version: str) -> list[str]:
-    """Regressions against the table. A compiler version that is not recorded there may need other resources, but not have other kernels."""
+    """Regressions against the table.
+
+    A compiler version that is not recorded there may need other resources, but not have other kernels.
+    """
     names = [f"{name}: not in the table" for name in found.keys() - rows.keys()]
     names += [f"{name}: in the table, but no kernel is shipped so" for name in rows.keys() - found.keys()]
     worse = []

@@ -28,7 +28,9 @@ def row_of(variant: Variant) -> dict:
             attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     try:
-        compiled = triton.compile(source, target=GPUTarget(architecture.backend, architecture.arch, architecture.lanes), options=options)
+        compiled = triton.compile(
+            source, target=GPUTarget(architecture.backend, architecture.arch, architecture.lanes), options=options
+        )
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     return binary.of_triton(compiled)

@@ -5,33 +5,37 @@ from pathlib import Path
 
 PATH = Path(__file__).parents[2] / "docs/kernels.md"
 HEAD = """\
-# What the compiled kernels hold
+# Compiled kernels
 
-This page is written by `make kernels`. It needs no GPU: every shipped configuration of every kernel is compiled for four architectures,
-and what its binary holds is read out of it. `tools/kernel_report/kernels.json` has the same numbers for programs, and the tests compare
-a new build with it: a spill or a lost tensor-core instruction fails, and with a recorded compiler a register or a byte more than in the table.
+`make kernels` writes this page. It needs no GPU: it compiles every default config of every kernel for four
+architectures and reads the resources from the binaries. `tools/kernel_report/kernels.json` has the same numbers
+for programs. The tests compare a new build with it: a spill or a lost tensor-core instruction fails, and, with a
+recorded compiler, so does a register or a byte more than in the table.
 
-- **Registers** of a thread; on gfx942 the vector registers, accumulation registers among them, and the **scalar** ones of a wavefront.
-  **Spills**: bytes of a thread.
-- **Shared**: bytes of shared memory (LDS on gfx942) of a block. **TMEM**: columns of tensor memory.
-- **Warps** of a block (wavefronts on gfx942), and how many **blocks** a processor (streaming multiprocessor or compute unit) holds by its
-  registers, shared memory, tensor memory, warps and limit of blocks. **Occupancy**: the share of the processor's warps that they are.
-- **Matrix unit**: the tensor-core instruction that multiplies matrices. `FMA`: matrices are multiplied without one, by design: float32 has
-  to be exact, for which the tensor cores of NVIDIA are too coarse. Empty: nothing is multiplied.
-- **Load**, **store**: bytes of the widest access to global memory by one thread.
+- **Registers** per thread; on gfx942 the vector registers, including accumulation registers, and the **scalar**
+  registers of a wavefront. **Spills**: bytes per thread.
+- **Shared**: bytes of shared memory (LDS on gfx942) per block. **TMEM**: columns of tensor memory.
+- **Warps** per block (wavefronts on gfx942), and the number of **blocks** that an SM (CU on AMD) holds, as limited
+  by registers, shared memory, tensor memory, warps and the limit of blocks. **Occupancy**: their warps as a share of
+  the SM's.
+- **Matrix unit**: the tensor-core instruction of the matmuls. `FMA`: matmuls without tensor cores, by design:
+  float32 results have to be exact, and NVIDIA's tensor cores are too coarse for that. Empty: no matmul.
+- **Load**, **store**: bytes of the widest access of one thread to global memory.
 
-Where several versions of a compiler are recorded, a row is the worst of them; a version that spills or loses a tensor-core instruction in
-a kernel is not recorded for it. The configuration names the kernel's constants as its source does. sm_80 also serves 8.6 and 8.9, so
-its kernels ask for at most 99 KiB.
+If several versions of a compiler are recorded, a row shows the worst of them; a kernel in which a version spills or
+loses a tensor-core instruction has no record of that version. The config names the kernel's constants as its source
+does. sm_80 also serves 8.6 and 8.9, so its kernels request at most 99 KiB.
 
-Of CUDA C++, a block has the warps of its launch bounds. `add_layer_norm_inject` and its backward pass are launched with 4 warps up to a width
-of 4096, with 8 up to 8192 and with 16 beyond: what is shown is 16. `V` is the number of elements of an access, 1 for rows that are not aligned to
-16 bytes. None multiplies matrices but `embedding_forward`, its low-rank product in float32 without tensor cores, `P` positions to a warp.
+Blocks of CUDA C++ kernels have the warps of their launch bounds. `add_layer_norm_inject` and its backward pass launch
+4 warps up to a width of 4096, 8 up to 8192 and 16 beyond; the table shows 16. `V` is the number of elements per
+access, 1 for rows that are not aligned to 16 bytes. Only `embedding_forward` has a matmul: its low-rank product in
+float32, without tensor cores, with `P` positions per warp.
 """
 COLUMNS = {
     "kernel": "kernel", "dtype": "dtype", "configuration": "configuration",
     "registers": "registers", "scalars": "scalar", "spills": "spills", "shared": "shared", "tensor_memory": "TMEM",
-    "warps": "warps", "blocks": "blocks", "occupancy": "occupancy", "matrix_unit": "matrix unit", "load": "load", "store": "store",
+    "warps": "warps", "blocks": "blocks", "occupancy": "occupancy", "matrix_unit": "matrix unit", "load": "load",
+    "store": "store",
 }  # fmt: skip
 OPTIONAL = ("scalars", "tensor_memory")  # columns that not every architecture has
 IMPLEMENTATIONS = {"triton": "Triton", "cuda": "CUDA C++"}
@@ -39,11 +43,17 @@ IMPLEMENTATIONS = {"triton": "Triton", "cuda": "CUDA C++"}
 
 def text(table: dict) -> str:
     rows = [
-        {**dict(zip(("architecture", "operator", "kernel", "dtype", "configuration"), name.split(" ", 4))), "implementation": implementation, **row}
+        {
+            **dict(zip(("architecture", "operator", "kernel", "dtype", "configuration"), name.split(" ", 4))),
+            "implementation": implementation,
+            **row,
+        }
         for implementation in IMPLEMENTATIONS
         for name, row in table.get(implementation, {}).items()
     ]
-    versions = Counter(f"{IMPLEMENTATIONS[row['implementation']]} {version}" for row in rows for version in row["versions"])
+    versions = Counter(
+        f"{IMPLEMENTATIONS[row['implementation']]} {version}" for row in rows for version in row["versions"]
+    )
     counts = ", ".join(f"{version} ({count} kernels)" for version, count in sorted(versions.items()))
     parts = [HEAD, f"Compilers: {counts}.\n", "## Summary\n", summary(rows)]
     for operator, of_operator in grouped(rows, "operator"):
@@ -63,13 +73,25 @@ def summary(rows: list[dict]) -> str:
         most = [max(row[key] for row in group) for key in ("spills", "registers", "shared")]
         occupancy = shown("occupancy", min(row["occupancy"] for row in group))
         lines.append([operator, IMPLEMENTATIONS[implementation], architecture, len(group), *most, occupancy, counts])
-    heads = ("operator", "implementation", "architecture", "kernels", "spills", "most registers", "most shared", "least occupancy", "matrix units")
+    heads = (
+        "operator",
+        "implementation",
+        "architecture",
+        "kernels",
+        "spills",
+        "most registers",
+        "most shared",
+        "least occupancy",
+        "matrix units",
+    )
     return markdown(heads, lines, names=3)
 
 
 def table_of(rows: list[dict]) -> str:
     columns = [key for key in COLUMNS if key not in OPTIONAL or any(row[key] for row in rows)]
-    return markdown([COLUMNS[key] for key in columns], [[shown(key, row[key]) for key in columns] for row in rows], names=3)
+    return markdown(
+        [COLUMNS[key] for key in columns], [[shown(key, row[key]) for key in columns] for row in rows], names=3
+    )
 
 
 def shown(key: str, value) -> str:

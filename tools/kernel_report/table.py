@@ -10,7 +10,15 @@ from pathlib import Path
 from .architectures import ARCHITECTURES, blocks_per_processor
 
 PATH = Path(__file__).with_name("kernels.json")
-WORST = {"registers": max, "scalars": max, "spills": max, "shared": max, "tensor_memory": max, "load": min, "store": min}
+WORST = {
+    "registers": max,
+    "scalars": max,
+    "spills": max,
+    "shared": max,
+    "tensor_memory": max,
+    "load": min,
+    "store": min,
+}
 
 
 def read() -> dict:
@@ -21,14 +29,23 @@ def write(table: dict) -> None:
     """Write the table sorted, so that a diff shows changes of kernels only."""
     sections = []
     for name, kernels in sorted(table.items()):
-        rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(kernels.items(), key=by_name))
+        rows = ",\n".join(
+            f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in sorted(kernels.items(), key=by_name)
+        )
         sections.append(f'"{name}": {{\n{rows}\n}}')
     PATH.write_text("{" + ",\n".join(sections) + "}\n")
 
 
 def updated(before: dict[str, dict], found: dict[str, dict | None], version: str, only: str) -> dict[str, dict]:
-    """Update the rows with ``found``. A kernel found as None keeps its row; names that match ``only`` and were not found are removed."""
-    rows = {name: row for name, row in before.items() if not re.search(only, name) or (name in found and found[name] is None)}
+    """Update the rows with ``found``.
+
+    A kernel found as None keeps its row; names that match ``only`` and were not found are removed.
+    """
+    rows = {
+        name: row
+        for name, row in before.items()
+        if not re.search(only, name) or (name in found and found[name] is None)
+    }
     for name, row in found.items():
         if row is not None:
             known = before.get(name, {**row, "versions": []})
@@ -43,11 +60,15 @@ def worst(row: dict, before: dict) -> dict:
 def with_occupancy(name: str, row: dict) -> dict:
     """Add the blocks that an SM holds, and the share of its warps that they fill."""
     architecture = name.split()[0]
-    blocks = blocks_per_processor(architecture, *(row[key] for key in ("warps", "registers", "scalars", "shared", "tensor_memory")))
+    blocks = blocks_per_processor(
+        architecture, *(row[key] for key in ("warps", "registers", "scalars", "shared", "tensor_memory"))
+    )
     return {**row, "blocks": blocks, "occupancy": blocks * row["warps"] / ARCHITECTURES[architecture].warps}
 
 
 def by_name(item):
     """Sort key: architectures in their order, then names with numbers compared as numbers."""
     architecture, rest = item[0].split(" ", 1)
-    return list(ARCHITECTURES).index(architecture), [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", rest)]
+    return list(ARCHITECTURES).index(architecture), [
+        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", rest)
+    ]

@@ -1,4 +1,6 @@
-"""The residual add and the norm between two transformer layers, fused with the addition of the next layer's special-token vectors."""
+"""The residual add and the norm between two transformer layers, fused with the addition of the next layer's
+special-token vectors.
+"""
 
 import torch
 from torch import Tensor
@@ -8,21 +10,24 @@ from ..special_tokens import check_injection, check_injection_values
 
 __all__ = ["add_inject_layer_norm", "add_layer_norm_inject"]
 
-# Each implementation has forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep) -> out, sum,
-# mean, rstd; and backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
-# need_vectors) -> gradient of x and residual, gradient of vectors. A gradient that is not needed is None. weight, bias and vectors are
-# float32 (float64 if x is), and contiguous. mean is None with rms. With keep=False mean and rstd are None, and so is sum unless pre.
+# Each implementation has forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p,
+# seed, keep) -> out, sum, mean, rstd; and backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids,
+# adapters, vectors, rms, pre, dropout_p, seed, need_x, need_vectors) -> gradient of x and residual, gradient of
+# vectors. A gradient that is not needed is None. weight, bias and vectors are float32 (float64 if x is), and
+# contiguous. mean is None with rms. With keep=False mean and rstd are None, and so is sum unless pre.
 implementations = Implementations(__name__)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
-    "add_layer_norm_inject(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? vectors, Tensor? slots, Tensor? adapter_ids,"
-    " float eps, bool rms, bool pre, float dropout_p, Tensor? seed, bool keep, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+    "add_layer_norm_inject(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? vectors, Tensor? slots,"
+    " Tensor? adapter_ids, float eps, bool rms, bool pre, float dropout_p, Tensor? seed, bool keep, str impl) ->"
+    " (Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "add_layer_norm_inject_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, Tensor weight, Tensor? slots,"
-    " Tensor? adapter_ids, SymInt adapters, SymInt vectors, bool rms, bool pre, float dropout_p, Tensor? seed, bool need_x,"
-    " bool need_weight, bool need_bias, bool need_vectors, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+    "add_layer_norm_inject_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, Tensor weight,"
+    " Tensor? slots, Tensor? adapter_ids, SymInt adapters, SymInt vectors, bool rms, bool pre, float dropout_p, Tensor?"
+    " seed, bool need_x, bool need_weight, bool need_bias, bool need_vectors, str impl) -> (Tensor, Tensor, Tensor,"
+    " Tensor)"
 )
 
 
@@ -41,9 +46,11 @@ def add_layer_norm_inject(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Add, norm and inject between two post-norm layers: ``special_token_add(layer_norm(x + residual), vectors, slots)`` in one pass.
+    """Add, norm and inject between two post-norm layers: ``special_token_add(layer_norm(x + residual), vectors,
+    slots)`` in one pass.
 
-    Layer normalisation: arXiv 1607.06450; RMS norm: arXiv 1910.07467; the vectors: special token adaptation (PASTA), arXiv 2210.04382.
+    Layer normalisation: arXiv 1607.06450; RMS norm: arXiv 1910.07467; the vectors: special token adaptation (PASTA),
+    arXiv 2210.04382.
 
     Args:
         x: (B, S, d); float32, float16, bfloat16 or float64.
@@ -60,17 +67,33 @@ def add_layer_norm_inject(
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
-        (B, S, d) in ``x``'s dtype, contiguous. The sum is rounded to ``x``'s dtype, as in separate operations; everything after it is
-        float32 (float64 for a float64 ``x``) until the result is rounded.
+        (B, S, d) in ``x``'s dtype, contiguous. The sum is rounded to ``x``'s dtype, as in separate operations;
+        everything after it is float32 (float64 for a float64 ``x``) until the result is rounded.
 
-    The sum, and the mean and reciprocal standard deviation of every row, are saved for backward. A frozen ``weight`` or ``bias`` costs
-    nothing. Gradients are summed in a fixed order.
+    The sum, and the mean and reciprocal standard deviation of every row, are saved for backward. A frozen ``weight`` or
+    ``bias`` costs nothing. Gradients are summed in a fixed order.
 
     Raises:
-        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
         TypeError: invalid dtypes.
     """
-    return _apply("add_layer_norm_inject", x, residual, weight, bias, vectors, slots, eps, rms, False, dropout_p, seed, adapter_ids, impl)[0]
+    return _apply(
+        "add_layer_norm_inject",
+        x,
+        residual,
+        weight,
+        bias,
+        vectors,
+        slots,
+        eps,
+        rms,
+        False,
+        dropout_p,
+        seed,
+        adapter_ids,
+        impl,
+    )[0]
 
 
 def add_inject_layer_norm(
@@ -88,11 +111,27 @@ def add_inject_layer_norm(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add, inject and norm between two pre-norm layers: ``h = special_token_add(x + residual, vectors, slots)``; returns ``layer_norm(h), h``.
+    """Add, inject and norm between two pre-norm layers: ``h = special_token_add(x + residual, vectors, slots)``;
+    returns ``layer_norm(h), h``.
 
     Arguments, gradients and errors as in ``add_layer_norm_inject``.
     """
-    return _apply("add_inject_layer_norm", x, residual, weight, bias, vectors, slots, eps, rms, True, dropout_p, seed, adapter_ids, impl)[:2]
+    return _apply(
+        "add_inject_layer_norm",
+        x,
+        residual,
+        weight,
+        bias,
+        vectors,
+        slots,
+        eps,
+        rms,
+        True,
+        dropout_p,
+        seed,
+        adapter_ids,
+        impl,
+    )[:2]
 
 
 def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropout_p, seed, adapter_ids, impl):
@@ -100,7 +139,9 @@ def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropo
     check_numbers(name, eps=eps)
     _check(name, x, residual, weight, bias)
     if (vectors is None) != (slots is None):
-        raise ValueError(f"{name}: vectors and slots come together, got {'slots' if vectors is None else 'vectors'} alone")
+        raise ValueError(
+            f"{name}: vectors and slots come together, got {'slots' if vectors is None else 'vectors'} alone"
+        )
     if vectors is None:
         dropout_p, seed, adapter_ids = 0.0, None, None
     else:
@@ -140,27 +181,37 @@ def _forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, p
         check_injection_values(name, x.shape[1], vectors, slots, adapter_ids)
     weight, bias, vectors = (t if t is None else t.contiguous() for t in (weight, bias, vectors))
     implementation = implementations.resolve(name, impl, x.device.type, x.dtype)
-    results = implementation.forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep)
+    results = implementation.forward(
+        x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep
+    )
     return tuple((x if i < 2 else weight).new_empty(0) if t is None else t for i, t in enumerate(results))
 
 
 @torch.library.impl(_lib, "add_layer_norm_inject_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x, need_weight,
+    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
+    need_weight,
     need_bias, need_vectors, impl,
 ):  # fmt: skip
-    """Returns the gradients of x and residual (one tensor), weight, bias and vectors; one that is not needed is empty."""
+    """Returns the gradients of x and residual (one tensor), weight, bias and vectors; one that is not needed is
+    empty.
+    """
     implementation = implementations.resolve("add_layer_norm_inject", impl, grad.device.type, grad.dtype)
     weight = weight.contiguous()
     grad_x, grad_vectors = None, None
     if need_x or need_vectors:
         grad_x, grad_vectors = implementation.backward(
-            grad, grad_sum, sum, None if rms else mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p,
+            grad, grad_sum, sum, None if rms else mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre,
+            dropout_p,
             seed, need_x, need_vectors,
         )  # fmt: skip
     grad_weight = grad_bias = None
     if need_weight:
-        normal = sum.to(weight.dtype) * rstd[..., None] if rms else (sum.to(weight.dtype) - mean[..., None]) * rstd[..., None]
+        normal = (
+            sum.to(weight.dtype) * rstd[..., None]
+            if rms
+            else (sum.to(weight.dtype) - mean[..., None]) * rstd[..., None]
+        )
         grad_weight = (grad * normal).sum((0, 1))
     if need_bias:
         grad_bias = grad.sum((0, 1), dtype=weight.dtype)
@@ -181,7 +232,8 @@ def _(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dro
 
 @torch.library.register_fake("peft_kernels::add_layer_norm_inject_backward", lib=_lib)
 def _(
-    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x, need_weight,
+    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
+    need_weight,
     need_bias, need_vectors, impl,
 ):  # fmt: skip
     width = weight.shape[0]
@@ -218,5 +270,7 @@ def _autograd(ctx, grad, grad_sum, *_):
     return grad_x if need_x else None, grad_x if need_residual else None, *grads, *(None,) * 9
 
 
-torch.library.register_autograd("peft_kernels::add_layer_norm_inject", _autograd, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "peft_kernels::add_layer_norm_inject", _autograd, setup_context=_setup_context, lib=_lib
+)
 no_second_derivative(_lib, "add_layer_norm_inject_backward")

@@ -19,7 +19,10 @@ def add_layer_norm_inject(
     adapter_ids: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """``x`` and ``residual`` are read, the result is written. Backward reads its gradient and writes one for both ``x`` and ``residual``."""
+    """``x`` and ``residual`` are read, the result is written.
+
+    Backward reads its gradient and writes one for both ``x`` and ``residual``.
+    """
     return _cost(x, residual, (weight, bias, vectors), (slots, adapter_ids), 1, backward)
 
 
@@ -43,4 +46,7 @@ def _cost(x, residual, parameters, indices, results, backward):
     if not backward:
         return cost
     of_inputs = x.nbytes if x.requires_grad or residual.requires_grad else 0
-    return Cost(cost.bytes + results * x.nbytes + of_inputs + gradient_bytes(*parameters), cost.operations + BACKWARD_OPERATIONS * x.numel())
+    return Cost(
+        cost.bytes + results * x.nbytes + of_inputs + gradient_bytes(*parameters),
+        cost.operations + BACKWARD_OPERATIONS * x.numel(),
+    )

@@ -12,14 +12,34 @@ MAX_WIDTH = 16384  # limit for a row in registers
 
 def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep):
     if x.shape[2] > MAX_WIDTH:
-        raise ValueError(f"add_layer_norm_inject: the CUDA kernels take d up to {MAX_WIDTH}, got {x.shape[2]}; impl='triton' takes more")
+        raise ValueError(
+            f"add_layer_norm_inject: the CUDA kernels take d up to {MAX_WIDTH}, got {x.shape[2]}; impl='triton' takes"
+            " more"
+        )
     out, total, mean, rstd = torch.ops.peft_kernels.add_layer_norm_inject_cuda.default(
         _dense(x), _dense(residual), weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep
     )
     return out, total if keep or pre else None, mean if keep and not rms else None, rstd if keep else None
 
 
-def backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x, need_vectors):
+def backward(
+    grad,
+    grad_sum,
+    sum,
+    mean,
+    rstd,
+    weight,
+    slots,
+    adapter_ids,
+    adapters,
+    vectors,
+    rms,
+    pre,
+    dropout_p,
+    seed,
+    need_x,
+    need_vectors,
+):
     grad_x = grad_vectors = grad_slots = None
     from_rows = need_vectors and pre
     if need_x or from_rows:
@@ -29,7 +49,9 @@ def backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapte
         )
     if need_vectors:
         rows = grad_slots if pre else grad
-        grad_vectors = special_tokens.backward(rows, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=pre)
+        grad_vectors = special_tokens.backward(
+            rows, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=pre
+        )
     return grad_x if need_x else None, grad_vectors
 
 

@@ -36,7 +36,11 @@ def of(name, separate, results, title, about):
         weight, bias, vectors = 1 + numbers.normal(width) / 8, numbers.normal(width), numbers.normal(count, width)
 
         def ours(impl):
-            return Candidate(lambda x, residual, vectors: getattr(ops, name)(x, residual, weight, bias, vectors, slots, eps=EPS, impl=impl))
+            return Candidate(
+                lambda x, residual, vectors: getattr(ops, name)(
+                    x, residual, weight, bias, vectors, slots, eps=EPS, impl=impl
+                )
+            )
 
         def cost(x, residual, vectors, backward):
             from . import cost
@@ -77,7 +81,8 @@ OPERATORS = {
         post_norm,
         results=1,
         title="Addition, layer norm and injection",
-        about="PASTA in a post-norm layer: residual, norm and the vectors of the next layer in one pass, for B rows of S tokens of width d with"
+        about="PASTA in a post-norm layer: residual, norm and the vectors of the next layer in one pass, for B rows of"
+        " S tokens of width d with"
         " k vectors.",
     ),
     "add_inject_layer_norm": of(

@@ -29,7 +29,22 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
 
 
 def backward(
-    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x, need_vectors
+    grad,
+    grad_sum,
+    sum,
+    mean,
+    rstd,
+    weight,
+    slots,
+    adapter_ids,
+    adapters,
+    vectors,
+    rms,
+    pre,
+    dropout_p,
+    seed,
+    need_x,
+    need_vectors,
 ) -> tuple[Tensor | None, Tensor | None]:
     normal = sum.to(weight.dtype) if rms else sum.to(weight.dtype) - mean[..., None]
     normal = normal * rstd[..., None]
@@ -42,7 +57,9 @@ def backward(
         total = total + grad_sum.to(weight.dtype)
     grad_vectors = None
     if need_vectors:
-        grad_vectors = special_tokens.backward(total if pre else grad, slots, adapters, vectors, dropout_p, seed, adapter_ids)
+        grad_vectors = special_tokens.backward(
+            total if pre else grad, slots, adapters, vectors, dropout_p, seed, adapter_ids
+        )
     return total.to(grad.dtype) if need_x else None, grad_vectors
 
 

@@ -1,4 +1,7 @@
-"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
+"""Launchers and default configs of the Triton kernels.
+
+No launch synchronizes with the device or depends on a value there.
+"""
 
 from functools import cache
 
@@ -44,13 +47,30 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
 
 
 def backward(
-    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x, need_vectors
+    grad,
+    grad_sum,
+    sum,
+    mean,
+    rstd,
+    weight,
+    slots,
+    adapter_ids,
+    adapters,
+    vectors,
+    rms,
+    pre,
+    dropout_p,
+    seed,
+    need_x,
+    need_vectors,
 ) -> tuple[Tensor | None, Tensor | None]:
     rest = slots, adapters, vectors, dropout_p, seed, adapter_ids
     from_rows = need_vectors and pre
     grad_x, grad_slots = None, None
     if need_x or from_rows:
-        grad_x, grad_slots = _rows(dense(grad), grad_sum, sum.contiguous(), mean, rstd, weight, slots, need_x, from_rows)
+        grad_x, grad_slots = _rows(
+            dense(grad), grad_sum, sum.contiguous(), mean, rstd, weight, slots, need_x, from_rows
+        )
     if not need_vectors:
         return grad_x, None
     return grad_x, special_tokens.backward(grad_slots if pre else grad, *rest, by_slot=pre)

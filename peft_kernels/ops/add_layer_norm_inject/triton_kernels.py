@@ -1,4 +1,5 @@
-"""Triton kernels: a program keeps BR whole rows of d columns, one token each, in registers between reading and writing them.
+"""Triton kernels: a program keeps BR whole rows of d columns, one token each, in registers between reading and writing
+them.
 
 Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Offsets computed from strides are 64-bit.
 """
@@ -26,19 +27,35 @@ def _inject(b_x, vectors, seed, threshold, scale, o_row, b_slot, b_adapter, o_d,
     if tl.max(b_slot, 0) >= 0:
         mask = (b_slot >= 0)[:, None] & m_d[None, :]
         b_slot, b_adapter = tl.maximum(b_slot, 0), tl.maximum(b_adapter, 0)
-        b_added = load_vectors(vectors, seed, threshold, scale, o_row, b_slot, b_adapter, o_d, vectors_per_adapter, d, mask)
+        b_added = load_vectors(
+            vectors, seed, threshold, scale, o_row, b_slot, b_adapter, o_d, vectors_per_adapter, d, mask
+        )
         b_x += tl.where(mask, b_added, 0.0)
     return b_x
 
 
-@triton.jit(do_not_specialize=["tokens", "length", "slots_per_row", "vectors_per_adapter", "threshold", "stride_sb", "stride_sj", "stride_k"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "length",
+        "slots_per_row",
+        "vectors_per_adapter",
+        "threshold",
+        "stride_sb",
+        "stride_sj",
+        "stride_k",
+    ]
+)
 def add_layer_norm_inject_fwd_kernel(
     out, total, mean, rstd, x, residual, weight, bias, vectors, slots, adapter_ids, seed,
     tokens, length, slots_per_row, vectors_per_adapter, d, eps, threshold, scale,
     stride_xb, stride_xs, stride_rb, stride_rs, stride_sb, stride_sj, stride_k,
     RMS: tl.constexpr, PRE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Computes BR rows of the result. Grid: blocks of BR tokens of the batch. Arguments that are None are neither read nor written."""
+    """Computes BR rows of the result. Grid: blocks of BR tokens of the batch.
+
+    Arguments that are None are neither read nor written.
+    """
     o_t = tl.program_id(0) * BR + tl.arange(0, BR)
     o_row, o_s, o_d = o_t // length, o_t % length, tl.arange(0, BD)
     m_t, m_d = o_t < tokens, o_d < d
@@ -52,7 +69,9 @@ def add_layer_norm_inject_fwd_kernel(
         b_slot = _slots_of(slots, o_row, o_s, m_t, slots_per_row, stride_sb, stride_sj, BK)
         b_slot = tl.where(b_adapter >= 0, b_slot, -1)
         if PRE:
-            b_x = _inject(b_x, vectors, seed, threshold, scale, o_row, b_slot, b_adapter, o_d, m_d, vectors_per_adapter, d)
+            b_x = _inject(
+                b_x, vectors, seed, threshold, scale, o_row, b_slot, b_adapter, o_d, m_d, vectors_per_adapter, d
+            )
     b_total = b_x.to(out.dtype.element_ty)
     if total is not None:
         tl.store(total + o_out, b_total, mask=mask)
@@ -79,16 +98,20 @@ def add_layer_norm_inject_bwd_kernel(
     tokens, length, slots_per_row, d, stride_gb, stride_gs, stride_tb, stride_ts, stride_sb, stride_sj,
     LISTED: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Computes BR rows of the gradient of the sum. Grid: blocks of BR tokens of the batch; LISTED: of BR slots, (B, k), alone.
+    """Computes BR rows of the gradient of the sum. Grid: blocks of BR tokens of the batch; LISTED: of BR slots, (B, k),
+    alone.
 
-    grad_x, (B, S, d), gets every row of the gradient; grad_slots, (B, k, d) float32, gets the rows of special tokens before rounding.
+    grad_x, (B, S, d), gets every row of the gradient; grad_slots, (B, k, d) float32, gets the rows of special tokens
+    before rounding.
     """
     o_t = tl.program_id(0) * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD)
     m_t, m_d = o_t < tokens, o_d < d
     if LISTED:
         o_row, b_slot = o_t // slots_per_row, o_t % slots_per_row
-        o_s = tl.load(slots + o_row.to(tl.int64) * stride_sb + b_slot.to(tl.int64) * stride_sj, mask=m_t, other=-1).to(tl.int32)
+        o_s = tl.load(slots + o_row.to(tl.int64) * stride_sb + b_slot.to(tl.int64) * stride_sj, mask=m_t, other=-1).to(
+            tl.int32
+        )
         m_t = m_t & (o_s >= 0)
         o_t = o_row.to(tl.int64) * length + o_s
     else:

@@ -27,7 +27,9 @@ def targets(setting: Setting):
 def _norm_inputs(setting, width):
     """Draws inputs with the same number of elements for every width."""
     random, sizes = RandomInputs.of(setting), setting.sizes
-    x, residual = (random.normal(sizes.batch, max(sizes.specials, sizes.tokens * sizes.width // width), width) for _ in range(2))
+    x, residual = (
+        random.normal(sizes.batch, max(sizes.specials, sizes.tokens * sizes.width // width), width) for _ in range(2)
+    )
     weight, bias = (random.normal(width, dtype=torch.float32) for _ in range(2))
     return x, residual, weight, bias, random_vectors(random, setting, width), spread_slots(setting)
 

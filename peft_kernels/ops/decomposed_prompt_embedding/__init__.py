@@ -9,20 +9,20 @@ from ..implementations import Implementations, check_numbers, no_second_derivati
 
 __all__ = ["decomposed_prompt_embedding"]
 
-# Each implementation has forward and backward. If it also has backward_low_rank, that computes the gradients of a and b up to rank
-# MAX_RANK, without the gradient of a @ b, (K, s, d), in memory.
+# Each implementation has forward and backward. If it also has backward_low_rank, that computes the gradients of a and b
+# up to rank MAX_RANK, without the gradient of a @ b, (K, s, d), in memory.
 implementations = Implementations(__name__)
 
 _NAME = "decomposed_prompt_embedding"
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
-    f"{_NAME}(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? a, Tensor? b, Tensor? delta, float scale, float embed_scale,"
-    " Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, str impl) -> Tensor"
+    f"{_NAME}(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? a, Tensor? b, Tensor? delta, float scale, float"
+    " embed_scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, str impl) -> Tensor"
 )
 _lib.define(
-    f"{_NAME}_backward(Tensor grad, SymInt adapters, SymInt virtual, SymInt positions, Tensor? a, Tensor? b, float scale,"
-    " Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool need_prompt, bool need_delta, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{_NAME}_backward(Tensor grad, SymInt adapters, SymInt virtual, SymInt positions, Tensor? a, Tensor? b, float"
+    " scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool need_prompt, bool need_delta, str"
+    " impl) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -43,37 +43,40 @@ def decomposed_prompt_embedding(
 ) -> Tensor:
     """Embed tokens with a low-rank update that depends on their position, behind a soft prompt.
 
-    ``out[:, :m] = prompt``; ``out[:, m + j] = embed_scale * weight[input_ids[:, j]] + scale * (a @ b)[j - offset]``. One pass, without a
-    (B, L, d) temporary or a concatenation. Decomposed prompt tuning (DePT), arXiv 2309.05173, section 2.2; the authors' code has
-    ``scale = 8 / sqrt(r)``.
+    ``out[:, :m] = prompt``; ``out[:, m + j] = embed_scale * weight[input_ids[:, j]] + scale * (a @ b)[j - offset]``.
+    One pass, without a (B, L, d) temporary or a concatenation. Decomposed prompt tuning (DePT), arXiv 2309.05173,
+    section 2.2; the authors' code has ``scale = 8 / sqrt(r)``.
 
     Args:
         input_ids: (B, L) int32 or int64 in [0, V).
         weight: (V, d) embedding table; float32, float16, bfloat16 or float64.
         prompt: (m, d), or (K, m, d) for K adapters; in ``weight``'s dtype or float32. m may be 0.
-        a: (s, r) or (K, s, r), with L <= s; the dtype of ``a``, ``b`` and ``delta`` is ``weight``'s or float32, as for ``prompt``.
+        a: (s, r) or (K, s, r), with L <= s; the dtype of ``a``, ``b`` and ``delta`` is ``weight``'s or float32, as for
+            ``prompt``.
         b: (r, d) or (K, r, d).
         delta: (s, d) or (K, s, d), in place of ``a`` and ``b``: a precomputed ``scale * a @ b``.
         scale: factor of the low-rank update; not applied to ``delta``.
         embed_scale: factor of the embedding, for models that scale it outside of the embedding module.
-        offsets: (B,) int32 or int64 in [0, L]: row i of ``a`` goes to token ``offsets + i``, for left-padded inputs. Tokens before
-            the offset get no update. None: 0.
-        insert_after_first: put the prompt after the first token instead of before it, for models that pool the first token.
-        adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row. -1: none; the prompt of that row is 0, to be masked by
-            the caller, and its tokens get no update. Required if K > 1.
+        offsets: (B,) int32 or int64 in [0, L]: row i of ``a`` goes to token ``offsets + i``, for left-padded inputs.
+            Tokens before the offset get no update. None: 0.
+        insert_after_first: put the prompt after the first token instead of before it, for models that pool the first
+            token.
+        adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row. -1: none; the prompt of that row is 0, to
+            be masked by the caller, and its tokens get no update. Required if K > 1.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
         (B, m + L, d), contiguous, in ``weight``'s dtype; sums are in float32 (float64 for a float64 ``weight``).
 
-    Gradients go to ``prompt``, ``a``, ``b`` or ``delta``, summed over the batch in a fixed order, and to ``weight`` (dense) if it
-    requires one; a frozen table costs nothing.
+    Gradients go to ``prompt``, ``a``, ``b`` or ``delta``, summed over the batch in a fixed order, and to ``weight``
+    (dense) if it requires one; a frozen table costs nothing.
 
-    Values of ``input_ids``, ``offsets`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would synchronize with the
-    device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``input_ids``, ``offsets`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would
+    synchronize with the device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
         TypeError: invalid dtypes.
     """
     implementations.check(_NAME, impl)
@@ -109,16 +112,25 @@ def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
         if x.dtype not in (weight.dtype, torch.float32):
             raise TypeError(f"{_NAME}: {name} must be {weight.dtype} as weight is, or float32, got {x.dtype}")
         if x.ndim != prompt.ndim or x.ndim not in (2, 3):
-            raise ValueError(f"{_NAME}: {', '.join(parameters)} must all have 2 dimensions, or 3 with stacked adapters, got {name} {tuple(x.shape)}")
+            raise ValueError(
+                f"{_NAME}: {', '.join(parameters)} must all have 2 dimensions, or 3 with stacked adapters, got {name}"
+                f" {tuple(x.shape)}"
+            )
         if x.ndim == 3 and x.shape[0] != prompt.shape[0]:
-            raise ValueError(f"{_NAME}: {name} must have the {prompt.shape[0]} adapters of prompt, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{_NAME}: {name} must have the {prompt.shape[0]} adapters of prompt, got {tuple(x.shape)}"
+            )
         if name != "a" and x.shape[-1] != width:
             raise ValueError(f"{_NAME}: {name} must be {width} wide as weight is, got {tuple(x.shape)}")
     if a is not None and a.shape[-1] != b.shape[-2]:
-        raise ValueError(f"{_NAME}: a (s, r) and b (r, d) must share their rank r, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"{_NAME}: a (s, r) and b (r, d) must share their rank r, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     positions = (a if delta is None else delta).shape[-2]
     if length > positions:
-        raise ValueError(f"{_NAME}: input_ids has {length} tokens, but {'a' if delta is None else 'delta'} has rows for {positions}")
+        raise ValueError(
+            f"{_NAME}: input_ids has {length} tokens, but {'a' if delta is None else 'delta'} has rows for {positions}"
+        )
     if adapter_ids is None and prompt.ndim == 3 and prompt.shape[0] != 1:
         raise ValueError(f"{_NAME}: adapter_ids must choose among the {prompt.shape[0]} adapters of prompt")
     for name, x in (("input_ids", input_ids), ("offsets", offsets), ("adapter_ids", adapter_ids)):
@@ -147,16 +159,34 @@ def _check_values(input_ids, weight, prompt, offsets, adapter_ids):
 
 
 @torch.library.impl(_lib, _NAME, "CompositeExplicitAutograd")
-def _forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl):
+def _forward(
+    input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl
+):
     if weight.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
         _check_values(input_ids, weight, prompt, offsets, adapter_ids)
     implementation = implementations.resolve(_NAME, impl, weight.device.type, weight.dtype)
     with without_autocast(weight.device.type):
-        return implementation.forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids)
+        return implementation.forward(
+            input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids
+        )
 
 
 @torch.library.impl(_lib, f"{_NAME}_backward", "CompositeExplicitAutograd")
-def _backward(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta, impl):
+def _backward(
+    grad,
+    adapters,
+    virtual,
+    positions,
+    a,
+    b,
+    scale,
+    offsets,
+    insert_after_first,
+    adapter_ids,
+    need_prompt,
+    need_delta,
+    impl,
+):
     """Returns the gradients of prompt, a, b and delta; one that is not needed is empty.
 
     The gradient of b needs a, and the gradient of a needs b, so passing one requests the gradient of the other.
@@ -169,7 +199,9 @@ def _backward(grad, adapters, virtual, positions, a, b, scale, offsets, insert_a
         grad_prompt, grad_a, grad_b = implementation.backward_low_rank(grad, *sizes, a, b, scale, *where, need_prompt)
         grad_delta = None
     else:
-        grad_prompt, grad_delta = implementation.backward(grad, *sizes, *where, need_prompt, need_delta or a is not None or b is not None)
+        grad_prompt, grad_delta = implementation.backward(
+            grad, *sizes, *where, need_prompt, need_delta or a is not None or b is not None
+        )
         with without_autocast(grad.device.type):
             if b is not None:
                 grad_a = scale * (grad_delta @ b.mT)
@@ -185,7 +217,21 @@ def _(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, inser
 
 
 @torch.library.register_fake(f"peft_kernels::{_NAME}_backward", lib=_lib)
-def _(grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta, impl):
+def _(
+    grad,
+    adapters,
+    virtual,
+    positions,
+    a,
+    b,
+    scale,
+    offsets,
+    insert_after_first,
+    adapter_ids,
+    need_prompt,
+    need_delta,
+    impl,
+):
     width = grad.shape[2]
     grad_prompt = _wide(grad, adapters, virtual, width) if need_prompt else _wide(grad, 0)
     grad_a = _wide(grad, 0) if b is None else _wide(grad, adapters, positions, b.shape[1])
@@ -198,11 +244,26 @@ def _wide(like: Tensor, *shape) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    input_ids, weight, prompt, a, b, delta, ctx.scale, ctx.embed_scale, offsets, ctx.insert_after_first, adapter_ids, ctx.impl = inputs
+    (
+        input_ids,
+        weight,
+        prompt,
+        a,
+        b,
+        delta,
+        ctx.scale,
+        ctx.embed_scale,
+        offsets,
+        ctx.insert_after_first,
+        adapter_ids,
+        ctx.impl,
+    ) = inputs
     ctx.sizes = prompt.shape[0], prompt.shape[1], (a if delta is None else delta).shape[1]
     ctx.rows = weight.shape[0]
     _, need_weight, _, need_a, need_b, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(input_ids if need_weight else None, a if need_b else None, b if need_a else None, offsets, adapter_ids)
+    ctx.save_for_backward(
+        input_ids if need_weight else None, a if need_b else None, b if need_a else None, offsets, adapter_ids
+    )
 
 
 def _autograd(ctx, grad):
@@ -210,10 +271,30 @@ def _autograd(ctx, grad):
     _, need_weight, need_prompt, need_a, need_b, need_delta, *_ = ctx.needs_input_grad
     grad_weight = _embedding_gradient(ctx, grad, input_ids) if need_weight else None
     grads = torch.ops.peft_kernels.decomposed_prompt_embedding_backward.default(
-        grad, *ctx.sizes, a, b, ctx.scale, offsets, ctx.insert_after_first, adapter_ids, need_prompt, need_delta, ctx.impl
+        grad,
+        *ctx.sizes,
+        a,
+        b,
+        ctx.scale,
+        offsets,
+        ctx.insert_after_first,
+        adapter_ids,
+        need_prompt,
+        need_delta,
+        ctx.impl,
     )
     needs = need_prompt, need_a, need_b, need_delta
-    return None, grad_weight, *(x if needed else None for x, needed in zip(grads, needs)), None, None, None, None, None, None
+    return (
+        None,
+        grad_weight,
+        *(x if needed else None for x, needed in zip(grads, needs)),
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _embedding_gradient(ctx, grad, input_ids):

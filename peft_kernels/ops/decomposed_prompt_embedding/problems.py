@@ -24,7 +24,11 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
     grad = numbers.normal(batch, virtual + length, width)
 
     def ours(impl):
-        return Candidate(lambda *leaves: ops.decomposed_prompt_embedding(ids, table, *leaves, scale=SCALE, adapter_ids=adapter_ids, impl=impl))
+        return Candidate(
+            lambda *leaves: ops.decomposed_prompt_embedding(
+                ids, table, *leaves, scale=SCALE, adapter_ids=adapter_ids, impl=impl
+            )
+        )
 
     def cost(prompt, a, b, backward):
         from . import cost
@@ -42,7 +46,11 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         ours=ours,
         truth=truth,
         cost=cost,
-        baselines={"official": plain(official(ids, table, adapter_ids)), "expanded": plain(views), "expanded, compiled": compiled(views)},
+        baselines={
+            "official": plain(official(ids, table, adapter_ids)),
+            "expanded": plain(views),
+            "expanded, compiled": compiled(views),
+        },
         roofline=fresh(device, grad),
     )
 
@@ -59,7 +67,9 @@ def official(ids, table, adapter_ids):
     return embed
 
 
-def official_formulation(ids, weight, prompt, a, b, *, scale, embed_scale=1.0, insert_after_first=False, offsets=None, adapter_ids=None):
+def official_formulation(
+    ids, weight, prompt, a, b, *, scale, embed_scale=1.0, insert_after_first=False, offsets=None, adapter_ids=None
+):
     """The authors' order of operations: multiply, repeat prompt and update for every row, scale, add, concatenate."""
     batch, length = ids.shape
     prompts = prompt.repeat(batch, 1, 1).to(weight.dtype)

@@ -10,14 +10,18 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids) -> Tensor:
+def forward(
+    input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids
+) -> Tensor:
     batch, length = input_ids.shape
     adapters, virtual, width = prompt.shape
     if delta is None:
         delta = scale * (a @ b)  # (K, s, d)
     adapter, used, position, shifted = _where(batch, length, offsets, adapter_ids, weight.device)
     out = weight.new_empty(batch, virtual + length, width)
-    out[:, prompt_columns(virtual, insert_after_first)] = prompt[adapter].masked_fill(~used[:, None, None], 0).to(weight.dtype)
+    out[:, prompt_columns(virtual, insert_after_first)] = (
+        prompt[adapter].masked_fill(~used[:, None, None], 0).to(weight.dtype)
+    )
     low_rank = delta[adapter[:, None], position].masked_fill(~shifted[..., None], 0)
     rows = embed_scale * weight[input_ids].to(delta.dtype) + low_rank
     for tokens, columns in token_columns(virtual, length, insert_after_first):
@@ -37,14 +41,20 @@ def backward(
         rows = grad[:, prompt_columns(virtual, insert_after_first)].masked_fill(~used[:, None, None], 0)
         grad_prompt = grad.new_zeros(adapters, virtual, width).index_add_(0, adapter, rows)
     if need_delta:
-        rows = torch.cat([grad[:, there] for _, there in token_columns(virtual, columns - virtual, insert_after_first)], 1)
+        rows = torch.cat(
+            [grad[:, there] for _, there in token_columns(virtual, columns - virtual, insert_after_first)], 1
+        )
         where = adapter[:, None].expand_as(position), position
-        grad_delta = grad.new_zeros(adapters, positions, width).index_put_(where, rows.masked_fill(~shifted[..., None], 0), accumulate=True)
+        grad_delta = grad.new_zeros(adapters, positions, width).index_put_(
+            where, rows.masked_fill(~shifted[..., None], 0), accumulate=True
+        )
     return grad_prompt, grad_delta
 
 
 def _where(batch, length, offsets, adapter_ids, device):
-    """Returns, per row, its adapter and whether it has one, (B,), and per token, its row of delta and whether it gets that row, (B, L)."""
+    """Returns, per row, its adapter and whether it has one, (B,), and per token, its row of delta and whether it gets
+    that row, (B, L).
+    """
     adapter = torch.zeros(batch, dtype=torch.long, device=device) if adapter_ids is None else adapter_ids.long()
     position = torch.arange(length, device=device).expand(batch, -1)
     if offsets is not None:

@@ -1,4 +1,7 @@
-"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
+"""Launchers and default configs of the Triton kernels.
+
+No launch synchronizes with the device or depends on a value there.
+"""
 
 from functools import cache
 from typing import NamedTuple
@@ -33,9 +36,9 @@ class Configs(NamedTuple):
     backward: Config
 
 
-# (vendor, bytes per element of the table); an architecture gets a row of its own only if measurements show that it needs one.
-# `make test-kernels` compiles every row for every architecture, without a GPU.
-# A 16-bit result does not need the last bits of the matmul: three TF32 matmuls on tensor cores have an error below 2^-20.
+# (vendor, bytes per element of the table); an architecture gets a row of its own only if measurements show that it
+# needs one. `make test-kernels` compiles every row for every architecture, without a GPU. A 16-bit result does not need
+# the last bits of the matmul: three TF32 matmuls on tensor cores have an error below 2^-20.
 CONFIGS = {
     ("nvidia", 2): Configs(Config(32, 128, 16, 8, "tf32x3", 128), Config(8, 256)),
     ("nvidia", 4): Configs(Config(32, 128, 16, 8, "ieee", 128), Config(8, 128)),
@@ -44,7 +47,9 @@ CONFIGS = {
 }
 
 
-def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids) -> Tensor:
+def forward(
+    input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids
+) -> Tensor:
     batch, length = input_ids.shape
     virtual, width = prompt.shape[1:]
     out = weight.new_empty(batch, virtual + length, width)
@@ -85,7 +90,8 @@ def backward(
     shipped = backward_options(configs.backward, insert_after_first)
     options = tuned.options("decomposed_prompt_embedding", "backward", grad.device, shipped, grad.element_size())
     with guard(grad.device):
-        triton_kernels.decomposed_prompt_embedding_bwd_kernel[cdiv(width, options["BD"]) * adapters * (prompt_rows + delta_rows),](
+        programs = cdiv(width, options["BD"]) * adapters * (prompt_rows + delta_rows)
+        triton_kernels.decomposed_prompt_embedding_bwd_kernel[programs,](
             grad, grad_prompt, grad_delta, offsets, adapter_ids,
             batch, columns - virtual, virtual, prompt_rows, delta_rows, width,
             *grad.stride()[:2], _stride(offsets), _stride(adapter_ids),
@@ -95,7 +101,9 @@ def backward(
 
 
 def rows_per_program(batch: int, programs_per_row: int, processors: int) -> int:
-    """Returns the rows of the batch per program: more rows share one computed update, but enough programs must remain to fill the device."""
+    """Returns the rows of the batch per program: more rows share one computed update, but enough programs must remain
+    to fill the device.
+    """
     return max(1, min(batch * programs_per_row // (PROGRAMS_PER_PROCESSOR * processors), MAX_ROWS))
 
 

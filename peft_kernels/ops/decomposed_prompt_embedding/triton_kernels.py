@@ -1,7 +1,7 @@
 """Triton kernels. Every element of a result is written by one program.
 
-Prefixes: o_ offsets, m_ masks, b_ blocks in registers. A token of a row has the position token - offset; the tokens before the offset
-take the remaining positions at the end, so tokens and positions map one to one.
+Prefixes: o_ offsets, m_ masks, b_ blocks in registers. A token of a row has the position token - offset; the tokens
+before the offset take the remaining positions at the end, so tokens and positions map one to one.
 """
 
 import triton
@@ -25,7 +25,9 @@ def _load_rows(matrix, adapter, rows, d, o_row, o_d, mask):
 
 
 @triton.jit
-def _product(a, b, adapter, positions, rank, d, o_row, o_d, m_row, m_d, scale, BR: tl.constexpr, PRECISION: tl.constexpr):
+def _product(
+    a, b, adapter, positions, rank, d, o_row, o_d, m_row, m_d, scale, BR: tl.constexpr, PRECISION: tl.constexpr
+):
     """Returns scale * a[adapter][o_row] @ b[adapter][:, o_d], [BP, BD]."""
     adapter = tl.maximum(adapter, 0).to(tl.int64)
     o_r = tl.arange(0, BR)
@@ -52,7 +54,20 @@ def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o
     return offset, o_token, b_id.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["batch", "length", "virtual", "positions", "rank", "rows", "stride_ib", "stride_il", "stride_o", "stride_k"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "length",
+        "virtual",
+        "positions",
+        "rank",
+        "rows",
+        "stride_ib",
+        "stride_il",
+        "stride_o",
+        "stride_k",
+    ]
+)
 def decomposed_prompt_embedding_fwd_kernel(
     out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
     batch, length, virtual, positions, rank, d, rows, scale, embed_scale,
@@ -61,8 +76,8 @@ def decomposed_prompt_embedding_fwd_kernel(
 ):  # fmt: skip
     """Writes a tile of the prompt or of the embedded tokens for ``rows`` rows of the batch.
 
-    Grid: tiles of columns, then of prompt rows and of positions, then groups of rows of the batch. A program keeps its tile of the prompt
-    or of the low-rank update in registers while the adapter of its rows stays the same.
+    Grid: tiles of columns, then of prompt rows and of positions, then groups of rows of the batch. A program keeps its
+    tile of the prompt or of the low-rank update in registers while the adapter of its rows stays the same.
     """
     column_tiles = tl.cdiv(d, BD)
     prompt_tiles = tl.cdiv(virtual, BP)
@@ -93,12 +108,15 @@ def decomposed_prompt_embedding_fwd_kernel(
         m_out = m_row[:, None] & m_d[None, :]  # [BP, BD]
         offset, o_token, b_id = _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row)
         for _ in range(begin, end):
-            b_x = tl.load(weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0)  # [BP, BD]
+            # [BP, BD]
+            b_x = tl.load(weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0)
             m_update = o_token >= offset
             o_column = tl.where(o_token < FIRST, o_token, o_token + virtual)
             # The ids of the next row are loaded while this row is written.
             next_row = tl.minimum(row + 1, end - 1)
-            offset, o_token, b_id = _load_ids(input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, o_row, m_row)
+            offset, o_token, b_id = _load_ids(
+                input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, o_row, m_row
+            )
             adapter = _integer_or_zero(adapter_ids, row, stride_k)
             if adapter != current:
                 if delta is None:
@@ -120,7 +138,10 @@ def decomposed_prompt_embedding_bwd_kernel(
     stride_gb, stride_gl, stride_o, stride_k,
     FIRST: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Sums one row of a gradient over the batch, BN rows at a time, in order. Grid: tiles of columns, then rows of (K, prompt_rows + delta_rows)."""
+    """Sums one row of a gradient over the batch, BN rows at a time, in order.
+
+    Grid: tiles of columns, then rows of (K, prompt_rows + delta_rows).
+    """
     column_tiles = tl.cdiv(d, BD)
     row = tl.program_id(0) // column_tiles
     adapter = row // (prompt_rows + delta_rows)

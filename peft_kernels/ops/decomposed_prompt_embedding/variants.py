@@ -19,13 +19,18 @@ def variants():
     """Yields the forward with the matmul of a and b, the forward with delta, and the backward."""
     for architecture in ARCHITECTURES:
         for dtype in ("fp32", "bf16", "fp16"):
-            configs = implementation.CONFIGS["amd" if architecture == "gfx942" else "nvidia", 4 if dtype == "fp32" else 2]
+            configs = implementation.CONFIGS[
+                "amd" if architecture == "gfx942" else "nvidia", 4 if dtype == "fp32" else 2
+            ]
             types = {**OTHERS, **dict.fromkeys(("out", "weight", "grad"), f"*{dtype}")}
             for kernel, absent in (("forward_product", ("delta",)), ("forward_delta", ("a", "b"))):
                 product = kernel == "forward_product"
                 # 16 bits: three TF32 matmuls
                 unit = matrix_unit(architecture, dtype == "fp32", configs.forward.rows) if product else None
-                options, given = implementation.forward_options(configs.forward, True, product), {**types, **dict.fromkeys(absent)}
+                options, given = (
+                    implementation.forward_options(configs.forward, True, product),
+                    {**types, **dict.fromkeys(absent)},
+                )
                 expected = Expected(unit, store=16, warps=WARPS)
                 yield Variant(architecture, OPERATOR, kernel, dtype, KERNELS["forward"], options, given, expected)
             options = implementation.backward_options(configs.backward, True)

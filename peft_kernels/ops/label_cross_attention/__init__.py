@@ -1,4 +1,6 @@
-"""Cross-attention of a few label slots over frozen features, without computing keys and values where that is cheaper."""
+"""Cross-attention of a few label slots over frozen features, without computing keys and values where that is
+cheaper.
+"""
 
 import os
 
@@ -11,23 +13,25 @@ from . import absorbed
 
 __all__ = ["label_cross_attention"]
 
-# Implementations have one of two interfaces. With keys and values: forward(query, features, w_k, w_v, lengths, offsets, heads, keep) -> out,
-# kept; and backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads) -> gradients of query, w_k, w_v. Absorbed, where
-# absorbed.py multiplies by the weights: pool(queries, features, lengths, offsets, scale, keep) -> pooled (H, B, S, d) in the queries' dtype,
-# weights (B, n, H * S) or (total, H * S) float32, 0 in the padding, None without keep; and pool_backward(grad_pooled, features, weights,
-# lengths, offsets, scale, shared) -> gradient of the queries (H, B, S, d) float32, with shared its sum over B, (H, 1, S, d). queries:
-# (H, B or 1, S, d), contiguous, as are pooled and its gradient. No implementation may read the padding.
+# Implementations have one of two interfaces. With keys and values: forward(query, features, w_k, w_v, lengths, offsets,
+# heads, keep) -> out, kept; and backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads) -> gradients
+# of query, w_k, w_v. Absorbed, where absorbed.py multiplies by the weights: pool(queries, features, lengths, offsets,
+# scale, keep) -> pooled (H, B, S, d) in the queries' dtype, weights (B, n, H * S) or (total, H * S) float32, 0 in the
+# padding, None without keep; and pool_backward(grad_pooled, features, weights, lengths, offsets, scale, shared) ->
+# gradient of the queries (H, B, S, d) float32, with shared its sum over B, (H, 1, S, d). queries: (H, B or 1, S, d),
+# contiguous, as are pooled and its gradient. No implementation may read the padding.
 implementations = Implementations(__name__, "reference", "explicit", "matmul", "cpp", "triton")
 ABSORBED = ("matmul", "cpp", "triton")
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
-    "label_cross_attention(Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor? lengths, Tensor? offsets, int num_heads, bool keep,"
-    " str impl) -> (Tensor, Tensor, Tensor)"
+    "label_cross_attention(Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor? lengths, Tensor? offsets, int"
+    " num_heads, bool keep, str impl) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "label_cross_attention_backward(Tensor grad, Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor weights, Tensor kept,"
-    " Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value, str impl) -> (Tensor, Tensor, Tensor)"
+    "label_cross_attention_backward(Tensor grad, Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor weights,"
+    " Tensor kept, Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value,"
+    " str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -43,11 +47,12 @@ def label_cross_attention(
     num_heads: int,
     impl: str = "auto",
 ) -> Tensor:
-    """Multi-head attention of S slots over the features of every row, without an output projection: Y-Tuning (arXiv 2202.09817).
+    """Multi-head attention of S slots over the features of every row, without an output projection: Y-Tuning (arXiv
+    2202.09817).
 
-    With few slots it is cheaper to apply the weights on the side of the slots (the absorbed form):
-    ``(W_q s)_h . (W_k f)_h = (W_k,h^T (W_q s)_h) . f``, and ``sum_i p_i (W_v f_i)_h = W_v,h sum_i p_i f_i``. Then every matmul over
-    the tokens has S * num_heads columns instead of d.
+    With few slots it is cheaper to apply the weights on the side of the slots (the absorbed form): ``(W_q s)_h . (W_k
+    f)_h = (W_k,h^T (W_q s)_h) . f``, and ``sum_i p_i (W_v f_i)_h = W_v,h sum_i p_i f_i``. Then every matmul over the
+    tokens has S * num_heads columns instead of d.
 
     Args:
         slots: (S, d), the same for every row, or (B, S, d); float32 or in ``features``'s dtype.
@@ -55,23 +60,26 @@ def label_cross_attention(
         w_q: (d, d) as in ``nn.Linear`` without bias, in ``slots``'s dtype.
         w_k: (d, d), as ``w_q``. A bias of the keys would not change the result.
         w_v: (d, d), as ``w_q``.
-        lengths: (B,) int32 or int64 in [0, n]: the number of features in each row; padding after them is never read. None: n.
-        offsets: (B + 1,) int32 or int64, from 0 to total: row b has the features ``offsets[b]:offsets[b + 1]``. Not with ``lengths``.
+        lengths: (B,) int32 or int64 in [0, n]: the number of features in each row; padding after them is never read.
+            None: n.
+        offsets: (B + 1,) int32 or int64, from 0 to total: row b has the features ``offsets[b]:offsets[b + 1]``. Not
+            with ``lengths``.
         num_heads: number of heads; must divide d.
-        impl: ``"auto"``, or ``"reference"``, ``"explicit"`` (keys and values by the library), ``"matmul"`` (absorbed, by the library),
-            ``"cpp"`` or ``"triton"``.
+        impl: ``"auto"``, or ``"reference"``, ``"explicit"`` (keys and values by the library), ``"matmul"`` (absorbed,
+            by the library), ``"cpp"`` or ``"triton"``.
 
     Returns:
         (B, S, d) in ``slots``'s dtype; 0 if a row has no features.
 
-    The absorbed form saves the attention weights, in float32, and the pooled features for backward; ``"explicit"`` saves keys and values.
-    Gradients go to ``slots`` and the weights.
+    The absorbed form saves the attention weights, in float32, and the pooled features for backward; ``"explicit"``
+    saves keys and values. Gradients go to ``slots`` and the weights.
 
-    Values of ``lengths`` and ``offsets`` are checked on the CPU. On a GPU the check would synchronize with the device, so it runs only if
-    the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``lengths`` and ``offsets`` are checked on the CPU. On a GPU the check would synchronize with the device,
+    so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: invalid shapes, devices or values, features that require a gradient, or a named implementation that cannot run here.
+        ValueError: invalid shapes, devices or values, features that require a gradient, or a named implementation that
+            cannot run here.
         TypeError: invalid dtypes.
     """
     name = "label_cross_attention"
@@ -80,7 +88,9 @@ def label_cross_attention(
     query = linear(slots, w_q).to(slots.dtype)  # to: autocast
     query = query if slots.ndim == 3 else query[None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, w_k, w_v))
-    return torch.ops.peft_kernels.label_cross_attention.default(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl)[0]
+    return torch.ops.peft_kernels.label_cross_attention.default(
+        query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl
+    )[0]
 
 
 def _check(name, slots, features, weights, lengths, offsets, num_heads):
@@ -96,7 +106,11 @@ def _check(name, slots, features, weights, lengths, offsets, num_heads):
     for which, x in (("lengths", lengths), ("offsets", offsets)):
         if x is None:
             continue
-        if x.ndim != 1 or (which == "lengths" and x.shape[0] != features.shape[0]) or (which == "offsets" and x.shape[0] == 0):
+        if (
+            x.ndim != 1
+            or (which == "lengths" and x.shape[0] != features.shape[0])
+            or (which == "offsets" and x.shape[0] == 0)
+        ):
             expected = f"({features.shape[0]},)" if which == "lengths" else "(B + 1,)"
             raise ValueError(f"{name}: {which} must be {expected}, got {tuple(x.shape)}")
         if x.dtype not in (torch.int32, torch.int64):
@@ -104,8 +118,12 @@ def _check(name, slots, features, weights, lengths, offsets, num_heads):
     batch = features.shape[0] if offsets is None else offsets.shape[0] - 1
     if slots.ndim not in (2, 3) or slots.shape[-1] != width or (slots.ndim == 3 and slots.shape[0] != batch):
         raise ValueError(f"{name}: slots must be (S, {width}) or ({batch}, S, {width}), got {tuple(slots.shape)}")
-    if slots.dtype not in (features.dtype, torch.float32) or (features.dtype == torch.float64 and slots.dtype != torch.float64):
-        raise TypeError(f"{name}: slots must be {features.dtype} as features are, or float32 (not under float64), got {slots.dtype}")
+    if slots.dtype not in (features.dtype, torch.float32) or (
+        features.dtype == torch.float64 and slots.dtype != torch.float64
+    ):
+        raise TypeError(
+            f"{name}: slots must be {features.dtype} as features are, or float32 (not under float64), got {slots.dtype}"
+        )
     for which, x in weights.items():
         if x.shape != (width, width):
             raise ValueError(f"{name}: {which} must be ({width}, {width}), got {tuple(x.shape)}")
@@ -119,7 +137,8 @@ def _check(name, slots, features, weights, lengths, offsets, num_heads):
 
 
 def choose(device: str, features: torch.dtype, queries: int, width: int) -> str:
-    """Returns the implementation behind ``impl="auto"``, forward and backward: the first row that applies. queries: S * num_heads.
+    """Returns the implementation behind ``impl="auto"``, forward and backward: the first row that applies. queries: S *
+    num_heads.
 
     | case                          | implementation |
     | ----------------------------- | -------------- |
@@ -162,7 +181,9 @@ def _check_values(features, lengths, offsets):
 
 @torch.library.impl(_lib, "label_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
-    """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty if the form has none."""
+    """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty if
+    the form has none.
+    """
     _check_values(features, lengths, offsets)
     impl, implementation = _resolve(impl, query, features, num_heads)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
@@ -171,16 +192,24 @@ def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl)
             out, weights, kept = absorbed.forward(implementation.pool, *arguments)
         else:
             weights, (out, kept) = None, implementation.forward(*arguments)
-    return out, query.new_empty(0, dtype=torch.float32) if weights is None else weights, query.new_empty(0) if kept is None else kept
+    return (
+        out,
+        query.new_empty(0, dtype=torch.float32) if weights is None else weights,
+        query.new_empty(0) if kept is None else kept,
+    )
 
 
 @torch.library.impl(_lib, "label_cross_attention_backward", "CompositeExplicitAutograd")
-def _backward(grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl):
+def _backward(
+    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl
+):
     impl, implementation = _resolve(impl, query, features, num_heads)
     needs = need_query, need_key, need_value
     if impl in ABSORBED:
         backward = implementation.pool_backward
-        grads = absorbed.backward(backward, grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs)
+        grads = absorbed.backward(
+            backward, grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs
+        )
     else:
         grads = implementation.backward(grad, query, features, w_k, w_v, kept, lengths, offsets, num_heads)
     return tuple(g.contiguous() if needed else query.new_empty(0) for g, needed in zip(grads, needs))
@@ -202,7 +231,9 @@ def _(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
 
 
 @torch.library.register_fake("peft_kernels::label_cross_attention_backward", lib=_lib)
-def _(grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl):
+def _(
+    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl
+):
     pairs = (query, need_query), (w_k, need_key), (w_v, need_value)
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in pairs)
 
@@ -228,5 +259,7 @@ def _autograd(ctx, grad, *_):
     return grad_query, None, grad_key, grad_value, *(None,) * 5
 
 
-torch.library.register_autograd("peft_kernels::label_cross_attention", _autograd, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "peft_kernels::label_cross_attention", _autograd, setup_context=_setup_context, lib=_lib
+)
 no_second_derivative(_lib, "label_cross_attention_backward")

@@ -19,7 +19,8 @@ def label_cross_attention(
     num_heads: int,
     backward: bool = False,
 ) -> Cost:
-    """The cheaper of two forms: keys and values of every feature, or weights applied on the side of the slots (absorbed).
+    """The cheaper of two forms: keys and values of every feature, or weights applied on the side of the slots
+    (absorbed).
 
     Features past a row's length are not read. Features take no gradient; slots and weights do if they require one.
     """
@@ -31,8 +32,17 @@ def label_cross_attention(
     weights = w_q, w_k, w_v
     moved = tokens * width * item + nbytes(slots, *weights, lengths, offsets)
     out = batch * per_row * width * slots.element_size()
-    needs = slots.requires_grad or w_q.requires_grad, w_k.requires_grad, w_v.requires_grad, slots.requires_grad, w_q.requires_grad
-    operations = min(form(tokens, rows, batch, per_row, width, num_heads, needs if backward else None) for form in (_explicit, _absorbed))
+    needs = (
+        slots.requires_grad or w_q.requires_grad,
+        w_k.requires_grad,
+        w_v.requires_grad,
+        slots.requires_grad,
+        w_q.requires_grad,
+    )
+    operations = min(
+        form(tokens, rows, batch, per_row, width, num_heads, needs if backward else None)
+        for form in (_explicit, _absorbed)
+    )
     return Cost(moved + out + (out + gradient_bytes(slots, *weights) if backward else 0), operations)
 
 
@@ -55,7 +65,8 @@ def _absorbed(tokens, rows, batch, per_row, width, heads, needs):
     if needs is None:
         return forward
     query, key, value, slots, w_q = needs
-    scores = 2 * attend + of_pooled if query or key else 0  # gradients of the pooled features, the scores and the queries
+    # gradients of the pooled features, the scores and the queries
+    scores = 2 * attend + of_pooled if query or key else 0
     return forward + (slots + w_q + query + key) * of_queries + value * of_pooled + scores
 
 
@@ -64,7 +75,9 @@ def _forward_flops(query, features, w_k, w_v, lengths, offsets, num_heads, *args
     return min(form(*_sizes(query, features, offsets, num_heads), None) for form in (_explicit, _absorbed)) - small
 
 
-def _backward_flops(grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs, out_shape=None) -> int:
+def _backward_flops(
+    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs, out_shape=None
+) -> int:
     sizes = _sizes(query, features, offsets, num_heads)
     form = min((_explicit, _absorbed), key=lambda form: form(*sizes, None))
     return form(*sizes, (*needs[:3], False, False)) - form(*sizes, None)

@@ -1,4 +1,6 @@
-"""Keys and values with library matmuls in the weights' dtype: for so many slots that the matmuls of the absorbed form would be larger."""
+"""Keys and values with library matmuls in the weights' dtype: for so many slots that the matmuls of the absorbed form
+would be larger.
+"""
 
 import torch
 from torch.nn.functional import linear

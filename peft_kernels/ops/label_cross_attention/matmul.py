@@ -31,7 +31,9 @@ def pool_backward(grad_pooled, features, weights, lengths, offsets, scale, share
     features, mask = padded(features.to(grad_pooled.dtype), lengths, offsets)
     weights, _ = padded(weights, lengths, offsets)
     grad_weights = torch.bmm(features, _rows_first(grad_pooled).mT).float()
-    grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, 1, torch.float32).mul_(scale).to(features.dtype)
+    grad_scores = (
+        torch.ops.aten._softmax_backward_data(grad_weights, weights, 1, torch.float32).mul_(scale).to(features.dtype)
+    )
     if shared:
         grad = (grad_scores.flatten(0, 1).mT @ features.flatten(0, 1))[None]
     else:

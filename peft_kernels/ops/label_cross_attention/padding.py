@@ -6,7 +6,9 @@ __all__ = ["padded", "unpadded"]
 
 
 def padded(x, lengths, offsets):
-    """Returns ``x``, (B, n, ...) or with offsets (total, ...), as (B, n, ...) padded with 0, and a mask of the valid positions; None: all valid."""
+    """Returns ``x``, (B, n, ...) or with offsets (total, ...), as (B, n, ...) padded with 0, and a mask of the valid
+    positions; None: all valid.
+    """
     if offsets is None and lengths is None:
         return x, None
     if offsets is None:

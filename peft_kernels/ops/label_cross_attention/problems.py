@@ -14,12 +14,21 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, n, width, heads, slots = (shape[name] for name in ("B", "n", "d", "num_heads", "S"))
     numbers = RandomInputs(device, dtype)
     lengths = numbers.integers(1, n + 1, batch) if variant == "padded" else None
-    visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]  # [B, 1, 1, n]
+    # [B, 1, 1, n]
+    visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
     weights = ((numbers.normal(width, width, dtype=torch.float32) / width**0.5).to(dtype) for _ in range(3))
     features, grad = numbers.normal(batch, n, width), numbers.normal(batch, slots, width)
 
     def arguments(slots, w_q, w_k, w_v):
-        return {"slots": slots, "features": features, "w_q": w_q, "w_k": w_k, "w_v": w_v, "lengths": lengths, "num_heads": heads}
+        return {
+            "slots": slots,
+            "features": features,
+            "w_q": w_q,
+            "w_k": w_k,
+            "w_v": w_v,
+            "lengths": lengths,
+            "num_heads": heads,
+        }
 
     def ours(impl):
         return Candidate(lambda *leaves: ops.label_cross_attention(**arguments(*leaves), impl=impl))
@@ -44,7 +53,10 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
 
 def keys_and_values(features, visible, heads):
     def attend(slots, w_q, w_k, w_v):
-        q, k, v = (linear(x, w).unflatten(-1, (heads, -1)).transpose(-2, -3) for x, w in ((slots, w_q), (features, w_k), (features, w_v)))
+        q, k, v = (
+            linear(x, w).unflatten(-1, (heads, -1)).transpose(-2, -3)
+            for x, w in ((slots, w_q), (features, w_k), (features, w_v))
+        )
         out = scaled_dot_product_attention(q.expand(len(k), *q.shape), k, v, attn_mask=visible)
         return out.transpose(1, 2).flatten(2)
 
@@ -73,7 +85,8 @@ OPERATORS = {
     "label_cross_attention": Operator(
         name="label_cross_attention",
         title="Label cross-attention",
-        about="Y-Tuning: S label slots attend to the n frozen features of B rows of width d. Padded: rows of different length.",
+        about="Y-Tuning: S label slots attend to the n frozen features of B rows of width d. Padded: rows of different"
+        " length.",
         published="keys and values, sdpa",
         shapes=shapes((32, 128, 1024, 16, 3), (32, 128, 1024, 16, 9), (32, 128, 384, 12, 3)),
         quick_shapes=shapes((8, 64, 512, 8, 3)),

@@ -1,7 +1,8 @@
-"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there.
+"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value
+there.
 
-The scores of all tokens go through memory once, in float32. Backward needs them as weights, and they are small compared with the
-features, which would not fit in registers until the softmax is known.
+The scores of all tokens go through memory once, in float32. Backward needs them as weights, and they are small compared
+with the features, which would not fit in registers until the softmax is known.
 """
 
 from functools import cache
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import COMPILER_OPTIONS, cdiv, contiguous, dense, device_of, guard, kernel_module, partition, unavailable
+from ..triton_runtime import (
+    COMPILER_OPTIONS,
+    cdiv,
+    contiguous,
+    dense,
+    device_of,
+    guard,
+    kernel_module,
+    partition,
+    unavailable,
+)
 
 triton_kernels = kernel_module(__package__)
 
@@ -32,9 +43,10 @@ class Configs(NamedTuple):
     pool: Config
 
 
-# (matrix unit, queries per block): the launcher takes the smallest block that holds all queries, so that features are read once, else the largest.
-# "fma": float32 on NVIDIA, where a thread keeps whole rows and columns of the depth in registers. `make test-kernels` compiles
-# every row for its architectures, without a GPU: no spills, tensor cores, and shared memory below the 99 KiB of small chips.
+# (matrix unit, queries per block): the launcher takes the smallest block that holds all queries, so that features are
+# read once, else the largest. "fma": float32 on NVIDIA, where a thread keeps whole rows and columns of the depth in
+# registers. `make test-kernels` compiles every row for its architectures, without a GPU: no spills, tensor cores, and
+# shared memory below the 99 KiB of small chips.
 C = Config
 CONFIGS = {
     ("half", 16): Configs(C(128, 64, 4, 3), C(128, 32, 4, 3)),
@@ -100,16 +112,21 @@ def _scores(scores, queries, features, lengths, offsets, batch):
     tiles = batch * cdiv(n, options["BN"]) if offsets is None else n // options["BN"] + batch
     triton_kernels.label_cross_attention_scores_kernel[cdiv(heads * slots, options["BQ"]) * tiles,](
         scores, queries, features, lengths, offsets,
-        n, batch, slots, heads * slots, width, queries.stride(0), queries.stride(1) if given > 1 else 0, *_strides(features),
+        n, batch, slots, heads * slots, width, queries.stride(0), queries.stride(1) if given > 1 else 0,
+        *_strides(features),
         BLACKWELL=on_blackwell(features.device), **options,
     )  # fmt: skip
 
 
 def _pool(out, weights, features, lengths, offsets, batch, rows, product):
-    """Pools features into ``out``, (H, parts of ``rows`` rows, slots, d). ``product``: the dtype of the matmul's operands."""
+    """Pools features into ``out``, (H, parts of ``rows`` rows, slots, d).
+
+    ``product``: the dtype of the matmul's operands.
+    """
     heads, parts, slots, width = out.shape
     options = _tuned("pool", pool_options, features.device, product, heads * slots)
-    triton_kernels.label_cross_attention_pool_kernel[cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts,](
+    programs = cdiv(heads * slots, options["BQ"]) * cdiv(width, options["BD"]) * parts
+    triton_kernels.label_cross_attention_pool_kernel[programs,](
         out, weights, features, lengths, offsets,
         features.shape[-2], batch, rows, slots, heads * slots, width, *out.stride()[:2], *_strides(features),
         WIDE=product == torch.float32, BLACKWELL=on_blackwell(features.device), **options,
@@ -124,13 +141,23 @@ def _tuned(kernel, shipped_options, device, product, queries):
 @cache
 def scores_options(unit: str, queries: int) -> dict:
     block = block_of_queries(unit, queries)
-    return {"BN": CONFIGS[unit, block].scores.tall, "BQ": block, "BK": CONFIGS[unit, block].scores.depth, **_options(CONFIGS[unit, block].scores)}
+    return {
+        "BN": CONFIGS[unit, block].scores.tall,
+        "BQ": block,
+        "BK": CONFIGS[unit, block].scores.depth,
+        **_options(CONFIGS[unit, block].scores),
+    }
 
 
 @cache
 def pool_options(unit: str, queries: int) -> dict:
     block = block_of_queries(unit, queries)
-    return {"BD": CONFIGS[unit, block].pool.tall, "BQ": block, "BN": CONFIGS[unit, block].pool.depth, **_options(CONFIGS[unit, block].pool)}
+    return {
+        "BD": CONFIGS[unit, block].pool.tall,
+        "BQ": block,
+        "BN": CONFIGS[unit, block].pool.depth,
+        **_options(CONFIGS[unit, block].pool),
+    }
 
 
 def block_of_queries(unit: str, queries: int) -> int:

@@ -30,7 +30,9 @@ def targets(setting: Setting):
 
 
 def _pool_inputs(setting, queries):
-    """Draws, for one head, queries (1, 1, S, d), features (B, n, d) and the gradient of the pooled features (1, B, S, d)."""
+    """Draws, for one head, queries (1, 1, S, d), features (B, n, d) and the gradient of the pooled features (1, B, S,
+    d).
+    """
     random, sizes = RandomInputs.of(setting), setting.sizes
     features = random.normal(sizes.batch, sizes.tokens, sizes.width)
     return random.normal(1, 1, queries, sizes.width), features, random.normal(1, sizes.batch, queries, sizes.width)

@@ -3,7 +3,10 @@ from . import triton as implementation
 from . import triton_kernels
 
 OPERATOR = "label_cross_attention"
-TYPES = {**dict.fromkeys(("scores", "weights", "grad_weights"), "*fp32"), **dict.fromkeys(("lengths", "offsets"), "*i64")}
+TYPES = {
+    **dict.fromkeys(("scores", "weights", "grad_weights"), "*fp32"),
+    **dict.fromkeys(("lengths", "offsets"), "*i64"),
+}
 KERNELS = {
     "scores": triton_kernels.label_cross_attention_scores_kernel,
     "softmax": triton_kernels.label_cross_attention_softmax_kernel,
@@ -13,12 +16,16 @@ KERNELS = {
 
 
 def variants():
-    """Yields every kernel. mixed: bf16 features, float32 queries; pool_float: the pool of a backward pass, whose result is float32."""
+    """Yields every kernel. mixed: bf16 features, float32 queries; pool_float: the pool of a backward pass, whose result
+    is float32.
+    """
     for architecture in ARCHITECTURES:
         for kernel in ("softmax", "softmax_backward"):
             function = KERNELS[kernel]
             # a row of weights has any number of queries, so no access is wide
-            yield Variant(architecture, OPERATOR, kernel, "fp32", function, implementation.SOFTMAX, TYPES, Expected(load=4))
+            yield Variant(
+                architecture, OPERATOR, kernel, "fp32", function, implementation.SOFTMAX, TYPES, Expected(load=4)
+            )
         for dtype in ("fp32", "mixed", "bf16"):
             for unit, queries in implementation.CONFIGS:
                 if unit == unit_of(architecture, dtype):
@@ -32,14 +39,21 @@ def product(architecture, kernel, dtype, queries):
     features = "*bf16" if dtype == "mixed" else f"*{dtype}"
     of_queries = "*fp32" if exact else f"*{dtype}"
     blackwell = {"BLACKWELL": architecture == "sm_100"}
-    types = {**TYPES, "features": features, "queries_of": of_queries, "out": "*fp32" if kernel == "pool_float" else of_queries}
+    types = {
+        **TYPES,
+        "features": features,
+        "queries_of": of_queries,
+        "out": "*fp32" if kernel == "pool_float" else of_queries,
+    }
     if kernel == "scores":
         options = {**blackwell, **implementation.scores_options(unit, queries)}
     else:
         options = {"WIDE": exact, **blackwell, **implementation.pool_options(unit, queries)}
     # a block of 16 bfloat16 columns per token may give a thread 8 bytes
     expected = Expected(matrix_unit(architecture, exact), load=8 if dtype == "mixed" else 16)
-    return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel.removesuffix("_float")], options, types, expected)
+    return Variant(
+        architecture, OPERATOR, kernel, dtype, KERNELS[kernel.removesuffix("_float")], options, types, expected
+    )
 
 
 def unit_of(architecture, dtype):

@@ -9,14 +9,17 @@ from ..implementations import Implementations, no_second_derivative, without_aut
 
 __all__ = ["label_logits"]
 
-# Each implementation has forward(hidden, weight, label_ids, bias, positions) -> (B, C, w) logits of the words in at least float32, -inf
-# where label_ids is -1; and backward(grad_words, weight, label_ids) -> (B, H) gradient of the gathered rows in grad_words' dtype.
+# Each implementation has forward(hidden, weight, label_ids, bias, positions) -> (B, C, w) logits of the words in at
+# least float32, -inf where label_ids is -1; and backward(grad_words, weight, label_ids) -> (B, H) gradient of the
+# gathered rows in grad_words' dtype.
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 REDUCTIONS = ("max", "mean", "logsumexp")
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
-_lib.define("label_logits(Tensor hidden, Tensor weight, Tensor label_ids, Tensor? bias, Tensor? positions, str impl) -> Tensor")
+_lib.define(
+    "label_logits(Tensor hidden, Tensor weight, Tensor label_ids, Tensor? bias, Tensor? positions, str impl) -> Tensor"
+)
 _lib.define("label_logits_backward(Tensor grad_words, Tensor weight, Tensor label_ids, str impl) -> Tensor")
 
 
@@ -30,7 +33,8 @@ def label_logits(
     reduce: str = "max",
     impl: str = "auto",
 ) -> Tensor:
-    """Compute a logit per class from its label words: ``reduce over w of hidden[b, positions[b]] . weight[label_ids[c, w]] + bias[...]``.
+    """Compute a logit per class from its label words: ``reduce over w of hidden[b, positions[b]] . weight[label_ids[c,
+    w]] + bias[...]``.
 
     Decoder tuning (DecT), arXiv 2212.08408, section 3.1, reduces by the maximum.
 
@@ -46,14 +50,15 @@ def label_logits(
     Returns:
         (B, C) float32 (float64 for float64 inputs), without a (B, S, V) or (B, V) temporary.
 
-    Gradients go to ``hidden``, ``weight`` and ``bias``; a frozen table costs nothing. If several words share the largest logit, the
-    first takes the gradient.
+    Gradients go to ``hidden``, ``weight`` and ``bias``; a frozen table costs nothing. If several words share the
+    largest logit, the first takes the gradient.
 
-    Values of ``label_ids`` and ``positions`` are checked on the CPU. On a GPU the check would synchronize with the device, so it runs
-    only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``label_ids`` and ``positions`` are checked on the CPU. On a GPU the check would synchronize with the
+    device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: invalid shapes, devices or values, a class without words, or a named implementation that cannot run here.
+        ValueError: invalid shapes, devices or values, a class without words, or a named implementation that cannot run
+            here.
         TypeError: invalid dtypes.
     """
     name = "label_logits"
@@ -88,7 +93,9 @@ def _check(name, hidden, weight, label_ids, bias, positions):
     if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
         raise TypeError(f"{name}: bias must be {hidden.dtype} as hidden is, or float32, got {bias.dtype}")
     if (positions is None) != (hidden.ndim == 2):
-        raise ValueError(f"{name}: positions come with hidden (B, S, H) and not with (B, H), got hidden {tuple(hidden.shape)}")
+        raise ValueError(
+            f"{name}: positions come with hidden (B, S, H) and not with (B, H), got hidden {tuple(hidden.shape)}"
+        )
     if positions is not None and positions.shape != hidden.shape[:1]:
         raise ValueError(f"{name}: positions must be ({hidden.shape[0]},), got {tuple(positions.shape)}")
     for which, x in (("label_ids", label_ids), ("positions", positions)):
@@ -100,7 +107,9 @@ def _check(name, hidden, weight, label_ids, bias, positions):
 
 
 def _check_values(hidden, weight, label_ids, positions):
-    """Checks the values in Python: for so few numbers, a single call of a tensor function would cost as much as the logits."""
+    """Checks the values in Python: for so few numbers, a single call of a tensor function would cost as much as the
+    logits.
+    """
     classes = label_ids.tolist()
     for c, words in enumerate(classes):
         if max(words) < 0:
@@ -152,8 +161,15 @@ def _autograd(ctx, grad_words):
     ids = label_ids.clamp_min(0).flatten().long()
     grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
-        rows = torch.ops.peft_kernels.label_logits_backward.default(grad_words, weight, label_ids, ctx.impl).to(weight.dtype)  # [B, H]
-        grad_hidden = rows if positions is None else rows.new_zeros(ctx.shape).index_put_((_texts(positions), positions.long()), rows)
+        # [B, H]
+        rows = torch.ops.peft_kernels.label_logits_backward.default(grad_words, weight, label_ids, ctx.impl).to(
+            weight.dtype
+        )
+        grad_hidden = (
+            rows
+            if positions is None
+            else rows.new_zeros(ctx.shape).index_put_((_texts(positions), positions.long()), rows)
+        )
     if need_weight:
         taken = hidden if positions is None else hidden[_texts(positions), positions.long()]
         of_words = grad_words.flatten(1).mT @ taken.to(grad_words.dtype)  # [C * w, H]

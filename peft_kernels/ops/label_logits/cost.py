@@ -8,9 +8,16 @@ from ..cost import Cost, gradient_bytes, nbytes
 
 
 def label_logits(
-    hidden: Tensor, weight: Tensor, label_ids: Tensor, *, bias: Tensor | None = None, positions: Tensor | None = None, backward: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    label_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    backward: bool = False,
 ) -> Cost:
-    """One row of ``hidden`` per text and one of ``weight`` per word; backward, a matmul for each of them that requires a gradient.
+    """One row of ``hidden`` per text and one of ``weight`` per word; backward, a matmul for each of them that requires
+    a gradient.
 
     Gradients are dense: they have the full size of their tensors.
     """

@@ -19,7 +19,10 @@ def backward(grad_words, weight, label_ids):
 
 
 def _dense(weight, label_ids, bias):
-    """Returns a table with dense rows. If they are not dense, only the needed rows are copied, since the table has the vocabulary's size."""
+    """Returns a table with dense rows.
+
+    If they are not dense, only the needed rows are copied, since the table has the vocabulary's size.
+    """
     if weight.stride(1) == 1:
         return weight, label_ids, bias
     ids = label_ids.flatten().clamp_min(0)

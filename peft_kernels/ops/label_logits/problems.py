@@ -1,4 +1,7 @@
-"""Benchmarks of label-word logits at the mask position of every text. The output embedding is frozen, hidden states take gradients."""
+"""Benchmarks of label-word logits at the mask position of every text.
+
+The output embedding is frozen, hidden states take gradients.
+"""
 
 import torch
 
@@ -9,13 +12,19 @@ from ..problem import Candidate, Operator, Problem, RandomInputs, compiled, plai
 def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, length, vocabulary, width, classes, count = (shape[letter] for letter in "BSVHCw")
     numbers = RandomInputs(device, dtype)
-    hidden, weight, bias = numbers.normal(batch, length, width), numbers.normal(vocabulary, width), numbers.normal(vocabulary)
+    hidden, weight, bias = (
+        numbers.normal(batch, length, width),
+        numbers.normal(vocabulary, width),
+        numbers.normal(vocabulary),
+    )
     positions = numbers.integers(0, length, batch)
     words = torch.randperm(vocabulary, generator=numbers.generator)[: classes * count].to(device)
     ids, texts = words.view(classes, count), torch.arange(batch, device=device)
 
     def ours(impl):
-        return Candidate(lambda hidden: ops.label_logits(hidden, weight, ids, bias=bias, positions=positions, impl=impl))
+        return Candidate(
+            lambda hidden: ops.label_logits(hidden, weight, ids, bias=bias, positions=positions, impl=impl)
+        )
 
     def cost(hidden, backward):
         from . import cost
@@ -37,7 +46,11 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         ours=ours,
         truth=lambda hidden: largest(hidden[texts, positions] @ weight[words].double().T + bias[words].double()),
         cost=cost,
-        baselines={"full LM head": plain(full), "gathered columns": plain(gathered), "gathered columns, compiled": compiled(gathered)},
+        baselines={
+            "full LM head": plain(full),
+            "gathered columns": plain(gathered),
+            "gathered columns, compiled": compiled(gathered),
+        },
     )
 
 
@@ -45,7 +58,8 @@ OPERATORS = {
     "label_logits": Operator(
         name="label_logits",
         title="Logits of label words",
-        about="DecT: from states of width H, the logits of w words for each of C labels in B texts of S tokens, without those of all V words.",
+        about="DecT: from states of width H, the logits of w words for each of C labels in B texts of S tokens,"
+        " without those of all V words.",
         published="full LM head",
         shapes=tuple(dict(zip("BSVHCw", size)) for size in ((64, 32, 50_265, 768, 2, 1), (64, 32, 50_265, 768, 14, 1))),
         quick_shapes=({"B": 16, "S": 32, "V": 8192, "H": 512, "C": 4, "w": 1},),

@@ -9,7 +9,9 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 
 def forward(hidden, weight, label_ids, bias, positions):
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = hidden if positions is None else hidden[torch.arange(hidden.shape[0], device=hidden.device), positions.long()]
+    rows = (
+        hidden if positions is None else hidden[torch.arange(hidden.shape[0], device=hidden.device), positions.long()]
+    )
     ids = label_ids.clamp_min(0).flatten().long()
     words = rows.to(wide) @ weight[ids].to(wide).mT  # [B, C * w]
     if bias is not None:

@@ -1,4 +1,7 @@
-"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
+"""Launchers and default configs of the Triton kernels.
+
+No launch synchronizes with the device or depends on a value there.
+"""
 
 from functools import cache
 from typing import NamedTuple
@@ -33,11 +36,14 @@ def forward(hidden, weight, label_ids, bias, positions):
     (label_ids,) = contiguous(label_ids)
     if out.numel():
         config = forward_config(words)
-        options = tuned.options("label_logits", "forward", weight.device, launch_options(config), weight.element_size(), config.words)
+        options = tuned.options(
+            "label_logits", "forward", weight.device, launch_options(config), weight.element_size(), config.words
+        )
         with guard(hidden.device):
             triton_kernels.label_logits_fwd_kernel[cdiv(words, options["BW"]) * batch,](
                 out, hidden, weight, label_ids, bias, positions,
-                words, width, hidden.stride(0), hidden.stride(-2), hidden.stride(-1), *weight.stride(), *strides(bias, 1), *strides(positions, 1),
+                words, width, hidden.stride(0), hidden.stride(-2), hidden.stride(-1), *weight.stride(), *strides(bias,
+                1), *strides(positions, 1),
                 **options,
             )  # fmt: skip
     return out
@@ -48,7 +54,9 @@ def backward(grad_words, weight, label_ids):
     grad_rows = grad_words.new_empty(batch, width)
     grad_words, label_ids = contiguous(grad_words, label_ids)
     if grad_rows.numel():
-        options = tuned.options("label_logits", "backward", weight.device, launch_options(BACKWARD), weight.element_size())
+        options = tuned.options(
+            "label_logits", "backward", weight.device, launch_options(BACKWARD), weight.element_size()
+        )
         with guard(weight.device):
             triton_kernels.label_logits_bwd_kernel[cdiv(width, options["BD"]) * batch,](
                 grad_rows, grad_words, weight, label_ids, label_ids.numel(), width, *weight.stride(), **options

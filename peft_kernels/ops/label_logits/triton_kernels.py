@@ -1,7 +1,9 @@
-"""Triton kernels: dot products of a few words with one row of every text. The result of a text does not depend on the rest of the batch.
+"""Triton kernels: dot products of a few words with one row of every text. The result of a text does not depend on the
+rest of the batch.
 
-They multiply in float32, without tensor cores: reading the rows of a few words takes less time than filling a tensor-core tile with them.
-Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements; offsets computed from them are 64-bit.
+They multiply in float32, without tensor cores: reading the rows of a few words takes less time than filling a
+tensor-core tile with them. Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements; offsets
+computed from them are 64-bit.
 """
 
 import triton

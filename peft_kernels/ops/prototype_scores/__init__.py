@@ -10,17 +10,21 @@ from ..implementations import Implementations, check_numbers, no_second_derivati
 
 __all__ = ["prototype_cross_entropy", "prototype_objective", "prototype_scores"]
 
-# Each implementation has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected, prototypes) -> gradients
-# of projected and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight, labels) -> loss (), its gradients with
-# respect to projected and radius. All tensors but labels have one dtype and are contiguous.
+# Each implementation has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected,
+# prototypes) -> gradients of projected and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight,
+# labels) -> loss (), its gradients with respect to projected and radius. All tensors but labels have one dtype and are
+# contiguous.
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
-_lib.define("prototype_scores(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, str impl) -> Tensor")
+_lib.define(
+    "prototype_scores(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, str impl) ->"
+    " Tensor"
+)
 _lib.define("prototype_scores_backward(Tensor grad, Tensor projected, Tensor prototypes, str impl) -> (Tensor, Tensor)")
 _lib.define(
-    "prototype_cross_entropy(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, Tensor labels, str impl)"
-    " -> (Tensor, Tensor, Tensor)"
+    "prototype_cross_entropy(Tensor projected, Tensor prototypes, Tensor radius, Tensor? scores, float weight, Tensor"
+    " labels, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -36,8 +40,8 @@ def prototype_scores(
 ) -> Tensor:
     """Score projected, normalised features by their distance to class prototypes.
 
-    ``q[i, k] = -||normalise(projection @ features[i]) - prototypes[k]||_2 + radius[k] + weight * scores[i, k]``; decoder tuning (DecT),
-    arXiv 2212.08408, equations 3 to 5.
+    ``q[i, k] = -||normalise(projection @ features[i]) - prototypes[k]||_2 + radius[k] + weight * scores[i, k]``;
+    decoder tuning (DecT), arXiv 2212.08408, equations 3 to 5.
 
     Args:
         features: (N, H) float32 or float64.
@@ -49,7 +53,8 @@ def prototype_scores(
         impl: ``"auto"``, or ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
-        (N, C), without an (N, C, D) temporary. The gradient of a distance of 0 is 0. A feature projected to 0 stays 0 and gets no gradient.
+        (N, C), without an (N, C, D) temporary. The gradient of a distance of 0 is 0. A feature projected to 0 stays 0
+        and gets no gradient.
 
     Gradients go to ``features``, ``projection``, ``prototypes`` and ``radius``, not to ``scores``.
 
@@ -78,8 +83,8 @@ def prototype_cross_entropy(
 ) -> Tensor:
     """Compute the mean cross-entropy of ``softmax(prototype_scores(...))`` and its gradients in the same pass.
 
-    ``labels`` is (N,) int64 in [0, C). Gradients go to ``features``, ``projection`` and ``radius``: prototypes are frozen in DecT. The other
-    arguments and the errors are those of ``prototype_scores``.
+    ``labels`` is (N,) int64 in [0, C). Gradients go to ``features``, ``projection`` and ``radius``: prototypes are
+    frozen in DecT. The other arguments and the errors are those of ``prototype_scores``.
     """
     name = "prototype_cross_entropy"
     _check(name, features, projection, prototypes, radius, scores, impl)
@@ -89,19 +94,22 @@ def prototype_cross_entropy(
     check_numbers(name, weight=weight)
     with without_autocast(features.device.type):
         projected = features @ projection.mT
-    return torch.ops.peft_kernels.prototype_cross_entropy.default(projected, prototypes, radius, scores, weight, labels, impl)[0]
+    return torch.ops.peft_kernels.prototype_cross_entropy.default(
+        projected, prototypes, radius, scores, weight, labels, impl
+    )[0]
 
 
 def prototype_objective(
     prototypes: Tensor, scores: Tensor | None, labels: Tensor, *, weight: float = 1.0, impl: str = "auto"
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Return the loss of ``prototype_cross_entropy`` as a function for a training loop without autograd; constant arguments are checked once.
+    """Return the loss of ``prototype_cross_entropy`` as a function for a training loop without autograd; constant
+    arguments are checked once.
 
     Arguments and errors are those of ``prototype_cross_entropy``; scores (N, C) and labels (N,) determine N.
 
     Returns:
-        A function of the projected features, (N, D) contiguous, and of ``radius`` (C,). It returns the loss (), the gradient of the
-        projected features, (N, D), and the gradient of ``radius``, (C,).
+        A function of the projected features, (N, D) contiguous, and of ``radius`` (C,). It returns the loss (), the
+        gradient of the projected features, (N, D), and the gradient of ``radius``, (C,).
     """
     name = "prototype_objective"
     implementations.check(name, impl)
@@ -130,11 +138,16 @@ def _check(name, features, projection, prototypes, radius, scores, impl):
     if projection.ndim != 2 or projection.shape[1] != features.shape[1]:
         raise ValueError(f"{name}: projection must be (D, {features.shape[1]}), got {tuple(projection.shape)}")
     if prototypes.ndim != 2 or prototypes.shape[1] != projection.shape[0] or not len(prototypes):
-        raise ValueError(f"{name}: prototypes must be (C, {projection.shape[0]}) with at least one row, got {tuple(prototypes.shape)}")
+        raise ValueError(
+            f"{name}: prototypes must be (C, {projection.shape[0]}) with at least one row, got"
+            f" {tuple(prototypes.shape)}"
+        )
     if radius.shape != prototypes.shape[:1]:
         raise ValueError(f"{name}: radius must be ({prototypes.shape[0]},), got {tuple(radius.shape)}")
     if scores is not None and scores.shape != (features.shape[0], prototypes.shape[0]):
-        raise ValueError(f"{name}: scores must be ({features.shape[0]}, {prototypes.shape[0]}), got {tuple(scores.shape)}")
+        raise ValueError(
+            f"{name}: scores must be ({features.shape[0]}, {prototypes.shape[0]}), got {tuple(scores.shape)}"
+        )
     _check_like(name, "features", features, projection=projection, prototypes=prototypes, radius=radius, scores=scores)
 
 
@@ -152,7 +165,10 @@ def _check_labels(name, what, like, labels, shape):
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
     if labels.ndim != 1 or labels.shape != shape or labels.device != like.device:
-        raise ValueError(f"{name}: labels must be {tuple(shape)} on {like.device} as {what} is, got {tuple(labels.shape)} on {labels.device}")
+        raise ValueError(
+            f"{name}: labels must be {tuple(shape)} on {like.device} as {what} is, got {tuple(labels.shape)} on"
+            f" {labels.device}"
+        )
 
 
 def _check_values(name, labels, classes):
@@ -212,7 +228,9 @@ def _autograd(ctx, grad):
     need_projected, need_prototypes, need_radius, *_ = ctx.needs_input_grad
     grad_projected = grad_prototypes = None
     if need_projected or need_prototypes:
-        grad_projected, grad_prototypes = torch.ops.peft_kernels.prototype_scores_backward.default(grad, projected, prototypes, ctx.impl)
+        grad_projected, grad_prototypes = torch.ops.peft_kernels.prototype_scores_backward.default(
+            grad, projected, prototypes, ctx.impl
+        )
     grads = grad_projected if need_projected else None, grad_prototypes if need_prototypes else None
     return *grads, grad.sum(0) if need_radius else None, None, None, None
 
@@ -235,5 +253,7 @@ def _autograd_of_loss(ctx, grad, *of_gradients):
 
 
 torch.library.register_autograd("peft_kernels::prototype_scores", _autograd, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd("peft_kernels::prototype_cross_entropy", _autograd_of_loss, setup_context=_setup_context_of_loss, lib=_lib)
+torch.library.register_autograd(
+    "peft_kernels::prototype_cross_entropy", _autograd_of_loss, setup_context=_setup_context_of_loss, lib=_lib
+)
 no_second_derivative(_lib, "prototype_scores_backward")

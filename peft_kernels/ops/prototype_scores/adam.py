@@ -11,8 +11,8 @@ from . import cpp
 class Adam:
     """``torch.optim.Adam`` with its defaults but for ``lr``, on gradients that the caller passes in.
 
-    On the CPU with the native library, a step is one fused pass, since torch's step takes longer than DecT's matmuls. Elsewhere it is
-    torch's own step.
+    On the CPU with the native library, a step is one fused pass, since torch's step takes longer than DecT's matmuls.
+    Elsewhere it is torch's own step.
 
     Args:
         parameters: contiguous float32 tensors on one device, changed in place.

@@ -9,9 +9,17 @@ PULL_OPERATIONS = 3  # per element of the gradient: difference, factor, sum
 
 
 def prototype_scores(
-    features: Tensor, projection: Tensor, prototypes: Tensor, radius: Tensor, scores: Tensor | None = None, *, backward: bool = False
+    features: Tensor,
+    projection: Tensor,
+    prototypes: Tensor,
+    radius: Tensor,
+    scores: Tensor | None = None,
+    *,
+    backward: bool = False,
 ) -> Cost:
-    """A matmul with the projection and (N, C) distances; backward, a matmul for each of features and projection that requires a gradient."""
+    """A matmul with the projection and (N, C) distances; backward, a matmul for each of features and projection that
+    requires a gradient.
+    """
     out = features.shape[0] * prototypes.shape[0] * features.element_size()
     return _cost(features, projection, prototypes, radius, (scores,), out, backward)
 
@@ -31,7 +39,13 @@ def prototype_cross_entropy(
 
 
 def prototype_objective(
-    projected: Tensor, radius: Tensor, prototypes: Tensor, scores: Tensor | None, labels: Tensor, *, backward: bool = False
+    projected: Tensor,
+    radius: Tensor,
+    prototypes: Tensor,
+    scores: Tensor | None,
+    labels: Tensor,
+    *,
+    backward: bool = False,
 ) -> Cost:
     """The cost of one call of the returned function: loss and both gradients, from projected features."""
     distances = projected.numel() * prototypes.shape[0]

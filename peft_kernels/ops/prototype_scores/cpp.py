@@ -24,4 +24,6 @@ def backward(grad, projected, prototypes):
 
 
 def cross_entropy(projected, prototypes, radius, scores, weight, labels):
-    return torch.ops.peft_kernels.prototype_cross_entropy_cpu.default(projected, prototypes, radius, scores, weight, labels)
+    return torch.ops.peft_kernels.prototype_cross_entropy_cpu.default(
+        projected, prototypes, radius, scores, weight, labels
+    )

@@ -1,4 +1,7 @@
-"""Benchmarks of prototype scores, their loss, and the loss with gradients for a loop without autograd. Features are frozen."""
+"""Benchmarks of prototype scores, their loss, and the loss with gradients for a loop without autograd.
+
+Features are frozen.
+"""
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -15,7 +18,9 @@ def scores_of(projected, prototypes, radius, scores):
 
 
 def numbers_of(shape, device):
-    """Draws features (N, H), projection (D, H), prototypes (C, D), radius (C,), scores (N, C), labels (N,); also returns the generator."""
+    """Draws features (N, H), projection (D, H), prototypes (C, D), radius (C,), scores (N, C), labels (N,); also
+    returns the generator.
+    """
     count, width, dim, classes = (shape[letter] for letter in "NHDC")
     numbers = RandomInputs(device, torch.float32)
     features, projection = numbers.normal(count, width), numbers.normal(dim, width) / width**0.5
@@ -52,7 +57,9 @@ def loss(shape, variant, dtype, device, backward) -> Problem:
 
     def ours(impl):
         return Candidate(
-            lambda projection, radius: ops.prototype_cross_entropy(features, projection, prototypes, radius, scores, labels, weight=WEIGHT, impl=impl)
+            lambda projection, radius: ops.prototype_cross_entropy(
+                features, projection, prototypes, radius, scores, labels, weight=WEIGHT, impl=impl
+            )
         )
 
     def cost(projection, radius, backward):
@@ -61,7 +68,9 @@ def loss(shape, variant, dtype, device, backward) -> Problem:
         return cost.prototype_cross_entropy(features, projection, prototypes, radius, scores, labels, backward=backward)
 
     def formula(features, prototypes, scores):
-        return lambda projection, radius: cross_entropy(scores_of(features @ projection.mT, prototypes, radius, scores), labels)
+        return lambda projection, radius: cross_entropy(
+            scores_of(features @ projection.mT, prototypes, radius, scores), labels
+        )
 
     return Problem(
         leaves=(projection, radius),
@@ -114,7 +123,14 @@ def in_pytorch(formula):
 
 def of(name, problem, **rest):
     shapes = [dict(zip("NHDC", size)) for size in ((32, 1024, 128, 2), (224, 1024, 128, 14), (64, 512, 128, 4))]
-    return Operator(name=name, shapes=tuple(shapes[:2]), quick_shapes=tuple(shapes[2:]), dtypes=("float32",), problem=problem, **rest)
+    return Operator(
+        name=name,
+        shapes=tuple(shapes[:2]),
+        quick_shapes=tuple(shapes[2:]),
+        dtypes=("float32",),
+        problem=problem,
+        **rest,
+    )
 
 
 OPERATORS = {
@@ -122,9 +138,12 @@ OPERATORS = {
         "prototype_scores",
         scoring,
         title="Prototype scores",
-        about="DecT: N features of width H projected to width D, their distances to C prototypes, and the model's own scores.",
+        about="DecT: N features of width H projected to width D, their distances to C prototypes, and the model's own"
+        " scores.",
     ),
-    "prototype_cross_entropy": of("prototype_cross_entropy", loss, title="Prototype cross-entropy", about="DecT: the loss of prototype scores."),
+    "prototype_cross_entropy": of(
+        "prototype_cross_entropy", loss, title="Prototype cross-entropy", about="DecT: the loss of prototype scores."
+    ),
     "prototype_objective": of(
         "prototype_objective",
         objective,

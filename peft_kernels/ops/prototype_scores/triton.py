@@ -1,4 +1,7 @@
-"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
+"""Launchers and default configs of the Triton kernels.
+
+No launch synchronizes with the device or depends on a value there.
+"""
 
 from functools import cache
 
@@ -11,8 +14,8 @@ triton_kernels = kernel_module(__package__)
 
 __all__ = ["backward", "cross_entropy", "forward", "unavailable"]
 
-# Elements per program, in whole rows, and per warp. `make test-kernels` compiles the configs for every architecture, without a
-# GPU.
+# Elements per program, in whole rows, and per warp. `make test-kernels` compiles the configs for every architecture,
+# without a GPU.
 ELEMENTS = 1024
 ELEMENTS_PER_WARP = 256
 MAX_ROWS = 16

@@ -1,7 +1,8 @@
 """Triton kernels: a program keeps whole projected rows in registers and loops over the classes. Everything is float32.
 
-Gradients follow the formulas of reference.py and recompute the distances. Prefixes: o_ offsets, m_ masks, b_ blocks in registers.
-Roots, and divisions by lengths and distances, round to nearest, because cancellation between rows and prototypes exposes every bit.
+Gradients follow the formulas of reference.py and recompute the distances. Prefixes: o_ offsets, m_ masks, b_ blocks in
+registers. Roots, and divisions by lengths and distances, round to nearest, because cancellation between rows and
+prototypes exposes every bit.
 """
 
 import triton
@@ -50,11 +51,15 @@ def store_grad(grad_projected, b_grad, b_normal, b_inverse, o_i, m_i, o_d, d):
     """Stores the gradient of the projected rows; ``b_grad`` is the gradient of the normalised rows."""
     b_along = tl.sum(b_grad * b_normal, 1)
     b_grad = (b_grad - b_along[:, None] * b_normal) * b_inverse[:, None]
-    tl.store(grad_projected + o_i.to(tl.int64)[:, None] * d + o_d[None, :], b_grad, mask=m_i[:, None] & (o_d < d)[None, :])
+    tl.store(
+        grad_projected + o_i.to(tl.int64)[:, None] * d + o_d[None, :], b_grad, mask=m_i[:, None] & (o_d < d)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["texts", "classes"])
-def prototype_scores_fwd_kernel(out, projected, prototypes, radius, scores, weight, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
+def prototype_scores_fwd_kernel(
+    out, projected, prototypes, radius, scores, weight, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr
+):
     """Computes the scores of BR rows. Grid: blocks of rows."""
     o_i, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_i = o_i < texts
@@ -68,7 +73,9 @@ def prototype_scores_fwd_kernel(out, projected, prototypes, radius, scores, weig
 
 
 @triton.jit(do_not_specialize=["texts", "classes"])
-def prototype_scores_bwd_kernel(grad_projected, grad, projected, prototypes, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr):
+def prototype_scores_bwd_kernel(
+    grad_projected, grad, projected, prototypes, texts, classes, d, BR: tl.constexpr, BD: tl.constexpr
+):
     """Computes the gradient of BR projected rows. Grid: blocks of rows."""
     o_i, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_i = o_i < texts
@@ -84,7 +91,9 @@ def prototype_scores_bwd_kernel(grad_projected, grad, projected, prototypes, tex
 
 
 @triton.jit(do_not_specialize=["texts", "rows", "classes"])
-def prototype_scores_bwd_prototypes_kernel(partial, grad, projected, prototypes, texts, rows, classes, d, BR: tl.constexpr, BD: tl.constexpr):
+def prototype_scores_bwd_prototypes_kernel(
+    partial, grad, projected, prototypes, texts, rows, classes, d, BR: tl.constexpr, BD: tl.constexpr
+):
     """Sums the gradient of one prototype over ``rows`` texts, BR at a time and in order.
 
     Grid: classes, then parts of ``rows`` texts. ``partial`` is (parts, C, d).
@@ -144,6 +153,7 @@ def prototype_cross_entropy_fwd_kernel(
         b_grad = tl.exp(b_q - b_max) / b_sum - tl.where(b_label == k, 1.0, 0.0)
         b_grad = tl.where(m_i, b_grad / texts, 0.0)
         b_grad_normal -= pull(b_grad, b_distance)[:, None] * b_away
-        tl.store(partial, tl.sum(b_grad, 0))  # with this store above the line for b_grad_normal, Triton 3.6 spills registers on sm_90
+        # with this store above the line for b_grad_normal, Triton 3.6 spills registers on sm_90
+        tl.store(partial, tl.sum(b_grad, 0))
         partial += tl.num_programs(0)
     store_grad(grad_projected, b_grad_normal, b_normal, b_inverse, o_i, m_i, o_d, d)

@@ -20,7 +20,12 @@ KERNELS = {
 
 def targets(setting: Setting):
     """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
-    makers = {"forward": _scores, "backward": _scores_backward, "prototypes": _scores_backward, "cross_entropy": _cross_entropy}
+    makers = {
+        "forward": _scores,
+        "backward": _scores_backward,
+        "prototypes": _scores_backward,
+        "cross_entropy": _cross_entropy,
+    }
     for width in setting.sizes.prototype_widths if setting.dtype == torch.float32 else ():
         shipped = triton.row_options(width)
         for kernel, make in makers.items():

@@ -21,4 +21,6 @@ def variants():
         kernels = [(kernel, WIDTH) for kernel in ("forward", "backward", "prototypes", "cross_entropy")]
         for kernel, width in (*kernels, ("cross_entropy", WIDE)):
             function = KERNELS[kernel]
-            yield Variant(architecture, OPERATOR, kernel, "fp32", function, implementation.row_options(width), TYPES, Expected())
+            yield Variant(
+                architecture, OPERATOR, kernel, "fp32", function, implementation.row_options(width), TYPES, Expected()
+            )

@@ -15,10 +15,13 @@ implementations = Implementations(__name__, "reference", "sdpa", "matmul", "cpp"
 MAX_HEAD_DIM = 256
 
 # Without the native library a CPU takes PyTorch's flash attention or two matmuls on folded rows, whichever
-# `peft-kernels bench shared_cross_attention` showed to be faster: matmuls in these dtypes, while the scores of one head and input fit in the cache.
+# `peft-kernels bench shared_cross_attention` showed to be faster: matmuls in these dtypes, while the scores of one head
+# and input fit in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
-AMX_ROWS = 64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles are faster than our vector kernels
+AMX_ROWS = (
+    64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles are faster than our vector kernels
+)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -26,9 +29,9 @@ _lib.define(
     " float scale, bool need_lse, str impl) -> (Tensor, Tensor)"
 )
 _lib.define(
-    "shared_cross_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
-    " Tensor? key_lengths, Tensor? encoder_index, float scale, bool need_query, bool need_key, bool need_value, str impl)"
-    " -> (Tensor, Tensor, Tensor)"
+    "shared_cross_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor"
+    " out, Tensor lse, Tensor? key_lengths, Tensor? encoder_index, float scale, bool need_query, bool need_key, bool"
+    " need_value, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -45,31 +48,33 @@ def shared_cross_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from N decoder streams to the keys and values of b encoder inputs, each stored once.
 
-    The result is ``softmax(scale * query @ key[e].T) @ value[e]`` per head, where ``e`` is the input of the stream. Ordinary
-    cross-attention gives the same on ``key.repeat_interleave(M, 0)``, with M copies in memory. Non-causal; no mask is built.
-    Prompt-in-Decoder (PiD), arXiv 2403.13112, section 3.
+    The result is ``softmax(scale * query @ key[e].T) @ value[e]`` per head, where ``e`` is the input of the stream.
+    Ordinary cross-attention gives the same on ``key.repeat_interleave(M, 0)``, with M copies in memory. Non-causal; no
+    mask is built. Prompt-in-Decoder (PiD), arXiv 2403.13112, section 3.
 
     Args:
         query: (N, H, t, D), float32, float16, bfloat16 or float64, any strides. D at most 256.
         key: (b, H, n, D), same dtype and device, any strides.
         value: (b, H, n, D), as ``key``.
-        key_lengths: (b,) int32 or int64 in [0, n]: input i has keys [0, key_lengths[i]); None: all n. Keys and values beyond them
-            never affect a result, even if they are NaN. A row without keys gives output 0, log-sum-exp -inf and gradient 0.
-        encoder_index: (N,) int32 or int64, non-decreasing, in [0, b): the input that each stream belongs to. None: N = b*M
-            and stream u belongs to input u // M.
+        key_lengths: (b,) int32 or int64 in [0, n]: input i has keys [0, key_lengths[i]); None: all n. Keys and values
+            beyond them never affect a result, even if they are NaN. A row without keys gives output 0, log-sum-exp -inf
+            and gradient 0.
+        encoder_index: (N,) int32 or int64, non-decreasing, in [0, b): the input that each stream belongs to. None: N =
+            b*M and stream u belongs to input u // M.
         scale: factor on the scores; ``D ** -0.5`` by default (T5: 1.0).
         return_lse: also return the natural log-sum-exp of the scaled scores; gradients flow through it.
         impl: ``"auto"``, or ``"reference"``, ``"sdpa"``, ``"matmul"``, ``"cpp"`` or ``"triton"``.
 
     Returns:
-        (N, H, t, D) in ``query``'s dtype, laid out in memory as (N, t, H, D), so that ``out.transpose(1, 2)`` is contiguous. With
-        ``return_lse``, also (N, H, t) in float32 (float64 for float64 inputs).
+        (N, H, t, D) in ``query``'s dtype, laid out in memory as (N, t, H, D), so that ``out.transpose(1, 2)`` is
+        contiguous. With ``return_lse``, also (N, H, t) in float32 (float64 for float64 inputs).
 
-    Values of ``key_lengths`` and ``encoder_index`` are checked on the CPU. On a GPU the check would synchronize with the device, so
-    it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``key_lengths`` and ``encoder_index`` are checked on the CPU. On a GPU the check would synchronize with
+    the device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
         TypeError: invalid dtypes.
     """
     device = query.device.type
@@ -83,7 +88,9 @@ def shared_cross_attention(
     check_numbers("shared_cross_attention", scale=scale)
     need_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     need_lse = return_lse or need_grad
-    out, lse = torch.ops.peft_kernels.shared_cross_attention.default(query, key, value, key_lengths, encoder_index, scale, need_lse, impl)
+    out, lse = torch.ops.peft_kernels.shared_cross_attention.default(
+        query, key, value, key_lengths, encoder_index, scale, need_lse, impl
+    )
     return (out, lse) if return_lse else out
 
 
@@ -141,7 +148,9 @@ def _check(query, key, value, key_lengths, encoder_index):
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: head width D must be between 1 and {MAX_HEAD_DIM}, got {head_dim}")
     if key.device != query.device or value.device != query.device:
-        raise ValueError(f"{name}: key and value must be on {query.device} as query is, got {key.device} and {value.device}")
+        raise ValueError(
+            f"{name}: key and value must be on {query.device} as query is, got {key.device} and {value.device}"
+        )
     for label, x, length in (("key_lengths", key_lengths, inputs), ("encoder_index", encoder_index, n_streams)):
         if x is None:
             continue
@@ -165,18 +174,24 @@ def _check_values(key, key_lengths, encoder_index):
     if key_lengths is not None and inputs:
         low, high = (int(x) for x in key_lengths.aminmax())
         if low < 0 or high > n:
-            raise ValueError(f"shared_cross_attention: key_lengths must lie in [0, {n}], got values from {low} to {high}")
+            raise ValueError(
+                f"shared_cross_attention: key_lengths must lie in [0, {n}], got values from {low} to {high}"
+            )
     if encoder_index is not None and encoder_index.numel():
         if bool((encoder_index[1:] < encoder_index[:-1]).any()):
             raise ValueError("shared_cross_attention: encoder_index must not decrease")
         low, high = int(encoder_index[0]), int(encoder_index[-1])
         if low < 0 or high >= inputs:
-            raise ValueError(f"shared_cross_attention: encoder_index must lie in [0, {inputs}), got values from {low} to {high}")
+            raise ValueError(
+                f"shared_cross_attention: encoder_index must lie in [0, {inputs}), got values from {low} to {high}"
+            )
 
 
 @torch.library.impl(_lib, "shared_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
-    if (key_lengths is not None or encoder_index is not None) and (query.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"):
+    if (key_lengths is not None or encoder_index is not None) and (
+        query.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"
+    ):
         _check_values(key, key_lengths, encoder_index)
     if impl == "auto":  # resolved here, below the dispatcher, where shapes are never symbolic
         impl = choose(query, key)
@@ -186,11 +201,28 @@ def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, imp
 
 
 @torch.library.impl(_lib, "shared_cross_attention_backward", "CompositeExplicitAutograd")
-def _backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key, need_value, impl):
+def _backward(
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    key_lengths,
+    encoder_index,
+    scale,
+    need_query,
+    need_key,
+    need_value,
+    impl,
+):
     needs = (need_query, need_key, need_value)
     if impl == "auto":
         impl = choose(query, key)
-    gradients = implementations.module(impl).backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs)
+    gradients = implementations.module(impl).backward(
+        grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs
+    )
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -198,12 +230,31 @@ def _backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, enco
 def _(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
     streams, heads, tokens, _ = query.shape
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    lse = token_major(streams, heads, tokens, like=query, dtype=lse_dtype) if need_lse else query.new_empty(0, dtype=lse_dtype)
+    lse = (
+        token_major(streams, heads, tokens, like=query, dtype=lse_dtype)
+        if need_lse
+        else query.new_empty(0, dtype=lse_dtype)
+    )
     return token_major(*query.shape, like=query), lse
 
 
 @torch.library.register_fake("peft_kernels::shared_cross_attention_backward", lib=_lib)
-def _(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key, need_value, impl):
+def _(
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    key_lengths,
+    encoder_index,
+    scale,
+    need_query,
+    need_key,
+    need_value,
+    impl,
+):
     wanted = ((query, need_query), (key, need_key), (value, need_value))
     return tuple(token_major(*x.shape, like=x) if needed else x.new_empty(0) for x, needed in wanted)
 
@@ -227,5 +278,7 @@ def _autograd(ctx, grad_out, grad_lse):
     return *(g if needed else None for g, needed in zip(gradients, needs)), None, None, None, None, None
 
 
-torch.library.register_autograd("peft_kernels::shared_cross_attention", _autograd, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "peft_kernels::shared_cross_attention", _autograd, setup_context=_setup_context, lib=_lib
+)
 no_second_derivative(_lib, "shared_cross_attention_backward")

@@ -23,7 +23,9 @@ def shared_cross_attention(
     lengths = [n] * inputs if key_lengths is None else key_lengths.tolist()
     index = [u * inputs // streams for u in range(streams)] if encoder_index is None else encoder_index.tolist()
     product = 2 * sum(lengths[e] for e in index) * tokens * heads * width
-    moved = 2 * query.nbytes + 2 * sum(lengths) * heads * width * key.element_size() + nbytes(key_lengths, encoder_index)
+    moved = (
+        2 * query.nbytes + 2 * sum(lengths) * heads * width * key.element_size() + nbytes(key_lengths, encoder_index)
+    )
     if not backward:
         return Cost(moved, 2 * product)
     needs_query, needs_key, needs_value = (x.requires_grad for x in (query, key, value))
@@ -35,7 +37,9 @@ def _forward_flops(query, key, value, *args, out_shape=None) -> int:
     return 2 * _matmul_flops(query, key)
 
 
-def _backward_flops(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs, out_shape=None) -> int:
+def _backward_flops(
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs, out_shape=None
+) -> int:
     """Returns the operations of the recomputed scores, dP, and one matmul per needed gradient."""
     need_query, need_key, need_value, _ = needs
     return (1 + (need_query or need_key) + need_query + need_key + need_value) * _matmul_flops(query, key)

@@ -8,7 +8,9 @@ __all__ = ["backward", "forward", "unavailable"]
 
 
 def forward(query, key, value, key_lengths, encoder_index, scale, need_lse):
-    return torch.ops.peft_kernels.shared_cross_attention_cpu.default(query, key, value, key_lengths, encoder_index, scale)
+    return torch.ops.peft_kernels.shared_cross_attention_cpu.default(
+        query, key, value, key_lengths, encoder_index, scale
+    )
 
 
 def backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs):

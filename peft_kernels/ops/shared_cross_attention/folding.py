@@ -1,4 +1,6 @@
-"""Shared code of the CPU library implementations: an input's streams are folded into query rows, and inputs of one shape are batched."""
+"""Shared code of the CPU library implementations: an input's streams are folded into query rows, and inputs of one
+shape are batched.
+"""
 
 from typing import NamedTuple
 
@@ -23,7 +25,11 @@ def unavailable(device: str) -> str | None:
 def groups(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index: Tensor | None) -> list[Group]:
     """Returns groups that cover every stream once, in order; inputs without streams are left out."""
     inputs, n = key.shape[0], key.shape[2]
-    streams = [query.shape[0] // max(inputs, 1)] * inputs if encoder_index is None else torch.bincount(encoder_index, minlength=inputs).tolist()
+    streams = (
+        [query.shape[0] // max(inputs, 1)] * inputs
+        if encoder_index is None
+        else torch.bincount(encoder_index, minlength=inputs).tolist()
+    )
     lengths = [n] * inputs if key_lengths is None else key_lengths.tolist()
     result, u, i = [], 0, 0
     while i < inputs:
@@ -40,11 +46,16 @@ def groups(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index
 def forward(attend, query, key, value, key_lengths, encoder_index, scale, need_lse) -> tuple[Tensor, Tensor | None]:
     """Run ``attend(query, key, value, scale, need_lse) -> out, lse`` on every group."""
     streams, heads, tokens, _ = query.shape
-    if key_lengths is None and encoder_index is None and query.numel() and key.numel():  # no plan, no slices: they cost microseconds
+    # no plan, no slices: they cost microseconds
+    if key_lengths is None and encoder_index is None and query.numel() and key.numel():
         out, lse = attend(fold(query, key.shape[0]), key, value, scale, need_lse)
         return unfold(out, tokens), unfold(lse, tokens) if need_lse else None
     out = token_major(*query.shape, like=query)
-    lse = token_major(streams, heads, tokens, like=query, dtype=torch.promote_types(query.dtype, torch.float32)) if need_lse else None
+    lse = (
+        token_major(streams, heads, tokens, like=query, dtype=torch.promote_types(query.dtype, torch.float32))
+        if need_lse
+        else None
+    )
     for group in groups(query, key, key_lengths, encoder_index) if query.numel() else ():
         if group.length:
             group_out, group_lse = attend(_rows(query, group), *_keys(key, value, group), scale, need_lse)
@@ -58,8 +69,12 @@ def forward(attend, query, key, value, key_lengths, encoder_index, scale, need_l
     return out, lse
 
 
-def backward(attend_backward, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs):
-    """Run ``attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, needs) -> dq, dk, dv`` on every group."""
+def backward(
+    attend_backward, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs
+):
+    """Run ``attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, needs) -> dq, dk, dv`` on every
+    group.
+    """
     tokens = query.shape[2]
     plan = groups(query, key, key_lengths, encoder_index) if query.numel() else []
 

@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 
-def token_major(batch: int, heads: int, tokens: int, *width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns an uninitialised (batch, heads, tokens, ...) tensor, laid out as (batch, tokens, heads, ...), on ``like``'s device."""
+def token_major(
+    batch: int, heads: int, tokens: int, *width: int, like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Returns an uninitialised (batch, heads, tokens, ...) tensor, laid out as (batch, tokens, heads, ...), on
+    ``like``'s device.
+    """
     return torch.empty((batch, tokens, heads, *width), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 

@@ -1,8 +1,9 @@
 """Benchmarks of shared cross-attention against every published way to compute it.
 
-Queries are laid out as (N, t, H, D), as a model's projection produces them; keys and values as (b, H, n, D), as its cache stores them.
-"expanded" baselines get keys and values that are repeated before the timing, as the library's cache holds them, and return repeated
-gradients; varlen_attn gets its own layout, also before the timing. "ragged": lengths of 50 to 100 %.
+Queries are laid out as (N, t, H, D), as a model's projection produces them; keys and values as (b, H, n, D), as its
+cache stores them. "expanded" baselines get keys and values that are repeated before the timing, as the library's cache
+holds them, and return repeated gradients; varlen_attn gets its own layout, also before the timing. "ragged": lengths of
+50 to 100 %.
 """
 
 import torch
@@ -20,10 +21,13 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
     query, grad = (numbers.normal(inputs * streams, tokens, heads, width).transpose(1, 2) for _ in range(2))
     key, value = (numbers.normal(inputs, heads, n, width) for _ in range(2))
     lengths = numbers.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
-    visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]  # [b, 1, 1, n]
+    # [b, 1, 1, n]
+    visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
 
     def ours(impl):
-        return Candidate(lambda query, key, value: ops.shared_cross_attention(query, key, value, key_lengths=lengths, impl=impl))
+        return Candidate(
+            lambda query, key, value: ops.shared_cross_attention(query, key, value, key_lengths=lengths, impl=impl)
+        )
 
     def cost(query, key, value, backward):
         from . import cost
@@ -60,7 +64,12 @@ def folded(attention, inputs):
 
     def attend(query, key, value):
         streams, heads, tokens, width = query.shape
-        return attention(fold(query, inputs), key, value).transpose(1, 2).reshape(streams, tokens, heads, width).transpose(1, 2)
+        return (
+            attention(fold(query, inputs), key, value)
+            .transpose(1, 2)
+            .reshape(streams, tokens, heads, width)
+            .transpose(1, 2)
+        )
 
     return attend
 
@@ -90,7 +99,11 @@ def expanded(attend, leaves, streams) -> Candidate:
 
 def eager(visible, streams, dtype):
     """Attention like transformers' eager_attention_forward: an additive mask, softmax in float32."""
-    mask = None if visible is None else torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype).repeat_interleave(streams, 0)
+    mask = (
+        None
+        if visible is None
+        else torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype).repeat_interleave(streams, 0)
+    )
 
     def attend(query, key, value):
         scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
@@ -161,7 +174,8 @@ OPERATORS = {
     "shared_cross_attention": Operator(
         name="shared_cross_attention",
         title="Shared cross-attention",
-        about="PiD: all streams of an input read its keys and values, which lie in memory once. b inputs of n keys, M streams each of t queries,"
+        about="PiD: all streams of an input read its keys and values, which lie in memory once. b inputs of n keys, M"
+        " streams each of t queries,"
         " H heads of width D. Ragged: inputs of 50 to 100% of n.",
         published="sdpa expanded",
         shapes=shapes((1, 30, 1, 512), (4, 30, 1, 512), (1, 8, 1, 2048), (4, 30, 16, 512), (8, 5, 64, 1024)),

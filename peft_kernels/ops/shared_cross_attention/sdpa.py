@@ -16,7 +16,9 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse):
 
 
 def backward(grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs):
-    return folding.backward(_attend_backward, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs)
+    return folding.backward(
+        _attend_backward, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs
+    )
 
 
 def _attend(query, key, value, scale, need_lse):
@@ -28,10 +30,16 @@ def _attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, nee
     grad_out, query, key, value, out = _rows_contiguous(grad_out, query, key, value, out)
 
     def library(grad):
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, query, key, value, out, lse, 0.0, False, scale=scale)
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, False, scale=scale
+        )
 
     dq, dk, dv = library(grad_out)
-    if grad_lse is not None:  # d lse / dS = P: its gradient for the queries is an attention with values K, its gradient for the keys a value gradient
+    if (
+        grad_lse is not None
+        # d lse / dS = P: its gradient for the queries is an attention with values K, its gradient for the keys a value
+        # gradient
+    ):
         weight = scale * grad_lse[..., None].to(query.dtype)
         dq = dq + weight * _attend(query, key, key, scale, False)[0]
         dk = dk + library(weight * query)[2]

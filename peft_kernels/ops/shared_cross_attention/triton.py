@@ -1,8 +1,9 @@
 """Launchers and default configs of the Triton kernels, which fold the rows of all streams of an input into tiles.
 
-Many streams thus read the keys and values of their input once. Rows are addressed by one stride, as in a (streams, tokens, heads, D)
-layout. A query or gradient in another layout is copied first; so are a key or value whose D is not contiguous, and lengths or indices
-with a stride other than 1. No launch synchronizes with the device or depends on a value there.
+Many streams thus read the keys and values of their input once. Rows are addressed by one stride, as in a (streams,
+tokens, heads, D) layout. A query or gradient in another layout is copied first; so are a key or value whose D is not
+contiguous, and lengths or indices with a stride other than 1. No launch synchronizes with the device or depends on a
+value there.
 """
 
 from functools import cache
@@ -38,8 +39,9 @@ class Config(NamedTuple):
 class Configs(NamedTuple):
     """The configs of one head width.
 
-    ``forward`` is in ascending order of rows: the launcher takes the first that holds the rows of a mean input, else the last. With
-    ``apart`` the gradients of keys and of values are computed one after the other, since together they do not fit in registers.
+    ``forward`` is in ascending order of rows: the launcher takes the first that holds the rows of a mean input, else
+    the last. With ``apart`` the gradients of keys and of values are computed one after the other, since together they
+    do not fit in registers.
     """
 
     forward: tuple[Config, ...]
@@ -53,26 +55,49 @@ class Configs(NamedTuple):
 # shared memory may be smaller: it stays below 99 KiB.
 C = Config
 CONFIGS = {
-    ("sm_80", 2, 64): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 2), C(128, 64, 8, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)),
-    ("sm_80", 2, 128): Configs((C(16, 64, 4, 3), C(32, 64, 4, 2), C(64, 32, 4, 2), C(128, 32, 8, 3)), C(64, 32, 8, 2), C(32, 64, 8, 2)),
+    ("sm_80", 2, 64): Configs(
+        (C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 2), C(128, 64, 8, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)
+    ),
+    ("sm_80", 2, 128): Configs(
+        (C(16, 64, 4, 3), C(32, 64, 4, 2), C(64, 32, 4, 2), C(128, 32, 8, 3)), C(64, 32, 8, 2), C(32, 64, 8, 2)
+    ),
     ("sm_80", 2, 256): Configs((C(16, 32, 4, 3), C(32, 32, 4, 2), C(64, 32, 8, 2)), C(64, 16, 8, 2), C(16, 64, 8, 2)),
     ("sm_80", 4, 64): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 4, 2), C(16, 32, 8, 2)),
     ("sm_80", 4, 128): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
     ("sm_80", 4, 256): Configs((C(16, 32, 8, 2), C(32, 32, 8, 2)), C(32, 16, 8, 2), C(16, 16, 8, 2)),
-    ("sm_90", 2, 64): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 3), C(128, 64, 8, 3)), C(64, 64, 4, 2), C(64, 128, 8, 2)),
-    ("sm_90", 2, 128): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 2), C(128, 64, 8, 3)), C(128, 64, 8, 2), C(32, 128, 8, 2)),
-    ("sm_90", 2, 256): Configs((C(16, 32, 4, 3), C(32, 32, 4, 2), C(64, 64, 8, 2), C(128, 32, 8, 2)), C(64, 32, 8, 2), C(32, 64, 8, 2), apart=True),
+    ("sm_90", 2, 64): Configs(
+        (C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 3), C(128, 64, 8, 3)), C(64, 64, 4, 2), C(64, 128, 8, 2)
+    ),
+    ("sm_90", 2, 128): Configs(
+        (C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 2), C(128, 64, 8, 3)), C(128, 64, 8, 2), C(32, 128, 8, 2)
+    ),
+    ("sm_90", 2, 256): Configs(
+        (C(16, 32, 4, 3), C(32, 32, 4, 2), C(64, 64, 8, 2), C(128, 32, 8, 2)),
+        C(64, 32, 8, 2),
+        C(32, 64, 8, 2),
+        apart=True,
+    ),
     ("sm_90", 4, 64): Configs((C(16, 32, 4, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
     ("sm_90", 4, 128): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
     ("sm_90", 4, 256): Configs((C(16, 32, 8, 2), C(32, 32, 8, 2)), C(32, 16, 8, 2), C(16, 16, 8, 2)),
-    ("sm_100", 2, 64): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 3), C(128, 64, 8, 3)), C(64, 64, 4, 2), C(32, 128, 8, 2)),
-    ("sm_100", 2, 128): Configs((C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 32, 4, 3), C(128, 64, 8, 3)), C(128, 64, 8, 2), C(32, 128, 8, 2)),
-    ("sm_100", 2, 256): Configs((C(16, 32, 4, 3), C(32, 32, 8, 2), C(64, 64, 8, 2), C(128, 32, 8, 2)), C(64, 32, 8, 2), C(32, 64, 8, 2)),
+    ("sm_100", 2, 64): Configs(
+        (C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 64, 4, 3), C(128, 64, 8, 3)), C(64, 64, 4, 2), C(32, 128, 8, 2)
+    ),
+    ("sm_100", 2, 128): Configs(
+        (C(16, 64, 4, 3), C(32, 64, 4, 3), C(64, 32, 4, 3), C(128, 64, 8, 3)), C(128, 64, 8, 2), C(32, 128, 8, 2)
+    ),
+    ("sm_100", 2, 256): Configs(
+        (C(16, 32, 4, 3), C(32, 32, 8, 2), C(64, 64, 8, 2), C(128, 32, 8, 2)), C(64, 32, 8, 2), C(32, 64, 8, 2)
+    ),
     ("sm_100", 4, 64): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
     ("sm_100", 4, 128): Configs((C(16, 32, 8, 2), C(32, 32, 4, 2)), C(32, 16, 8, 2), C(16, 32, 8, 2)),
     ("sm_100", 4, 256): Configs((C(16, 32, 8, 2), C(32, 32, 8, 2)), C(32, 16, 8, 2), C(16, 16, 8, 2)),
-    ("gfx942", 2, 64): Configs((C(16, 64, 4, 2), C(32, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 4, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)),
-    ("gfx942", 2, 128): Configs((C(16, 64, 4, 2), C(32, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 4, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)),
+    ("gfx942", 2, 64): Configs(
+        (C(16, 64, 4, 2), C(32, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 4, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)
+    ),
+    ("gfx942", 2, 128): Configs(
+        (C(16, 64, 4, 2), C(32, 64, 4, 2), C(64, 64, 4, 2), C(128, 64, 4, 2)), C(64, 32, 4, 2), C(32, 64, 4, 2)
+    ),
     ("gfx942", 2, 256): Configs((C(16, 32, 4, 2), C(64, 32, 4, 2)), C(64, 16, 4, 2), C(16, 64, 4, 2)),
     ("gfx942", 4, 64): Configs((C(16, 32, 4, 2), C(64, 32, 4, 2)), C(64, 16, 4, 2), C(16, 64, 4, 2)),
     ("gfx942", 4, 128): Configs((C(16, 32, 4, 2), C(64, 32, 4, 2)), C(64, 16, 4, 2), C(16, 64, 4, 2)),
@@ -124,9 +149,17 @@ def backward(
     _, heads, tokens, head_dim = query.shape
     inputs, n = key.shape[0], key.shape[2]
     grad_query, grad_key, grad_value = (
-        token_major(*x.shape, like=x) if needed else None for x, needed in ((query, need_query), (key, need_key), (value, need_value))
+        token_major(*x.shape, like=x) if needed else None
+        for x, needed in ((query, need_query), (key, need_key), (value, need_value))
     )
-    query, grad_out, out, key, value, lse = _rows(query), _rows(grad_out), _rows(out), _keys(key), _keys(value), as_token_major(lse)
+    query, grad_out, out, key, value, lse = (
+        _rows(query),
+        _rows(grad_out),
+        _rows(out),
+        _keys(key),
+        _keys(value),
+        as_token_major(lse),
+    )
     key_lengths, encoder_index = contiguous(key_lengths, encoder_index)
     rows = query.shape[0] * tokens
     family, _ = device_of(query.device)
@@ -143,7 +176,8 @@ def backward(
         cu_streams = _cu_streams(encoder_index, inputs)
         if rows * heads and need_query:
             options = _tuned("query_grad", configs.query_grad, query)
-            triton_backward.shared_cross_attention_bwd_query_kernel[_tiles(options["BM"], rows, inputs, cu_streams), heads](
+            tiles = _tiles(options["BM"], rows, inputs, cu_streams)
+            triton_backward.shared_cross_attention_bwd_query_kernel[tiles, heads](
                 query, key, value, grad_out, lse, delta, grad_query, key_lengths, cu_streams,
                 tokens, rows // inputs, inputs, n, scale, *strides,
                 **options,
@@ -181,7 +215,13 @@ def table_d(head_dim: int) -> int:
 def launch_options(config: Config, family: str, size: int, head_dim: int) -> dict[str, int]:
     """Returns the constants and options of a kernel with blocks of rows and keys."""
     depth = FMA_DEPTH if size == 4 and family.startswith("sm") else block_d(head_dim)
-    blocks = {"D": head_dim, "BLOCK_D": block_d(head_dim), "BM": config.rows, "BN": config.keys, "BK": min(depth, block_d(head_dim))}
+    blocks = {
+        "D": head_dim,
+        "BLOCK_D": block_d(head_dim),
+        "BM": config.rows,
+        "BN": config.keys,
+        "BK": min(depth, block_d(head_dim)),
+    }
     return {**blocks, "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
@@ -193,7 +233,14 @@ def _tuned(kernel: str, config: Config, query: Tensor, *bucket: int) -> dict[str
 
 def row_options(head_dim: int) -> dict[str, int]:
     """Returns the constants and options of the kernels without a matmul."""
-    return {"D": head_dim, "BLOCK_D": block_d(head_dim), "BR": ROW_HEADS, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    return {
+        "D": head_dim,
+        "BLOCK_D": block_d(head_dim),
+        "BR": ROW_HEADS,
+        "num_warps": 4,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -216,7 +263,9 @@ def _cu_streams(encoder_index: Tensor | None, inputs: int) -> Tensor | None:
     """Returns the first stream of each input, (b + 1,); None if every input has the same number of streams."""
     if encoder_index is None:
         return None
-    return torch.searchsorted(encoder_index, torch.arange(inputs + 1, dtype=encoder_index.dtype, device=encoder_index.device), out_int32=True)
+    return torch.searchsorted(
+        encoder_index, torch.arange(inputs + 1, dtype=encoder_index.dtype, device=encoder_index.device), out_int32=True
+    )
 
 
 def _tiles(block: int, rows: int, inputs: int, cu_streams: Tensor | None) -> int:

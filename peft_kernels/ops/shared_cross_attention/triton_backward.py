@@ -1,4 +1,5 @@
-"""Backward kernels. One program computes each element of a gradient completely, so there are no atomics and repeats are bit-equal.
+"""Backward kernels. One program computes each element of a gradient completely, so there are no atomics and repeats are
+bit-equal.
 
 The formulas of reference.py, with the probabilities recomputed from lse:
     P = exp(scale Q K^T - lse),  dS = P (dO V^T - delta),  delta = rowsum(dO O) - dlse
@@ -23,7 +24,9 @@ def shared_cross_attention_bwd_delta_kernel(
     row, h = index // heads, index % heads
     o_d = tl.arange(0, BLOCK_D)
     m = m_r[:, None] & (o_d < D)[None, :]  # [BR, BLOCK_D]
-    b_g = tl.load(grad_out + (row * stride_gr + h * stride_gh)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    b_g = tl.load(grad_out + (row * stride_gr + h * stride_gh)[:, None] + o_d[None, :], mask=m, other=0.0).to(
+        tl.float32
+    )
     b_o = tl.load(out + (row * stride_or + h * stride_oh)[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_g * b_o, 1)
     if grad_lse is not None:
@@ -39,10 +42,11 @@ def shared_cross_attention_bwd_key_value_kernel(
     stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gr, stride_gh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradients of one block of keys from all rows of its input's streams. Grid: (inputs * blocks of keys, heads).
+    """Computes the gradients of one block of keys from all rows of its input's streams. Grid: (inputs * blocks of keys,
+    heads).
 
-    ``grad_k`` and ``grad_v`` are (inputs, n, heads, D); one that is None is not computed. Scores are transposed, keys by rows,
-    so that the block of keys is the tall side of every matmul.
+    ``grad_k`` and ``grad_v`` are (inputs, n, heads, D); one that is None is not computed. Scores are transposed, keys
+    by rows, so that the block of keys is the tall side of every matmul.
     """
     h, heads = tl.program_id(1), tl.num_programs(1)
     blocks = tl.cdiv(n, BN)
@@ -53,7 +57,8 @@ def shared_cross_attention_bwd_key_value_kernel(
 
     o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
     m_n = o_n < keys
-    p_k = k + i.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh + start.to(tl.int64) * stride_kn + o_n * stride_kn  # [BN]
+    # [BN]
+    p_k = k + i.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh + start.to(tl.int64) * stride_kn + o_n * stride_kn
     p_v = v + i.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh + start.to(tl.int64) * stride_vn + o_n * stride_vn
     q += first * stride_qr + h.to(tl.int64) * stride_qh
     grad_out += first * stride_gr + h.to(tl.int64) * stride_gh
@@ -92,7 +97,9 @@ def shared_cross_attention_bwd_key_value_kernel(
     m_grad = (o_n < n - start)[:, None] & (o_d < D)[None, :]
     # Padded keys were loaded as 0, which gives their rows a nonzero P; these rows are replaced by 0 here.
     if grad_k is not None:
-        tl.store(grad_k + o_grad, tl.where(m_n[:, None], b_grad_k * scale, 0.0).to(grad_k.dtype.element_ty), mask=m_grad)
+        tl.store(
+            grad_k + o_grad, tl.where(m_n[:, None], b_grad_k * scale, 0.0).to(grad_k.dtype.element_ty), mask=m_grad
+        )
     if grad_v is not None:
         tl.store(grad_v + o_grad, tl.where(m_n[:, None], b_grad_v, 0.0).to(grad_v.dtype.element_ty), mask=m_grad)
 
@@ -104,7 +111,8 @@ def _query_grad_block(
 ):  # fmt: skip
     b_k = load_tile(p_k, m_n, 0, D, BLOCK_D, MASKED)  # [BN, BLOCK_D]
     b_v = load_tile(p_v, m_n, 0, D, BLOCK_D, MASKED)
-    b_p = tl.exp2(dot_over_d(b_q, p_q, m_m, b_k, p_k, m_n, D, BLOCK_D, BK, MASKED) * qk_scale - b_lse[:, None])  # [BM, BN]
+    # [BM, BN]
+    b_p = tl.exp2(dot_over_d(b_q, p_q, m_m, b_k, p_k, m_n, D, BLOCK_D, BK, MASKED) * qk_scale - b_lse[:, None])
     b_ds = b_p * (dot_over_d(b_g, p_g, m_m, b_v, p_v, m_n, D, BLOCK_D, BK, MASKED) - b_delta[:, None])
     if MASKED:
         b_ds = tl.where(m_n[None, :], b_ds, 0.0)  # P of a padded key can be inf, and inf * 0 is NaN
@@ -142,13 +150,15 @@ def shared_cross_attention_bwd_query_kernel(
     if not MASK_ALL:
         for _ in range(0, whole, BN):
             b_grad = _query_grad_block(
-                b_q, p_q, b_g, p_g, m_m, b_lse, b_delta, b_grad, k + o_k, v + o_v, o_n < BN, qk_scale, D, BLOCK_D, BK, False
+                b_q, p_q, b_g, p_g, m_m, b_lse, b_delta, b_grad, k + o_k, v + o_v, o_n < BN, qk_scale, D, BLOCK_D, BK,
+                False
             )  # fmt: skip
             k += BN * stride_kn
             v += BN * stride_vn
     for start in range(whole, length, BN):
         b_grad = _query_grad_block(
-            b_q, p_q, b_g, p_g, m_m, b_lse, b_delta, b_grad, k + o_k, v + o_v, o_n < length - start, qk_scale, D, BLOCK_D, BK, True
+            b_q, p_q, b_g, p_g, m_m, b_lse, b_delta, b_grad, k + o_k, v + o_v, o_n < length - start, qk_scale, D,
+            BLOCK_D, BK, True
         )  # fmt: skip
         k += BN * stride_kn
         v += BN * stride_vn

@@ -8,7 +8,20 @@ from .triton_tiles import LN2, LOG2E, dot_over_d, length_of_input, load_tile, ti
 
 @triton.jit
 def _attend_block(
-    b_q, p_q, m_m, b_out, b_max, b_sum, p_k, p_v, m_n, qk_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr
+    b_q,
+    p_q,
+    m_m,
+    b_out,
+    b_max,
+    b_sum,
+    p_k,
+    p_v,
+    m_n,
+    qk_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BK: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Adds one block of keys to the online softmax, in base 2: exp2 is the hardware's exponential."""
     b_k = load_tile(p_k, m_n, 0, D, BLOCK_D, MASKED)  # [BN, BLOCK_D]
@@ -59,7 +72,8 @@ def shared_cross_attention_fwd_kernel(
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_out = tl.zeros([BM, BLOCK_D], tl.float32)
-    # Tiles of many rows are compute-bound: only the last block pays for masks, in a loop of its own. Tiles of few rows are memory-bound.
+    # Tiles of many rows are compute-bound: only the last block pays for masks, in a loop of its own. Tiles of few rows
+    # are memory-bound.
     MASK_ALL: tl.constexpr = BM < 64 or BK < BLOCK_D
     whole = begin if MASK_ALL else begin + (end - begin) // BN * BN
     if not MASK_ALL:
@@ -80,7 +94,9 @@ def shared_cross_attention_fwd_kernel(
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]  # a row without keys is 0
     o_d = tl.arange(0, BLOCK_D)
     o_out = o_m[:, None] * (heads * D) + o_d[None, :]  # [BM, BLOCK_D]
-    tl.store(out + (row * heads + h) * D + o_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+    tl.store(
+        out + (row * heads + h) * D + o_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :]
+    )
     if lse is not None:
         tl.store(lse + row * heads + h + o_m * heads, b_max * LN2 + tl.log(b_sum), mask=m_m)
 
@@ -89,7 +105,10 @@ def shared_cross_attention_fwd_kernel(
 def shared_cross_attention_fwd_merge_kernel(
     partial_out, partial_lse, out, lse, row_heads, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr
 ):
-    """Combines the outputs of the splits, (splits, row_heads, D), weighted by their shares of the softmax. A split without keys has lse -inf."""
+    """Combines the outputs of the splits, (splits, row_heads, D), weighted by their shares of the softmax.
+
+    A split without keys has lse -inf.
+    """
     first = tl.program_id(0).to(tl.int64) * BR
     o_r, o_d = tl.arange(0, BR), tl.arange(0, BLOCK_D)
     m_r = o_r < row_heads - first

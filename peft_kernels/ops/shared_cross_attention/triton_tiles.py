@@ -1,7 +1,7 @@
 """Mapping of programs to rows and keys, and loads of tiles: shared by the forward and backward kernels.
 
-A row is one token of one stream: (stream, token) is folded into stream * tokens + token, so the rows of an input are adjacent
-and one tile of rows spans many streams. Prefixes: o_ offsets, m_ masks, b_ blocks in registers.
+A row is one token of one stream: (stream, token) is folded into stream * tokens + token, so the rows of an input are
+adjacent and one tile of rows spans many streams. Prefixes: o_ offsets, m_ masks, b_ blocks in registers.
 """
 
 import triton
@@ -25,10 +25,12 @@ def rows_of_input(cu_streams, tokens, rows_per_input, i):
 
 @triton.jit
 def tile_of_rows(cu_streams, tokens, rows_per_input, inputs, program, BM: tl.constexpr):
-    """Returns the input of a program, the first row of its tile and the number of rows in it; the tile is empty if that is not positive.
+    """Returns the input of a program, the first row of its tile and the number of rows in it; the tile is empty if that
+    is not positive.
 
-    Ragged streams: the tiles of input i start at program first_row(i) // BM + i. The start is monotone and gives every input at
-    least the programs it needs, so a program finds its input by bisection, without a table per tile or a synchronization.
+    Ragged streams: the tiles of input i start at program first_row(i) // BM + i. The start is monotone and gives every
+    input at least the programs it needs, so a program finds its input by bisection, without a table per tile or a
+    synchronization.
     """
     if cu_streams is None:
         tiles = tl.cdiv(rows_per_input, BM)
@@ -58,7 +60,9 @@ def length_of_input(key_lengths, n, i):
 
 @triton.jit
 def load_tile(p_rows, m_rows, first, D: tl.constexpr, WIDTH: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Loads [rows, WIDTH] from column ``first`` of the rows at ``p_rows``; 0 where masked, since padding may hold anything."""
+    """Loads [rows, WIDTH] from column ``first`` of the rows at ``p_rows``; 0 where masked, since padding may hold
+    anything.
+    """
     o_d = first + tl.arange(0, WIDTH)
     p = p_rows[:, None] + o_d[None, :]
     if MASK_ROWS and D % WIDTH != 0:
@@ -78,8 +82,8 @@ def dot_over_d(
 ):  # fmt: skip
     """Returns ``x @ y.T``, [rows of x, rows of y], of two tiles that are passed both as blocks and as pointers.
 
-    Without tensor cores, which NVIDIA does not have for float32, a thread would keep all columns of its rows in registers, and spill.
-    Then the columns are read again, BK at a time.
+    Without tensor cores, which NVIDIA does not have for float32, a thread would keep all columns of its rows in
+    registers, and spill. Then the columns are read again, BK at a time.
     """
     if BK == BLOCK_D:
         b_s = tl.dot(b_x, tl.trans(b_y), input_precision="ieee")

@@ -27,15 +27,23 @@ def targets(setting: Setting):
             return triton.launch_options(config, family, size, head_dim)
 
         for config in configs.forward:
-            rows = config.rows * (4 if config is configs.forward[-1] else 1)  # the last config also serves all larger row counts
-            yield "forward", (*key, config.rows), shipped(config), partial(_attention_forward, head_dim=head_dim, rows=rows)
+            # the last config also serves all larger row counts
+            rows = config.rows * (4 if config is configs.forward[-1] else 1)
+            yield (
+                "forward",
+                (*key, config.rows),
+                shipped(config),
+                partial(_attention_forward, head_dim=head_dim, rows=rows),
+            )
         grad = partial(_attention_backward, head_dim=head_dim)
         yield "query_grad", key, shipped(configs.query_grad), partial(grad, needs=(True, False, False))
         yield "key_value_grad", key, shipped(configs.key_value_grad), partial(grad, needs=(False, True, True))
 
 
 def _attention_inputs(setting, head_dim, rows):
-    """Draws query, key, value and gradient with one token per stream, laid out as (streams, tokens, heads, D), as projections produce them."""
+    """Draws query, key, value and gradient with one token per stream, laid out as (streams, tokens, heads, D), as
+    projections produce them.
+    """
     random, sizes = RandomInputs.of(setting), setting.sizes
     heads = max(1, sizes.width // head_dim)
     query, grad = (random.normal(sizes.documents * rows, 1, heads, head_dim).transpose(1, 2) for _ in range(2))

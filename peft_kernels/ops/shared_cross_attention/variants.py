@@ -13,7 +13,9 @@ KERNELS = {
     "merge": triton_forward.shared_cross_attention_fwd_merge_kernel,
     "delta": triton_backward.shared_cross_attention_bwd_delta_kernel,
     "query_grad": triton_backward.shared_cross_attention_bwd_query_kernel,
-    **dict.fromkeys(("key_grad", "value_grad", "key_value_grad"), triton_backward.shared_cross_attention_bwd_key_value_kernel),
+    **dict.fromkeys(
+        ("key_grad", "value_grad", "key_value_grad"), triton_backward.shared_cross_attention_bwd_key_value_kernel
+    ),
 }
 
 
@@ -37,11 +39,29 @@ def products(architecture, kernel, dtype, d, config):
     tall = config.rows if kernel == "attend" else 64  # scores are transposed if the block of rows is short
     types |= {"key_grad": {"grad_v": None}, "value_grad": {"grad_k": None}}.get(kernel, {})
     options = implementation.launch_options(config, architecture, 4 if dtype == "fp32" else 2, d)
-    return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel], options, types, Expected(matrix_unit(architecture, dtype == "fp32", tall)))
+    return Variant(
+        architecture,
+        OPERATOR,
+        kernel,
+        dtype,
+        KERNELS[kernel],
+        options,
+        types,
+        Expected(matrix_unit(architecture, dtype == "fp32", tall)),
+    )
 
 
 def rows(architecture, kernel, dtype, d):
-    return Variant(architecture, OPERATOR, kernel, dtype, KERNELS[kernel], implementation.row_options(d), types_of(dtype), Expected())
+    return Variant(
+        architecture,
+        OPERATOR,
+        kernel,
+        dtype,
+        KERNELS[kernel],
+        implementation.row_options(d),
+        types_of(dtype),
+        Expected(),
+    )
 
 
 def types_of(dtype):

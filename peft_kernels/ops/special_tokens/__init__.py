@@ -11,24 +11,39 @@ from ..vector_dropout import draw_seed
 
 __all__ = ["special_token_add", "special_token_add_", "special_token_slots"]
 
-# Each implementation has slots(input_ids, special_ids, attention_mask, max_slots) -> slots, counts; add_(hidden, vectors, slots, dropout_p,
-# seed, adapter_ids); and backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids) -> gradient of the vectors.
+# Each implementation has slots(input_ids, special_ids, attention_mask, max_slots) -> slots, counts; add_(hidden,
+# vectors, slots, dropout_p, seed, adapter_ids); and backward(grad, slots, adapters, vectors, dropout_p, seed,
+# adapter_ids) -> gradient of the vectors.
 implementations = Implementations(__name__)
 
 FEW_SLOTS = 256
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
-_lib.define("special_token_slots(Tensor input_ids, Tensor special_ids, Tensor? attention_mask, SymInt max_slots, str impl) -> Tensor")
-_lib.define("special_token_add(Tensor hidden, Tensor vectors, Tensor slots, float dropout_p, Tensor? seed, Tensor? adapter_ids, str impl) -> Tensor")
-_lib.define("special_token_add_(Tensor(a!) hidden, Tensor vectors, Tensor slots, float dropout_p, Tensor? seed, Tensor? adapter_ids, str impl) -> ()")
 _lib.define(
-    "special_token_add_backward(Tensor grad, Tensor slots, SymInt adapters, SymInt vectors, float dropout_p, Tensor? seed,"
-    " Tensor? adapter_ids, str impl) -> Tensor"
+    "special_token_slots(Tensor input_ids, Tensor special_ids, Tensor? attention_mask, SymInt max_slots, str impl) ->"
+    " Tensor"
+)
+_lib.define(
+    "special_token_add(Tensor hidden, Tensor vectors, Tensor slots, float dropout_p, Tensor? seed, Tensor? adapter_ids,"
+    " str impl) -> Tensor"
+)
+_lib.define(
+    "special_token_add_(Tensor(a!) hidden, Tensor vectors, Tensor slots, float dropout_p, Tensor? seed, Tensor?"
+    " adapter_ids, str impl) -> ()"
+)
+_lib.define(
+    "special_token_add_backward(Tensor grad, Tensor slots, SymInt adapters, SymInt vectors, float dropout_p, Tensor?"
+    " seed, Tensor? adapter_ids, str impl) -> Tensor"
 )
 
 
 def special_token_slots(
-    input_ids: Tensor, special_ids: Tensor | Sequence[int], *, max_slots: int, attention_mask: Tensor | None = None, impl: str = "auto"
+    input_ids: Tensor,
+    special_ids: Tensor | Sequence[int],
+    *,
+    max_slots: int,
+    attention_mask: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Find the positions of the special tokens in every row, in order; once per batch, for all layers.
 
@@ -38,17 +53,19 @@ def special_token_slots(
         input_ids: (B, S) int32 or int64.
         special_ids: (n,) int32 or int64, the ids of special tokens; a sequence of numbers is copied to the device.
         max_slots: the maximum number of special tokens in a row.
-        attention_mask: (B, S), integer, bool or float; a special token at a 0 is padding and does not count. None: no padding.
+        attention_mask: (B, S), integer, bool or float; a special token at a 0 is padding and does not count. None: no
+            padding.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
         (B, max_slots) int32: positions, ascending, then -1 in the unused slots.
 
-    The call does not synchronize with the device. A row with more special tokens than ``max_slots`` raises on the CPU; on a GPU it fails a
-    device-side assertion, which surfaces at the next synchronization.
+    The call does not synchronize with the device. A row with more special tokens than ``max_slots`` raises on the CPU;
+    on a GPU it fails a device-side assertion, which surfaces at the next synchronization.
 
     Raises:
-        ValueError: invalid shapes, devices or values, too many special tokens, or a named implementation that cannot run here.
+        ValueError: invalid shapes, devices or values, too many special tokens, or a named implementation that cannot
+            run here.
         TypeError: invalid dtypes.
     """
     name = "special_token_slots"
@@ -66,7 +83,10 @@ def special_token_slots(
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: {what} must be int32 or int64, got {x.dtype}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(f"{name}: attention_mask must be {tuple(input_ids.shape)} as input_ids is, got {tuple(attention_mask.shape)}")
+        raise ValueError(
+            f"{name}: attention_mask must be {tuple(input_ids.shape)} as input_ids is, got"
+            f" {tuple(attention_mask.shape)}"
+        )
     if max_slots < 0:
         raise ValueError(f"{name}: max_slots must be at least 0, got {max_slots}")
     _check_devices(name, "input_ids", input_ids, special_ids=special_ids, attention_mask=attention_mask)
@@ -90,24 +110,27 @@ def special_token_add(
     Args:
         hidden: (B, S, d); float32, float16, bfloat16 or float64.
         vectors: (P, d), or (K, P, d) for K adapters; in ``hidden``'s dtype or float32. P is at least 1.
-        slots: (B, k) int32 or int64 in [-1, S), the positions of a row's special tokens (``special_token_slots``), without repeats; -1: an
-            unused slot. Slots from P on get the last vector.
-        dropout_p: probability, in [0, 1), that an element of a vector is dropped, drawn for every row and slot; the kept elements are
-            divided by 1 - dropout_p.
-        seed: seed of the draws, which also depend on row, slot and column: a number or (1,) int64. None: drawn from torch's generator.
+        slots: (B, k) int32 or int64 in [-1, S), the positions of a row's special tokens (``special_token_slots``),
+            without repeats; -1: an unused slot. Slots from P on get the last vector.
+        dropout_p: probability, in [0, 1), that an element of a vector is dropped, drawn for every row and slot; the
+            kept elements are divided by 1 - dropout_p.
+        seed: seed of the draws, which also depend on row, slot and column: a number or (1,) int64. None: drawn from
+            torch's generator.
         adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row; -1: nothing is added. Required if K > 1.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
     Returns:
         (B, S, d) in ``hidden``'s dtype, contiguous. Sums are in float32 (float64 for float64 inputs).
 
-    The gradient of ``hidden`` is that of the result; the gradient of ``vectors`` is summed over the rows in a fixed order.
+    The gradient of ``hidden`` is that of the result; the gradient of ``vectors`` is summed over the rows in a fixed
+    order.
 
-    Values of ``slots`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would synchronize with the device, so it runs only if
-    the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``slots`` and ``adapter_ids`` are checked on the CPU. On a GPU the check would synchronize with the
+    device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
-        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says why.
+        ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
+            why.
         TypeError: invalid dtypes.
     """
     arguments = _checked("special_token_add", hidden, vectors, slots, dropout_p, seed, adapter_ids, impl)
@@ -141,14 +164,18 @@ def _checked(name, hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
 
 
 def check_injection(name, what, hidden, vectors, slots, dropout_p, seed, adapter_ids) -> tuple[Tensor, Tensor | None]:
-    """Checks the arguments; returns ``vectors`` with an adapter dimension and in at least float32, and the seed as a tensor."""
+    """Checks the arguments; returns ``vectors`` with an adapter dimension and in at least float32, and the seed as a
+    tensor.
+    """
     batch, _, width = hidden.shape
     if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"{name}: {what} must be float32, float16, bfloat16 or float64, got {hidden.dtype}")
     if vectors.dtype not in (hidden.dtype, torch.float32):
         raise TypeError(f"{name}: vectors must be {hidden.dtype} as {what} is, or float32, got {vectors.dtype}")
     if vectors.ndim not in (2, 3) or vectors.shape[-1] != width or vectors.shape[-2] < 1:
-        raise ValueError(f"{name}: vectors must be (P, {width}) or (K, P, {width}) with at least one row, got {tuple(vectors.shape)}")
+        raise ValueError(
+            f"{name}: vectors must be (P, {width}) or (K, P, {width}) with at least one row, got {tuple(vectors.shape)}"
+        )
     if slots.ndim != 2 or slots.shape[0] != batch:
         raise ValueError(f"{name}: slots must be ({batch}, k), got {tuple(slots.shape)}")
     if adapter_ids is None and vectors.ndim == 3 and vectors.shape[0] != 1:
@@ -180,7 +207,9 @@ def _check_devices(name, what, like, **tensors):
 
 
 def check_injection_values(name, length, vectors, slots, adapter_ids):
-    """Checks for values that would make a kernel read out of bounds or write twice; on a GPU only with ``PEFT_KERNELS_DEBUG=1``."""
+    """Checks for values that would make a kernel read out of bounds or write twice; on a GPU only with
+    ``PEFT_KERNELS_DEBUG=1``.
+    """
     if slots.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1":
         return
     # A few slots are checked in Python: a single call of a tensor function would cost more.
@@ -196,7 +225,9 @@ def check_injection_values(name, length, vectors, slots, adapter_ids):
     if rows is None:
         repeats = _repeats(slots)
     else:
-        repeats = next((row for row in rows if len(set(row)) < len(row) and len(set(row)) != len(row) - row.count(-1) + 1), None)
+        repeats = next(
+            (row for row in rows if len(set(row)) < len(row) and len(set(row)) != len(row) - row.count(-1) + 1), None
+        )
     if repeats is not None:
         raise ValueError(f"{name}: slots must have every position of a row once, got {repeats}")
 
@@ -211,9 +242,13 @@ def _repeats(slots: Tensor) -> list[int] | None:
 @torch.library.impl(_lib, "special_token_slots", "CompositeExplicitAutograd")
 def _slots(input_ids, special_ids, attention_mask, max_slots, impl):
     name = "special_token_slots"
-    slots, counts = implementations.resolve(name, impl, input_ids.device.type, torch.float32).slots(input_ids, special_ids, attention_mask, max_slots)
+    slots, counts = implementations.resolve(name, impl, input_ids.device.type, torch.float32).slots(
+        input_ids, special_ids, attention_mask, max_slots
+    )
     if counts.device.type != "cpu":
-        torch._assert_async((counts <= max_slots).all(), f"{name}: a row has more than max_slots={max_slots} special tokens")
+        torch._assert_async(
+            (counts <= max_slots).all(), f"{name}: a row has more than max_slots={max_slots} special tokens"
+        )
     elif counts.numel() and (most := int(counts.max())) > max_slots:
         row = int(counts.argmax())
         raise ValueError(f"{name}: max_slots={max_slots}, but row {row} has {most} special tokens")
@@ -222,12 +257,17 @@ def _slots(input_ids, special_ids, attention_mask, max_slots, impl):
 
 @torch.library.impl(_lib, "special_token_add_", "CompositeExplicitAutograd")
 def _add_(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
-    """Adds in place, and handles what torch's own in-place operators handle: shared memory, inference tensors, autograd's version counter."""
+    """Adds in place, and handles what torch's own in-place operators handle: shared memory, inference tensors,
+    autograd's version counter.
+    """
     if hidden.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError("special_token_add_: hidden is an inference tensor, which changes in torch.inference_mode() alone: clone it")
+        raise ValueError(
+            "special_token_add_: hidden is an inference tensor, which changes in torch.inference_mode() alone: clone it"
+        )
     if _overlaps(hidden):
         raise ValueError(
-            f"special_token_add_: elements of hidden must not share memory, got strides {hidden.stride()} of {tuple(hidden.shape)}: clone it"
+            f"special_token_add_: elements of hidden must not share memory, got strides {hidden.stride()} of"
+            f" {tuple(hidden.shape)}: clone it"
         )
     if vectors.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr():
         vectors = vectors.clone()
@@ -238,11 +278,15 @@ def _add_(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
 
 def _add_to(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
     check_injection_values("special_token_add", hidden.shape[1], vectors, slots, adapter_ids)
-    implementations.resolve("special_token_add", impl, hidden.device.type, hidden.dtype).add_(hidden, vectors, slots, dropout_p, seed, adapter_ids)
+    implementations.resolve("special_token_add", impl, hidden.device.type, hidden.dtype).add_(
+        hidden, vectors, slots, dropout_p, seed, adapter_ids
+    )
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Returns whether elements share memory: some stride is no larger than the extent of the smaller ones, as in expanded or windowed tensors."""
+    """Returns whether elements share memory: some stride is no larger than the extent of the smaller ones, as in
+    expanded or windowed tensors.
+    """
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
         if stride <= reach:
@@ -294,7 +338,9 @@ def _autograd(ctx, grad):
     slots, seed, adapter_ids = ctx.saved_tensors
     grad_vectors = None
     if ctx.needs_input_grad[1]:
-        grad_vectors = torch.ops.peft_kernels.special_token_add_backward.default(grad, slots, *ctx.sizes, ctx.dropout_p, seed, adapter_ids, ctx.impl)
+        grad_vectors = torch.ops.peft_kernels.special_token_add_backward.default(
+            grad, slots, *ctx.sizes, ctx.dropout_p, seed, adapter_ids, ctx.impl
+        )
     return grad, grad_vectors, None, None, None, None, None
 
 

@@ -10,21 +10,34 @@ SLOT_BYTES = 4
 
 
 def special_token_slots(
-    input_ids: Tensor, special_ids: Tensor | Sequence[int], *, max_slots: int, attention_mask: Tensor | None = None, backward: bool = False
+    input_ids: Tensor,
+    special_ids: Tensor | Sequence[int],
+    *,
+    max_slots: int,
+    attention_mask: Tensor | None = None,
+    backward: bool = False,
 ) -> Cost:
     """Ids and mask are read, positions written; comparisons are not counted. There is no backward."""
     listed = special_ids.nbytes if isinstance(special_ids, Tensor) else 8 * len(special_ids)
     return Cost(nbytes(input_ids, attention_mask) + listed + input_ids.shape[0] * max_slots * SLOT_BYTES, 0)
 
 
-def special_token_add(hidden: Tensor, vectors: Tensor, slots: Tensor, *, adapter_ids: Tensor | None = None, backward: bool = False) -> Cost:
-    """All of ``hidden`` is read and written; backward as in ``special_token_add_``, since the gradient of ``hidden`` is that of the result."""
+def special_token_add(
+    hidden: Tensor, vectors: Tensor, slots: Tensor, *, adapter_ids: Tensor | None = None, backward: bool = False
+) -> Cost:
+    """All of ``hidden`` is read and written; backward as in ``special_token_add_``, since the gradient of ``hidden`` is
+    that of the result.
+    """
     cost = special_token_add_(hidden, vectors, slots, adapter_ids=adapter_ids, backward=backward)
     return Cost(cost.bytes + 2 * (hidden.nbytes - _rows_bytes(hidden, slots)), cost.operations)
 
 
-def special_token_add_(hidden: Tensor, vectors: Tensor, slots: Tensor, *, adapter_ids: Tensor | None = None, backward: bool = False) -> Cost:
-    """The rows in ``slots`` are read and written; backward, if ``vectors`` require a gradient, the same rows of the gradient are summed."""
+def special_token_add_(
+    hidden: Tensor, vectors: Tensor, slots: Tensor, *, adapter_ids: Tensor | None = None, backward: bool = False
+) -> Cost:
+    """The rows in ``slots`` are read and written; backward, if ``vectors`` require a gradient, the same rows of the
+    gradient are summed.
+    """
     rows = _rows_bytes(hidden, slots)
     elements = rows // hidden.element_size()
     cost = Cost(2 * rows + nbytes(vectors, slots, adapter_ids), elements)

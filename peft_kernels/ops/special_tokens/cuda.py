@@ -12,12 +12,16 @@ def slots(input_ids, special_ids, attention_mask, max_slots):
 
 
 def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids):
-    torch.ops.peft_kernels.special_token_add_cuda.default(hidden, vectors.contiguous(), slots, dropout_p, seed, adapter_ids)
+    torch.ops.peft_kernels.special_token_add_cuda.default(
+        hidden, vectors.contiguous(), slots, dropout_p, seed, adapter_ids
+    )
 
 
 def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=False):
     """Returns the gradient of the vectors. ``by_slot``: grad is (B, k, d), a row for every slot."""
     if grad.stride(2) != 1:
         grad = grad.contiguous()
-    partial = torch.ops.peft_kernels.special_token_add_backward_cuda.default(grad, slots, adapters, vectors, by_slot, dropout_p, seed, adapter_ids)
+    partial = torch.ops.peft_kernels.special_token_add_backward_cuda.default(
+        grad, slots, adapters, vectors, by_slot, dropout_p, seed, adapter_ids
+    )
     return partial[0] if len(partial) == 1 else partial.sum(0)

@@ -1,7 +1,7 @@
 """Benchmarks of PASTA's operators: every row has k special tokens, [CLS] first and the others at random positions.
 
-"official": the authors' order of operations. Python loops over the rows find the special tokens; then each of them takes a multiplication
-and an addition over all hidden states.
+"official": the authors' order of operations. Python loops over the rows find the special tokens; then each of them
+takes a multiplication and an addition over all hidden states.
 """
 
 import torch
@@ -36,9 +36,12 @@ def finding(shape, variant, dtype, device, backward) -> Problem:
 
     def scattered():
         special = torch.isin(ids, listed)
-        column = (special.cumsum(1) - 1).masked_fill(~special, count)  # the extra column past the end takes all other tokens
+        # the extra column past the end takes all other tokens
+        column = (special.cumsum(1) - 1).masked_fill(~special, count)
         positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch, -1)
-        return torch.full((batch, count + 1), -1, dtype=torch.int32, device=device).scatter_(1, column, positions)[:, :count]
+        return torch.full((batch, count + 1), -1, dtype=torch.int32, device=device).scatter_(1, column, positions)[
+            :, :count
+        ]
 
     return Problem(
         leaves=(),
@@ -87,7 +90,10 @@ def adding(shape, variant, dtype, device, backward) -> Problem:
 
 
 def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
-    """The problem in place. Each candidate repeatedly adds to its own tensor; ``detach`` keeps one iteration's graph out of the next."""
+    """The problem in place.
+
+    Each candidate repeatedly adds to its own tensor; ``detach`` keeps one iteration's graph out of the next.
+    """
     hidden, vectors, grad, slots = addition(shape, dtype, device)
 
     def own(add):

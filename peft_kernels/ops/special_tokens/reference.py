@@ -17,9 +17,12 @@ def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Te
     if attention_mask is not None:
         special &= attention_mask != 0
     counts = special.sum(1)
-    slot = (special.cumsum(1) - 1).masked_fill(~special, max_slots).clamp_max(max_slots)  # the extra column past the end takes all other tokens
+    # the extra column past the end takes all other tokens
+    slot = (special.cumsum(1) - 1).masked_fill(~special, max_slots).clamp_max(max_slots)
     positions = torch.arange(length, dtype=torch.int32, device=input_ids.device).expand(batch, -1)
-    found = torch.full((batch, max_slots + 1), -1, dtype=torch.int32, device=input_ids.device).scatter_(1, slot, positions)
+    found = torch.full((batch, max_slots + 1), -1, dtype=torch.int32, device=input_ids.device).scatter_(
+        1, slot, positions
+    )
     return found[:, :max_slots].contiguous(), counts
 
 
@@ -48,6 +51,10 @@ def injected(vectors, slots, dropout_p, seed, adapter_ids) -> tuple[Tensor, Tens
 
 def _used(slots, adapter_ids):
     """Returns row, slot and adapter of every used slot in the rows that have an adapter."""
-    adapter = torch.zeros(slots.shape[0], dtype=torch.long, device=slots.device) if adapter_ids is None else adapter_ids.long()
+    adapter = (
+        torch.zeros(slots.shape[0], dtype=torch.long, device=slots.device)
+        if adapter_ids is None
+        else adapter_ids.long()
+    )
     rows, columns = ((slots >= 0) & (adapter >= 0)[:, None]).nonzero(as_tuple=True)
     return rows, columns, adapter[rows]

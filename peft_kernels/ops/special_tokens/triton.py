@@ -1,4 +1,7 @@
-"""Launchers and default configs of the Triton kernels. No launch synchronizes with the device or depends on a value there."""
+"""Launchers and default configs of the Triton kernels.
+
+No launch synchronizes with the device or depends on a value there.
+"""
 
 from functools import cache
 from typing import NamedTuple
@@ -7,7 +10,17 @@ import torch
 from torch import Tensor
 
 from .. import tuned
-from ..triton_runtime import COMPILER_OPTIONS, cdiv, contiguous, dense, guard, kernel_module, partition, strides, unavailable
+from ..triton_runtime import (
+    COMPILER_OPTIONS,
+    cdiv,
+    contiguous,
+    dense,
+    guard,
+    kernel_module,
+    partition,
+    strides,
+    unavailable,
+)
 from ..vector_dropout import threshold
 
 triton_kernels = kernel_module(__package__)
@@ -37,7 +50,8 @@ def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Te
         with guard(input_ids.device):
             triton_kernels.special_token_slots_kernel[batch,](
                 found, counts, input_ids, special_ids, attention_mask,
-                length, len(special_ids), max_slots, *input_ids.stride(), special_ids.stride(0), *strides(attention_mask, 2),
+                length, len(special_ids), max_slots, *input_ids.stride(), special_ids.stride(0),
+                *strides(attention_mask, 2),
                 **tuned.options("special_tokens", "slots", input_ids.device, slots_options()),
             )  # fmt: skip
     return found, counts
@@ -48,11 +62,14 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
     if not batch * slots_per_row * width:
         return
     (vectors,) = contiguous(vectors)
-    options = tuned.options("special_tokens", "add", hidden.device, add_options(hidden.element_size()), hidden.element_size())
+    options = tuned.options(
+        "special_tokens", "add", hidden.device, add_options(hidden.element_size()), hidden.element_size()
+    )
     with guard(hidden.device):
         triton_kernels.special_token_add_kernel[cdiv(width, options["BD"]) * batch * slots_per_row,](
             hidden, vectors, slots, adapter_ids, seed,
-            slots_per_row, vectors_per_adapter, width, *dropout(dropout_p), *hidden.stride(), *slots.stride(), *strides(adapter_ids, 1),
+            slots_per_row, vectors_per_adapter, width, *dropout(dropout_p), *hidden.stride(), *slots.stride(),
+            *strides(adapter_ids, 1),
             **options,
         )  # fmt: skip
 
@@ -61,7 +78,9 @@ def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_sl
     """Returns the gradient of the vectors. ``by_slot``: grad is (B, k, d), a row for every slot."""
     (batch, slots_per_row), width = slots.shape, grad.shape[2]
     grad = dense(grad)
-    options = tuned.options("special_tokens", "backward", grad.device, backward_options(grad.element_size(), by_slot), grad.element_size())
+    options = tuned.options(
+        "special_tokens", "backward", grad.device, backward_options(grad.element_size(), by_slot), grad.element_size()
+    )
     programs = cdiv(width, options["BD"]) * adapters * vectors
     parts, rows = partition(batch, max(1, slots_per_row - vectors + 1), programs)
     partial = grad.new_empty(parts, adapters, vectors, width, dtype=torch.float32)
@@ -89,10 +108,18 @@ def add_options(size: int) -> dict:
 @cache
 def backward_options(size: int, by_slot: bool) -> dict:
     config = BACKWARD[size]
-    return {"BY_SLOT": by_slot, "BN": config.rows, "BD": config.columns, "num_warps": config.num_warps, **COMPILER_OPTIONS}
+    return {
+        "BY_SLOT": by_slot,
+        "BN": config.rows,
+        "BD": config.columns,
+        "num_warps": config.num_warps,
+        **COMPILER_OPTIONS,
+    }
 
 
 def dropout(p: float) -> tuple[int, float]:
-    """Returns the threshold, its 32 bits as int32 so that every threshold has one type, and the factor of kept elements."""
+    """Returns the threshold, its 32 bits as int32 so that every threshold has one type, and the factor of kept
+    elements.
+    """
     bits = threshold(p)
     return bits - (1 << 32) if bits >= 1 << 31 else bits, 1 / (1 - p)

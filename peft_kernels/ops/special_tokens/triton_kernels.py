@@ -35,7 +35,18 @@ def load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d,
     return b_added
 
 
-@triton.jit(do_not_specialize=["length", "specials", "max_slots", "stride_ib", "stride_ij", "stride_s", "stride_mb", "stride_mj"])
+@triton.jit(
+    do_not_specialize=[
+        "length",
+        "specials",
+        "max_slots",
+        "stride_ib",
+        "stride_ij",
+        "stride_s",
+        "stride_mb",
+        "stride_mj",
+    ]
+)
 def special_token_slots_kernel(
     slots, counts, input_ids, special_ids, attention_mask,
     length, specials, max_slots, stride_ib, stride_ij, stride_s, stride_mb, stride_mj,
@@ -56,7 +67,9 @@ def special_token_slots_kernel(
             m_special = m_special | (b_id == tl.load(special_ids + i * stride_s).to(tl.int64))
         m_special = m_special & m_s
         if attention_mask is not None:
-            m_special = m_special & (tl.load(attention_mask + row * stride_mb + o_s.to(tl.int64) * stride_mj, mask=m_s, other=0) != 0)
+            m_special = m_special & (
+                tl.load(attention_mask + row * stride_mb + o_s.to(tl.int64) * stride_mj, mask=m_s, other=0) != 0
+            )
         b_special = m_special.to(tl.int32)
         o_slot = count + tl.cumsum(b_special, 0) - 1
         tl.store(slots + row * max_slots + o_slot, o_s, mask=m_special & (o_slot < max_slots))
@@ -67,13 +80,19 @@ def special_token_slots_kernel(
     tl.store(counts + row, count)
 
 
-@triton.jit(do_not_specialize=["slots_per_row", "vectors_per_adapter", "threshold", "stride_sb", "stride_sj", "stride_k"])
+@triton.jit(
+    do_not_specialize=["slots_per_row", "vectors_per_adapter", "threshold", "stride_sb", "stride_sj", "stride_k"]
+)
 def special_token_add_kernel(
     hidden, vectors, slots, adapter_ids, seed,
-    slots_per_row, vectors_per_adapter, d, threshold, scale, stride_hb, stride_hs, stride_hd, stride_sb, stride_sj, stride_k,
+    slots_per_row, vectors_per_adapter, d, threshold, scale, stride_hb, stride_hs, stride_hd, stride_sb, stride_sj,
+    stride_k,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of one vector in place. Grid: tiles of columns, then (B, k). A program whose slot is unused returns at once."""
+    """Adds a tile of one vector in place. Grid: tiles of columns, then (B, k).
+
+    A program whose slot is unused returns at once.
+    """
     tiles = tl.cdiv(d, BD)
     o_row = tl.program_id(0) // tiles // slots_per_row + tl.arange(0, 1)
     o_slot = tl.program_id(0) // tiles % slots_per_row + tl.arange(0, 1)
@@ -82,23 +101,42 @@ def special_token_add_kernel(
     b_adapter = adapters_of(adapter_ids, o_row, stride_k, o_row >= 0)
     if tl.max(tl.minimum(b_position, b_adapter.to(tl.int64)), 0) >= 0:
         mask = (o_d < d)[None, :]
-        p = hidden + o_row.to(tl.int64)[:, None] * stride_hb + b_position[:, None] * stride_hs + o_d.to(tl.int64)[None, :] * stride_hd
-        b_added = load_vectors(vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_per_adapter, d, mask)
+        p = (
+            hidden
+            + o_row.to(tl.int64)[:, None] * stride_hb
+            + b_position[:, None] * stride_hs
+            + o_d.to(tl.int64)[None, :] * stride_hd
+        )
+        b_added = load_vectors(
+            vectors, seed, threshold, scale, o_row, o_slot, b_adapter, o_d, vectors_per_adapter, d, mask
+        )
         b_hidden = tl.load(p, mask=mask, other=0.0).to(tl.float32) + b_added  # [1, BD]
         tl.store(p, b_hidden.to(hidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
-    do_not_specialize=["batch", "rows", "slots_per_row", "adapters", "vectors_per_adapter", "threshold", "stride_sb", "stride_sj", "stride_k"]
+    do_not_specialize=[
+        "batch",
+        "rows",
+        "slots_per_row",
+        "adapters",
+        "vectors_per_adapter",
+        "threshold",
+        "stride_sb",
+        "stride_sj",
+        "stride_k",
+    ]
 )
 def special_token_add_bwd_kernel(
     partial, grad, slots, adapter_ids, seed,
-    batch, rows, slots_per_row, adapters, vectors_per_adapter, d, threshold, scale, stride_gb, stride_gs, stride_sb, stride_sj, stride_k,
+    batch, rows, slots_per_row, adapters, vectors_per_adapter, d, threshold, scale, stride_gb, stride_gs, stride_sb,
+    stride_sj, stride_k,
     BY_SLOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Sums the gradient of one vector over ``rows`` rows of the batch, BN pairs of row and slot at a time, in order.
 
-    Grid: tiles of columns, then (K, P), then parts of the batch. BY_SLOT: grad is (B, k, d), a row for every slot, in place of (B, S, d).
+    Grid: tiles of columns, then (K, P), then parts of the batch. BY_SLOT: grad is (B, k, d), a row for every slot, in
+    place of (B, S, d).
     """
     tiles = tl.cdiv(d, BD)
     o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
@@ -115,7 +153,10 @@ def special_token_add_bwd_kernel(
         o_n = start + tl.arange(0, BN)
         o_row, o_slot = begin + o_n // taken, vector + o_n % taken
         m_n = o_n < addends
-        b_position = tl.load(slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj, mask=m_n, other=-1)  # [BN]
+        # [BN]
+        b_position = tl.load(
+            slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj, mask=m_n, other=-1
+        )
         m_n = m_n & (b_position >= 0) & (adapters_of(adapter_ids, o_row, stride_k, m_n) == adapter)
         if BY_SLOT:
             b_token = o_slot.to(tl.int64)

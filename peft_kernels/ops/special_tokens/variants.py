@@ -20,13 +20,23 @@ KERNELS = {
 def variants():
     for architecture in ARCHITECTURES:
         short = Expected(load=1, warps=WARPS)
-        yield Variant(architecture, OPERATOR, "slots", "int64", KERNELS["slots"], implementation.slots_options(), TYPES, short)
+        yield Variant(
+            architecture, OPERATOR, "slots", "int64", KERNELS["slots"], implementation.slots_options(), TYPES, short
+        )
         for dtype, size in (("fp32", 4), ("bf16", 2)):
             types = {**TYPES, **dict.fromkeys(("hidden", "grad"), f"*{dtype}")}
             # an AMD wavefront has twice as many threads, so each thread has half as many columns
-            add = Expected(load=8, store=4, warps=WARPS) if architecture == "gfx942" else Expected(store=16, warps=WARPS)
-            yield Variant(architecture, OPERATOR, "add", dtype, KERNELS["add"], implementation.add_options(size), types, add)
+            add = (
+                Expected(load=8, store=4, warps=WARPS) if architecture == "gfx942" else Expected(store=16, warps=WARPS)
+            )
+            yield Variant(
+                architecture, OPERATOR, "add", dtype, KERNELS["add"], implementation.add_options(size), types, add
+            )
             options = implementation.backward_options(size, False)
-            yield Variant(architecture, OPERATOR, "backward", dtype, KERNELS["backward"], options, types, Expected(warps=WARPS))
+            yield Variant(
+                architecture, OPERATOR, "backward", dtype, KERNELS["backward"], options, types, Expected(warps=WARPS)
+            )
         options, types = implementation.backward_options(4, True), {**TYPES, "grad": "*fp32"}
-        yield Variant(architecture, OPERATOR, "backward", "fp32", KERNELS["backward"], options, types, Expected(warps=WARPS))
+        yield Variant(
+            architecture, OPERATOR, "backward", "fp32", KERNELS["backward"], options, types, Expected(warps=WARPS)
+        )

@@ -1,4 +1,6 @@
-"""The command that measures operators: parses the request, shows a progress bar and a table for each case, and writes the files."""
+"""The command that measures operators: parses the request, shows a progress bar and a table for each case, and writes
+the files.
+"""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,14 +21,29 @@ from ..tables import table
 from .revision import Checkout, running
 from .runner import Case, cases_of, compare, failed, rate_dtype
 
-SECONDS, QUICK_SECONDS = 3.0, 1.0  # time per case; short candidates are repeated more often, as their times scatter most
+# time per case; short candidates are repeated more often, as their times scatter most
+SECONDS, QUICK_SECONDS = (
+    3.0,
+    1.0,
+)
 PHASES = {"forward": [False], "backward": [True], "both": [False, True]}
 
 
-def run(wanted: Sequence[Case], device: str, repeats: int, quick: bool, out: Path, console: Console, against: Checkout | None = None) -> bool:
+def run(
+    wanted: Sequence[Case],
+    device: str,
+    repeats: int,
+    quick: bool,
+    out: Path,
+    console: Console,
+    against: Checkout | None = None,
+) -> bool:
     """Measure, show and write; False if our operator was wrong or failed."""
     console.print(f"on: {device_name(device)}, {torch.get_num_threads()} threads")
-    limits = {dtype: peaks(getattr(torch, dtype), device) for dtype in dict.fromkeys(rate_dtype(case.dtype) for case in wanted)}
+    limits = {
+        dtype: peaks(getattr(torch, dtype), device)
+        for dtype in dict.fromkeys(rate_dtype(case.dtype) for case in wanted)
+    }
     for dtype, limit in limits.items():
         console.print(f"{dtype}: {limit}")
     rows: list[Row] = []
@@ -49,11 +66,16 @@ def run(wanted: Sequence[Case], device: str, repeats: int, quick: bool, out: Pat
     kept.end(console)
     failures = [row for row in rows if failed(row)]
     for row in failures:
-        console.print(f"[bold red]{row.candidate} failed[/bold red], {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}: {escape(row.missing)}")
+        console.print(
+            f"[bold red]{row.candidate} failed[/bold red], {row.benchmark}, {row.dtype}, {row.phase}, {row.shape}:"
+            f" {escape(row.missing)}"
+        )
     return not failures
 
 
-def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], phase: str, quick: bool, console: Console) -> list[Case]:
+def asked(
+    names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], phase: str, quick: bool, console: Console
+) -> list[Case]:
     """The cases to be measured.
 
     Raises:
@@ -65,9 +87,17 @@ def asked(names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[str], ph
     found = []
     for one in operators:
         sizes = [parsed(text, one) for text in shapes] or list(one.quick_shapes if quick else one.shapes)
-        here = cases_of(one, sizes, one.dtypes if one.is_integer else list(dict.fromkeys(dtypes)) or one.default_dtypes, PHASES[phase])
+        here = cases_of(
+            one,
+            sizes,
+            one.dtypes if one.is_integer else list(dict.fromkeys(dtypes)) or one.default_dtypes,
+            PHASES[phase],
+        )
         if not here:
-            lacks = f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}: nothing to measure"
+            lacks = (
+                f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}:"
+                " nothing to measure"
+            )
             if names:
                 raise ValueError(lacks)
             console.print(lacks)
@@ -85,10 +115,16 @@ def parsed(text: str, one: Operator) -> dict[str, int]:
     for part in text.split(","):
         letter, _, size = (x.strip() for x in part.partition("="))
         if letter not in one.letters or letter in sizes or not size.isdecimal() or not int(size):
-            raise ValueError(f"--shapes of {one.name} must be {','.join(f'{x}=<size>' for x in one.letters)}; got {part!r} in {text!r}")
+            raise ValueError(
+                f"--shapes of {one.name} must be {','.join(f'{x}=<size>' for x in one.letters)}; got {part!r} in"
+                f" {text!r}"
+            )
         sizes[letter] = int(size)
     if missing := [letter for letter in one.letters if letter not in sizes]:
-        raise ValueError(f"--shapes of {one.name} must be {','.join(f'{x}=<size>' for x in one.letters)}; {text!r} has no {', '.join(missing)}")
+        raise ValueError(
+            f"--shapes of {one.name} must be {','.join(f'{x}=<size>' for x in one.letters)}; {text!r} has no"
+            f" {', '.join(missing)}"
+        )
     return {letter: sizes[letter] for letter in one.letters}
 
 

@@ -1,4 +1,6 @@
-"""Our operators at another git revision: a worktree of it, and a process that imports it and takes turns with this one."""
+"""Our operators at another git revision: a worktree of it, and a process that imports it and takes turns with this
+one.
+"""
 
 import json
 import shutil
@@ -70,7 +72,9 @@ def running(checkout: Checkout, device: str) -> Iterator["Revision"]:
 
 
 def provide_libraries(checkout: Checkout, tree: Path):
-    """Provide the libraries that this checkout has, so that both sides are comparable: copied if their sources agree, otherwise built."""
+    """Provide the libraries that this checkout has, so that both sides are comparable: copied if their sources agree,
+    otherwise built.
+    """
     package = checkout.root / "peft_kernels"
     here = [name for name in LIBRARIES if (package / f"{name}.so").exists()]
     if not here:
@@ -91,10 +95,23 @@ class Revision:
 
     def __init__(self, ref: str, tree: Path, device: str, errors):
         self.ref, self.candidate, self.errors = ref, f"{OURS} at {ref}", errors
-        command = [sys.executable, str(Path(__file__).with_name("revision_worker.py")), str(tree), device, str(torch.get_num_threads()), str(PAUSE)]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("revision_worker.py")),
+            str(tree),
+            device,
+            str(torch.get_num_threads()),
+            str(PAUSE),
+        ]
         # in its own session Ctrl-C does not reach it: this process ends it
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=tree, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=tree,
+            start_new_session=True,
         )
 
     def prepare(self, case) -> "Elsewhere":
@@ -103,7 +120,13 @@ class Revision:
         Raises:
             Missing: the revision cannot run it, with the reason.
         """
-        answer = self.ask(operator=case.operator.name, shape=case.shape, variant=case.variant, dtype=case.dtype, backward=case.backward)
+        answer = self.ask(
+            operator=case.operator.name,
+            shape=case.shape,
+            variant=case.variant,
+            dtype=case.dtype,
+            backward=case.backward,
+        )
         if "missing" in answer:
             raise Missing(answer["missing"])
         return Elsewhere(self, answer["error"])

@@ -1,4 +1,6 @@
-"""The process of ``revision.py``, run as a script: another revision's package with this revision's ``perf`` and problems in it."""
+"""The process of ``revision.py``, run as a script: another revision's package with this revision's ``perf`` and
+problems in it.
+"""
 
 import importlib.util
 import json
@@ -45,12 +47,17 @@ def main(tree: str, device: str, threads: str, pause: str):
 
 
 class OfThisRevision(MetaPathFinder):
-    """Finds ``peft_kernels.perf`` and the operators' problems in this revision. Their relative imports find the other revision's operators."""
+    """Finds ``peft_kernels.perf`` and the operators' problems in this revision.
+
+    Their relative imports find the other revision's operators.
+    """
 
     def __init__(self):
         package = Path(__file__).parents[2]
         self.files = {f"peft_kernels.ops.{name}": package / f"ops/{name}.py" for name in ("problem", "registry")}
-        self.files |= {f"peft_kernels.ops.{path.parent.name}.problems": path for path in package.glob("ops/*/problems.py")}
+        self.files |= {
+            f"peft_kernels.ops.{path.parent.name}.problems": path for path in package.glob("ops/*/problems.py")
+        }
         self.files["peft_kernels.perf"] = package / "perf/__init__.py"
 
     def find_spec(self, name, path, target=None):

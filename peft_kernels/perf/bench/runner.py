@@ -1,4 +1,6 @@
-"""An operator against its baselines: every candidate is first checked against float64, then all are timed turn by turn."""
+"""An operator against its baselines: every candidate is first checked against float64, then all are timed turn by
+turn.
+"""
 
 import sys
 from collections.abc import Callable
@@ -41,7 +43,13 @@ class Case:
     @property
     def named(self) -> dict:
         """The fields that all rows of the case share."""
-        return {"benchmark": self.operator.name, "shape": self.shape, "variant": self.variant, "dtype": self.dtype, "phase": self.phase}
+        return {
+            "benchmark": self.operator.name,
+            "shape": self.shape,
+            "variant": self.variant,
+            "dtype": self.dtype,
+            "phase": self.phase,
+        }
 
     def __str__(self):
         sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
@@ -49,9 +57,19 @@ class Case:
 
 
 def cases_of(operator: Operator, shapes: list[dict[str, int]], dtypes: list[str], phases: list[bool]) -> list[Case]:
-    """Cases for all combinations. ``phases``: whether backward; an operator without a backward pass has no such case."""
+    """Cases for all combinations.
+
+    ``phases``: whether backward; an operator without a backward pass has no such case.
+    """
     phases = [backward for backward in phases if operator.has_backward or not backward]
-    return [Case(operator, s, v, d, b) for d in dtypes for b in phases for s in shapes for v in operator.variants if d in operator.dtypes]
+    return [
+        Case(operator, s, v, d, b)
+        for d in dtypes
+        for b in phases
+        for s in shapes
+        for v in operator.variants
+        if d in operator.dtypes
+    ]
 
 
 def compare(
@@ -64,7 +82,8 @@ def compare(
     revision: Revision | None = None,
     notify: Callable[[str, float], None] = lambda candidate, share: None,
 ) -> list[Row]:
-    """A row for each candidate, ours first. A candidate that is wrong or cannot run has a row that says why; so has ours if making the problem fails.
+    """A row for each candidate, ours first. A candidate that is wrong or cannot run has a row that says why; so has
+    ours if making the problem fails.
 
     ``repeats`` timed runs of each candidate, more if ``seconds`` allow. ``revision`` is timed as one more candidate.
     ``notify`` gets the next step and the share of this case that is done.
@@ -74,7 +93,9 @@ def compare(
     try:
         problem = case.problem(device)
         expected = truth(problem, case.backward)
-    except Exception as error:  # a shape that is invalid or too large for memory must not cost the other cases their rows
+    except (
+        Exception
+    ) as error:  # a shape that is invalid or too large for memory must not cost the other cases their rows
         return [Row(candidate=OURS, missing=first_line(error), **case.named)]
     functions, errors, reasons = {}, {}, {}
     prepare = candidates(case, problem, device)
@@ -82,7 +103,9 @@ def compare(
         notify(f"checking {name}", 0)
         try:
             functions[name], errors[name] = checked(candidate(), problem, expected, case, device)
-        except Exception as error:  # a baseline's error becomes the reason in its row; an error of ours fails the command
+        except (
+            Exception
+        ) as error:  # a baseline's error becomes the reason in its row; an error of ours fails the command
             reasons[name] = first_line(error)
     del expected
     if revision is not None:
@@ -96,7 +119,10 @@ def compare(
     timings, roofline = _timed(functions, problem.roofline, repeats, seconds, device, notify)
     roofline = limits.roofline(cost.bytes, cost.operations) if roofline is None else roofline
     common = {**case.named, "bytes": cost.bytes, "operations": cost.operations, "roofline_s": roofline}
-    rows = {row.candidate: row for row in compared(timings, {candidate: {"error": error} for candidate, error in errors.items()}, **common)}
+    rows = {
+        row.candidate: row
+        for row in compared(timings, {candidate: {"error": error} for candidate, error in errors.items()}, **common)
+    }
     rows |= {candidate: Row(candidate=candidate, missing=reason, **common) for candidate, reason in reasons.items()}
     return [rows[candidate] for candidate in [*prepare, *([revision.candidate] if revision else [])]]
 
@@ -125,20 +151,31 @@ def truth(problem: Problem, backward: bool) -> list[Tensor]:
     return [x.detach() for x in prepared(problem.truth, tuple(_wide(x) for x in problem.leaves), grads, backward)()]
 
 
-def checked(candidate: Candidate, problem: Problem, expected: list[Tensor], case: Case, device: str) -> tuple[Callable[[], Any], float]:
+def checked(
+    candidate: Candidate, problem: Problem, expected: list[Tensor], case: Case, device: str
+) -> tuple[Callable[[], Any], float]:
     """``candidate`` as a function to time, and its error.
 
     Raises:
         ValueError: the result is wrong.
     """
-    function = prepared(candidate.compute, problem.leaves if candidate.leaves is None else candidate.leaves, problem.grads, case.backward)
+    function = prepared(
+        candidate.compute,
+        problem.leaves if candidate.leaves is None else candidate.leaves,
+        problem.grads,
+        case.backward,
+    )
     results = function()
-    error = worst_error(candidate.restore(results) if candidate.restore else results, expected, TOLERANCE.get(case.dtype, 0.0))
+    error = worst_error(
+        candidate.restore(results) if candidate.restore else results, expected, TOLERANCE.get(case.dtype, 0.0)
+    )
     del results
     return captured(function) if device == "cuda" and not candidate.waits else function, error
 
 
-def prepared(compute: Callable[..., Any], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...], backward: bool) -> Callable[[], tuple[Tensor, ...]]:
+def prepared(
+    compute: Callable[..., Any], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...], backward: bool
+) -> Callable[[], tuple[Tensor, ...]]:
     """A function without arguments that returns the outputs and, with ``backward``, the gradients of all leaves."""
     leaves = _leaves(leaves, backward)
 

@@ -32,11 +32,16 @@ class DecT:
         self.template = "{text} It was {mask}" if source.kind == "causal" else "{text} It was {mask}."
         self.seq2seq, self.causal = source.kind == "encoder-decoder", source.kind == "causal"
         words = [*self.template.replace(".", " .").split(), *LABEL_WORDS, *built_in_text().split()]
-        self.tokenizer = word_tokenizer(source.config, source.kind, words) if source.random else AutoTokenizer.from_pretrained(source.name)
+        self.tokenizer = (
+            word_tokenizer(source.config, source.kind, words)
+            if source.random
+            else AutoTokenizer.from_pretrained(source.name)
+        )
         check_length(self.model.base_model, largest["length"])
         self.extract([""], 1)  # fails early for an unsupported model
         self.candidates = {
-            STOCK: "texts tokenized, logits of the whole vocabulary at every position, then those of two label words at the mask",
+            STOCK: "texts tokenized, logits of the whole vocabulary at every position, then those of two label words"
+            " at the mask",
             OURS: "dect.extract: the head computes two label words at the mask alone",
         }
 
@@ -48,7 +53,9 @@ class DecT:
 
         def check(outputs) -> Agreement:
             found, expected = outputs[OURS], outputs[STOCK]
-            return close(self.dtype, {name: difference(getattr(found, name), getattr(expected, name)) for name in vars(found)})
+            return close(
+                self.dtype, {name: difference(getattr(found, name), getattr(expected, name)) for name in vars(found)}
+            )
 
         candidates = {STOCK: lambda: lambda: self.by_hand(texts), OURS: lambda: lambda: self.extract(texts, len(texts))}
         yield Measurement("forward", point, len(texts), "samples", candidates, check)
@@ -59,12 +66,16 @@ class DecT:
         while words and len(self.ids([" ".join(words)])[0]) > length:
             words.pop()
         if not words:
-            raise typer.BadParameter(f"the template and its mask leave no room for a text in {length} tokens", param_hint="--length")
+            raise typer.BadParameter(
+                f"the template and its mask leave no room for a text in {length} tokens", param_hint="--length"
+            )
         return " ".join(words)
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         mask = "" if self.causal else T5_MASK if self.seq2seq else self.tokenizer.mask_token
-        rows = self.tokenizer([self.template.replace("{mask}", mask).replace("{text}", text).rstrip() for text in texts])["input_ids"]
+        rows = self.tokenizer(
+            [self.template.replace("{mask}", mask).replace("{text}", text).rstrip() for text in texts]
+        )["input_ids"]
         return [ids[:-1] if self.causal and ids[-1] == self.tokenizer.eos_token_id else ids for ids in rows]
 
     @torch.no_grad()

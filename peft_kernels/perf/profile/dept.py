@@ -1,4 +1,6 @@
-"""Decomposed prompt tuning: our embedding against the authors' order of operations, and against PEFT's prompt tuning."""
+"""Decomposed prompt tuning: our embedding against the authors' order of operations, and against PEFT's prompt
+tuning.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -38,7 +40,11 @@ class DePT:
         ours = get_peft_model(pid_baselines.twin(self.base), config)
         layer = ours.base_model.model.dept
         prompt, a, b = (parameters["default"] for parameters in (layer.dept_prompt, layer.dept_a, layer.dept_b))
-        for parameter in (prompt, b):  # as large as embeddings: with the zero update that training starts from, the comparison would be empty
+        # as large as embeddings: with the zero update that training starts from, the comparison would be empty
+        for parameter in (
+            prompt,
+            b,
+        ):
             parameter.data.normal_(std=float(table.weight.float().std()))
         tuning = PromptTuningConfig(task_type=task, num_virtual_tokens=rows, num_transformer_submodules=1)
         self.models = {
@@ -47,7 +53,8 @@ class DePT:
             OURS: ours,
         }
         self.candidates = {
-            STOCK: f"DePT, {VIRTUAL_TOKENS} prompt rows and rank {RANK}, in the authors' order of work: repeat, multiply, add, concatenate",
+            STOCK: f"DePT, {VIRTUAL_TOKENS} prompt rows and rank {RANK}, in the authors' order of work: repeat,"
+            " multiply, add, concatenate",
             PROMPT_TUNING: f"PEFT's, {rows} rows, as many trained numbers",
             OURS: "DePTConfig and get_peft_model: prompt, embedding and update in one pass",
         }
@@ -55,16 +62,24 @@ class DePT:
     def cases(self, point: dict[str, int]) -> Iterator[Measurement]:
         inputs = random_sentences(self.base, **point)
         if self.kind != "encoder":
-            inputs["labels"] = inputs["input_ids"] if self.kind == "causal" else inputs["input_ids"][:, :LABEL_TOKENS].contiguous()
+            inputs["labels"] = (
+                inputs["input_ids"] if self.kind == "causal" else inputs["input_ids"][:, :LABEL_TOKENS].contiguous()
+            )
 
         def check(outputs) -> Agreement:
             with evaluating(self.models.values()):
                 found, expected = (self.models[candidate](**inputs) for candidate in (OURS, STOCK))
             logits = expected.logits[:, -point["length"] :] if self.kind == "causal" else expected.logits
-            return close(self.dtype, {"logits": difference(found.logits, logits), "loss": difference(found.loss, expected.loss)})
+            return close(
+                self.dtype, {"logits": difference(found.logits, logits), "loss": difference(found.loss, expected.loss)}
+            )
 
-        candidates = {candidate: lambda model=model: run_of(model, inputs, self.train) for candidate, model in self.models.items()}
-        yield Measurement("training step" if self.train else "forward", point, point["batch"], "samples", candidates, check)
+        candidates = {
+            candidate: lambda model=model: run_of(model, inputs, self.train) for candidate, model in self.models.items()
+        }
+        yield Measurement(
+            "training step" if self.train else "forward", point, point["batch"], "samples", candidates, check
+        )
 
 
 class Official(nn.Module):
@@ -77,7 +92,9 @@ class Official(nn.Module):
         self.after_first = int(not model.can_generate() and inserts_after_first(model.base_model))
         self.widens_labels = model.can_generate() and not model.config.is_encoder_decoder
         if not model.can_generate():
-            for name, head in [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]:
+            for name, head in [
+                (name, child) for name, child in model.named_children() if name != model.base_model_prefix
+            ]:
                 setattr(model, name, copy.deepcopy(head).requires_grad_())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor):

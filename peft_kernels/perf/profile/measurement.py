@@ -60,9 +60,11 @@ def run_of(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> Run:
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
-    """Forward, backward and AdamW on the trainable parameters of ``model``; the first step creates the optimizer's state.
+    """Forward, backward and AdamW on the trainable parameters of ``model``; the first step creates the optimizer's
+    state.
 
-    The learning rate is 0: the work is the same, and the weights do not change, so that the candidates can be compared at any time.
+    The learning rate is 0: the work is the same, and the weights do not change, so that the candidates can be compared
+    at any time.
     """
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)

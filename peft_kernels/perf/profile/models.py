@@ -42,7 +42,11 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
 }
-LANGUAGE_MODELS = {"encoder-decoder": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM}
+LANGUAGE_MODELS = {
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+    "causal": AutoModelForCausalLM,
+    "encoder": AutoModelForMaskedLM,
+}
 NAMES = {"encoder-decoder": "an encoder-decoder model", "causal": "a causal model", "encoder": "an encoder"}
 
 
@@ -70,7 +74,9 @@ class Source:
         """A key of ``LANGUAGE_MODELS``."""
         if self.config.is_encoder_decoder:
             return "encoder-decoder"
-        masked = self.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(self.config, "is_decoder", False)
+        masked = self.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+            self.config, "is_decoder", False
+        )
         return "causal" if self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not masked else "encoder"
 
     def language_model(self) -> nn.Module:

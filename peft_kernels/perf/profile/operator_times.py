@@ -14,7 +14,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's log messages wo
 
 
 def self_times(run: Run, device: str, trace: Path) -> dict[str, float]:
-    """Self time in seconds of every operator in one run, without the operators that it calls; on a GPU, time of the kernels that it launches.
+    """Self time in seconds of every operator in one run, without the operators that it calls; on a GPU, time of the
+    kernels that it launches.
 
     The trace at ``trace`` opens in chrome://tracing and in Perfetto.
     """

@@ -40,7 +40,9 @@ class PASTA:
         except ValueError as error:
             self.missing[FUSED] = str(error)
         self.candidates = {
-            STOCK: "full fine-tuning: forward, backward and AdamW on all weights" if train else "the model without vectors",
+            STOCK: "full fine-tuning: forward, backward and AdamW on all weights"
+            if train
+            else "the model without vectors",
             OURS: f"PASTAConfig and get_peft_model{': the same on vectors and head' if train else ''}",
             FUSED: "after pasta.fuse: add, norm and injection in one pass",
         }
@@ -53,8 +55,18 @@ class PASTA:
             with evaluating(self.models.values()):
                 return close(self.dtype, self.differences(inputs))
 
-        candidates = {candidate: lambda model=model: run_of(model, inputs, self.train) for candidate, model in self.models.items()}
-        yield Measurement("training step" if self.train else "forward", point, point["batch"], "samples", candidates, check, self.missing)
+        candidates = {
+            candidate: lambda model=model: run_of(model, inputs, self.train) for candidate, model in self.models.items()
+        }
+        yield Measurement(
+            "training step" if self.train else "forward",
+            point,
+            point["batch"],
+            "samples",
+            candidates,
+            check,
+            self.missing,
+        )
 
     def differences(self, inputs: dict) -> dict[str, float]:
         """Differences between our candidates, and from the stock model with vectors of zero."""

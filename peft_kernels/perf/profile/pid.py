@@ -34,17 +34,21 @@ class PiD:
         limit, needed = max_positions(self.model), 1 + PROMPT_TOKENS + largest["new_tokens"]
         if limit is not None and needed > limit:
             raise typer.BadParameter(
-                f"the decoder has {limit} positions, got {needed} tokens, those of the prompt among them", param_hint="--new-tokens"
+                f"the decoder has {limit} positions, got {needed} tokens, those of the prompt among them",
+                param_hint="--new-tokens",
             )
         encoded_once = f"inputs encoded once, the encoder's output repeated per prompt of {PROMPT_TOKENS} tokens"
         self.candidates = {
             STOCK: f"{encoded_once}; {'forward, backward and AdamW on all weights' if train else 'greedy generate'}",
-            OURS: f"pid.enable and pid.{'forward' if train else 'generate'}: keys and values of an input computed and kept once",
+            OURS: f"pid.enable and pid.{'forward' if train else 'generate'}: keys and values of an input computed and"
+            " kept once",
         }
         if not train and source.device == "cpu":  # weights are packed on CPUs only
             self.candidates[UNPACKED] = "without the second copy of linear weights, packed for few rows"
         if train and getattr(source.config, "attention_dropout", getattr(source.config, "dropout_rate", 0)):
-            self.candidates[OURS] += "; the model has attention dropout, which runs in stock attention on queries folded by input"
+            self.candidates[OURS] += (
+                "; the model has attention dropout, which runs in stock attention on queries folded by input"
+            )
 
     def enabled(self, **options):
         return pid.enable(pid_baselines.twin(self.model), **options)
@@ -53,7 +57,9 @@ class PiD:
         inputs = random_ids(self.model, point["batch"], point["length"])
         prompts = random_ids(self.model, point["streams"], PROMPT_TOKENS, seed=1)
         if self.train:
-            yield self.training(point, inputs, prompts, random_ids(self.model, point["streams"], point["new_tokens"], seed=2))
+            yield self.training(
+                point, inputs, prompts, random_ids(self.model, point["streams"], point["new_tokens"], seed=2)
+            )
             return
         workload = Workload("", inputs.tolist(), prompts.tolist(), batch_size=point["batch"])
         yield self.generation("generate", point, workload, point["new_tokens"])
@@ -66,7 +72,10 @@ class PiD:
         def check(outputs) -> Agreement:
             wrong = max(pid_baselines.differing(outputs[STOCK], other) for other in outputs.values())
             streams = len(outputs[STOCK].tokens)
-            return Agreement(not wrong, f"tokens: {wrong} of {streams} streams differ" if wrong else f"tokens: all {streams} streams identical")
+            return Agreement(
+                not wrong,
+                f"tokens: {wrong} of {streams} streams differ" if wrong else f"tokens: all {streams} streams identical",
+            )
 
         candidates = {
             STOCK: lambda: asking(pid_baselines.repeated, self.model),
@@ -85,7 +94,9 @@ class PiD:
 
         def repeated(model):
             states = model.get_encoder()(input_ids=ids).last_hidden_state.repeat_interleave(streams, 0)
-            return model(encoder_outputs=BaseModelOutput(last_hidden_state=states), decoder_input_ids=decoder_ids, labels=labels).loss
+            return model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states), decoder_input_ids=decoder_ids, labels=labels
+            ).loss
 
         def shared(model):
             return pid.forward(model, ids, prompts.tolist(), [targets.tolist()] * batch).loss

@@ -57,5 +57,7 @@ def _along(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
     for phase in dict.fromkeys(row.phase for row in rows):
         of_phase = [row for row in rows if row.phase == phase]
         start = of_phase[0].shape
-        found[phase] = [row for row in of_phase if all(row.shape[name] == size for name, size in start.items() if name != axis)]
+        found[phase] = [
+            row for row in of_phase if all(row.shape[name] == size for name, size in start.items() if name != axis)
+        ]
     return found

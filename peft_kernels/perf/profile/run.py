@@ -64,7 +64,9 @@ def run(
     follows, method = method is None, method or _method_for(source)
     kind = METHODS[method]
     if source.kind not in kind.kinds:
-        raise typer.BadParameter(f"{method} takes {' or '.join(NAMES[one] for one in kind.kinds)}, got {source}", param_hint="--method")
+        raise typer.BadParameter(
+            f"{method} takes {' or '.join(NAMES[one] for one in kind.kinds)}, got {source}", param_hint="--method"
+        )
     if train and not kind.trains:
         raise typer.BadParameter(f"does not apply to {method}, which trains nothing in the model", param_hint="--train")
     sizes = sizes_of(given, kind.quick if quick else kind.sizes, method)
@@ -80,7 +82,10 @@ def run(
     found = Found()
     with (
         Keeping(found.rows) as kept,
-        progress_bar(console, len(cases[0].candidates) + len(traces) + sum(len(case.candidates) * (1 + repeats) for case in cases)) as step,
+        progress_bar(
+            console,
+            len(cases[0].candidates) + len(traces) + sum(len(case.candidates) * (1 + repeats) for case in cases),
+        ) as step,
     ):
         _measure(found, cases, repeats, source, method, traces, step)
 
@@ -91,7 +96,9 @@ def run(
     agree = show.agreements(console, found.agreements, dtype)
     if len(found.operators) == len(traces):
         show.operators(console, found.operators)
-    show.written(console, [path, path.with_suffix(".csv"), *plots, *(traces[candidate] for candidate in found.operators)])
+    show.written(
+        console, [path, path.with_suffix(".csv"), *plots, *(traces[candidate] for candidate in found.operators)]
+    )
     kept.end(console)
     return agree
 
@@ -112,7 +119,13 @@ def _method_for(source: Source) -> str:
 
 
 def _measure(
-    found: Found, cases: Sequence[Measurement], repeats: int, source: Source, method: str, traces: Mapping[str, Path], step: Callable[[str], None]
+    found: Found,
+    cases: Sequence[Measurement],
+    repeats: int,
+    source: Source,
+    method: str,
+    traces: Mapping[str, Path],
+    step: Callable[[str], None],
 ) -> None:
     for candidate, make in cases[0].candidates.items():
         step(f"warming up: {candidate}")
@@ -126,7 +139,11 @@ def _measure(
         agreement = case.check(outputs)
         try:
             timings = interleaved(
-                runs, repeats, warmup=0, device=source.device, notify=lambda candidate, case=case: step(f"{case.phase}: {candidate}")
+                runs,
+                repeats,
+                warmup=0,
+                device=source.device,
+                notify=lambda candidate, case=case: step(f"{case.phase}: {candidate}"),
             )
         except Interrupted as stop:
             if stop.timings:
@@ -140,8 +157,14 @@ def _measure(
             found.operators[candidate] = self_times(runs[candidate], source.device, trace)
 
 
-def _rows(case: Measurement, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str) -> Iterator[Row]:
-    what = {"benchmark": f"profile {method}", "variant": source.title, "dtype": str(source.dtype).removeprefix("torch.")}
+def _rows(
+    case: Measurement, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str
+) -> Iterator[Row]:
+    what = {
+        "benchmark": f"profile {method}",
+        "variant": source.title,
+        "dtype": str(source.dtype).removeprefix("torch."),
+    }
     what |= {"shape": case.shape, "phase": case.phase, "items": case.items, "item": case.item}
     yield from compared(timings, {candidate: {"peak_bytes": peak} for candidate, peak in peaks.items()}, **what)
     for candidate, reason in case.missing.items():

@@ -18,14 +18,30 @@ from .operator_times import NAMESPACE
 LONGEST_TABLE = 12
 
 
-def header(console: Console, source: Source, method: str, follows: bool, sizes: Mapping[str, tuple[int, ...]], train: bool, repeats: int) -> None:
-    console.print(f"[bold]{escape(source.name)}, stock and with {method}: {'a training step' if train else 'inference'}[/bold]")
+def header(
+    console: Console,
+    source: Source,
+    method: str,
+    follows: bool,
+    sizes: Mapping[str, tuple[int, ...]],
+    train: bool,
+    repeats: int,
+) -> None:
+    console.print(
+        f"[bold]{escape(source.name)}, stock and with {method}: {'a training step' if train else 'inference'}[/bold]"
+    )
     if follows:
         console.print(f"method: {method}, which {NAMES[source.kind]} takes where --method names none")
     if source.random:
-        console.print("[yellow]model: this architecture with RANDOM weights: times and memory are real, what it says is not.[/yellow]")
+        console.print(
+            "[yellow]model: this architecture with RANDOM weights: times and memory are real, what it says is"
+            " not.[/yellow]"
+        )
     shape = ", ".join(f"{axis.replace('_', ' ')} {', '.join(map(str, values))}" for axis, values in sizes.items())
-    console.print(f"workload: {shape}; {str(source.dtype).removeprefix('torch.')}; {repeats} timed runs of each candidate, turn by turn")
+    console.print(
+        f"workload: {shape}; {str(source.dtype).removeprefix('torch.')}; {repeats} timed runs of each candidate, turn"
+        " by turn"
+    )
     threads = "" if source.device == "cuda" else f", {torch.get_num_threads()} threads"
     console.print(f"on: {device_name(source.device)}{threads}")
 
@@ -57,7 +73,11 @@ def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int
         for candidates in of_phase.values():
             stock, *_ = candidates
             for row in candidates:
-                cells = [*(str(row.shape[axis]) for axis in axes), row.candidate, *(["-"] * 5 if row.missing else _cells(row, stock))]
+                cells = [
+                    *(str(row.shape[axis]) for axis in axes),
+                    row.candidate,
+                    *(["-"] * 5 if row.missing else _cells(row, stock)),
+                ]
                 table.add_row(*cells, style="bold" if row.candidate == OURS else None)
             if axes:
                 table.add_section()
@@ -65,7 +85,9 @@ def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int
     for candidate, why in {row.candidate: row.missing for row in rows if row.missing}.items():
         console.print(f"{candidate}: {escape(why)}", highlight=False)
     console.print(
-        "time: median; spread: interquartile range over it; x stock: how many times faster; peak MB: above the loaded models\n", style="dim"
+        "time: median; spread: interquartile range over it; x stock: how many times faster; peak MB: above the loaded"
+        " models\n",
+        style="dim",
     )
 
 
@@ -80,7 +102,9 @@ def _cells(row: Row, stock: Row) -> list[str]:
 
 
 def agreements(console: Console, found: Iterable[tuple[Measurement, Agreement]], dtype: torch.dtype) -> bool:
-    """Whether the candidates agree or need not: in 16 bits the summation order may decide a near-tie, which is reported and is no failure."""
+    """Whether the candidates agree or need not: in 16 bits the summation order may decide a near-tie, which is reported
+    and is no failure.
+    """
     found = list(found)
     for case, agreement in found:
         if not agreement.agrees:
@@ -99,10 +123,20 @@ def operators(console: Console, times: Mapping[str, Mapping[str, float]]) -> Non
     """Print self times side by side, with this package's operators marked."""
     totals = {candidate: sum(of_candidate.values()) for candidate, of_candidate in times.items()}
     names = {name for of_candidate in times.values() for name in of_candidate}
-    largest = sorted(names, key=lambda name: -max(of_candidate.get(name, 0.0) / totals[candidate] for candidate, of_candidate in times.items()))
+    largest = sorted(
+        names,
+        key=lambda name: (
+            -max(of_candidate.get(name, 0.0) / totals[candidate] for candidate, of_candidate in times.items())
+        ),
+    )
     mine = [name for name in largest if name.startswith(NAMESPACE)]
     shown = [name for name in largest if name in mine or name in largest[: LONGEST_TABLE - len(mine)]]
-    table = Table("operator", title="[bold]self time by operator[/bold], one run under torch.profiler", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        "operator",
+        title="[bold]self time by operator[/bold], one run under torch.profiler",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     for candidate in times:
         table.add_column(candidate, justify="right")
         table.add_column("share", justify="right")
@@ -113,7 +147,9 @@ def operators(console: Console, times: Mapping[str, Mapping[str, float]]) -> Non
         for candidate, of_candidate in times.items():
             time = sum(of_candidate.get(name, 0.0) for name in group)
             cells += [seconds(time), f"{time / totals[candidate]:.1%}"] if time else ["-", "-"]
-        table.add_row(label.removeprefix(NAMESPACE).removeprefix("aten::"), *cells, style="bold cyan" if label in mine else None)
+        table.add_row(
+            label.removeprefix(NAMESPACE).removeprefix("aten::"), *cells, style="bold cyan" if label in mine else None
+        )
     console.print(table)
     if mine:
         console.print("in colour: the operators of this package\n", style="dim")

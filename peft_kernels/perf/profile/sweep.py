@@ -17,7 +17,9 @@ def parsed(given: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[int, ..
     return {axis: _values(axis, texts) for axis, texts in given.items() if texts}
 
 
-def sizes_of(given: Mapping[str, tuple[int, ...]], defaults: Mapping[str, int], method: str) -> dict[str, tuple[int, ...]]:
+def sizes_of(
+    given: Mapping[str, tuple[int, ...]], defaults: Mapping[str, int], method: str
+) -> dict[str, tuple[int, ...]]:
     """Values of every axis of a method: those from the command line, or the default.
 
     Raises:

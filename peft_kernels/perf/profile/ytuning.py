@@ -39,7 +39,10 @@ class YTuning:
                 UNCACHED: "with the frozen backbone run in every step",
             }
         else:
-            self.candidates = {STOCK: "the model with a classification head", OURS: "the same backbone with a label block"}
+            self.candidates = {
+                STOCK: "the model with a classification head",
+                OURS: "the same backbone with a label block",
+            }
 
     def cases(self, point: dict[str, int]) -> Iterator[Measurement]:
         inputs = random_sentences(self.stock, **point)
@@ -52,9 +55,17 @@ class YTuning:
 
         def check(outputs) -> Agreement:
             with evaluating((self.model,)):
-                return close(self.dtype, {"logits, cached and not": difference(self.model(**cached()).logits, self.model(**inputs).logits)})
+                return close(
+                    self.dtype,
+                    {"logits, cached and not": difference(self.model(**cached()).logits, self.model(**inputs).logits)},
+                )
 
-        candidates = {STOCK: lambda: run_of(self.stock, inputs, self.train), OURS: lambda: run_of(self.model, inputs, self.train)}
+        candidates = {
+            STOCK: lambda: run_of(self.stock, inputs, self.train),
+            OURS: lambda: run_of(self.model, inputs, self.train),
+        }
         if self.train:
             candidates |= {UNCACHED: candidates[OURS], OURS: lambda: run_of(self.model, cached(), True)}
-        yield Measurement("training step" if self.train else "forward", point, point["batch"], "samples", candidates, check)
+        yield Measurement(
+            "training step" if self.train else "forward", point, point["batch"], "samples", candidates, check
+        )

@@ -67,11 +67,18 @@ class RatioAxis:
 
 def speed(cases: list[CaseResult]) -> list[Panel]:
     """Every candidate's time over ours, a panel for each phase and dtype, all on one axis."""
-    axis = RatioAxis(row.ratio for case in cases for row in case.timed if row.ratio is not None and row.candidate not in case.section.other_work)
+    axis = RatioAxis(
+        row.ratio
+        for case in cases
+        for row in case.timed
+        if row.ratio is not None and row.candidate not in case.section.other_work
+    )
 
     def group(case):
         compared = [row for row in case.timed if row.candidate != OURS and row.ratio is not None]
-        return Group(case.problem, tuple(_ratio(row, case, axis) for row in compared), case.ours and case.ours.share_of_roofline)
+        return Group(
+            case.problem, tuple(_ratio(row, case, axis) for row in compared), case.ours and case.ours.share_of_roofline
+        )
 
     return _panels(cases, group, axis.ticks)
 
@@ -105,7 +112,10 @@ def rooflines(cases: list[CaseResult]) -> list[Panel]:
 def amounts(cases: list[CaseResult]) -> dict[str, list[Panel]]:
     """Quantities other than time, on axes from zero: throughput and memory, if measured."""
     kinds = {
-        "Throughput": (lambda row: row.items and row.median_s and row.items / row.median_s, lambda value, row: f"{_count(value)} {row.item}/s"),
+        "Throughput": (
+            lambda row: row.items and row.median_s and row.items / row.median_s,
+            lambda value, row: f"{_count(value)} {row.item}/s",
+        ),
         "Peak memory, above what stood before": (lambda row: row.peak_bytes, lambda value, row: megabytes(value)),
         "Memory kept from step to step": (lambda row: row.kept_bytes, lambda value, row: megabytes(value)),
     }

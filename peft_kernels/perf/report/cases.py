@@ -16,7 +16,8 @@ class CaseResult:
 
     rows: tuple[Row, ...]
     results: Results
-    fixed: frozenset[str] = frozenset()  # letters with the same size in all cases of the benchmark: they do not tell cases apart
+    # letters with the same size in all cases of the benchmark: they do not tell cases apart
+    fixed: frozenset[str] = frozenset()
 
     @cached_property
     def section(self) -> Section:
@@ -42,7 +43,11 @@ class CaseResult:
     @property
     def baselines(self) -> list[Row]:
         """Candidates of others that do the same work."""
-        return [row for row in self.timed if row.ratio is not None and not is_ours(row.candidate) and row.candidate not in self.section.other_work]
+        return [
+            row
+            for row in self.timed
+            if row.ratio is not None and not is_ours(row.candidate) and row.candidate not in self.section.other_work
+        ]
 
     @property
     def strongest(self) -> Row | None:

@@ -18,7 +18,13 @@ from .methods import Comparison
 from .words import rate, seconds, timeses
 
 # Placeholder colours, which stand for the variables of style.css.
-VARIABLES = {"ink": "#fe0001", "muted": "#fe0002", "line": "#fe0003", "panel": "#fe0004", **{f"series-{i}": f"#fe001{i}" for i in range(7)}}
+VARIABLES = {
+    "ink": "#fe0001",
+    "muted": "#fe0002",
+    "line": "#fe0003",
+    "panel": "#fe0004",
+    **{f"series-{i}": f"#fe001{i}" for i in range(7)},
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "svg.fonttype": "none",
@@ -51,7 +57,9 @@ SIZE = (4.4, 3.3)  # inches
 
 
 def roofline(rows: Sequence[Row], peaks: Peaks, name: str) -> Markup:
-    """Operations per second over operations per byte, a point for each row; all rows have bytes, operations and a time."""
+    """Operations per second over operations per byte, a point for each row; all rows have bytes, operations and a
+    time.
+    """
     phases = list(dict.fromkeys(row.phase for row in rows))
     intensities = [row.operations / row.bytes for row in rows]
     rates = [row.operations / row.median_s for row in rows]
@@ -66,8 +74,17 @@ def roofline(rows: Sequence[Row], peaks: Peaks, name: str) -> Markup:
             axes.plot(*zip(*points), linestyle="", markeredgecolor=VARIABLES["panel"], label=phase, **_look(i))
         axes.set_xlim(low, high)
         axes.set_ylim(min(*rates, peaks.bandwidth * low) / 2, max(*rates, peaks.rate) * 2.5)
-        axes.text(high, peaks.rate * 1.15, f"products {rate(peaks.rate)}op/s ", ha="right", va="bottom", color=VARIABLES["muted"])
-        axes.text(0.03, 0.97, f"copy {rate(peaks.bandwidth)}B/s", transform=axes.transAxes, va="top", color=VARIABLES["muted"])
+        axes.text(
+            high,
+            peaks.rate * 1.15,
+            f"products {rate(peaks.rate)}op/s ",
+            ha="right",
+            va="bottom",
+            color=VARIABLES["muted"],
+        )
+        axes.text(
+            0.03, 0.97, f"copy {rate(peaks.bandwidth)}B/s", transform=axes.transAxes, va="top", color=VARIABLES["muted"]
+        )
         axes.set_xlabel("operations per byte")
         axes.set_ylabel("operations per second")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value).strip()))
@@ -80,7 +97,10 @@ def roofline(rows: Sequence[Row], peaks: Peaks, name: str) -> Markup:
 
 
 def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, candidates: Sequence[str], name: str) -> Markup:
-    """Seconds over one size. ``lines``: candidate -> points; ``candidates``: all of the section, which fixes a candidate's colour."""
+    """Seconds over one size.
+
+    ``lines``: candidate -> points; ``candidates``: all of the section, which fixes a candidate's colour.
+    """
     sizes = sorted({x for points in lines.values() for x, _ in points})
 
     def draw(axes):
@@ -102,7 +122,9 @@ def scaling(lines: dict[str, list[tuple[int, float]]], letter: str, candidates: 
 
 
 def methods(comparisons: Sequence[Comparison], name: str) -> str:
-    """A standalone file: a tick for each measured case at the alternative's time over ours, a line for each comparison."""
+    """A standalone file: a tick for each measured case at the alternative's time over ours, a line for each
+    comparison.
+    """
     rows = [(-i, comparison) for i, comparison in enumerate(comparisons)]
     names = list(dict.fromkeys(comparison.method.name for comparison in comparisons))
     text = [f"{one.subject} against {one.against}" for one in comparisons]
@@ -129,12 +151,17 @@ def methods(comparisons: Sequence[Comparison], name: str) -> str:
 
 
 def _standalone(svg: str, description: str) -> str:
-    """An SVG file with the colours of both themes and a background, because the page around it may have the other theme."""
+    """An SVG file with the colours of both themes and a background, because the page around it may have the other
+    theme.
+    """
     colours = (files(__package__) / "style.css").read_text(encoding="utf-8").partition("* {")[0]
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     size = f'width="{1.4 * width:.0f}" height="{1.4 * height:.0f}"'
     style = f"{colours}text {{ font-family: system-ui, -apple-system, sans-serif; }}"
-    head = f"<desc>{escape(description)}</desc><style>{style}</style><rect width='100%' height='100%' rx='6' fill='var(--panel)'/>"
+    head = (
+        f"<desc>{escape(description)}</desc><style>{style}</style><rect width='100%' height='100%' rx='6'"
+        " fill='var(--panel)'/>"
+    )
     opening, rest = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", svg).split(">", 1)
     return f'<svg xmlns="http://www.w3.org/2000/svg"{opening.removeprefix("<svg")} {size}>{head}{rest}\n'
 
@@ -157,9 +184,13 @@ def _svg(draw, name: str, size: tuple[float, float] = SIZE, prefix: str | None =
     prefix = prefix or re.sub(r"\W+", "-", name)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {key.rpartition("}")[2]: _ours(key.rpartition("}")[2], value, prefix) for key, value in element.attrib.items()}
+        element.attrib = {
+            key.rpartition("}")[2]: _ours(key.rpartition("}")[2], value, prefix)
+            for key, value in element.attrib.items()
+        }
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": name}
-    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))  # ElementTree escapes its text
+    # ElementTree escapes its text
+    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
 
 
 def _ours(key: str, value: str, prefix: str) -> str:

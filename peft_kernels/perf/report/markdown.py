@@ -14,14 +14,17 @@ BEGIN, END = r"<!-- figures(?:: (?P<benchmarks>[\w ]+))? -->", "<!-- /figures --
 def updated(text: str, machines: list[Machine]) -> str:
     """``text`` with the figures of ``machines`` between ``<!-- figures -->`` and ``<!-- /figures -->``.
 
-    ``<!-- figures: NAME ... -->`` shows these benchmarks only, ``<!-- figures: methods -->`` one table with a row for each method.
+    ``<!-- figures: NAME ... -->`` shows these benchmarks only, ``<!-- figures: methods -->`` one table with a row for
+    each method.
 
     Raises:
         ValueError: a marker is missing, or a named benchmark has no results.
     """
     blocks = list(re.finditer(f"({BEGIN}\n).*?({END})", text, re.DOTALL))
     if (len(re.findall(BEGIN, text)), text.count(END), len(blocks)) != (1, 1, 1):
-        raise ValueError("expected one <!-- figures --> or <!-- figures: NAME ... --> with one <!-- /figures --> after it")
+        raise ValueError(
+            "expected one <!-- figures --> or <!-- figures: NAME ... --> with one <!-- /figures --> after it"
+        )
     [block] = blocks
     named = block["benchmarks"]
     made = methods(machines) if named == "methods" else figures(machines, None if named is None else named.split())
@@ -29,21 +32,36 @@ def updated(text: str, machines: list[Machine]) -> str:
 
 
 def figures(machines: list[Machine], named: Sequence[str] | None = None) -> str:
-    """Markdown: for every machine a table for each benchmark. Profiles measure the user's own models and appear on the page only."""
+    """Markdown: for every machine a table for each benchmark.
+
+    Profiles measure the user's own models and appear on the page only.
+    """
     measured = {case.of.benchmark for machine in machines for case in machine.cases if not case.section.is_profile}
     if unknown := [one for one in named or () if one not in measured]:
         raise ValueError(f"no results of {', '.join(unknown)}; there are {', '.join(sorted(measured, key=order))}")
     lines = []
     for machine in machines:
-        benchmarks = sorted({case.of.benchmark for case in machine.cases} & (measured if named is None else set(named)), key=order)
+        benchmarks = sorted(
+            {case.of.benchmark for case in machine.cases} & (measured if named is None else set(named)), key=order
+        )
         if benchmarks:
-            lines += [_heading(machine), "", *(line for one in benchmarks for line in [*_table(section(one), machine.of(one)), ""])]
+            lines += [
+                _heading(machine),
+                "",
+                *(line for one in benchmarks for line in [*_table(section(one), machine.of(one)), ""]),
+            ]
     return "\n".join([*lines, *_without_gpu(machines)])
 
 
 def methods(machines: list[Machine]) -> str:
     """Markdown: a row for each method, with ranges over all of its cases on all machines."""
-    head = ["method", "what it gives", "end to end", "memory, best alternative over ours", "its operators, over the best alternative"]
+    head = [
+        "method",
+        "what it gives",
+        "end to end",
+        "memory, best alternative over ours",
+        "its operators, over the best alternative",
+    ]
     lines = [head, ["---"] * len(head)]
     for method in METHODS:
         ratios = operators(method, machines).ratios
@@ -119,13 +137,17 @@ def _end_to_end(where: Iterable[str], by_dtype: list[list[CaseResult]]) -> list[
             lines.append([f"{'the same' if lines else ', '.join(filter(None, where))}: {what}", *cells])
 
     def of(candidate, word):
-        return lambda case: next((word(row.ratio) for row in case.timed if row.candidate == candidate and row.ratio is not None), None)
+        return lambda case: next(
+            (word(row.ratio) for row in case.timed if row.candidate == candidate and row.ratio is not None), None
+        )
 
     for candidate in dict.fromkeys(row.candidate for case in known for row in case.baselines):
         line(f"over {candidate}", of(candidate, times))
     for candidate in known[0].section.other_work:
         line(f"{candidate}, share of our time", of(candidate, percent))
-    line("% of roofline", lambda case: case.ours and case.ours.share_of_roofline and percent(case.ours.share_of_roofline))
+    line(
+        "% of roofline", lambda case: case.ours and case.ours.share_of_roofline and percent(case.ours.share_of_roofline)
+    )
     line("peak memory, best alternative → ours", lambda case: _memory(case, "peak_bytes"))
     line("memory kept, best alternative → ours", lambda case: _memory(case, "kept_bytes"))
     return lines

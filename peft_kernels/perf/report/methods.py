@@ -16,9 +16,17 @@ class Method:
 
 
 METHODS = (
-    Method("PiD", "beam search, and many prompts of one document, on one copy of the encoder's keys and values", "pid_generate"),
-    Method("DePT", "a short soft prompt and a low-rank update of the word embeddings, written in one pass", "dept_training"),
-    Method("PASTA", "trained vectors added to [CLS] and [SEP] before every layer; the base gets no gradient", "pasta_layer"),
+    Method(
+        "PiD",
+        "beam search, and many prompts of one document, on one copy of the encoder's keys and values",
+        "pid_generate",
+    ),
+    Method(
+        "DePT", "a short soft prompt and a low-rank update of the word embeddings, written in one pass", "dept_training"
+    ),
+    Method(
+        "PASTA", "trained vectors added to [CLS] and [SEP] before every layer; the base gets no gradient", "pasta_layer"
+    ),
     Method("DecT", "a classifier on one pass of a frozen language model", "dect"),
     Method("Y-Tuning", "label representations trained on cached features", "ytuning_step"),
 )
@@ -47,14 +55,23 @@ def operators(method: Method, machines: Iterable[Machine]) -> Comparison:
     """The fastest alternative of each case of the method's operators."""
     names = [name for name in ops.__all__ if section(name).about.startswith(method.name)]
     strongest = [case.strongest for case in _cases(names, machines)]
-    return Comparison(method, f"{method.name}'s operators", "the best alternative", tuple(row.ratio for row in strongest if row))
+    return Comparison(
+        method, f"{method.name}'s operators", "the best alternative", tuple(row.ratio for row in strongest if row)
+    )
 
 
 def memory(method: Method, machines: Iterable[Machine]) -> list[float]:
-    """Memory of the best alternative over ours, end to end: memory kept between steps if measured, otherwise the peak."""
-    pairs = [(case.strongest, case.ours) for case in _cases([method.benchmark], machines) if case.strongest and case.ours]
+    """Memory of the best alternative over ours, end to end: memory kept between steps if measured, otherwise the
+    peak.
+    """
+    pairs = [
+        (case.strongest, case.ours) for case in _cases([method.benchmark], machines) if case.strongest and case.ours
+    ]
     fields = ("kept_bytes", "peak_bytes")
-    sizes = [next(((a, b) for field in fields if (a := getattr(other, field)) and (b := getattr(ours, field))), None) for other, ours in pairs]
+    sizes = [
+        next(((a, b) for field in fields if (a := getattr(other, field)) and (b := getattr(ours, field))), None)
+        for other, ours in pairs
+    ]
     return [other / ours for other, ours in filter(None, sizes)]
 
 

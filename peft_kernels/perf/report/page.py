@@ -15,7 +15,9 @@ from .cases import CaseResult, Machine
 from .methods import METHODS, end_to_end, operators
 from .sections import order, section
 
-LEAST_INTENSITY = 1  # operations per byte: a benchmark below only moves memory, and bars of % of roofline show all of it
+LEAST_INTENSITY = (
+    1  # operations per byte: a benchmark below only moves memory, and bars of % of roofline show all of it
+)
 
 
 def page(machines: list[Machine]) -> str:
@@ -37,10 +39,14 @@ def page(machines: list[Machine]) -> str:
 
 def picture(machines: list[Machine]) -> str:
     """SVG of all methods in one drawing, end to end and by their operators."""
-    comparisons = [one for method in METHODS for one in (*end_to_end(method, machines), operators(method, machines)) if one.ratios]
+    comparisons = [
+        one for method in METHODS for one in (*end_to_end(method, machines), operators(method, machines)) if one.ratios
+    ]
     if not comparisons:
         raise ValueError("expected results of at least one method, found none")
-    return figures.methods(comparisons, f"Alternatives over ours, on {' and '.join(machine.name for machine in machines)}")
+    return figures.methods(
+        comparisons, f"Alternatives over ours, on {' and '.join(machine.name for machine in machines)}"
+    )
 
 
 def _source(name: str) -> str:
@@ -100,13 +106,22 @@ def _cell(cases: list[CaseResult], axis) -> dict | None:
 
 
 def _named(case: CaseResult) -> str:
-    return f"{case.problem}, {case.of.phase}, {case.of.dtype}: {words.times(case.strongest.ratio)} over {case.strongest.candidate}"
+    return (
+        f"{case.problem}, {case.of.phase}, {case.of.dtype}: {words.times(case.strongest.ratio)} over"
+        f" {case.strongest.candidate}"
+    )
 
 
 def _section(machines: list[Machine], benchmark: str) -> dict:
     found = [(machine, machine.of(benchmark)) for machine in machines]
     blocks = [_block(machine, cases) for machine, cases in found if cases]
-    fixed = [f"{letter}={count}" for _, cases in found for case in cases for letter, count in case.of.shape.items() if letter in case.fixed]
+    fixed = [
+        f"{letter}={count}"
+        for _, cases in found
+        for case in cases
+        for letter, count in case.of.shape.items()
+        if letter in case.fixed
+    ]
     return {
         "section": section(benchmark),
         "fixed": list(dict.fromkeys(fixed)),
@@ -175,17 +190,23 @@ def _scaling(machine: Machine, cases: list[CaseResult]) -> list[dict]:
         if sweep[-1][0] >= 2 * sweep[0][0] > 0:
             title = ", ".join(filter(None, rest))
             timed = {
-                candidate: [(count, row.median_s) for count, case in sweep for row in case.timed if row.candidate == candidate]
+                candidate: [
+                    (count, row.median_s) for count, case in sweep for row in case.timed if row.candidate == candidate
+                ]
                 for candidate in candidates
             }
             lines = {candidate: points for candidate, points in timed.items() if points}
-            svg = figures.scaling(lines, letter, candidates, f"time over {letter} of {cases[0].of.benchmark}, {title}, {machine.name}")
+            svg = figures.scaling(
+                lines, letter, candidates, f"time over {letter} of {cases[0].of.benchmark}, {title}, {machine.name}"
+            )
             found.append({"letter": letter, "title": title, "svg": svg})
     return found
 
 
 def _sizes(case: CaseResult, cases: list[CaseResult]) -> tuple[dict[str, int], str]:
-    """Shape and variant; a variant that counts something ("16 adapters") becomes one more size, 1 if there is no variant."""
+    """Shape and variant; a variant that counts something ("16 adapters") becomes one more size, 1 if there is no
+    variant.
+    """
     counts = {one.of.variant: match for one in cases if (match := re.fullmatch(r"(\d+) (\w+)", one.of.variant))}
     if not counts or case.of.variant not in ("", *counts):
         return case.of.shape, case.of.variant

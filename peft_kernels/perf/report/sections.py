@@ -43,20 +43,24 @@ END_TO_END = (
     Section(
         "pid_generate",
         "PiD: generation",
-        "T5-base's architecture. Prompts: M prompts of T tokens for each of b inputs of n tokens; beams: beam search with M beams. new: new tokens.",
+        "T5-base's architecture. Prompts: M prompts of T tokens for each of b inputs of n tokens; beams: beam search"
+        " with M beams. new: new tokens.",
     ),
     Section("dept_training", "DePT: training step", "T5-base's architecture, B rows of L tokens."),
     Section(
         "pasta_layer",
         "PASTA: the whole model",
-        "BERT with a classification head, B rows of S tokens. Stock has no vectors, and its training step trains the head alone.",
+        "BERT with a classification head, B rows of S tokens. Stock has no vectors, and its training step trains the"
+        " head alone.",
         other_work=("stock", "operators alone"),
     ),
     Section("dect", "DecT: extraction and fitting", other_work=("the products alone",)),
     Section("ytuning_step", "Y-Tuning: training step"),
     Section("profile pid", "PiD: profile", "Stock: the encoder's output repeated for every stream."),
     Section("profile dept", "DePT: profile", "Stock: the authors' order of work."),
-    Section("profile pasta", "PASTA: profile", "Stock: a training step of full fine-tuning, and a forward without vectors."),
+    Section(
+        "profile pasta", "PASTA: profile", "Stock: a training step of full fine-tuning, and a forward without vectors."
+    ),
     Section("profile dect", "DecT: profile", "Stock: logits of the whole vocabulary at every position."),
     Section("profile ytuning", "Y-Tuning: profile"),
 )

@@ -9,7 +9,15 @@ __all__ = ["counted", "date", "megabytes", "percent", "percents", "rate", "secon
 
 def times(ratio: float) -> str:
     """Format with three digits: ``1.86x``"""
-    return f"{ratio:.0f}x" if ratio >= 99.5 else f"{ratio:.1f}x" if ratio >= 9.95 else f"{ratio:.2f}x" if ratio >= 0.01 else f"{ratio:.1g}x"
+    return (
+        f"{ratio:.0f}x"
+        if ratio >= 99.5
+        else f"{ratio:.1f}x"
+        if ratio >= 9.95
+        else f"{ratio:.2f}x"
+        if ratio >= 0.01
+        else f"{ratio:.1g}x"
+    )
 
 
 def percent(share: float) -> str:
@@ -39,7 +47,13 @@ def rate(value: float) -> str:
 
 
 def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"
+    return (
+        f"{nbytes / 1e9:.2f} GB"
+        if nbytes >= 1e9
+        else f"{nbytes / 1e6:,.0f} MB"
+        if nbytes >= 1e7
+        else f"{nbytes / 1e6:.2g} MB"
+    )
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,4 +1,6 @@
-"""``peft-kernels tune``: checks and times neighbours of the default configs beside them, and keeps the ones that are faster."""
+"""``peft-kernels tune``: checks and times neighbours of the default configs beside them, and keeps the ones that are
+faster.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +22,12 @@ from ..interruption import Keeping
 from ..measure import Timing, captured, interleaved
 from .targets import Target, targets
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # norm of the difference over norm of the default config's result
+# norm of the difference over norm of the default config's result
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
 LEAST_GAIN = 0.03  # share of the time; if runs scatter more than that, their spread
 MOST_REGISTERS = 0.7  # for tiles; no default config exceeds it, and most configs beyond it spill
 MAX_ROUNDS = 8
@@ -33,7 +40,9 @@ Options = dict[str, int]
 
 @dataclass(frozen=True)
 class Outcome:
-    """``options`` are the values that differ in the faster config, None if none is faster; ``rejected`` says why a candidate was not timed."""
+    """``options`` are the values that differ in the faster config, None if none is faster; ``rejected`` says why a
+    candidate was not timed.
+    """
 
     target: Target
     options: Options | None
@@ -54,11 +63,29 @@ def run(operators: Sequence[str], dtypes: Sequence[torch.dtype], out: Path | Non
     if reason := triton_runtime.unavailable("cuda", torch.float32):
         raise SystemExit(f"peft-kernels tune: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
-    tune(operators or list(tuned.kernels()), dtypes, device, out or tuned.cache_file(device), on_gpu, 1 if quick else MAX_ROUNDS, console)
+    tune(
+        operators or list(tuned.kernels()),
+        dtypes,
+        device,
+        out or tuned.cache_file(device),
+        on_gpu,
+        1 if quick else MAX_ROUNDS,
+        console,
+    )
 
 
-def tune(operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device, path: Path, timer: Timer, rounds: int, console: Console):
-    """Tune one operator after the other; the file is written after each, and after an interruption with the results until then."""
+def tune(
+    operators: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    path: Path,
+    timer: Timer,
+    rounds: int,
+    console: Console,
+):
+    """Tune one operator after the other; the file is written after each, and after an interruption with the results
+    until then.
+    """
     for operator in operators:
         given = [target for dtype in dtypes for target in targets(operator, dtype, device)]
         if not given:
@@ -84,7 +111,9 @@ def on_gpu(functions: Mapping[str, Callable]) -> dict[str, Timing]:
 
 
 def search(target: Target, device: torch.device, timer: Timer, rounds: int) -> Outcome:
-    """Move to the fastest neighbour while one is faster than the current config, then time the result once more beside the default config."""
+    """Move to the fastest neighbour while one is faster than the current config, then time the result once more beside
+    the default config.
+    """
     launches = tuned.entries(device)
     launches.pop(target.site, None)
     kernel = tuned.kernels()[target.site.operator][target.site.kernel]
@@ -117,11 +146,15 @@ def search(target: Target, device: torch.device, timer: Timer, rounds: int) -> O
     won = is_faster(of_best, of_shipped)
     changed = {name: value for name, value in best.items() if value != shipped[name]}
     launches[target.site] = changed if won else {}
-    return Outcome(target, changed if won else None, of_shipped, of_best if won else of_shipped, len(seen) - 1, rejected)
+    return Outcome(
+        target, changed if won else None, of_shipped, of_best if won else of_shipped, len(seen) - 1, rejected
+    )
 
 
 def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterator[Options]:
-    """Configs one step away: one size halved or doubled, with threads unchanged or to match; half or twice the threads; one stage fewer or more."""
+    """Configs one step away: one size halved or doubled, with threads unchanged or to match; half or twice the threads;
+    one stage fewer or more.
+    """
     allowed = {**kernel.blocks, "num_warps": tuned.WARPS, "num_stages": tuned.STAGES}
     steps = [{"num_warps": factor} for factor in (0.5, 2)]
     for block in kernel.blocks:
@@ -135,8 +168,13 @@ def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterato
 
 
 def fits(options: Options, shipped: dict, kernel: tuned.Kernel) -> bool:
-    """Whether all tiles leave a thread some of its registers: configs that would spill are not compiled. The compiler checks shared memory."""
-    sizes = [options[name] for name in kernel.blocks] + [shipped[name] for name in {"BLOCK_D", "BD", "BQ"} - {*kernel.blocks} if name in shipped]
+    """Whether all tiles leave a thread some of its registers: configs that would spill are not compiled.
+
+    The compiler checks shared memory.
+    """
+    sizes = [options[name] for name in kernel.blocks] + [
+        shipped[name] for name in {"BLOCK_D", "BD", "BQ"} - {*kernel.blocks} if name in shipped
+    ]
     tiles = [prod(pair) for pair in combinations([*sizes, 1], 2)]
     lanes, most = (64, 512) if torch.version.hip else (32, 255)
     registers = min(most, 2048 // options["num_warps"], shipped.get("maxnreg", most))
@@ -170,7 +208,9 @@ def described(options: Options) -> str:
 
 
 def save(path: Path, device: torch.device, outcomes: Sequence[Outcome], console: Console):
-    """Replace the file's entries for the measured rows; the other entries stay, unless the file was made for another device or version."""
+    """Replace the file's entries for the measured rows; the other entries stay, unless the file was made for another
+    device or version.
+    """
     try:
         before = tuned.read(path, device)
     except FileNotFoundError:
@@ -180,7 +220,11 @@ def save(path: Path, device: torch.device, outcomes: Sequence[Outcome], console:
         before = []
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     measured = {outcome.target.site for outcome in outcomes}
-    found = [tuned.Entry(one.target.site, one.options, one.shipped.median, one.best.median, date) for one in outcomes if one.options is not None]
+    found = [
+        tuned.Entry(one.target.site, one.options, one.shipped.median, one.best.median, date)
+        for one in outcomes
+        if one.options is not None
+    ]
     tuned.write(path, device, [*(entry for entry in before if entry.site not in measured), *found])
 
 

@@ -1,4 +1,6 @@
-"""Calls that ``peft-kernels tune`` times: for every row of every default config table, one that spends much of its time in that row's kernel."""
+"""Calls that ``peft-kernels tune`` times: for every row of every default config table, one that spends much of its time
+in that row's kernel.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +16,10 @@ LARGE = Sizes()
 
 
 class Target(NamedTuple):
-    """``make()`` returns a call on fresh inputs, the same every time. The call returns tensors, some of which may be None."""
+    """``make()`` returns a call on fresh inputs, the same every time.
+
+    The call returns tensors, some of which may be None.
+    """
 
     site: Site
     shipped: dict[str, Any]

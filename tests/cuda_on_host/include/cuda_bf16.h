@@ -1,8 +1,8 @@
 #pragma once
 
-#include "cuda_runtime.h"
-
 #include <torch/headeronly/util/BFloat16.h>
+
+#include "cuda_runtime.h"
 
 struct __nv_bfloat16 {
   torch::headeronly::BFloat16 value;

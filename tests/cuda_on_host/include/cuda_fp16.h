@@ -1,8 +1,8 @@
 #pragma once
 
-#include "cuda_runtime.h"
-
 #include <torch/headeronly/util/Half.h>
+
+#include "cuda_runtime.h"
 
 struct __half {
   torch::headeronly::Half value;

@@ -2,14 +2,14 @@
 
 #pragma once
 
-#include "block.h"
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <source_location>
+
+#include "block.h"
 
 #define __global__
 #define __device__
