@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
       "special_token_add_backward_cpu(Tensor grad, Tensor slots, int adapters, int vectors, float dropout_p, Tensor? "
       "seed, Tensor? adapter_ids) -> Tensor");
   m.def(
-      "special_token_add_backward_cuda(Tensor grad, Tensor slots, int adapters, int vectors, bool by_slot, float "
+      "special_token_add_backward_cuda(Tensor grad, Tensor slots, int adapters, int vectors, int? length, float "
       "dropout_p, Tensor? seed, Tensor? adapter_ids) -> Tensor");
   m.def(
       "special_token_add_cpu(Tensor(a!) hidden, Tensor vectors, Tensor slots, float dropout_p, Tensor? seed, Tensor? "

@@ -107,12 +107,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
   if (mean) n.mean = parameter(*mean, sum, {batch, length}, "mean");
   n.rstd = parameter(rstd, sum, {batch, length}, "rstd");
   n.weight = parameter(weight, sum, {width}, "weight");
-  if (need_slots) n.slots = slots_of(*slots, sum, batch);
+  if (need_slots) n.slots = slots_of(*slots, sum, batch, length);
   n.listed = !need_x;
-  n.tokens = to_int(batch * (need_x ? length : n.slots.each), "B * S");
+  n.tokens = to_int(batch * (need_x ? length : n.slots.slots_per_row), "B * S");
 
   Tensor grad_x = need_x ? torch::stable::new_empty(sum, {batch, length, width}) : torch::stable::new_empty(sum, {0});
-  Tensor grad_slots = torch::stable::new_empty(sum, {batch, n.slots.each, width}, ScalarType::Float);
+  Tensor grad_slots = torch::stable::new_empty(sum, {batch, n.slots.slots_per_row, width}, ScalarType::Float);
   if (n.tokens == 0 || n.width == 0) return {grad_x, grad_slots};
   if (need_x) n.grad_x = grad_x.mutable_data_ptr();
   if (need_slots) n.grad_slots = static_cast<float*>(grad_slots.mutable_data_ptr());

@@ -33,7 +33,7 @@ struct Norm {
 
 struct NormGradient {
   void* grad_x;       // (B, length, width), or null
-  float* grad_slots;  // (B, slots.each, width): the gradient of special tokens before rounding; or null
+  float* grad_slots;  // (B, slots_per_row, width): the gradient of special tokens before rounding; or null
   const void* grad;
   const void* grad_sum;  // or null
   int64_t grad_batch_stride, grad_token_stride, sum_batch_stride, sum_token_stride;
@@ -44,7 +44,7 @@ struct NormGradient {
   Slots slots;
   int tokens, length, width;
   int log_warps;  // log2 of the warps per row
-  bool listed;    // tokens are (B, slots.each): only those in slots are read
+  bool listed;    // tokens are (B, slots_per_row): only those in slots are read
 };
 
 // A thread's share of a row: `count` vectors of V elements. The number of threads per row is a power of two, which
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const
   }
   int slot = -1, adapter = -1;
   if (n.injection.vectors && token < n.tokens) {
-    adapter = n.injection.adapters.get(row);
+    adapter = n.injection.adapter_ids.get(row);
     if (adapter >= 0) slot = n.injection.slots.find(row, position);
   }
 
@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   const Share<V> share(n.log_warps);
   int row = 0, position = -1, slot = -1;
   if (share.token < n.tokens && n.listed) {
-    row = share.token / n.slots.each;
-    slot = share.token % n.slots.each;
+    row = share.token / n.slots.slots_per_row;
+    slot = share.token % n.slots.slots_per_row;
     position = n.slots.get(row, slot);
   } else if (share.token < n.tokens) {
     row = share.token / n.length;
@@ -226,7 +226,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
 #pragma unroll
     for (int v = 0; v < V; ++v) dx[v] = fmaf(dx[v] - fmaf(normal[v], along, level), rstd, addend[v]);
     if (n.grad_x) store<T, V>(static_cast<T*>(n.grad_x) + token * n.width + column(i), dx);
-    if (slot >= 0) store_floats<V>(n.grad_slots + (int64_t(row) * n.slots.each + slot) * n.width + column(i), dx);
+    if (slot >= 0)
+      store_floats<V>(n.grad_slots + (int64_t(row) * n.slots.slots_per_row + slot) * n.width + column(i), dx);
   }
 }
 

@@ -63,6 +63,7 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
   e.batch = to_int(input_ids.size(0), "B");
   e.length = to_int(input_ids.size(1), "L");
   e.virtual_tokens = to_int(prompt.size(1), "m");
+  e.vocabulary = to_int(weight.size(0), "V");
   e.width = to_int(weight.size(1), "d");
   e.positions = to_int((a ? *a : *delta).size(1), "s");
   e.first = insert_after_first;
@@ -84,7 +85,7 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
   e.ids = integers(input_ids, weight, "input_ids");
   e.ids_row_stride = input_ids.stride(0) * (input_ids.scalar_type() == ScalarType::Long ? 2 : 1);
   e.offsets = integers(offsets, weight, e.batch, "offsets");
-  e.adapters = integers(adapter_ids, weight, e.batch, "adapter_ids");
+  e.adapter_ids = adapters_of(adapter_ids, weight, e.batch, adapters);
 
   Tensor out = torch::stable::new_empty(weight, {e.batch, e.virtual_tokens + e.length, e.width});
   if (out.numel() == 0) return out;
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_
   STD_TORCH_CHECK(g.length <= positions, "grad must have m + L columns, L at most ", positions);
   STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
   g.offsets = integers(offsets, grad, g.batch, "offsets");
-  g.adapters = integers(adapter_ids, grad, g.batch, "adapter_ids");
+  g.adapter_ids = adapters_of(adapter_ids, grad, g.batch, adapters);
   const auto sums = [&](bool wanted, int64_t rows) {
     return torch::stable::new_empty(grad, {wanted ? adapters : 0, rows, g.width}, ScalarType::Float);
   };

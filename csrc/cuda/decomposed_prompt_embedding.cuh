@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "packed.cuh"
 
 namespace peft_kernels {
@@ -22,10 +24,12 @@ struct Embedding {
   const float* a;       // (K, positions, rank), with b; or delta
   const float* b;       // (K, rank, width)
   const float* delta;   // (K, positions, width)
-  Integers ids, offsets, adapters;
+  Integers ids, offsets;
+  AdapterIds adapter_ids;
   int64_t ids_row_stride;  // in 32-bit words
   int64_t weight_stride;
   int batch, length, virtual_tokens, positions, width, rank;
+  int vocabulary;
   int first;  // tokens before the prompt
   int column_tiles, prompt_tiles, tiles, rows_per_block;
   float scale, embed_scale;
@@ -35,7 +39,8 @@ struct Gradient {
   const void* grad;  // (batch, virtual_tokens + length, width)
   float* prompt;     // (K, prompt_rows, width)
   float* delta;      // (K, delta_rows, width)
-  Integers offsets, adapters;
+  Integers offsets;
+  AdapterIds adapter_ids;
   int64_t batch_stride, column_stride;
   int batch, length, virtual_tokens, width;
   int first;
@@ -96,6 +101,11 @@ __device__ void load_update(const float* from, int width, int rows, float (&upda
   }
 }
 
+// The number of a row's tokens before the first updated one; all of them if the value is out of range.
+__device__ inline int offset_of(const Integers& offsets, int row, int length) {
+  return static_cast<int>(min(static_cast<unsigned>(offsets.get(row)), static_cast<unsigned>(length)));
+}
+
 // Position p maps to token p + offset; positions past the end map to the tokens before the offset, which get no update.
 __device__ inline int token_at(int position, int offset, int length) {
   const int token = position + offset;
@@ -121,14 +131,14 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
   // Each lane loads the id of one position of the warp, so the warp needs one load instead of P.
   const auto id_of = [&](int row) {
     if (is_prompt || lane >= rows) return 0;
-    return __ldg(e.ids.data + row * e.ids_row_stride +
-                 token_at(position + lane, e.offsets.get(row), e.length) * e.ids.stride);
+    const int token = token_at(position + lane, offset_of(e.offsets, row, e.length), e.length);
+    return checked(__ldg(e.ids.data + row * e.ids_row_stride + token * e.ids.stride), e.vocabulary);
   };
   int id = id_of(begin);
   float update[P][V];
   int current = -1;  // the adapter of `update`
   for (int row = begin; row < end; ++row) {
-    const int adapter = e.adapters.get(row);
+    const int adapter = e.adapter_ids.get(row);
     T* out = static_cast<T*>(e.out) + int64_t(row) * (e.virtual_tokens + e.length) * e.width + column;
     if (is_prompt) {
       if (adapter != current && adapter >= 0) {
@@ -148,9 +158,10 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
       continue;
     }
 
-    const int offset = e.offsets.get(row);
+    const int offset = offset_of(e.offsets, row, e.length);
     const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
     const int64_t source = id * e.weight_stride;
+    const unsigned in_table = __ballot_sync(kWarpMask, id >= 0);
     if (row + 1 < end) id = id_of(row + 1);  // loaded while this row is written
     const auto embedding_of = [&](int p) {
       return static_cast<const T*>(e.weight) + __shfl_sync(kWarpMask, source, p) + column;
@@ -164,7 +175,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 #pragma unroll
         for (int p = 0; p < P; ++p) {  // to L2: the registers are full until the matmul is done
           const T* embedding = embedding_of(p);
-          if (p < mine) prefetch(embedding);
+          if (p < mine && in_table >> p & 1) prefetch(embedding);
         }
         multiply<V, P>(e, adapter, tile_position, column, update);
       }
@@ -173,17 +184,18 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       const T* from = embedding_of(p);
-      if (p < mine) embedding[p] = load<T, V>(from);
+      if (p < mine && in_table >> p & 1) embedding[p] = load<T, V>(from);
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       if (p >= mine) continue;
       const int token = token_of(p);
       const bool updated = adapter >= 0 && token >= offset;
+      const float factor = in_table >> p & 1 ? e.embed_scale : NAN;
       float x[V];
       Packed<T, V>::unpack(embedding[p], x);
 #pragma unroll
-      for (int v = 0; v < V; ++v) x[v] = updated ? fmaf(e.embed_scale, x[v], update[p][v]) : e.embed_scale * x[v];
+      for (int v = 0; v < V; ++v) x[v] = updated ? fmaf(factor, x[v], update[p][v]) : factor * x[v];
       store<T, V>(out + int64_t(token < e.first ? token : token + e.virtual_tokens) * e.width, x);
     }
   }
@@ -208,11 +220,11 @@ __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __gri
   for (int start = 0; start < g.batch; start += kLanes) {
     int64_t source = -1;  // each lane: offset of the addend of one row of the batch
     const int b = start + lane;
-    if (b < g.batch && g.adapters.get(b) == adapter) {
+    if (b < g.batch && g.adapter_ids.get(b) == adapter) {
       if (is_prompt) {
         source = b * g.batch_stride + (g.first + position) * g.column_stride;
       } else {
-        const int token = position + g.offsets.get(b);
+        const int token = position + offset_of(g.offsets, b, g.length);
         if (token < g.length)
           source = b * g.batch_stride + (token < g.first ? token : token + g.virtual_tokens) * g.column_stride;
       }

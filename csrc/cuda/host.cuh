@@ -48,6 +48,11 @@ inline Integers integers(const std::optional<Tensor>& x, const Tensor& like, int
   return integers(*x, like, name);
 }
 
+inline AdapterIds adapters_of(const std::optional<Tensor>& adapter_ids, const Tensor& like, int64_t batch,
+                              int64_t adapters) {
+  return {integers(adapter_ids, like, batch, "adapter_ids"), to_int(adapters, "K")};
+}
+
 inline bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
   return std::all_of(pointers.begin(), pointers.end(),
                      [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&

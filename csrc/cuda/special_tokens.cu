@@ -67,7 +67,7 @@ void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropo
   a.batch_stride = hidden.stride(0);
   a.token_stride = hidden.stride(1);
   a.stride = hidden.stride(2);
-  const int64_t items = hidden.size(0) * a.injection.slots.each;
+  const int64_t items = hidden.size(0) * a.injection.slots.slots_per_row;
   if (items == 0 || hidden.numel() == 0) return;
   a.hidden = hidden.mutable_data_ptr();
   dispatch(hidden, "hidden", [&](auto element) {
@@ -83,13 +83,16 @@ void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropo
 template <class T, int V>
 void launch_backward(VectorGradient& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
-  const int64_t blocks = int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.each, kSumWarps);
+  const int64_t blocks =
+      int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.vectors_per_adapter, kSumWarps);
   launch(special_token_add_backward<T, V>, blocks, kSumWarps * kLanes, device, g);
 }
 
-// Returns partial sums, (parts, K, P, d). The number of parts depends on sizes alone, and so does the order of the sum.
-Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors, bool by_slot,
-                double dropout_p, const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {
+// `length`: S, if grad has a row for every slot; otherwise it has one for every token. Returns partial sums, (parts, K,
+// P, d). The number of parts depends on sizes alone, and so does the order of the sum.
+Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors,
+                std::optional<int64_t> length, double dropout_p, const std::optional<Tensor>& seed,
+                const std::optional<Tensor>& adapter_ids) {
   STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
                   "grad must be (B, S, d) with dense rows");
   STD_TORCH_CHECK(vectors > 0 && (adapters == 1 || adapter_ids),
@@ -101,13 +104,13 @@ Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64
   g.batch = to_int(grad.size(0), "B");
   g.width = to_int(grad.size(2), "d");
   g.adapters = to_int(adapters, "K");
-  g.each = to_int(vectors, "P");
-  g.slots = slots_of(slots, grad, g.batch);
-  STD_TORCH_CHECK(!by_slot || grad.size(1) == g.slots.each, "grad must have a row for every slot");
+  g.vectors_per_adapter = to_int(vectors, "P");
+  g.slots = slots_of(slots, grad, g.batch, length.value_or(grad.size(1)));
+  g.by_slot = length.has_value();
+  STD_TORCH_CHECK(!g.by_slot || grad.size(1) == g.slots.slots_per_row, "grad must have a row for every slot");
   g.adapter_ids = integers(adapter_ids, grad, g.batch, "adapter_ids");
   g.dropout = dropout_of(dropout_p, seed, grad);
-  g.by_slot = by_slot;
-  const int64_t addends = int64_t(g.batch) * std::max(1, g.slots.each - g.each + 1);
+  const int64_t addends = int64_t(g.batch) * std::max(1, g.slots.slots_per_row - g.vectors_per_adapter + 1);
   const int64_t blocks =
       adapters * vectors * divide_up(g.width, kLanes * 16 / static_cast<int64_t>(grad.element_size()));
   const int64_t wanted = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)), 1,

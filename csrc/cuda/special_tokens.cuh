@@ -72,13 +72,13 @@ struct Addition {
 };
 
 struct VectorGradient {
-  float* partial;    // (parts, adapters, each, width)
-  const void* grad;  // (batch, S, width), or (batch, slots.each, width) by slot
+  float* partial;    // (parts, adapters, vectors_per_adapter, width)
+  const void* grad;  // (batch, S, width), or (batch, slots_per_row, width) by slot
   int64_t batch_stride, token_stride;
   Slots slots;
   Integers adapter_ids;
   Dropout dropout;
-  int batch, rows, adapters, each, width;  // rows: per part
+  int batch, rows, adapters, vectors_per_adapter, width;  // rows: per part
   int parts, column_tiles;
   bool by_slot;
 };
@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(kSlotWarps* kLanes) special_token_slots(const 
 #pragma unroll
     for (int i = 0; i < kIdsInFlight; ++i) {
       const int position = start + i * kLanes + lane;
-      const bool found = special[i] && position < s.length && (!s.mask.data || s.mask.get(row, position));
-      const unsigned all = __ballot_sync(kWarpMask, found);
-      const int slot = count + __popc(all & ((1u << lane) - 1));
-      if (found && slot < s.max_slots) slots[slot] = position;
-      count += __popc(all);
+      const bool counts = special[i] && position < s.length && (!s.mask.data || s.mask.get(row, position));
+      const unsigned ballot = __ballot_sync(kWarpMask, counts);
+      const int slot = count + __popc(ballot & ((1u << lane) - 1));
+      if (counts && slot < s.max_slots) slots[slot] = position;
+      count += __popc(ballot);
     }
   }
   for (int slot = count + lane; slot < s.max_slots; slot += kLanes) slots[slot] = -1;
@@ -120,8 +120,8 @@ template <class T, int V>
 __global__ void __launch_bounds__(kAddThreads) special_token_add(const __grid_constant__ Addition a) {
   const Injection& injection = a.injection;
   const int item = blockIdx.x / a.column_tiles;
-  const int row = item / injection.slots.each, slot = item % injection.slots.each;
-  const int position = injection.slots.get(row, slot), adapter = injection.adapters.get(row);
+  const int row = item / injection.slots.slots_per_row, slot = item % injection.slots.slots_per_row;
+  const int position = injection.slots.get(row, slot), adapter = injection.adapter_ids.get(row);
   const int column = (blockIdx.x % a.column_tiles * kAddThreads + threadIdx.x) * V;
   if (position < 0 || adapter < 0 || column >= injection.width) return;
   T* at = static_cast<T*>(a.hidden) + row * a.batch_stride + position * a.token_stride + column * a.stride;
@@ -136,15 +136,17 @@ __global__ void __launch_bounds__(kSumWarps* kLanes)
     special_token_add_backward(const __grid_constant__ VectorGradient g) {
   using Addend = typename Packed<T, V>::Type;
   const int lane = threadIdx.x % kLanes;
-  const int item =
-      blockIdx.x / g.column_tiles * kSumWarps + threadIdx.x / kLanes;  // index into (parts, adapters, each)
-  if (item >= g.parts * g.adapters * g.each) return;
+  const int item = blockIdx.x / g.column_tiles * kSumWarps +
+                   threadIdx.x / kLanes;  // index into (parts, adapters, vectors_per_adapter)
+  if (item >= g.parts * g.adapters * g.vectors_per_adapter) return;
   const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
   const bool inside = column < g.width;
-  const int vector = item % g.each, adapter = item / g.each % g.adapters;
-  const int begin = item / g.each / g.adapters * g.rows;
+  const int vector = item % g.vectors_per_adapter, adapter = item / g.vectors_per_adapter % g.adapters;
+  const int begin = item / g.vectors_per_adapter / g.adapters * g.rows;
   // The last vector also serves all later slots.
-  const int slots = vector >= g.slots.each ? 0 : vector == g.each - 1 ? g.slots.each - vector : 1;
+  const int slots = vector >= g.slots.slots_per_row       ? 0
+                    : vector == g.vectors_per_adapter - 1 ? g.slots.slots_per_row - vector
+                                                          : 1;
   const int64_t addends = int64_t(min(begin + g.rows, g.batch) - begin) * slots;
   const T* grad = static_cast<const T*>(g.grad) + column;
 

@@ -6,7 +6,7 @@ import cuda_on_host
 import pytest
 import torch
 from decomposed_prompt_embedding_on_gpu import *  # noqa: F403
-from decomposed_prompt_embedding_on_gpu import Problem, check_all
+from decomposed_prompt_embedding_on_gpu import PROBLEMS, Problem, all_results, check_all
 
 from peft_kernels.ops import cuda_library
 from peft_kernels.ops.decomposed_prompt_embedding import cuda
@@ -22,6 +22,33 @@ def test_a_block_of_several_rows(chosen, implementation, poisoned, device):
     repeats = 64 if device.type == "cuda" else 3  # as many as the device has multiprocessors for
     arguments, grad = Problem(9 * repeats, 70, 33, 5, 512, adapters=2, offsets=True).make(torch.float16, device)
     check_all(implementation, (*arguments[:10], torch.tensor(chosen, device=device).repeat(repeats)), grad)
+
+
+@pytest.mark.parametrize("name, value, limit", [("adapter_ids", 3, -1), ("adapter_ids", -2, -1), ("offsets", 14, 13), ("offsets", -3, 13)])
+def test_a_value_out_of_range(name, value, limit, implementation, poisoned, device):
+    """It means no adapter or no updated token."""
+    arguments, grad = PROBLEMS["adapters"].make(torch.float32, device)
+    results = []
+    for written in (value, limit):
+        indices = {"offsets": arguments[8].clone(), "adapter_ids": torch.zeros_like(arguments[10])}
+        indices[name][1:3] = written
+        chosen = *arguments[:8], indices["offsets"], arguments[9], indices["adapter_ids"]
+        results.append(all_results(implementation, chosen, grad))
+    for result, expected in zip(results[0].values(), results[1].values()):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("value", [23, 24, -1, -5])
+def test_an_id_outside_the_table_embeds_as_nan(value, implementation, poisoned, device):
+    arguments, grad = PROBLEMS["padded on the left"].make(torch.float32, device)
+    ids = arguments[0].clone()
+    ids[1, 7] = ids[2, 0] = value
+    out, expected = (all_results(implementation, (x, *arguments[1:]), grad)["out"] for x in (ids, arguments[0]))
+    virtual = arguments[2].shape[1]
+    for row, token in ((1, 7), (2, 0)):
+        assert out[row, virtual + token].isnan().all()
+        expected[row, virtual + token] = out[row, virtual + token] = 0
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline int min(int a, int b) { return std::min(a, b); }
+inline unsigned min(unsigned a, unsigned b) { return std::min(a, b); }
 inline int max(int a, int b) { return std::max(a, b); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
