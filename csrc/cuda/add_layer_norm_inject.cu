@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     double eps, bool rms, bool pre, double dropout_p, const std::optional<Tensor>& seed, bool keep) {
   check_rows(x, x, "x");
   check_rows(residual, x, "residual");
-  Norm n{};
+  NormParams n{};
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
   n.tokens = to_int(batch * length, "B * S");
   n.length = to_int(length, "S");
@@ -56,11 +56,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   if (bias) n.bias = parameter(*bias, x, {width}, "bias");
   if (vectors) n.injection = injection_of(*vectors, slots, adapter_ids, dropout_p, seed, x);
 
-  const auto rows = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(x, {batch, length, width}) : torch::stable::new_empty(x, {0});
+  const auto rows = [&](bool needed) {
+    return needed ? torch::stable::new_empty(x, {batch, length, width}) : torch::stable::new_empty(x, {0});
   };
-  const auto numbers = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(x, {batch, length}, ScalarType::Float)
+  const auto numbers = [&](bool needed) {
+    return needed ? torch::stable::new_empty(x, {batch, length}, ScalarType::Float)
                   : torch::stable::new_empty(x, {0}, ScalarType::Float);
   };
   Tensor out = rows(true), sum = rows(keep || pre), mean = numbers(keep && !rms), rstd = numbers(keep);
@@ -75,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const bool wide = aligned({n.x, n.residual, n.out, n.sum, n.weight, n.bias, n.injection.vectors},
                               {width * size, n.x_batch_stride * size, n.x_token_stride * size,
                                n.residual_batch_stride * size, n.residual_token_stride * size});
-    launch_rows(wide ? add_layer_norm_inject<T, 16 / size> : add_layer_norm_inject<T, 1>, n, x.get_device_index());
+    launch_rows(wide ? add_layer_norm_inject_fwd_kernel<T, 16 / size> : add_layer_norm_inject_fwd_kernel<T, 1>, n,
+                x.get_device_index());
   });
   return {out, sum, mean, rstd};
 }
@@ -88,8 +89,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
   check_rows(grad, sum, "grad");
   check_rows(sum, sum, "sum");
   STD_TORCH_CHECK(sum.is_contiguous() && (slots || !need_slots),
-                  "sum must be contiguous, and slots given where their gradient is wanted");
-  NormGradient n{};
+                  "sum must be contiguous, and slots given where their gradient is needed");
+  NormBackwardParams n{};
   const int64_t batch = sum.size(0), length = sum.size(1), width = sum.size(2);
   n.length = to_int(length, "S");
   n.width = to_int(width, "d");
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
     const bool wide = aligned({n.grad, n.grad_sum, n.sum, n.weight, n.grad_x, n.grad_slots},
                               {width * size, n.grad_batch_stride * size, n.grad_token_stride * size,
                                n.sum_batch_stride * size, n.sum_token_stride * size});
-    launch_rows(wide ? add_layer_norm_inject_backward<T, 16 / size> : add_layer_norm_inject_backward<T, 1>, n,
+    launch_rows(wide ? add_layer_norm_inject_bwd_kernel<T, 16 / size> : add_layer_norm_inject_bwd_kernel<T, 1>, n,
                 sum.get_device_index());
   });
   return {grad_x, grad_slots};

@@ -14,7 +14,7 @@ constexpr int kBlockWarps = 4;
 constexpr int kMaxWarps = 16;  // which leaves 128 registers per thread
 constexpr int kMaxWidth = kMaxWarps * kLanes * kElements;
 
-struct Norm {
+struct NormParams {
   void* out;  // (B, length, width)
   void* sum;  // null if it is not needed; so are mean and rstd
   float* mean;
@@ -31,7 +31,7 @@ struct Norm {
   bool rms, pre;
 };
 
-struct NormGradient {
+struct NormBackwardParams {
   void* grad_x;       // (B, length, width), or null
   float* grad_slots;  // (B, slots_per_row, width): the gradient of special tokens before rounding; or null
   const void* grad;
@@ -87,7 +87,8 @@ __device__ void sum_over_row(float (&x)[C], int warps, float (&shared)[kMaxWarps
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const __grid_constant__ Norm n) {
+__global__ void __launch_bounds__(kMaxWarps* kLanes)
+    add_layer_norm_inject_fwd_kernel(const __grid_constant__ NormParams n) {
   constexpr int N = kElements / V;
   using Row = Packed<T, V>;
   __shared__ float shared_sum[kMaxWarps][1], shared_squares[kMaxWarps][1];
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const
 
 template <class T, int V>
 __global__ void __launch_bounds__(kMaxWarps* kLanes)
-    add_layer_norm_inject_backward(const __grid_constant__ NormGradient n) {
+    add_layer_norm_inject_bwd_kernel(const __grid_constant__ NormBackwardParams n) {
   constexpr int N = kElements / V;
   using Row = Packed<T, V>;
   __shared__ float shared[kMaxWarps][2];

@@ -13,7 +13,7 @@ constexpr int kBlocksPerMultiprocessor = 2;  // minimum per SM before a block ta
 constexpr int kMaxRowsPerBlock = 16;
 
 template <class T, int V, int P>
-void launch_forward(Embedding& e, int device) {
+void launch_forward(EmbeddingParams& e, int device) {
   e.column_tiles = divide_up(e.width, kLanes * V);
   e.prompt_tiles = divide_up(e.virtual_tokens, kWarps * P);
   e.tiles = e.prompt_tiles + divide_up(e.length, kWarps * P);
@@ -21,11 +21,11 @@ void launch_forward(Embedding& e, int device) {
   e.rows_per_block = static_cast<int>(std::clamp<int64_t>(
       e.batch * blocks_per_row / (kBlocksPerMultiprocessor * multiprocessors(device)), 1, kMaxRowsPerBlock));
   const int64_t blocks = blocks_per_row * divide_up(e.batch, e.rows_per_block);
-  launch(embedding_forward<T, V, P>, blocks, kWarps * kLanes, device, e);
+  launch(decomposed_prompt_embedding_fwd_kernel<T, V, P>, blocks, kWarps * kLanes, device, e);
 }
 
 template <class T>
-void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
+void forward_of(EmbeddingParams& e, bool wide, bool several_adapters, int device) {
   constexpr int V = 16 / sizeof(T);
   if (!wide) {
     launch_forward<T, 1, 4>(e, device);
@@ -37,14 +37,14 @@ void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
 }
 
 template <class T, int V>
-void launch_backward(Gradient& g, int device) {
+void launch_backward(EmbeddingBackwardParams& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
-  launch(embedding_backward<T, V>, int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps), kWarps * kLanes, device,
-         g);
+  launch(decomposed_prompt_embedding_bwd_kernel<T, V>, int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps),
+         kWarps * kLanes, device, g);
 }
 
 template <class T>
-void backward_of(Gradient& g, bool wide, int device) {
+void backward_of(EmbeddingBackwardParams& g, bool wide, int device) {
   wide ? launch_backward<T, 16 / sizeof(T)>(g, device) : launch_backward<T, 1>(g, device);
 }
 
@@ -59,7 +59,7 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
                     (a ? *a : *delta).dim() == 3;
   STD_TORCH_CHECK(fits, "prompt must be (K, m, d), with a and b or delta");
   const int64_t adapters = prompt.size(0);
-  Embedding e{};
+  EmbeddingParams e{};
   e.batch = to_int(input_ids.size(0), "B");
   e.length = to_int(input_ids.size(1), "L");
   e.virtual_tokens = to_int(prompt.size(1), "m");
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_
                                     const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
   STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
                   "grad must be (B, m + L, d) with dense rows");
-  Gradient g{};
+  EmbeddingBackwardParams g{};
   g.grad = grad.const_data_ptr();
   g.batch_stride = grad.stride(0);
   g.column_stride = grad.stride(1);
@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_
   STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
   g.offsets = integers(offsets, grad, g.batch, "offsets");
   g.adapter_ids = adapters_of(adapter_ids, grad, g.batch, adapters);
-  const auto sums = [&](bool wanted, int64_t rows) {
-    return torch::stable::new_empty(grad, {wanted ? adapters : 0, rows, g.width}, ScalarType::Float);
+  const auto sums = [&](bool needed, int64_t rows) {
+    return torch::stable::new_empty(grad, {needed ? adapters : 0, rows, g.width}, ScalarType::Float);
   };
   Tensor grad_prompt = sums(need_prompt, virtual_tokens), grad_delta = sums(need_delta, positions);
   if (need_prompt) g.prompt_rows = g.virtual_tokens;

@@ -17,7 +17,7 @@ constexpr int kWarps = 4;
 constexpr int kRanks = 32;  // ranks of a that are staged in shared memory at a time
 constexpr int kLoadsInFlight = 4;
 
-struct Embedding {
+struct EmbeddingParams {
   void* out;            // (batch, virtual_tokens + length, width)
   const void* weight;   // rows weight_stride apart
   const float* prompt;  // (K, virtual_tokens, width)
@@ -35,7 +35,7 @@ struct Embedding {
   float scale, embed_scale;
 };
 
-struct Gradient {
+struct EmbeddingBackwardParams {
   const void* grad;  // (batch, virtual_tokens + length, width)
   float* prompt;     // (K, prompt_rows, width)
   float* delta;      // (K, delta_rows, width)
@@ -52,7 +52,7 @@ struct Gradient {
 // update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; threads without a column compute
 // nothing.
 template <int V, int P>
-__device__ void multiply(const Embedding& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
+__device__ void multiply(const EmbeddingParams& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
   constexpr int kTile = kWarps * P;
   // a is transposed, so that a thread reads its positions at once; the padding of 4 reduces bank conflicts
   __shared__ alignas(16) float a_tile[kRanks][kTile + 4];
@@ -115,7 +115,7 @@ __device__ inline int token_at(int position, int offset, int length) {
 // A thread has P positions: a larger P means fewer loads per matmul, and fewer threads.
 template <class T, int V, int P>
 __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
-    embedding_forward(const __grid_constant__ Embedding e) {
+    decomposed_prompt_embedding_fwd_kernel(const __grid_constant__ EmbeddingParams e) {
   constexpr int kTile = kWarps * P;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int tile = blockIdx.x / e.column_tiles % e.tiles;
@@ -123,14 +123,14 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
   const bool is_prompt = tile < e.prompt_tiles, inside = column < e.width;
   const int tile_position = (is_prompt ? tile : tile - e.prompt_tiles) * kTile;
   const int position = tile_position + warp * P;
-  const int rows = min(P, (is_prompt ? e.virtual_tokens : e.length) - position);  // of the warp
-  const int mine = inside ? rows : 0;
+  const int warp_rows = min(P, (is_prompt ? e.virtual_tokens : e.length) - position);
+  const int thread_rows = inside ? warp_rows : 0;
   const int begin = blockIdx.x / e.column_tiles / e.tiles * e.rows_per_block;
   const int end = min(begin + e.rows_per_block, e.batch);
 
   // Each lane loads the id of one position of the warp, so the warp needs one load instead of P.
   const auto id_of = [&](int row) {
-    if (is_prompt || lane >= rows) return 0;
+    if (is_prompt || lane >= warp_rows) return 0;
     const int token = token_at(position + lane, offset_of(e.offsets, row, e.length), e.length);
     return checked(__ldg(e.ids.data + row * e.ids_row_stride + token * e.ids.stride), e.vocabulary);
   };
@@ -142,14 +142,14 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
     T* out = static_cast<T*>(e.out) + int64_t(row) * (e.virtual_tokens + e.length) * e.width + column;
     if (is_prompt) {
       if (adapter != current && adapter >= 0) {
-        load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width, mine,
-                          update);
+        load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width,
+                          thread_rows, update);
         current = adapter;
       }
       out += int64_t(e.first + position) * e.width;
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        if (p >= mine) continue;
+        if (p >= thread_rows) continue;
         float result[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) result[v] = adapter < 0 ? 0 : update[p][v];
@@ -169,13 +169,13 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
     if (adapter != current && adapter >= 0) {  // uniform over the block
       current = adapter;
       if (e.delta) {
-        load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width, mine,
-                          update);
+        load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width,
+                          thread_rows, update);
       } else {
 #pragma unroll
         for (int p = 0; p < P; ++p) {  // to L2: the registers are full until the matmul is done
           const T* embedding = embedding_of(p);
-          if (p < mine && in_table >> p & 1) prefetch(embedding);
+          if (p < thread_rows && in_table >> p & 1) prefetch(embedding);
         }
         multiply<V, P>(e, adapter, tile_position, column, update);
       }
@@ -184,11 +184,11 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       const T* from = embedding_of(p);
-      if (p < mine && in_table >> p & 1) embedding[p] = load<T, V>(from);
+      if (p < thread_rows && in_table >> p & 1) embedding[p] = load<T, V>(from);
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      if (p >= mine) continue;
+      if (p >= thread_rows) continue;
       const int token = token_of(p);
       const bool updated = adapter >= 0 && token >= offset;
       const float factor = in_table >> p & 1 ? e.embed_scale : NAN;
@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __grid_constant__ Gradient g) {
+__global__ void __launch_bounds__(kWarps* kLanes)
+    decomposed_prompt_embedding_bwd_kernel(const __grid_constant__ EmbeddingBackwardParams g) {
   using Addend = typename Packed<T, V>::Type;
   const int lane = threadIdx.x % kLanes;
   const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __gri
 
   float sum[V] = {};
   for (int start = 0; start < g.batch; start += kLanes) {
-    int64_t source = -1;  // each lane: offset of the addend of one row of the batch
+    int64_t source = -1;  // of this lane: offset of the addend of one row of the batch
     const int b = start + lane;
     if (b < g.batch && g.adapter_ids.get(b) == adapter) {
       if (is_prompt) {

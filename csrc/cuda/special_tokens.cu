@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_
                                  const std::optional<Tensor>& attention_mask, int64_t max_slots) {
   STD_TORCH_CHECK(on_device(input_ids) && input_ids.dim() == 2 && special_ids.dim() == 1,
                   "input_ids must be (B, S) and special_ids (n,)");
-  Search s{};
+  SlotsParams s{};
   s.batch = to_int(input_ids.size(0), "B");
   s.length = to_int(input_ids.size(1), "S");
   s.specials = to_int(special_ids.size(0), "n");
@@ -42,27 +42,27 @@ std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_
   s.ids = ids(input_ids, input_ids, "input_ids");
   s.special = ids(special_ids, input_ids, "special_ids");
   if (attention_mask) s.mask = mask_of(*attention_mask, input_ids);
-  Tensor found = torch::stable::new_empty(input_ids, {s.batch, s.max_slots}, ScalarType::Int);
+  Tensor positions = torch::stable::new_empty(input_ids, {s.batch, s.max_slots}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(input_ids, {s.batch}, ScalarType::Int);
-  if (s.batch == 0) return {found, counts};
-  s.slots = static_cast<int*>(found.mutable_data_ptr());
+  if (s.batch == 0) return {positions, counts};
+  s.slots = static_cast<int*>(positions.mutable_data_ptr());
   s.counts = static_cast<int*>(counts.mutable_data_ptr());
   const int device = input_ids.get_device_index();
   const DeviceGuard guard(device);
-  launch(special_token_slots, divide_up(s.batch, kSlotWarps), kSlotWarps * kLanes, device, s);
-  return {found, counts};
+  launch(special_token_slots_kernel, divide_up(s.batch, kSlotWarps), kSlotWarps * kLanes, device, s);
+  return {positions, counts};
 }
 
 template <class T, int V>
-void launch_add(Addition& a, int64_t items, int device) {
+void launch_add(AddParams& a, int64_t items, int device) {
   a.column_tiles = divide_up(a.injection.width, kAddThreads * V);
-  launch(special_token_add<T, V>, items * a.column_tiles, kAddThreads, device, a);
+  launch(special_token_add_kernel<T, V>, items * a.column_tiles, kAddThreads, device, a);
 }
 
 void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
          const std::optional<Tensor>& adapter_ids) {
   STD_TORCH_CHECK(on_device(hidden) && hidden.dim() == 3, "hidden must be (B, S, d)");
-  Addition a{};
+  AddParams a{};
   a.injection = injection_of(vectors, slots, adapter_ids, dropout_p, seed, hidden);
   a.batch_stride = hidden.stride(0);
   a.token_stride = hidden.stride(1);
@@ -81,11 +81,11 @@ void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropo
 }
 
 template <class T, int V>
-void launch_backward(VectorGradient& g, int device) {
+void launch_backward(AddBackwardParams& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
   const int64_t blocks =
       int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.vectors_per_adapter, kSumWarps);
-  launch(special_token_add_backward<T, V>, blocks, kSumWarps * kLanes, device, g);
+  launch(special_token_add_bwd_kernel<T, V>, blocks, kSumWarps * kLanes, device, g);
 }
 
 // `length`: S, if grad has a row for every slot; otherwise it has one for every token. Returns partial sums, (parts, K,
@@ -97,7 +97,7 @@ Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64
                   "grad must be (B, S, d) with dense rows");
   STD_TORCH_CHECK(vectors > 0 && (adapters == 1 || adapter_ids),
                   "adapter_ids must choose among the adapters, of at least one vector");
-  VectorGradient g{};
+  AddBackwardParams g{};
   g.grad = grad.const_data_ptr();
   g.batch_stride = grad.stride(0);
   g.token_stride = grad.stride(1);
@@ -113,9 +113,9 @@ Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64
   const int64_t addends = int64_t(g.batch) * std::max(1, g.slots.slots_per_row - g.vectors_per_adapter + 1);
   const int64_t blocks =
       adapters * vectors * divide_up(g.width, kLanes * 16 / static_cast<int64_t>(grad.element_size()));
-  const int64_t wanted = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)), 1,
-                                             std::max(g.batch, 1));
-  g.rows = std::max(1, divide_up(g.batch, wanted));
+  const int64_t target_parts = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)),
+                                                   1, std::max(g.batch, 1));
+  g.rows = std::max(1, divide_up(g.batch, target_parts));
   g.parts = std::max(1, divide_up(g.batch, g.rows));
   to_int(int64_t(g.parts) * adapters * vectors, "K * P");
   Tensor partial = torch::stable::new_empty(grad, {g.parts, adapters, vectors, g.width}, ScalarType::Float);

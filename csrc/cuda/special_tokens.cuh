@@ -56,7 +56,7 @@ struct Mask {
   }
 };
 
-struct Search {
+struct SlotsParams {
   int* slots;   // (batch, max_slots)
   int* counts;  // (batch,)
   Ids ids, special;
@@ -64,14 +64,14 @@ struct Search {
   int batch, length, specials, max_slots;
 };
 
-struct Addition {
+struct AddParams {
   void* hidden;
   int64_t batch_stride, token_stride, stride;
   Injection injection;
   int column_tiles;
 };
 
-struct VectorGradient {
+struct AddBackwardParams {
   float* partial;    // (parts, adapters, vectors_per_adapter, width)
   const void* grad;  // (batch, S, width), or (batch, slots_per_row, width) by slot
   int64_t batch_stride, token_stride;
@@ -83,7 +83,8 @@ struct VectorGradient {
   bool by_slot;
 };
 
-__global__ void __launch_bounds__(kSlotWarps* kLanes) special_token_slots(const __grid_constant__ Search s) {
+__global__ void __launch_bounds__(kSlotWarps* kLanes)
+    special_token_slots_kernel(const __grid_constant__ SlotsParams s) {
   const int lane = threadIdx.x % kLanes;
   const int row = blockIdx.x * kSlotWarps + threadIdx.x / kLanes;
   if (row >= s.batch) return;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kSlotWarps* kLanes) special_token_slots(const 
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kAddThreads) special_token_add(const __grid_constant__ Addition a) {
+__global__ void __launch_bounds__(kAddThreads) special_token_add_kernel(const __grid_constant__ AddParams a) {
   const Injection& injection = a.injection;
   const int item = blockIdx.x / a.column_tiles;
   const int row = item / injection.slots.slots_per_row, slot = item % injection.slots.slots_per_row;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kAddThreads) special_token_add(const __grid_co
 
 template <class T, int V>
 __global__ void __launch_bounds__(kSumWarps* kLanes)
-    special_token_add_backward(const __grid_constant__ VectorGradient g) {
+    special_token_add_bwd_kernel(const __grid_constant__ AddBackwardParams g) {
   using Addend = typename Packed<T, V>::Type;
   const int lane = threadIdx.x % kLanes;
   const int item = blockIdx.x / g.column_tiles * kSumWarps +
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kSumWarps* kLanes)
   float sum[V] = {};
   for (int64_t start = 0; start < addends; start += kLanes) {
     int row = 0, slot = 0;
-    int64_t source = -1;  // each lane: offset of the addend of one row and slot
+    int64_t source = -1;  // of this lane: offset of the addend of one row and slot
     if (start + lane < addends) {
       row = begin + static_cast<int>((start + lane) / slots);
       slot = vector + static_cast<int>((start + lane) % slots);
