@@ -1,6 +1,6 @@
 """The library of CUDA C++ kernels, loaded once for every operator."""
 
-from ctypes import CDLL, c_char_p
+from ctypes import CDLL, c_char_p, c_int
 from functools import cache
 
 import torch
@@ -21,9 +21,14 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
     return problem()
 
 
-@cache
 def problem() -> str | None:
-    """Returns why the library cannot be used, or None.
+    """Returns why the library cannot be used on the current device, or None."""
+    return load() or device_problem(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
+@cache
+def load() -> str | None:
+    """Loads the library; returns why it cannot be loaded, or None.
 
     The native CPU library defines its schemas, so it is loaded first.
     """
@@ -33,9 +38,15 @@ def problem() -> str | None:
         return reason
     try:
         torch.ops.load_library(LIBRARY)
-        driver = CDLL(str(LIBRARY)).peft_kernels_cuda_problem
     except OSError as error:
         return f"the CUDA library does not load: {error}"
-    driver.restype = c_char_p
-    reason = driver()
-    return None if reason is None else f"the device does not run the CUDA library: {reason.decode()}"
+    return None
+
+
+@cache
+def device_problem(device: int) -> str | None:
+    """Returns why a device does not run the library's kernels, or None. It opens no context on the device."""
+    ask = CDLL(str(LIBRARY)).peft_kernels_cuda_problem
+    ask.argtypes, ask.restype = [c_int], c_char_p
+    reason = ask(device)
+    return None if reason is None else f"device {device} does not run the CUDA library: {reason.decode()}"

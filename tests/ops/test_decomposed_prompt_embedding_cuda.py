@@ -2,6 +2,8 @@
 it does not run.
 """
 
+from types import SimpleNamespace
+
 import cuda_on_host
 import pytest
 import torch
@@ -65,15 +67,35 @@ def test_refuses_rocm(monkeypatch):
 
 def test_says_that_it_is_not_built(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "nothing.so")
-    cuda_library.problem.cache_clear()
+    cuda_library.load.cache_clear()
     assert "nvcc" in cuda.unavailable("cuda", torch.float32)
-    cuda_library.problem.cache_clear()
+    cuda_library.load.cache_clear()
+
+
+def test_asks_for_the_current_device(monkeypatch):
+    """Each device has its own answer, and the library opens no context on another one."""
+    asked = []
+
+    def problem_of(device):
+        asked.append(device)
+        return b"too old" if device == 1 else None
+
+    monkeypatch.setattr(cuda_library, "load", lambda: None)
+    monkeypatch.setattr(cuda_library, "CDLL", lambda path: SimpleNamespace(peft_kernels_cuda_problem=problem_of))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    cuda_library.device_problem.cache_clear()
+    too_old = "device 1 does not run the CUDA library: too old"
+    for device, reason in ((1, too_old), (2, None), (1, too_old)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+        assert cuda.unavailable("cuda", torch.float32) == reason
+    cuda_library.device_problem.cache_clear()
+    assert asked == [1, 2]
 
 
 @pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc")
 def test_the_library_loads_without_a_gpu():
     """It links against no CUDA library; `unavailable` says that a driver is missing here."""
     reason = cuda.unavailable("cuda", torch.float32)
-    assert (reason is None) if torch.cuda.is_available() else "the device does not run the CUDA library" in reason
+    assert (reason is None) if torch.cuda.is_available() else "does not run the CUDA library" in reason
     for name in ("decomposed_prompt_embedding_cuda", "decomposed_prompt_embedding_backward_cuda"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{name}", "CUDA")
