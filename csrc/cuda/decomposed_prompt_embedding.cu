@@ -63,7 +63,7 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
   e.batch = to_int(input_ids.size(0), "B");
   e.length = to_int(input_ids.size(1), "L");
   e.virtual_tokens = to_int(prompt.size(1), "m");
-  e.vocabulary = to_int(weight.size(0), "V");
+  e.last_id = to_int(weight.size(0), "V") - 1;
   e.width = to_int(weight.size(1), "d");
   e.positions = to_int((a ? *a : *delta).size(1), "s");
   e.first = insert_after_first;
@@ -82,6 +82,7 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
   STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length,
                   "more tokens than positions, or none to insert the prompt after");
   STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
+  STD_TORCH_CHECK(e.last_id >= 0 || input_ids.numel() == 0, "weight must have a row for the ids");
   e.ids = integers(input_ids, weight, "input_ids");
   e.ids_row_stride = input_ids.stride(0) * (input_ids.scalar_type() == ScalarType::Long ? 2 : 1);
   e.offsets = integers(offsets, weight, e.batch, "offsets");

@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include <cmath>
-
 #include "packed.cuh"
 
 namespace peft_kernels {
@@ -29,8 +27,8 @@ struct EmbeddingParams {
   int64_t ids_row_stride;  // in 32-bit words
   int64_t weight_stride;
   int batch, length, virtual_tokens, positions, width, rank;
-  int vocabulary;
-  int first;  // tokens before the prompt
+  int last_id;  // V - 1
+  int first;    // tokens before the prompt
   int column_tiles, prompt_tiles, tiles, rows_per_block;
   float scale, embed_scale;
 };
@@ -132,7 +130,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
   const auto id_of = [&](int row) {
     if (is_prompt || lane >= warp_rows) return 0;
     const int token = token_at(position + lane, offset_of(e.offsets, row, e.length), e.length);
-    return checked(__ldg(e.ids.data + row * e.ids_row_stride + token * e.ids.stride), e.vocabulary);
+    const auto id = static_cast<unsigned>(__ldg(e.ids.data + row * e.ids_row_stride + token * e.ids.stride));
+    return static_cast<int>(min(id, static_cast<unsigned>(e.last_id)));  // an id out of range is read as the last one
   };
   int id = id_of(begin);
   float update[P][V];
@@ -161,7 +160,6 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
     const int offset = offset_of(e.offsets, row, e.length);
     const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
     const int64_t source = id * e.weight_stride;
-    const unsigned in_table = __ballot_sync(kWarpMask, id >= 0);
     if (row + 1 < end) id = id_of(row + 1);  // loaded while this row is written
     const auto embedding_of = [&](int p) {
       return static_cast<const T*>(e.weight) + __shfl_sync(kWarpMask, source, p) + column;
@@ -175,7 +173,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 #pragma unroll
         for (int p = 0; p < P; ++p) {  // to L2: the registers are full until the matmul is done
           const T* embedding = embedding_of(p);
-          if (p < thread_rows && in_table >> p & 1) prefetch(embedding);
+          if (p < thread_rows) prefetch(embedding);
         }
         multiply<V, P>(e, adapter, tile_position, column, update);
       }
@@ -184,18 +182,17 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       const T* from = embedding_of(p);
-      if (p < thread_rows && in_table >> p & 1) embedding[p] = load<T, V>(from);
+      if (p < thread_rows) embedding[p] = load<T, V>(from);
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       if (p >= thread_rows) continue;
       const int token = token_of(p);
       const bool updated = adapter >= 0 && token >= offset;
-      const float factor = in_table >> p & 1 ? e.embed_scale : NAN;
       float x[V];
       Packed<T, V>::unpack(embedding[p], x);
 #pragma unroll
-      for (int v = 0; v < V; ++v) x[v] = updated ? fmaf(factor, x[v], update[p][v]) : factor * x[v];
+      for (int v = 0; v < V; ++v) x[v] = updated ? fmaf(e.embed_scale, x[v], update[p][v]) : e.embed_scale * x[v];
       store<T, V>(out + int64_t(token < e.first ? token : token + e.virtual_tokens) * e.width, x);
     }
   }

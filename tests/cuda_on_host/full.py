@@ -1,4 +1,4 @@
-"""What ``make test-cuda-on-host`` adds to the tests: every case under the sanitizers, and faults in copies of kernels."""
+"""``make test-cuda-on-host``: every case under the sanitizers, and faults that are planted in copies of the kernels."""
 
 import shutil
 from typing import NamedTuple
@@ -26,12 +26,12 @@ FAULTS = {
     "no barrier before a tile is read": Fault(
         "decomposed_prompt_embedding", "decomposed_prompt_embedding.cuh",
         "__syncthreads();\n    if (column >= e.width) continue;", "if (column >= e.width) continue;",
-        "races", "reads what thread",
+        "races", "without a barrier between them",
     ),
     "no barrier before a tile is overwritten": Fault(
         "decomposed_prompt_embedding", "decomposed_prompt_embedding.cuh",
         "e.rank - start);\n    __syncthreads();", "e.rank - start);",
-        "races", "writes what thread",
+        "races", "without a barrier between them",
     ),
     "blocks write one element": Fault(
         "special_tokens", "special_tokens.cuh", "s.counts[row] = count", "s.counts[row % kSlotWarps] = count",
@@ -44,7 +44,7 @@ FAULTS = {
     ),
     "a ballot that some lanes do not reach": Fault(
         "special_tokens", "special_tokens.cuh",
-        "const unsigned ballot = __ballot_sync", "if (position >= s.length) continue;\n      const unsigned ballot = __ballot_sync",
+        "const unsigned ballot =", "if (position >= s.length) continue;\n      const unsigned ballot =",
         "races", "waits at __ballot_sync",
     ),
     "a barrier that some threads do not reach": Fault(
@@ -79,7 +79,8 @@ FAULTS = {
 
 
 def check_that_the_fault_is_noticed(fault, folder):
-    for path in (*KERNELS.glob("*.cuh"), KERNELS / f"{fault.operator}.cu"):
+    operators = {fault.operator, *({"special_tokens"} if fault.operator == "add_layer_norm_inject" else ())}
+    for path in (*KERNELS.glob("*.cuh"), *(KERNELS / f"{operator}.cu" for operator in operators)):
         shutil.copy(path, folder)
     source = (folder / fault.source).read_text()
     assert source.count(fault.correct) == 1, fault.correct

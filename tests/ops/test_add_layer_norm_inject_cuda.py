@@ -21,9 +21,12 @@ def test_refuses_rows_that_do_not_fit_in_registers(device):
         cuda.forward(*arguments)
 
 
+OUT_OF_RANGE = [*(("slots", value) for value in (9, 11, -3)), ("adapter_ids", 3), ("adapter_ids", -2)]
+
+
 @pytest.mark.parametrize("need_x", [False, True])
 @pytest.mark.parametrize("problem", ["adapters", "adapters, pre"])
-@pytest.mark.parametrize("name, value", [("slots", 9), ("slots", 11), ("slots", -3), ("adapter_ids", 3), ("adapter_ids", -2)])
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
 def test_a_value_out_of_range_is_none(name, value, problem, need_x, implementation, poisoned, device):
     arguments, *grads = PROBLEMS[problem].make(torch.float32, device)
     results = []

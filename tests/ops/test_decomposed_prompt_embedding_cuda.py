@@ -26,31 +26,24 @@ def test_a_block_of_several_rows(chosen, implementation, poisoned, device):
     check_all(implementation, (*arguments[:10], torch.tensor(chosen, device=device).repeat(repeats)), grad)
 
 
-@pytest.mark.parametrize("name, value, limit", [("adapter_ids", 3, -1), ("adapter_ids", -2, -1), ("offsets", 14, 13), ("offsets", -3, 13)])
-def test_a_value_out_of_range(name, value, limit, implementation, poisoned, device):
-    """It means no adapter or no updated token."""
+OUT_OF_RANGE = [
+    *(("input_ids", value, 22) for value in (23, 24, -1, -5)),
+    *(("offsets", value, 13) for value in (14, 99, -3)),
+    *(("adapter_ids", value, -1) for value in (3, -2)),
+]
+
+
+@pytest.mark.parametrize("name, value, meaning", OUT_OF_RANGE)
+def test_a_value_out_of_range(name, value, meaning, implementation, poisoned, device):
+    """It means the last row of the table, no updated token, or no adapter: no kernel leaves its tensors' memory."""
     arguments, grad = PROBLEMS["adapters"].make(torch.float32, device)
     results = []
-    for written in (value, limit):
-        indices = {"offsets": arguments[8].clone(), "adapter_ids": torch.zeros_like(arguments[10])}
-        indices[name][1:3] = written
-        chosen = *arguments[:8], indices["offsets"], arguments[9], indices["adapter_ids"]
-        results.append(all_results(implementation, chosen, grad))
-    for result, expected in zip(results[0].values(), results[1].values()):
-        assert torch.equal(result, expected)
-
-
-@pytest.mark.parametrize("value", [23, 24, -1, -5])
-def test_an_id_outside_the_table_embeds_as_nan(value, implementation, poisoned, device):
-    arguments, grad = PROBLEMS["padded on the left"].make(torch.float32, device)
-    ids = arguments[0].clone()
-    ids[1, 7] = ids[2, 0] = value
-    out, expected = (all_results(implementation, (x, *arguments[1:]), grad)["out"] for x in (ids, arguments[0]))
-    virtual = arguments[2].shape[1]
-    for row, token in ((1, 7), (2, 0)):
-        assert out[row, virtual + token].isnan().all()
-        expected[row, virtual + token] = out[row, virtual + token] = 0
-    assert torch.equal(out, expected)
+    for written in (value, meaning):
+        input_ids, offsets, adapter_ids = arguments[0].clone(), arguments[8].clone(), torch.zeros_like(arguments[10])
+        {"input_ids": input_ids, "offsets": offsets, "adapter_ids": adapter_ids}[name][1:3] = written
+        results.append(all_results(implementation, (input_ids, *arguments[1:8], offsets, False, adapter_ids), grad))
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
 
 
 @pytest.mark.parametrize(

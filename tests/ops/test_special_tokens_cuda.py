@@ -19,7 +19,10 @@ def test_slots_of_more_rows_than_a_block_has(implementation, poisoned, device):
     check_slots(implementation, torch.randint(0, 9, (37, 300), device=device), torch.arange(2, device=device), None, 90)
 
 
-@pytest.mark.parametrize("name, value", [("slots", 13), ("slots", 15), ("slots", -3), ("adapter_ids", 3), ("adapter_ids", -2)])
+OUT_OF_RANGE = [*(("slots", value) for value in (13, 15, -3)), ("adapter_ids", 3), ("adapter_ids", -2)]
+
+
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
 def test_a_value_out_of_range_is_none(name, value, implementation, poisoned, device):
     (hidden, vectors, slots, p, seed, adapter_ids), grad = PROBLEMS["adapters"].make(torch.float32, device)
     results = []
