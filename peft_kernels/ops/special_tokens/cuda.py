@@ -18,7 +18,7 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids):
 
 
 def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, length=None):
-    """Returns the gradient of the vectors. ``length``: that of the rows, if grad is (B, k, d), with a row for every slot."""
+    """Returns the gradient of the vectors. ``length``: S, if grad is (B, k, d), with a row for every slot."""
     if grad.stride(2) != 1:
         grad = grad.contiguous()
     partial = torch.ops.peft_kernels.special_token_add_backward_cuda.default(
