@@ -7,5 +7,6 @@ from ..hf.extra import needed_by
 with needed_by("pid"):
     from .prompts import PiDOutput, forward, generate
     from .swap import disable, enable, is_enabled
+    from .warmup import warmup
 
-__all__ = ["PiDOutput", "disable", "enable", "forward", "generate", "is_enabled"]
+__all__ = ["PiDOutput", "disable", "enable", "forward", "generate", "is_enabled", "warmup"]

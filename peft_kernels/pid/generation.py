@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..hf.class_swap import Swapped
@@ -11,6 +11,12 @@ from ..hf.names import CACHE, cache_of, has_row_adapters
 from . import attention, packing, streams
 from .cache import GrowingLayer, SharedEncoderDecoderCache, filled
 from .families import family_of
+from .static import FixedCache, fixed
+
+
+def drops_finished(asked: bool | None, device: torch.device) -> bool:
+    """Whether finished streams are dropped; by default not on a GPU, which the check would make wait."""
+    return device.type == "cpu" if asked is None else asked
 
 
 class PiDGenerationMixin(Swapped):
@@ -20,8 +26,28 @@ class PiDGenerationMixin(Swapped):
     """
 
     def generate(self, *args, **kwargs):
-        with packing.packed_linears(self):
-            return super().generate(*args, **kwargs)
+        borrowed, output = self.pid_hooks.borrowed, None
+        outer = borrowed.get()  # of the call that this one is nested in
+        borrowed.set(None)
+        try:
+            with packing.packed_linears(self):
+                output = super().generate(*args, **kwargs)
+            return output
+        finally:
+            cache = borrowed.get()
+            borrowed.set(outer)
+            if cache is not None and not (isinstance(output, dict) and cache_of(output) is cache):
+                cache.release()  # a caller that gets the cache keeps it
+
+    def __call__(self, *args, **kwargs):
+        """Run a step of beam search compiled: transformers does so for greedy search and sampling alone."""
+        cache = None if torch.compiler.is_compiling() else cache_of(kwargs)
+        if isinstance(cache, FixedCache) and cache.beams and not self.pid_hooks.last_only.get():
+            return self.get_compiled_call(cache.compile_config)(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.pid_hooks.encoder_index.set(None)
 
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs(
@@ -84,6 +110,16 @@ class PiDGenerationMixin(Swapped):
                 "pid: streams that share an input need an empty key/value cache of transformers' own,"
                 f" got {'use_cache=False' if cache is None else type(cache).__name__}"
             )
+        if (
+            shared
+            and own_keys is None
+            and not cache.self_attention_cache.offloading
+            and all(type(layer) is StaticLayer for layer in cache.self_attention_cache.layers)
+            and self._valid_auto_compile_criteria(model_kwargs, generation_config)
+        ):
+            model_kwargs[CACHE] = fixed(self, self.pid_static_caches, model_kwargs, shared, generation_config)
+            self.pid_hooks.borrowed.set(model_kwargs[CACHE])
+            return
         states = model_kwargs["encoder_outputs"][0]
         if getattr(self, "enc_to_dec_proj", None) is not None:
             states = self.enc_to_dec_proj(states)
@@ -98,6 +134,7 @@ class PiDGenerationMixin(Swapped):
         droppable = (
             shared
             and own_keys is None
+            and drops_finished(self.pid_drop_finished, states.device)
             and family_of(self).takes_encoder_mask
             and not isinstance(cache.self_attention_cache, StaticCache)
         )
@@ -141,6 +178,8 @@ class PiDGenerationMixin(Swapped):
         cache = cache_of(inputs)
         if not isinstance(cache, SharedEncoderDecoderCache):
             return inputs
+        if isinstance(cache, FixedCache):
+            return cache.padded(inputs)
         cache.drop_finished(input_ids)
         if cache.rows is not None:
             inputs = {
@@ -151,6 +190,8 @@ class PiDGenerationMixin(Swapped):
 
     def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
         cache = outputs.get(CACHE)
-        if isinstance(cache, SharedEncoderDecoderCache) and cache.rows is not None:
+        if isinstance(cache, FixedCache):
+            cache.cut(outputs)
+        elif isinstance(cache, SharedEncoderDecoderCache) and cache.rows is not None:
             outputs.logits = cache.for_all_streams(outputs.logits)
         return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)

@@ -15,16 +15,16 @@ class DecoderHooks:
 
     def __init__(self, model: nn.Module):
         self.model, self.family, self.configs = model, family_of(model), attention.configs_of(model)
-        self.encoder_index = CallState()  # from the model's hook to the decoder's
+        self.encoder_index = CallState()  # from the model's hook to the decoder's; the model's __call__ resets it
         self.positions = CallState()  # from the decoder's hook to the hook of embed_positions
         # True in the prefill of ``generate``, which reads only the logits of the last position
         self.last_only = CallState()
+        self.borrowed = CallState()  # the cache of ``generate`` whose buffers another call may have afterwards
         decoder = model.get_decoder()
         self.handles = [
             model.register_forward_pre_hook(self.before_model, with_kwargs=True),
-            model.register_forward_hook(self.after_model, always_call=True),
             decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
-            decoder.base_model.register_forward_hook(self.after_decoder, always_call=True),
+            decoder.base_model.register_forward_hook(self.after_decoder),
         ]
         if self.family.positions == "table":
             self.handles.append(decoder.embed_positions.register_forward_hook(self.after_positions))
@@ -48,11 +48,9 @@ class DecoderHooks:
         self.encoder_index.set(kwargs.pop("encoder_index", None))
         return args, kwargs
 
-    def after_model(self, model, args, output):
-        self.encoder_index.set(None)
-
     def before_decoder(self, decoder, args, kwargs):
         attention.adopt(self.configs)
+        self.positions.set(None)
         index = self.encoder_index.get()
         cache, states = cache_of(kwargs), kwargs.get("encoder_hidden_states")
         if isinstance(cache, SharedEncoderDecoderCache):
@@ -116,6 +114,8 @@ class DecoderHooks:
     def placed(self, args, kwargs):
         """``kwargs`` with positions that do not count left padding."""
         tokens, mask = _decoder_tokens(args, kwargs), kwargs.get("attention_mask")
+        if mask is None:  # transformers makes none where nothing is padded
+            return kwargs
         if self.family.positions == "argument":
             return {**kwargs, "position_ids": positions_of(mask, tokens.shape[1])}
         if self.family.positions == "table":

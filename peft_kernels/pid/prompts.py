@@ -7,7 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..hf.names import CACHE, cache_of
 from .families import FAMILIES, max_positions
+from .static import FixedCache
 from .swap import _base, is_enabled
 
 Prompts = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
@@ -22,7 +24,8 @@ class PiDOutput:
             and padding, with the end token; with ``num_return_sequences`` > 1, a list of such lists.
         scores: with ``output_scores=True``, the log-probabilities of these tokens in the same nesting, as 1-d float32
             tensors on the CPU; otherwise None.
-        output: the return value of transformers' ``generate``, with the rows of all streams in order.
+        output: the return value of transformers' ``generate``, with the rows of all streams in order. After a compiled
+            generation with a static cache it has no cache.
     """
 
     sequences: list[list]
@@ -92,6 +95,9 @@ def generate(
     want_scores = config.output_scores
     arguments = {**generate_kwargs, "return_dict_in_generate": True}
     output = cast(Any, model).generate(input_ids=input_ids, attention_mask=attention_mask, **streams, **arguments)
+    if isinstance(cache := cache_of(output), FixedCache):  # the next call has its buffers
+        output[CACHE] = None
+        cache.release()
     repeats = config.num_return_sequences or 1
     tails = _generated(output.sequences[:, longest:], config.eos_token_id, config.pad_token_id)
     scores = None
