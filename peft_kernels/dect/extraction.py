@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..hf.fingerprint import fingerprint
-from ..hf.frozen import evaluating, frozen_model, max_length_of, strings, whole
+from ..hf.frozen import eval_mode, frozen_model, integer, max_length_of, strings
 from ..hf.peft_method import is_causal, is_encoder_decoder
 from .cache import FeatureFile
 from .mask_row import MaskRow
@@ -82,7 +82,7 @@ def extract(
     """
     pretrained = frozen_model("DecT", model)
     texts = strings("DecT", "texts", texts)
-    batch_size = whole("DecT", "batch_size", batch_size, 1)
+    batch_size = integer("DecT", "batch_size", batch_size, 1)
     filled = template_for(pretrained, tokenizer, template, max_length)
     label_ids = None if label_words is None else filled.label_ids(label_words)
     row = MaskRow(pretrained, label_ids, decoder_ids_for(pretrained, filled))
@@ -111,7 +111,7 @@ def template_for(model, tokenizer, template: str, max_length: int | None) -> Tem
         raise ValueError(
             f"DecT: encoder-decoder models are read as T5 is, but {type(tokenizer).__name__} has no {T5_MASK}"
         )
-    most = max_length_of(model, tokenizer, 512) if max_length is None else whole("DecT", "max_length", max_length, 1)
+    most = max_length_of(model, tokenizer, 512) if max_length is None else integer("DecT", "max_length", max_length, 1)
     return Template(template, tokenizer, most, causal=is_causal(model))
 
 
@@ -160,7 +160,7 @@ def _run(
         saved = done
 
     with (
-        evaluating(model),
+        eval_mode(model),
         logging.tqdm(total=len(encoded) - 1, initial=max(0, done - 1), desc="features", unit=" texts") as progress,
     ):
         due = time.monotonic() + SAVE_SECONDS

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from ..hf.frozen import ordered, strings
+from ..hf.frozen import is_ordered, strings
 
 TEXT, MASK = "{text}", "{mask}"
 T5_MASK = "<extra_id_0>"
@@ -121,7 +121,7 @@ class Template:
                 "DecT: label_words must be a sequence with the words of each class in order, got a mapping: give"
                 " list(label_words.values()), and list(label_words) as classes of DecoderTuning"
             )
-        if not ordered(label_words):
+        if not is_ordered(label_words):
             kind = "one string" if isinstance(label_words, str) else type(label_words).__name__
             raise TypeError(f"DecT: label_words must be a sequence with the words of each class in order, got {kind}")
         classes = [

@@ -79,8 +79,8 @@ class DePTLayer(AdapterLayer):
         return family.embedding_of(self._module[0])
 
     def select(self, batch: int) -> Selection:
-        """The adapters for ``batch`` rows; raises as ``chosen`` does."""
-        names, rows = self.chosen(batch)
+        """The adapters for ``batch`` rows; raises as ``adapters_of`` does."""
+        names, rows = self.adapters_of(batch)
         config, parameters = self.configs[names[0]], (self.dept_prompt, self.dept_a, self.dept_b)
         if rows is None:
             return Selection(config, *(lookup.whole(p(names[0])) for p in parameters))

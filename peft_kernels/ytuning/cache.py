@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..hf import durable
 from ..hf.fingerprint import fingerprint
-from ..hf.frozen import evaluating, max_length_of, strings, whole
+from ..hf.frozen import eval_mode, integer, max_length_of, strings
 from .backbone import encoder_of, features_of
 
 __all__ = ["FORMAT", "INDEX", "cache_features", "checksum", "checksum_of_text", "read_index"]
@@ -70,7 +70,7 @@ def cache_features(
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"cache_features: dtype must be torch.bfloat16 or torch.float32, got {dtype}")
-    batch_size = whole("cache_features", "batch_size", batch_size, 1)
+    batch_size = integer("cache_features", "batch_size", batch_size, 1)
     folder = Path(folder)
     model = encoder_of("cache_features", model)
     layers = getattr(model.config, "num_hidden_layers", None)
@@ -80,7 +80,7 @@ def cache_features(
     most = (
         max_length_of(model, tokenizer, None)
         if max_length is None
-        else whole("cache_features", "max_length", max_length, 1)
+        else integer("cache_features", "max_length", max_length, 1)
     )
     encoded = _encode(tokenizer, texts, most)
     key = fingerprint(model, model, [str(dtype), layer, encoded])
@@ -209,7 +209,7 @@ def _features(model, tokenizer, rows, batch_size, layer):
     rows = [row for row in rows if row["input_ids"]]  # a text without tokens has no features
     if not rows:
         return torch.zeros(0, model.config.hidden_size)
-    with evaluating(model):
+    with eval_mode(model):
         return torch.cat(
             [_batch(model, tokenizer, rows[i : i + batch_size], layer) for i in range(0, len(rows), batch_size)]
         )

@@ -135,7 +135,7 @@ def test_features_of_the_active_adapter(bert):
 def test_adapters_that_move_the_mask():
     model, t, template = make("gpt2")
     adapted = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="adapter 'default' is PROMPT_TUNING, which works from around the model"):
+    with pytest.raises(ValueError, match="adapter 'default' is PROMPT_TUNING, which works in PEFT's wrapper"):
         extract(adapted, t, TEXTS, template, WORDS)
 
 

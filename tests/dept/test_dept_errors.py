@@ -80,7 +80,7 @@ def test_adapter_names():
     with pytest.raises(ValueError, match="must share num_virtual_tokens, r, "):
         model(**x, **labels, adapter_names=["default", "other", "default"])
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"one adapter can be active at a time, got \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"one adapter must be active, got \['default', 'other'\]"):
         model(**x, **labels)
 
 

@@ -149,5 +149,5 @@ def test_adapter_names():
     with pytest.raises(ValueError, match="must share num_special_tokens, special_token_ids, overflow and dropout, got"):
         model(**x, adapter_names=["default", "other", "default", "default"])
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"one adapter can be active at a time, got \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"one adapter must be active, got \['default', 'other'\]"):
         model(**x)
