@@ -11,9 +11,7 @@ CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention.self
 @dataclass(frozen=True)
 class Family:
     positions: str  # decoder positions: "relative" (T5), "table" (rows of embed_positions) or "argument" (position_ids)
-    views_decoder_batch: bool = (
-        False  # cross-attention reshapes keys and values by the decoder's batch size: it needs a filled cache
-    )
+    views_decoder_batch: bool = False  # cross-attention views keys by the decoder's batch size: it needs a filled cache
     takes_encoder_mask: bool = True
 
 
@@ -46,12 +44,12 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: the model is of another family; the message lists the supported ones.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in FAMILIES and any(cross_attentions(model)):
-        return FAMILIES[kind]
-    what = f"model_type {kind!r}" if kind else f"a {type(model).__name__}"
-    detail = " whose decoder has no cross-attention that is known" if kind in FAMILIES else ""
-    raise ValueError(f"pid: {what}{detail} is not supported; supported are {', '.join(FAMILIES)}")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in FAMILIES and any(cross_attentions(model)):
+        return FAMILIES[model_type]
+    name = f"model_type {model_type!r}" if model_type else f"a {type(model).__name__}"
+    detail = " without a known cross-attention" if model_type in FAMILIES else ""
+    raise ValueError(f"pid: {name}{detail} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def cross_attentions(model: nn.Module):
@@ -101,7 +99,7 @@ def look_up_positions(table: nn.Module, positions: Tensor) -> Tensor:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """The number of positions of the decoder; None if there is no limit."""
+    """The number of positions of the decoder; None without a limit."""
     family = FAMILIES[model.config.model_type]
     if family.positions == "argument":
         return model.decoder.config.max_position_embeddings

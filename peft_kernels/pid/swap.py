@@ -39,10 +39,10 @@ def enable(model: nn.Module, *, pack_weights: bool = True) -> nn.Module:
         return model
     check_version("pid.enable")
     family_of(base)
-    unknown = {config._attn_implementation for config in attention.configs_of(base)} - attention.NAMES.keys()
-    if unknown:
+    unsupported = {config._attn_implementation for config in attention.configs_of(base)} - attention.NAMES.keys()
+    if unsupported:
         raise ValueError(
-            f"pid.enable: attention implementations {sorted(map(str, unknown))} are not supported:"
+            f"pid.enable: attention implementations {sorted(map(str, unsupported))} are not supported:"
             " first call model.set_attn_implementation('sdpa') or 'eager'"
         )
     for module in cross_attentions(base):
