@@ -165,7 +165,7 @@ def test_labels_and_modes_of_the_model():
     for labels, message in (
         (
             torch.rand(6),
-            "labels must be integers, the indices of classes, got torch.float32; regression is not supported",
+            "labels must be integers, the class indices, got torch.float32; regression is not supported",
         ),
         (
             torch.eye(2)[torch.tensor(LABELS)].long(),
