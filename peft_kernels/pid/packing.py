@@ -38,7 +38,7 @@ def packed_linears(model: nn.Module):
     are float32 or bfloat16 on a CPU.
     """
     outer = _packed.get()
-    usable = model.pid_pack_weights and native_library.problem() is None and torch.backends.mkldnn.is_available()
+    usable = model.pid_pack_weights and native_library.load_error() is None and torch.backends.mkldnn.is_available()
     with _lock:
         weights = _packed_weights([layer for layer in _linears(model) if _packable(layer)]) if usable else {}
         for layer in weights:

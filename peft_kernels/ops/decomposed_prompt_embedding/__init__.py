@@ -103,8 +103,8 @@ def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
     if input_ids.ndim != 2:
         raise ValueError(f"{_NAME}: input_ids must be (B, L), got {tuple(input_ids.shape)}")
     if (delta is None) == (a is None) or (a is None) != (b is None):
-        given = [name for name, x in (("a", a), ("b", b), ("delta", delta)) if x is not None]
-        raise ValueError(f"{_NAME}: give either a and b, or delta, got {given or 'none of them'}")
+        names = [name for name, x in (("a", a), ("b", b), ("delta", delta)) if x is not None]
+        raise ValueError(f"{_NAME}: pass either a and b, or delta, got {names or 'none of them'}")
     batch, length = input_ids.shape
     width = weight.shape[1]
     parameters = {name: x for name, x in (("prompt", prompt), ("a", a), ("b", b), ("delta", delta)) if x is not None}
@@ -132,7 +132,7 @@ def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
             f"{_NAME}: input_ids has {length} tokens, but {'a' if delta is None else 'delta'} has rows for {positions}"
         )
     if adapter_ids is None and prompt.ndim == 3 and prompt.shape[0] != 1:
-        raise ValueError(f"{_NAME}: adapter_ids must choose among the {prompt.shape[0]} adapters of prompt")
+        raise ValueError(f"{_NAME}: adapter_ids must select among the {prompt.shape[0]} adapters of prompt, got None")
     for name, x in (("input_ids", input_ids), ("offsets", offsets), ("adapter_ids", adapter_ids)):
         if x is None:
             continue
@@ -153,9 +153,9 @@ def _check_values(input_ids, weight, prompt, offsets, adapter_ids):
     )
     for name, x, low, end in limits:
         if x is not None and x.numel():
-            least, most = (int(v) for v in x.aminmax())
-            if least < low or most >= end:
-                raise ValueError(f"{_NAME}: {name} must lie in [{low}, {end}), got values from {least} to {most}")
+            smallest, largest = (int(v) for v in x.aminmax())
+            if smallest < low or largest >= end:
+                raise ValueError(f"{_NAME}: {name} must lie in [{low}, {end}), got values from {smallest} to {largest}")
 
 
 @torch.library.impl(_lib, _NAME, "CompositeExplicitAutograd")
@@ -187,9 +187,9 @@ def _backward(
     need_delta,
     impl,
 ):
-    """Returns the gradients of prompt, a, b and delta; one that is not needed is empty.
+    """Returns the gradients of prompt, a, b and delta; empty if not needed.
 
-    The gradient of b needs a, and the gradient of a needs b, so passing one requests the gradient of the other.
+    The gradient of b needs a, and the gradient of a needs b: passing a requests the gradient of b, and vice versa.
     """
     implementation = implementations.resolve(_NAME, impl, grad.device.type, grad.dtype)
     sizes, where = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
@@ -284,17 +284,7 @@ def _autograd(ctx, grad):
         ctx.impl,
     )
     needs = need_prompt, need_a, need_b, need_delta
-    return (
-        None,
-        grad_weight,
-        *(x if needed else None for x, needed in zip(grads, needs)),
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    return None, grad_weight, *(x if needed else None for x, needed in zip(grads, needs)), *(None,) * 6
 
 
 def _embedding_gradient(ctx, grad, input_ids):

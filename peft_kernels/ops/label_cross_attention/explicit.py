@@ -1,6 +1,4 @@
-"""Keys and values with library matmuls in the weights' dtype: for so many slots that the matmuls of the absorbed form
-would be larger.
-"""
+"""Keys and values with library matmuls in the weights' dtype, for many slots: the absorbed form's would be larger."""
 
 import torch
 from torch.nn.functional import linear

@@ -17,8 +17,9 @@ def prototype_scores(
     *,
     backward: bool = False,
 ) -> Cost:
-    """A matmul with the projection and (N, C) distances; backward, a matmul for each of features and projection that
-    requires a gradient.
+    """The cost of a matmul with the projection and of (N, C) distances.
+
+    Backward has a matmul for each of ``features`` and ``projection`` that requires a gradient.
     """
     out = features.shape[0] * prototypes.shape[0] * features.element_size()
     return _cost(features, projection, prototypes, radius, (scores,), out, backward)

@@ -17,10 +17,10 @@ HEADS = {"H": 12, "D": 64}
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
     inputs, streams, tokens, n, heads, width = (shape[letter] for letter in "bMtnHD")
-    numbers = RandomInputs(device, dtype)
-    query, grad = (numbers.normal(inputs * streams, tokens, heads, width).transpose(1, 2) for _ in range(2))
-    key, value = (numbers.normal(inputs, heads, n, width) for _ in range(2))
-    lengths = numbers.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
+    random = RandomInputs(device, dtype)
+    query, grad = (random.normal(inputs * streams, tokens, heads, width).transpose(1, 2) for _ in range(2))
+    key, value = (random.normal(inputs, heads, n, width) for _ in range(2))
+    lengths = random.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
     # [b, 1, 1, n]
     visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
 
@@ -64,12 +64,8 @@ def folded(attention, inputs):
 
     def attend(query, key, value):
         streams, heads, tokens, width = query.shape
-        return (
-            attention(fold(query, inputs), key, value)
-            .transpose(1, 2)
-            .reshape(streams, tokens, heads, width)
-            .transpose(1, 2)
-        )
+        out = attention(fold(query, inputs), key, value).transpose(1, 2)
+        return out.reshape(streams, tokens, heads, width).transpose(1, 2)
 
     return attend
 
@@ -99,11 +95,9 @@ def expanded(attend, leaves, streams) -> Candidate:
 
 def eager(visible, streams, dtype):
     """Attention like transformers' eager_attention_forward: an additive mask, softmax in float32."""
-    mask = (
-        None
-        if visible is None
-        else torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype).repeat_interleave(streams, 0)
-    )
+    mask = None
+    if visible is not None:
+        mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype).repeat_interleave(streams, 0)
 
     def attend(query, key, value):
         scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
@@ -175,8 +169,7 @@ OPERATORS = {
         name="shared_cross_attention",
         title="Shared cross-attention",
         about="PiD: all streams of an input read its keys and values, which lie in memory once. b inputs of n keys, M"
-        " streams each of t queries,"
-        " H heads of width D. Ragged: inputs of 50 to 100% of n.",
+        " streams each of t queries, H heads of width D. Ragged: inputs of 50 to 100% of n.",
         published="sdpa expanded",
         shapes=shapes((1, 30, 1, 512), (4, 30, 1, 512), (1, 8, 1, 2048), (4, 30, 16, 512), (8, 5, 64, 1024)),
         quick_shapes=shapes((2, 16, 1, 256), (2, 8, 8, 128)),
