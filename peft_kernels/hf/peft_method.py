@@ -1,6 +1,4 @@
-"""Base classes for methods of PEFT: registration of a type, a layer with the parameters, a tuner that adds the
-layer.
-"""
+"""Base classes for methods of PEFT: registration of a type, a layer with the parameters, a tuner that adds it."""
 
 from contextlib import contextmanager
 from typing import Any

@@ -16,23 +16,11 @@ class Family:
 
 
 _T5, _BART = Family("relative"), Family("table")
+_LIKE_BART = "bart mbart pegasus marian m2m_100 blenderbot blenderbot-small plbart bigbird_pegasus".split()
 FAMILIES = {
     **dict.fromkeys(("t5", "mt5", "longt5"), _T5),
     "umt5": Family("relative", views_decoder_batch=True),
-    **dict.fromkeys(
-        (
-            "bart",
-            "mbart",
-            "pegasus",
-            "marian",
-            "m2m_100",
-            "blenderbot",
-            "blenderbot-small",
-            "plbart",
-            "bigbird_pegasus",
-        ),
-        _BART,
-    ),
+    **dict.fromkeys(_LIKE_BART, _BART),
     "encoder-decoder": Family("argument"),
     "whisper": Family("table", views_decoder_batch=True, takes_encoder_mask=False),
 }
@@ -59,11 +47,8 @@ def cross_attentions(model: nn.Module):
 
 def keys_and_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (b, H, n, D) of (b, n, d) encoder states, as the module would put them into its cache."""
-    width = next(
-        getattr(attention, a)
-        for a in ("key_value_proj_dim", "head_dim", "attention_head_size")
-        if hasattr(attention, a)
-    )
+    names = ("key_value_proj_dim", "head_dim", "attention_head_size")
+    width = next(getattr(attention, name) for name in names if hasattr(attention, name))
     shape = (*states.shape[:2], -1, width)
 
     def project(*names):

@@ -173,20 +173,9 @@ def _forward(
 
 @torch.library.impl(_lib, f"{_NAME}_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad,
-    adapters,
-    virtual,
-    positions,
-    a,
-    b,
-    scale,
-    offsets,
-    insert_after_first,
-    adapter_ids,
-    need_prompt,
-    need_delta,
+    grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta,
     impl,
-):
+):  # fmt: skip
     """Returns the gradients of prompt, a, b and delta; empty if not needed.
 
     The gradient of b needs a, and the gradient of a needs b: passing a requests the gradient of b, and vice versa.
@@ -218,20 +207,9 @@ def _(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, inser
 
 @torch.library.register_fake(f"peft_kernels::{_NAME}_backward", lib=_lib)
 def _(
-    grad,
-    adapters,
-    virtual,
-    positions,
-    a,
-    b,
-    scale,
-    offsets,
-    insert_after_first,
-    adapter_ids,
-    need_prompt,
-    need_delta,
+    grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta,
     impl,
-):
+):  # fmt: skip
     width = grad.shape[2]
     grad_prompt = _wide(grad, adapters, virtual, width) if need_prompt else _wide(grad, 0)
     grad_a = _wide(grad, 0) if b is None else _wide(grad, adapters, positions, b.shape[1])
@@ -244,20 +222,8 @@ def _wide(like: Tensor, *shape) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    (
-        input_ids,
-        weight,
-        prompt,
-        a,
-        b,
-        delta,
-        ctx.scale,
-        ctx.embed_scale,
-        offsets,
-        ctx.insert_after_first,
-        adapter_ids,
-        ctx.impl,
-    ) = inputs
+    input_ids, weight, prompt, a, b, delta, ctx.scale, ctx.embed_scale, offsets, *rest = inputs
+    ctx.insert_after_first, adapter_ids, ctx.impl = rest
     ctx.sizes = prompt.shape[0], prompt.shape[1], (a if delta is None else delta).shape[1]
     ctx.rows = weight.shape[0]
     _, need_weight, _, need_a, need_b, *_ = ctx.needs_input_grad
@@ -270,18 +236,9 @@ def _autograd(ctx, grad):
     input_ids, a, b, offsets, adapter_ids = ctx.saved_tensors
     _, need_weight, need_prompt, need_a, need_b, need_delta, *_ = ctx.needs_input_grad
     grad_weight = _embedding_gradient(ctx, grad, input_ids) if need_weight else None
+    options = offsets, ctx.insert_after_first, adapter_ids, need_prompt, need_delta, ctx.impl
     grads = torch.ops.peft_kernels.decomposed_prompt_embedding_backward.default(
-        grad,
-        *ctx.sizes,
-        a,
-        b,
-        ctx.scale,
-        offsets,
-        ctx.insert_after_first,
-        adapter_ids,
-        need_prompt,
-        need_delta,
-        ctx.impl,
+        grad, *ctx.sizes, a, b, ctx.scale, *options
     )
     needs = need_prompt, need_a, need_b, need_delta
     return None, grad_weight, *(x if needed else None for x, needed in zip(grads, needs)), *(None,) * 6

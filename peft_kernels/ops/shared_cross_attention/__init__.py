@@ -201,21 +201,9 @@ def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, imp
 
 @torch.library.impl(_lib, "shared_cross_attention_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_out,
-    grad_lse,
-    query,
-    key,
-    value,
-    out,
-    lse,
-    key_lengths,
-    encoder_index,
-    scale,
-    need_query,
-    need_key,
-    need_value,
-    impl,
-):
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
+    need_value, impl,
+):  # fmt: skip
     needs = (need_query, need_key, need_value)
     if impl == "auto":
         impl = choose(query, key)
@@ -238,21 +226,9 @@ def _(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
 
 @torch.library.register_fake("peft_kernels::shared_cross_attention_backward", lib=_lib)
 def _(
-    grad_out,
-    grad_lse,
-    query,
-    key,
-    value,
-    out,
-    lse,
-    key_lengths,
-    encoder_index,
-    scale,
-    need_query,
-    need_key,
-    need_value,
-    impl,
-):
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
+    need_value, impl,
+):  # fmt: skip
     pairs = (query, need_query), (key, need_key), (value, need_value)
     return tuple(token_major(*x.shape, like=x) if needed else x.new_empty(0) for x, needed in pairs)
 
