@@ -16,7 +16,9 @@ class Family:
 
 
 _T5, _BART = Family("relative"), Family("table")
-_LIKE_BART = "bart mbart pegasus marian m2m_100 blenderbot blenderbot-small plbart bigbird_pegasus".split()
+_LIKE_BART = (
+    "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small", "plbart", "bigbird_pegasus",
+)  # fmt: skip
 FAMILIES = {
     **dict.fromkeys(("t5", "mt5", "longt5"), _T5),
     "umt5": Family("relative", views_decoder_batch=True),
