@@ -90,10 +90,10 @@ class Hooks:
         if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
             return None  # the model raises its own error
         cache = None if self.encoder_decoder else cache_of(kwargs)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if past:
-            inputs = self.continued(kwargs, past)
-            return (), kwargs | self.plain_positions(kwargs, past, inputs["inputs_embeds"]) | inputs
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        if past_length:
+            inputs = self.continued(kwargs, past_length)
+            return (), kwargs | self.plain_positions(kwargs, past_length, inputs["inputs_embeds"]) | inputs
         inputs, insertion, *_ = self.widened(kwargs)
         inputs = self.plain_positions(kwargs, 0, inputs["inputs_embeds"]) | inputs
         if self.layer.reading is not None and self.layer.reading.by_ids and kwargs.get("input_ids") is not None:
@@ -175,12 +175,13 @@ class Hooks:
         is_placeholder = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))[..., None]
         return torch.where(is_placeholder, self.layer.reading.table(ids.clamp_min(0)).to(embeddings.dtype), embeddings)
 
-    def plain_positions(self, kwargs: dict, past: int, embeddings: Tensor) -> dict:
+    def plain_positions(self, kwargs: dict, past_length: int, embeddings: Tensor) -> dict:
         """Text positions, for models that would otherwise reuse the shift of the previous call."""
         if not self.keeps_rope_deltas or kwargs.get("position_ids") is not None:
             return {}
         batch, columns, _ = embeddings.shape
-        return {"position_ids": torch.arange(past, past + columns, device=embeddings.device).expand(batch, -1)}
+        positions = torch.arange(past_length, past_length + columns, device=embeddings.device)
+        return {"position_ids": positions.expand(batch, -1)}
 
     def output_arguments(self, kwargs: dict, insertion: Insertion) -> dict:
         """Arguments of a model that includes its head: token labels, and the tokens whose logits are kept."""
@@ -214,18 +215,18 @@ class Hooks:
             insertion = Insertion(0, length, False, rotation=rotation)
         return {"attention_mask": insertion.widen_mask(mask)}
 
-    def continued(self, kwargs: dict, past: int) -> dict:
-        """The inputs of a causal model that has seen ``past`` columns, prompt included."""
+    def continued(self, kwargs: dict, past_length: int) -> dict:
+        """The inputs of a causal model that has seen ``past_length`` columns, prompt included."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None:
             raise ValueError("DePT: a forward that continues past_key_values must get input_ids, got inputs_embeds")
         selection = self.layer.select(ids.shape[0])
-        column = past - selection.config.num_virtual_tokens
+        column = past_length - selection.config.num_virtual_tokens
         length = column + ids.shape[1]
         if not hasattr(cache_of(kwargs), _HAS_PROMPT):
             raise ValueError(
                 "DePT: past_key_values must come from this model with its adapter, because they lack the prompt's"
-                f" {past - column} columns"
+                f" {past_length - column} columns"
             )
         if mask is None and selection.has_base_rows:
             mask = ids.new_ones(ids.shape[0], length)

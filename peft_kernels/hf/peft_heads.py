@@ -102,10 +102,10 @@ class RowWise(Swapped):
             return output.expand(batch, *output.shape[1:])
         if isinstance(output, Tensor) and output.ndim and output.shape[0] % batch == 0:
             return output
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return {batch} rows,"
-            f" got {got}"
+            f" got {shape}"
         )
 
     def _module_of(self, name):

@@ -24,7 +24,7 @@ class Injection:
     recorded: bool  # whether hidden states are part of the output
     in_place: bool
     passes: int = 0  # passes begun, for layers that take several
-    done: int = -1  # the pass whose vectors the previous layer's fused end has already added
+    fused_pass: int = -1  # the pass whose vectors the previous layer's fused end has added
     first: tuple[Tensor, Tensor] | None = None  # the first layer's input with and without its vectors, if recorded
 
     def arguments(self, index: int, device: torch.device) -> dict:
@@ -39,7 +39,7 @@ class Injection:
 
     def ahead(self, index: int, device: torch.device) -> dict:
         """``arguments`` for a caller that adds the vectors before the pass, which then leaves its input unchanged."""
-        self.done = index
+        self.fused_pass = index
         return self.arguments(index, device)
 
     def added(self, hidden: Tensor, indices: tuple[int, ...]) -> Tensor:
@@ -49,7 +49,7 @@ class Injection:
             raise RuntimeError(
                 f"PASTA: pass {index} of a forward goes through another layer, got one that takes {indices}"
             )
-        if self.done == index:
+        if self.fused_pass == index:
             return hidden
         width = self.vectors[index].shape[-1]
         if (

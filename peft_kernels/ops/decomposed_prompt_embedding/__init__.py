@@ -181,15 +181,15 @@ def _backward(
     The gradient of b needs a, and the gradient of a needs b: passing a requests the gradient of b, and vice versa.
     """
     implementation = implementations.resolve(_NAME, impl, grad.device.type, grad.dtype)
-    sizes, where = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
+    sizes, options = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
     grad_a = grad_b = None
     rank = 0 if a is None and b is None else b.shape[1] if a is None else a.shape[2]
     if 0 < rank <= getattr(implementation, "MAX_RANK", 0) and not need_delta:
-        grad_prompt, grad_a, grad_b = implementation.backward_low_rank(grad, *sizes, a, b, scale, *where, need_prompt)
+        grad_prompt, grad_a, grad_b = implementation.backward_low_rank(grad, *sizes, a, b, scale, *options, need_prompt)
         grad_delta = None
     else:
         grad_prompt, grad_delta = implementation.backward(
-            grad, *sizes, *where, need_prompt, need_delta or a is not None or b is not None
+            grad, *sizes, *options, need_prompt, need_delta or a is not None or b is not None
         )
         with without_autocast(grad.device.type):
             if b is not None:

@@ -12,7 +12,7 @@ from . import absorbed
 __all__ = ["label_cross_attention"]
 
 # Implementations have one of two interfaces. With keys and values: forward(query, features, w_k, w_v, lengths, offsets,
-# heads, keep) -> out, kept; and backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads) -> gradients
+# heads, keep) -> out, saved; and backward(grad, query, features, w_k, w_v, saved, lengths, offsets, heads) -> gradients
 # of query, w_k, w_v. Absorbed, where absorbed.py multiplies by the weights: pool(queries, features, lengths, offsets,
 # scale, keep) -> pooled (H, B, S, d) in the queries' dtype, weights (B, n, H * S) or (total, H * S) float32, 0 in the
 # padding, None without keep; and pool_backward(grad_pooled, features, weights, lengths, offsets, scale, shared) ->
@@ -28,7 +28,7 @@ _lib.define(
 )
 _lib.define(
     "label_cross_attention_backward(Tensor grad, Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor weights,"
-    " Tensor kept, Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value,"
+    " Tensor saved, Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value,"
     " str impl) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -182,29 +182,29 @@ def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
     with torch.autocast(features.device.type, enabled=False):
         if impl in ABSORBED:
-            out, weights, kept = absorbed.forward(implementation.pool, *arguments)
+            out, weights, saved = absorbed.forward(implementation.pool, *arguments)
         else:
-            weights, (out, kept) = None, implementation.forward(*arguments)
+            weights, (out, saved) = None, implementation.forward(*arguments)
     return (
         out,
         query.new_empty(0, dtype=torch.float32) if weights is None else weights,
-        query.new_empty(0) if kept is None else kept,
+        query.new_empty(0) if saved is None else saved,
     )
 
 
 @torch.library.impl(_lib, "label_cross_attention_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl
+    grad, query, features, w_k, w_v, weights, saved, lengths, offsets, num_heads, need_query, need_key, need_value, impl
 ):
     impl, implementation = _resolve(impl, query, features, num_heads)
     needs = need_query, need_key, need_value
     if impl in ABSORBED:
         backward = implementation.pool_backward
         grads = absorbed.backward(
-            backward, grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs
+            backward, grad, query, features, w_k, w_v, weights, saved, lengths, offsets, num_heads, *needs
         )
     else:
-        grads = implementation.backward(grad, query, features, w_k, w_v, kept, lengths, offsets, num_heads)
+        grads = implementation.backward(grad, query, features, w_k, w_v, saved, lengths, offsets, num_heads)
     return tuple(g.contiguous() if needed else query.new_empty(0) for g, needed in zip(grads, needs))
 
 
@@ -214,18 +214,18 @@ def _(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
     batch = features.shape[0] if offsets is None else offsets.shape[0] - 1
     _, slots, width = query.shape
     out = query.new_empty(batch, slots, width)
-    weights, kept = query.new_empty(0, dtype=torch.float32), query.new_empty(0)
+    weights, saved = query.new_empty(0, dtype=torch.float32), query.new_empty(0)
     if keep and impl in ABSORBED:
         weights = query.new_empty(*features.shape[:-1], num_heads * slots, dtype=torch.float32)
-        kept = query.new_empty(num_heads, batch, slots, width)
+        saved = query.new_empty(num_heads, batch, slots, width)
     elif keep and impl == "explicit":
-        kept = query.new_empty(*features.shape[:-1], 2 * width)
-    return out, weights, kept
+        saved = query.new_empty(*features.shape[:-1], 2 * width)
+    return out, weights, saved
 
 
 @torch.library.register_fake("peft_kernels::label_cross_attention_backward", lib=_lib)
 def _(
-    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl
+    grad, query, features, w_k, w_v, weights, saved, lengths, offsets, num_heads, need_query, need_key, need_value, impl
 ):
     pairs = (query, need_query), (w_k, need_key), (w_v, need_value)
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in pairs)
@@ -233,20 +233,20 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     query, features, w_k, w_v, lengths, offsets, ctx.num_heads, _, ctx.impl = inputs
-    _, weights, kept = output
-    ctx.mark_non_differentiable(weights, kept)
-    ctx.set_materialize_grads(False)  # no zeros as gradients of weights and kept
-    ctx.save_for_backward(query, features, w_k, w_v, weights, kept, lengths, offsets)
+    _, weights, saved = output
+    ctx.mark_non_differentiable(weights, saved)
+    ctx.set_materialize_grads(False)  # no zeros as gradients of weights and saved
+    ctx.save_for_backward(query, features, w_k, w_v, weights, saved, lengths, offsets)
 
 
 def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
-    query, features, w_k, w_v, weights, kept, lengths, offsets = ctx.saved_tensors
+    query, features, w_k, w_v, weights, saved, lengths, offsets = ctx.saved_tensors
     need_query, _, need_key, need_value, *_ = ctx.needs_input_grad
     needs = need_query, need_key, need_value
     grads = torch.ops.peft_kernels.label_cross_attention_backward.default(
-        grad, query, features, w_k, w_v, weights, kept, lengths, offsets, ctx.num_heads, *needs, ctx.impl
+        grad, query, features, w_k, w_v, weights, saved, lengths, offsets, ctx.num_heads, *needs, ctx.impl
     )
     grad_query, grad_key, grad_value = (g if needed else None for g, needed in zip(grads, needs))
     return grad_query, None, grad_key, grad_value, *(None,) * 5

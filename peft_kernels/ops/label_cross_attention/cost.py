@@ -70,7 +70,7 @@ def _forward_flops(query, features, w_k, w_v, lengths, offsets, num_heads, *args
 
 
 def _backward_flops(
-    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs, out_shape=None
+    grad, query, features, w_k, w_v, weights, saved, lengths, offsets, num_heads, *needs, out_shape=None
 ) -> int:
     sizes = _sizes(query, features, offsets, num_heads)
     form = min((_explicit, _absorbed), key=lambda form: form(*sizes, None))

@@ -54,12 +54,12 @@ def prototype_objective(
     return Cost(moved, (DISTANCE_OPERATIONS + PULL_OPERATIONS) * distances)
 
 
-def _cost(features, projection, prototypes, radius, others, out, backward):
+def _cost(features, projection, prototypes, radius, other_inputs, out, backward):
     count, width = features.shape
     product = 2 * count * width * projection.shape[0]
     distances = count * prototypes.numel()
     trained = features, projection, prototypes, radius
-    cost = Cost(nbytes(*trained, *others) + out, product + DISTANCE_OPERATIONS * distances)
+    cost = Cost(nbytes(*trained, *other_inputs) + out, product + DISTANCE_OPERATIONS * distances)
     if not backward:
         return cost
     products = features.requires_grad + projection.requires_grad

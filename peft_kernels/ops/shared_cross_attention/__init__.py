@@ -131,8 +131,8 @@ def _check(query, key, value, key_lengths, encoder_index):
         if type(x) is not Tensor and hasattr(x, "placements"):
             raise TypeError(f"{name}: {argument} is a DTensor, which is not supported: pass its local tensor")
         if x.is_nested or x.ndim != 4:
-            got = "a nested tensor" if x.is_nested else tuple(x.shape)
-            raise ValueError(f"{name}: {argument} must be a dense tensor of 4 dimensions, got {got}")
+            layout = "a nested tensor" if x.is_nested else tuple(x.shape)
+            raise ValueError(f"{name}: {argument} must be a dense tensor of 4 dimensions, got {layout}")
     n_streams, heads, _, head_dim = query.shape
     inputs = key.shape[0]
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

@@ -142,12 +142,12 @@ def varlen(leaves, inputs, lengths, backward) -> Candidate:
     counts = lengths if packed else torch.full((inputs,), n, device=device)
     cu_rows = torch.arange(inputs + 1, device=device, dtype=torch.int32) * rows
     cu_keys = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    used = None if packed or lengths is None else lengths.to(torch.int32)
+    seqused_k = None if packed or lengths is None else lengths.to(torch.int32)
     keep = torch.arange(n, device=device) < counts[:, None]  # [b, n]
 
     def attend(query, key, value):
         flat = query.transpose(1, 2).flatten(0, 1)  # [N * t, H, D], a view
-        out = varlen_attn(flat, key, value, cu_rows, cu_keys, rows, n, seqused_k=used)
+        out = varlen_attn(flat, key, value, cu_rows, cu_keys, rows, n, seqused_k=seqused_k)
         return out.unflatten(0, (-1, tokens)).transpose(1, 2)
 
     def restore(results):

@@ -92,7 +92,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
     """The problem in place: each candidate repeatedly adds to its own tensor, detached from the last iteration."""
     hidden, vectors, grad, slots = addition(shape, dtype, device)
 
-    def own(add):
+    def on_its_own_tensor(add):
         def prepare():
             target = hidden.clone()
             return Candidate(lambda vectors: add(target.detach(), vectors))
@@ -100,7 +100,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
         return prepare
 
     def ours(impl):
-        return own(lambda target, vectors: ops.special_token_add_(target, vectors, slots, impl=impl))()
+        return on_its_own_tensor(lambda target, vectors: ops.special_token_add_(target, vectors, slots, impl=impl))()
 
     def cost(vectors, backward):
         from . import cost
@@ -123,7 +123,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
             "official": plain(lambda vectors: official(hidden, vectors)),
             "dense add": plain(lambda vectors: dense(hidden, vectors)),
             "dense add, compiled": compiled(lambda vectors: dense(hidden, vectors)),
-            "index_add_": own(indexed),
+            "index_add_": on_its_own_tensor(indexed),
         },
     )
 
