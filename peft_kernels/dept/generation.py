@@ -103,9 +103,7 @@ class DePTGenerationMixin(Swapped):
         options += ["cache_implementation='paged'"] if settings.get("cache_implementation") == "paged" else []
         self._dept_refuse(options, "not count the prompt's columns")
         if cache_of(kwargs) is not None and cache_of(kwargs).get_seq_length():
-            raise ValueError(
-                "DePT: generate must start from an empty cache, got past_key_values that have seen an input"
-            )
+            raise ValueError("DePT: generate must start from an empty cache, got past_key_values of an earlier input")
         if kwargs.get("attention_mask") is None and "attention_mask" in hooks.argument_names:
             kwargs["attention_mask"] = _mask_of(ids if embeds is None else None, embeds, settings)
         length = (ids if embeds is None else embeds).shape[1]

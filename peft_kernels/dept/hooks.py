@@ -13,9 +13,8 @@ from .insertion import Insertion, leading_padding, positions_of
 from .layer import DePTLayer, Selection
 
 GENERATION = "dept_generation"  # the argument that tells a forward within generate that the prompt is already inserted
-_HAS_PROMPT = (
-    "_has_dept_prompt"  # marks caches of adapted forwards; other caches, such as prefix tuning's, cannot be continued
-)
+# marks caches of adapted forwards; other caches, such as prefix tuning's, cannot be continued
+_HAS_PROMPT = "_has_dept_prompt"
 # per-token arguments beside mask, positions and labels, and their values at the prompt
 _FILL = {"token_type_ids": 0, "mm_token_type_ids": 0, "global_attention_mask": 0}
 _TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "logits_to_keep")

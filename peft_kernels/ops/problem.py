@@ -16,9 +16,8 @@ class Candidate:
 
     compute: Callable[..., Any]
     leaves: tuple[Tensor, ...] | None = None  # in the candidate's own layout; None: the problem's leaves
-    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = (
-        None  # maps outputs and gradients to the operator's shapes, for the check
-    )
+    # maps outputs and gradients to the operator's shapes, for the check
+    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
     synchronizes: bool = False  # with the device, so it cannot be captured in a CUDA graph
 
 
@@ -33,9 +32,8 @@ class Problem:
     cost: Callable[..., Any]  # called with the leaves and the keyword backward; returns a Cost
     # name -> function that prepares the baseline; it raises with a reason if the baseline cannot run here
     baselines: Mapping[str, Callable[[], Candidate]]
-    roofline: Callable[[], Any] | None = (
-        None  # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
-    )
+    # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
+    roofline: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

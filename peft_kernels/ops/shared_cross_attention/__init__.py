@@ -18,9 +18,7 @@ MAX_HEAD_DIM = 256
 # input are at most this large, and PyTorch's flash attention otherwise (`peft-kernels bench shared_cross_attention`).
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
-AMX_ROWS = (
-    64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles are faster than our vector kernels
-)
+AMX_ROWS = 64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles beat our vector kernels
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(

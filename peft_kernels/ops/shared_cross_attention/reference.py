@@ -32,9 +32,8 @@ def _probabilities(query: Tensor, key: Tensor, visible: Tensor, scale: float):
     scores = torch.einsum("uhtd,uhnd->uhtn", query, key) * scale  # (N, H, t, n)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)  # (N, H, t)
-    return torch.softmax(scores, -1).masked_fill(
-        ~visible, 0
-    ), lse  # not exp(scores - lse), which inherits the rounding error of a large lse
+    # not exp(scores - lse), which inherits the rounding error of a large lse
+    return torch.softmax(scores, -1).masked_fill(~visible, 0), lse
 
 
 def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True) -> tuple[Tensor, Tensor]:
