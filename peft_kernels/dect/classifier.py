@@ -109,8 +109,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         same_features(self, table, features, reset=True)
         weights = None if sample_weight is None else row_weights(sample_weight, len(features))
         if weights is not None and not weights.all():
-            rows = np.flatnonzero(weights)
-            labels, weights, rows = labels[rows], weights[rows], torch.from_numpy(rows).to(features.device)
+            nonzero = np.flatnonzero(weights)
+            labels, weights, rows = labels[nonzero], weights[nonzero], torch.from_numpy(nonzero).to(features.device)
             features, scores = features[rows], None if scores is None else scores[rows]
         self.classes_ = self._classes(labels, scores)
         indices = self._indices(labels)

@@ -115,9 +115,8 @@ class DePTGenerationMixin(Swapped):
         if ids is None:
             del kwargs["input_ids"]
         else:
-            kwargs["input_ids"] = (
-                ids  # beside inputs_embeds: for code that reads tokens, and for the returned sequences
-            )
+            # beside inputs_embeds: for code that reads tokens, and for the returned sequences
+            kwargs["input_ids"] = ids
         unseen = length - (0 if ids is None else ids.shape[1])
         return kwargs | {GENERATION: Generation(selection.delta(), selection.adapter_ids, offsets, unseen)}
 

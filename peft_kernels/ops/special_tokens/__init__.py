@@ -74,9 +74,9 @@ def special_token_slots(
         raise ValueError(f"{name}: input_ids must be (B, S), got {tuple(input_ids.shape)}")
     if not isinstance(special_ids, Tensor):
         special_ids = list(special_ids)
-        for x in special_ids:
-            if isinstance(x, float) or x is None:
-                raise TypeError(f"{name}: special_ids must be integers, got {x!r}")
+        for token in special_ids:
+            if isinstance(token, float) or token is None:
+                raise TypeError(f"{name}: special_ids must be integers, got {token!r}")
         special_ids = torch.tensor(special_ids, dtype=torch.long, device=input_ids.device)
     if special_ids.ndim != 1:
         raise ValueError(f"{name}: special_ids must be (n,), got {tuple(special_ids.shape)}")
