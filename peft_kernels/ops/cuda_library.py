@@ -18,18 +18,18 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
     if torch.version.hip:
         return "its kernels are for NVIDIA devices, and this torch is built for ROCm"
-    return problem()
+    return load_error()
 
 
 @cache
-def problem() -> str | None:
-    """Returns why the library cannot be used, or None.
+def load_error() -> str | None:
+    """Loads the library; returns why it cannot be used, or None.
 
     The native CPU library defines its schemas, so it is loaded first.
     """
     if reason := native_library.not_built(LIBRARY, "torch, setuptools 77 or newer, a C++ compiler and nvcc"):
         return f"the CUDA library {reason}"
-    if reason := native_library.problem():
+    if reason := native_library.load_error():
         return reason
     try:
         torch.ops.load_library(LIBRARY)

@@ -1,6 +1,4 @@
-"""Prompt-in-Decoder (arXiv 2403.13112): encode an input once, decode many prompts in parallel on shared keys and
-values.
-"""
+"""Prompt-in-Decoder (arXiv 2403.13112): encode an input once, decode many prompts on shared keys and values."""
 
 from ..hf.extra import needed_by
 

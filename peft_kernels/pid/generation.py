@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..hf.class_swap import Swapped
 from ..hf.names import CACHE, cache_of, has_row_adapters
 from . import attention, packing, streams
-from .cache import GrowingLayer, SharedEncoderDecoderCache, filled
+from .cache import GrowingLayer, SharedEncoderDecoderCache, filled_cache
 from .families import family_of
 from .static import FixedCache, fixed
 
@@ -92,18 +92,19 @@ class PiDGenerationMixin(Swapped):
         self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
     ):
         """Fill the cross-attention cache with one row per input."""
-        shared = model_kwargs.pop("shared_streams", None)  # N
-        # (N,), the input of each stream, if streams cannot share
-        own_keys = model_kwargs.pop("index_of_own_keys", None)
+        num_streams = model_kwargs.pop("shared_streams", None)  # N; None: as many as inputs
+        own_keys = model_kwargs.pop(
+            "index_of_own_keys", None
+        )  # (N,), the input of each stream, if streams cannot share
         left_padded = model_kwargs.pop("left_padded_prompts", False)
         expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if shared:
-            batch_size = shared // expand_size
+        if num_streams:
+            batch_size = num_streams // expand_size
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
         )
         cache = cache_of(model_kwargs)
-        if not (shared or left_padded) or (cache is None and not left_padded):
+        if not (num_streams or left_padded) or (cache is None and not left_padded):
             return
         if type(cache) is not EncoderDecoderCache or any(cache.is_updated.values()):
             raise ValueError(
@@ -126,27 +127,23 @@ class PiDGenerationMixin(Swapped):
         if (generation_config.num_beams or 1) == 1:  # reordering beams copies the whole cache at every step anyway
             layers = cache.self_attention_cache.layers
             layers[:] = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
-        eos = None
-        asked_for = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-        greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(
-            getattr(generation_config, name) for name in asked_for
-        )
-        droppable = (
-            shared
+        outputs_of_steps = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        can_drop_finished = (
+            num_streams
             and own_keys is None
             and drops_finished(self.pid_drop_finished, states.device)
             and family_of(self).takes_encoder_mask
             and not isinstance(cache.self_attention_cache, StaticCache)
+            and (generation_config.num_beams or 1) == 1
+            and not any(getattr(generation_config, name) for name in outputs_of_steps)
         )
-        if droppable and greedy_or_sampling:
-            eos = generation_config._eos_token_tensor
-        model_kwargs[CACHE] = filled(
+        model_kwargs[CACHE] = filled_cache(
             self,
             states,
             cache.self_attention_cache,
-            num_streams=shared or states.shape[0],
+            num_streams=num_streams or states.shape[0],
             left_padded=left_padded,
-            eos_token_ids=eos,
+            eos_token_ids=generation_config._eos_token_tensor if can_drop_finished else None,
             encoder_index=own_keys,
         )
 
@@ -154,9 +151,8 @@ class PiDGenerationMixin(Swapped):
         """Give processors that compare with the encoder's input one row of it per stream, not counting beams."""
         cache = cache_of(model_kwargs or {})
         if isinstance(cache, SharedEncoderDecoderCache) and encoder_input_ids is not None:
-            encoder_input_ids = encoder_input_ids[
-                cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]
-            ]
+            index = cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]
+            encoder_input_ids = encoder_input_ids[index]
         return super()._get_logits_processor(
             generation_config, *args, encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs, **kwargs
         )

@@ -38,9 +38,9 @@ def test_refuses_rocm(monkeypatch):
 
 def test_says_that_it_is_not_built(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "nothing.so")
-    cuda_library.problem.cache_clear()
+    cuda_library.load_error.cache_clear()
     assert "nvcc" in cuda.unavailable("cuda", torch.float32)
-    cuda_library.problem.cache_clear()
+    cuda_library.load_error.cache_clear()
 
 
 @pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc")
