@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from . import pid
-from .dept.family import most_columns
+from .dept.family import max_columns
 from .perf import pid_baselines
 from .perf.interruption import Keeping
 from .perf.measure import Interrupted, Timing, cpu_model, gpus, interleaved, peak_memory
@@ -74,7 +74,7 @@ def check_fits(model: nn.Module, workload: Workload, new_tokens: int):
     rows = model.get_input_embeddings().num_embeddings
     if (largest := max(map(max, workload.inputs + workload.prompts))) >= rows:
         raise ValueError(f"--tokenizer: it has an id of {largest}, and the model's table ends at {rows}")
-    limit = most_columns(model)
+    limit = max_columns(model)
     if limit is not None and longest + asked > limit:
         raise ValueError(
             f"--input-tokens: the encoder has {limit} positions, got {longest} tokens and a prompt of {asked}"

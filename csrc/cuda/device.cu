@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 // Returns why a device does not run them, or null. It opens no context on the device.
-extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_problem(int device) {
+extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_device_error(int device) {
   constexpr int architectures[] = {__CUDA_ARCH_LIST__};  // ascending; the last is in PTX too, for newer devices
   int major, minor;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

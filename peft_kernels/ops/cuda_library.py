@@ -18,23 +18,23 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
     if torch.version.hip:
         return "its kernels are for NVIDIA devices, and this torch is built for ROCm"
-    return problem()
+    return error()
 
 
-def problem() -> str | None:
-    """Returns why the library cannot be used on the current device, or None."""
-    return load() or device_problem(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+def error() -> str | None:
+    """Returns why the current device cannot use the library, or None."""
+    return load_error() or device_error(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 
 
 @cache
-def load() -> str | None:
+def load_error() -> str | None:
     """Loads the library; returns why it cannot be loaded, or None.
 
     The native CPU library defines its schemas, so it is loaded first.
     """
     if reason := native_library.not_built(LIBRARY, "torch, setuptools 77 or newer, a C++ compiler and nvcc"):
         return f"the CUDA library {reason}"
-    if reason := native_library.problem():
+    if reason := native_library.load_error():
         return reason
     try:
         torch.ops.load_library(LIBRARY)
@@ -44,9 +44,9 @@ def load() -> str | None:
 
 
 @cache
-def device_problem(device: int) -> str | None:
+def device_error(device: int) -> str | None:
     """Returns why a device does not run the library's kernels, or None. It opens no context on the device."""
-    ask = CDLL(str(LIBRARY)).peft_kernels_cuda_problem
+    ask = CDLL(str(LIBRARY)).peft_kernels_cuda_device_error
     ask.argtypes, ask.restype = [c_int], c_char_p
     reason = ask(device)
     return None if reason is None else f"device {device} does not run the CUDA library: {reason.decode()}"

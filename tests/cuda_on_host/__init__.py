@@ -44,7 +44,7 @@ def unavailable() -> str | None:
         return f"block.cpp switches between fibers of x86_64, not of {platform.machine()}"
     if shutil.which("g++") is None:
         return "there is no g++"
-    return native_library.problem()
+    return native_library.load_error()
 
 
 def implementation(module: ModuleType, device: torch.device, monkeypatch) -> ModuleType:

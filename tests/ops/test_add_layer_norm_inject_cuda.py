@@ -40,6 +40,6 @@ def test_a_value_out_of_range_is_none(name, value, problem, need_x, implementati
 
 @pytest.mark.skipif(not cuda_library.LIBRARY.exists(), reason="the CUDA library is not built: no nvcc")
 def test_is_registered():
-    cuda_library.problem()
+    cuda_library.load_error()
     for name in ("add_layer_norm_inject", "add_layer_norm_inject_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_kernels::{name}_cuda", "CUDA")

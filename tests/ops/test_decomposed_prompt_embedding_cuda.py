@@ -60,9 +60,9 @@ def test_refuses_rocm(monkeypatch):
 
 def test_says_that_it_is_not_built(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "nothing.so")
-    cuda_library.load.cache_clear()
+    cuda_library.load_error.cache_clear()
     assert "nvcc" in cuda.unavailable("cuda", torch.float32)
-    cuda_library.load.cache_clear()
+    cuda_library.load_error.cache_clear()
 
 
 def test_asks_for_the_current_device(monkeypatch):
@@ -73,15 +73,15 @@ def test_asks_for_the_current_device(monkeypatch):
         asked.append(device)
         return b"too old" if device == 1 else None
 
-    monkeypatch.setattr(cuda_library, "load", lambda: None)
-    monkeypatch.setattr(cuda_library, "CDLL", lambda path: SimpleNamespace(peft_kernels_cuda_problem=problem_of))
+    monkeypatch.setattr(cuda_library, "load_error", lambda: None)
+    monkeypatch.setattr(cuda_library, "CDLL", lambda path: SimpleNamespace(peft_kernels_cuda_device_error=problem_of))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    cuda_library.device_problem.cache_clear()
+    cuda_library.device_error.cache_clear()
     too_old = "device 1 does not run the CUDA library: too old"
     for device, reason in ((1, too_old), (2, None), (1, too_old)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
         assert cuda.unavailable("cuda", torch.float32) == reason
-    cuda_library.device_problem.cache_clear()
+    cuda_library.device_error.cache_clear()
     assert asked == [1, 2]
 
 

@@ -23,23 +23,9 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
 
 
 def backward(
-    grad,
-    grad_sum,
-    sum,
-    mean,
-    rstd,
-    weight,
-    slots,
-    adapter_ids,
-    adapters,
-    vectors,
-    rms,
-    pre,
-    dropout_p,
-    seed,
-    need_x,
+    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
     need_vectors,
-):
+):  # fmt: skip
     grad_x = grad_vectors = grad_slots = None
     from_rows = need_vectors and pre
     if need_x or from_rows:

@@ -170,7 +170,7 @@ def checked(
         candidate.restore(results) if candidate.restore else results, expected, TOLERANCE.get(case.dtype, 0.0)
     )
     del results
-    return captured(function) if device == "cuda" and not candidate.waits else function, error
+    return captured(function) if device == "cuda" and not candidate.synchronizes else function, error
 
 
 def prepared(
