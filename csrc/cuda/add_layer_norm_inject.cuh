@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   int slot = -1, adapter = -1;
   if (n.injection.vectors && token < n.tokens) {
     adapter = n.injection.adapter_ids.get(row);
-    if (adapter >= 0) slot = n.injection.slots.find(row, position);
+    if (n.injection.adapter_ids.has(adapter)) slot = n.injection.slots.find(row, position);
   }
 
   float y[N][V] = {};

@@ -130,17 +130,17 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
   const auto id_of = [&](int row) {
     if (is_prompt || lane >= warp_rows) return 0;
     const int token = token_at(position + lane, offset_of(e.offsets, row, e.length), e.length);
-    const auto id = static_cast<unsigned>(__ldg(e.ids.data + row * e.ids_row_stride + token * e.ids.stride));
-    return static_cast<int>(min(id, static_cast<unsigned>(e.last_id)));  // an id out of range is read as the last one
+    return __ldg(e.ids.data + row * e.ids_row_stride + token * e.ids.stride);
   };
   int id = id_of(begin);
   float update[P][V];
   int current = -1;  // the adapter of `update`
   for (int row = begin; row < end; ++row) {
     const int adapter = e.adapter_ids.get(row);
+    const bool adapted = e.adapter_ids.has(adapter);
     T* out = static_cast<T*>(e.out) + int64_t(row) * (e.virtual_tokens + e.length) * e.width + column;
     if (is_prompt) {
-      if (adapter != current && adapter >= 0) {
+      if (adapter != current && adapted) {
         load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width,
                           thread_rows, update);
         current = adapter;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
         if (p >= thread_rows) continue;
         float result[V];
 #pragma unroll
-        for (int v = 0; v < V; ++v) result[v] = adapter < 0 ? 0 : update[p][v];
+        for (int v = 0; v < V; ++v) result[v] = adapted ? update[p][v] : 0;
         store<T, V>(out + int64_t(p) * e.width, result);
       }
       continue;
@@ -159,12 +159,13 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 
     const int offset = offset_of(e.offsets, row, e.length);
     const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
-    const int64_t source = id * e.weight_stride;
+    // an id out of range is read as the last one
+    const int64_t source = min(static_cast<unsigned>(id), static_cast<unsigned>(e.last_id)) * e.weight_stride;
     if (row + 1 < end) id = id_of(row + 1);  // loaded while this row is written
     const auto embedding_of = [&](int p) {
       return static_cast<const T*>(e.weight) + __shfl_sync(kWarpMask, source, p) + column;
     };
-    if (adapter != current && adapter >= 0) {  // uniform over the block
+    if (adapter != current && adapted) {  // uniform over the block
       current = adapter;
       if (e.delta) {
         load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width,
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
     for (int p = 0; p < P; ++p) {
       if (p >= thread_rows) continue;
       const int token = token_of(p);
-      const bool updated = adapter >= 0 && token >= offset;
+      const bool updated = adapted && token >= offset;
       float x[V];
       Packed<T, V>::unpack(embedding[p], x);
 #pragma unroll

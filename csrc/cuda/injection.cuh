@@ -14,15 +14,18 @@ struct Slots {
   int slots_per_row;
   int length;  // S
 
+  __device__ const int* at(int64_t row, int slot) const { return data + row * row_stride + slot * stride; }
+
   __device__ int get(int64_t row, int slot) const {
-    return checked(__ldg(data + row * row_stride + slot * stride), length);
+    const int position = __ldg(at(row, slot));
+    return static_cast<unsigned>(position) < static_cast<unsigned>(length) ? position : -1;
   }
 
   // Returns the slot of the row's token at a position, or -1. The whole warp calls it with the same arguments.
   __device__ int find(int64_t row, int position) const {
     for (int start = 0; start < slots_per_row; start += kLanes) {
       const int slot = start + static_cast<int>(threadIdx.x % kLanes);
-      const unsigned matches = __ballot_sync(kWarpMask, slot < slots_per_row && get(row, slot) == position);
+      const unsigned matches = __ballot_sync(kWarpMask, slot < slots_per_row && __ldg(at(row, slot)) == position);
       if (matches) return start + __ffs(static_cast<int>(matches)) - 1;
     }
     return -1;

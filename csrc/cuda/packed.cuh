@@ -29,17 +29,13 @@ struct Integers {
   __device__ int get(int64_t i) const { return data ? __ldg(data + i * stride) : 0; }
 };
 
-// Returns an index, or -1 if it is not in [0, end).
-__device__ inline int checked(int index, int end) {
-  return static_cast<unsigned>(index) < static_cast<unsigned>(end) ? index : -1;
-}
-
 // The adapter of every row. -1: none, which is also the meaning of values out of range.
 struct AdapterIds {
   Integers ids;
   int adapters;
 
-  __device__ int get(int64_t row) const { return checked(ids.get(row), adapters); }
+  __device__ int get(int64_t row) const { return ids.get(row); }
+  __device__ bool has(int adapter) const { return static_cast<unsigned>(adapter) < static_cast<unsigned>(adapters); }
 };
 
 // V elements in their storage format: 16 bytes, or one element if the row is not aligned.

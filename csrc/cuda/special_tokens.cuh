@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kAddThreads) special_token_add_kernel(const __
   const int row = item / injection.slots.slots_per_row, slot = item % injection.slots.slots_per_row;
   const int position = injection.slots.get(row, slot), adapter = injection.adapter_ids.get(row);
   const int column = (blockIdx.x % a.column_tiles * kAddThreads + threadIdx.x) * V;
-  if (position < 0 || adapter < 0 || column >= injection.width) return;
+  if (position < 0 || !injection.adapter_ids.has(adapter) || column >= injection.width) return;
   T* at = static_cast<T*>(a.hidden) + row * a.batch_stride + position * a.token_stride + column * a.stride;
   float x[1][V];
   Packed<T, V>::unpack(*reinterpret_cast<const typename Packed<T, V>::Type*>(at), x[0]);

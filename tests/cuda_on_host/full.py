@@ -49,8 +49,8 @@ FAULTS = {
     ),
     "a barrier that some threads do not reach": Fault(
         "add_layer_norm_inject", "add_layer_norm_inject.cuh",
-        "if (warps == 1) return;", "if (warps == 1 || threadIdx.x / kLanes == 1) return;",
-        "races", "waits at __syncthreads",
+        "if (!n.rms) sum_over_row", "if (!n.rms && share.thread < kLanes) sum_over_row",
+        "races", "waits at",
     ),
     "shared memory that nobody writes": Fault(
         "add_layer_norm_inject", "add_layer_norm_inject.cuh",
