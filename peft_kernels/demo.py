@@ -8,10 +8,8 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from . import pid
@@ -21,11 +19,17 @@ from .perf.interruption import Keeping
 from .perf.measure import Interrupted, Timing, cpu_model, gpus, interleaved, peak_memory
 from .perf.progress import progress_bar
 from .perf.results import first_line, write_json
+from .perf.tables import FittingTable, count, megabytes, seconds, share
 from .perf.workloads import Texts, Workload, tokenizer
 from .pid.families import max_positions
 
 matplotlib.use("Agg")
 PIE, REPEATED, OURS = "PiE + generate", "repeated + generate", "ours"
+LEGEND = (
+    "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt."
+    " time: median; spread: interquartile range over it; peak: memory above the loaded model; K/V: cross-attention keys"
+    " and values held at a time"
+)
 
 
 def prepare(
@@ -166,6 +170,7 @@ def run(
     if not kept.partial:
         _plot(rows, workload.title, out / "demo.png")
     console.print(_table(rows))
+    console.print(LEGEND, style="dim")
     exact = wrong is None or _verdict(console, wrong, streams, dtype)
     console.print(f"written: {path}" if kept.partial else f"written: {out / 'demo.png'}, {path}")
     kept.end(console)
@@ -184,27 +189,21 @@ def _row(label: str, timings: dict[str, Timing], answers: pid_baselines.Answers,
     }
 
 
-def _table(rows: list[dict]) -> Table:
-    caption = (
-        "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt."
-        " time: median; spread:"
-        " interquartile range; peak: memory above the loaded model; K/V: cross-attention keys and values held at a time"
-    )
-    table = Table("method", box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    for column in ("time s", "spread", "runs", "x PiE", "x rep.", "peak MB", "K/V MB"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            row["method"],
-            f"{row['median_s']:.2f}",
-            "-" if row["spread"] is None else f"{row['spread']:.0%}",
-            str(row["runs"]),
-            f"{row['speedup_over_pie']:.1f}",
-            "-" if row["speedup_over_repeated"] is None else f"{row['speedup_over_repeated']:.1f}",
-            "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:,.0f}",
-            f"{row['cross_kv_bytes'] / 1e6:,.1f}",
-        )
-    return table
+def _table(rows: list[dict]) -> FittingTable:
+    lines = [
+        {
+            "method": row["method"],
+            "time": seconds(row["median_s"]),
+            "spread": share(row["spread"]),
+            "runs": str(row["runs"]),
+            "x PiE": count(row["speedup_over_pie"]),
+            "x rep.": row["speedup_over_repeated"] and count(row["speedup_over_repeated"]),
+            "peak MB": megabytes(row["peak_memory_bytes"]),
+            "K/V MB": megabytes(row["cross_kv_bytes"]),
+        }
+        for row in rows
+    ]
+    return FittingTable(lines, ("method",), ("runs", "spread", "K/V MB", "peak MB"))
 
 
 def _verdict(console: Console, wrong: int, streams: int, dtype: torch.dtype) -> bool:

@@ -255,16 +255,16 @@ def tune(
         Path | None,
         typer.Option(help="Write here, not where launches read; what is there of other kernels stays.", dir_okay=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the nearest neighbours of the shipped options.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the nearest neighbours of the default configs.")] = False,
 ):
-    """Measure the launch options of the Triton kernels on this GPU, and keep those that are at least 3 % faster than
-    the shipped ones.
+    """Measure launch configs of the Triton kernels on this GPU, and keep those that are at least 3 % faster than the
+    default configs.
 
-    Block sizes, warps and stages are tried around the shipped table, checked against its results, and timed side by
-    side as CUDA graphs. What is faster goes into a JSON file that later processes read at their first launch: in
+    Block sizes, warps and stages are tried around each default config, checked against its results, and timed side by
+    side as CUDA graphs. The faster configs go into a JSON file that later processes read at their first launch: in
     PEFT_KERNELS_CACHE, XDG_CACHE_HOME/peft_kernels or ~/.cache/peft_kernels, for this GPU, this version of Triton and
-    of peft_kernels. PEFT_KERNELS_TUNED=0 turns it off, `info` says what is in use. Sums may be added in another order
-    than with the shipped options. Nothing is ever tuned at a call.
+    of peft_kernels. PEFT_KERNELS_TUNED=0 turns it off, `info` says which configs are in use. Sums may be added in
+    another order than with the default configs. Nothing is ever tuned at a call.
 
     The kernels in CUDA C++, which "auto" takes where they are built, have their launch constants compiled in and are
     not tuned.

@@ -121,7 +121,7 @@ def test_info_names_every_implementation_or_the_reason():
 def test_info_says_nothing_of_launches_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = invoke("info")
-    assert "none that torch sees" in text and "launch" not in text and "shipped" not in text
+    assert "none that torch sees" in text and "launch" not in text and "default" not in text
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -132,12 +132,12 @@ def test_info_fits_on_a_screen(gpu, monkeypatch):
     monkeypatch.setattr(native_library, "problem", lambda: reason)
     if gpu:
         tuned_ones = {
-            **dict.fromkeys(info.packages(), "shipped"),
+            **dict.fromkeys(info.packages(), "default"),
             "label_logits": f"tuned on 2026-01-02, rows: 3, /{'long/' * 12}gpu.json",
         }
         monkeypatch.setattr(info, "device_types", lambda: ["cpu", "cuda"])
         monkeypatch.setattr(info, "gpus", lambda: ["CUDA 0: NVIDIA H100 80GB HBM3, sm_90, 80 GiB"])
-        monkeypatch.setattr(info, "launch_options", lambda device: tuned_ones)
+        monkeypatch.setattr(info, "launch_configs", lambda device: tuned_ones)
     console = Console(width=80, force_terminal=False)
     with console.capture() as captured:
         info.show(console)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..results import OURS, Row
+from ..tables import count
 from .cases import CaseResult, is_ours
 from .words import megabytes, percent, times
 
@@ -114,7 +115,7 @@ def amounts(cases: list[CaseResult]) -> dict[str, list[Panel]]:
     kinds = {
         "Throughput": (
             lambda row: row.items and row.median_s and row.items / row.median_s,
-            lambda value, row: f"{_count(value)} {row.item}/s",
+            lambda value, row: f"{count(value)} {row.item}/s",
         ),
         "Peak memory, above what stood before": (lambda row: row.peak_bytes, lambda value, row: megabytes(value)),
         "Memory kept from step to step": (lambda row: row.kept_bytes, lambda value, row: megabytes(value)),
@@ -141,7 +142,3 @@ def _panels(cases: list[CaseResult], group: Callable[[CaseResult], Group], ticks
         if (one := group(case)).bars:
             found.setdefault(f"{case.of.phase}, {case.of.dtype}", []).append(one)
     return [Panel(title, tuple(groups), ticks) for title, groups in found.items()]
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
