@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from torch import nn
@@ -23,7 +23,6 @@ from .perf.tables import FittingTable, count, megabytes, seconds, share
 from .perf.workloads import Texts, Workload, tokenizer
 from .pid.families import max_positions
 
-matplotlib.use("Agg")
 PIE, REPEATED, OURS = "PiE + generate", "repeated + generate", "ours"
 LEGEND = (
     "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt."
@@ -226,16 +225,14 @@ def _verdict(console: Console, wrong: int, streams: int, dtype: torch.dtype) -> 
 
 
 def _plot(rows: list[dict], title: str, path: Path):
-    from matplotlib import pyplot as plt
-
     panels = [
         ("median_s", "seconds", 1, "time"),
         ("peak_memory_bytes", "MB", 1e6, "peak memory above the model"),
         ("cross_kv_bytes", "MB", 1e6, "cross-attention K/V"),
     ]
     panels = [panel for panel in panels if rows[0][panel[0]] is not None]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
-    for axis, (key, unit, scale, name) in zip(axes, panels):
+    figure = Figure((4 * len(panels), 3.4), layout="constrained")
+    for axis, (key, unit, scale, name) in zip(figure.subplots(1, len(panels)), panels):
         bars = axis.bar(
             [row["method"].replace(" + ", "\n+ ") for row in rows],
             [row[key] / scale for row in rows],
@@ -248,4 +245,3 @@ def _plot(rows: list[dict], title: str, path: Path):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title if len(title) <= 100 else f"{title[:97]}...", fontsize=10)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
