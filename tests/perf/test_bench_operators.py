@@ -231,7 +231,7 @@ def repository(tmp_path):
 
 
 def test_against_another_revision(repository):
-    checkout = revision.found("HEAD", repository)
+    checkout = revision.checkout_of("HEAD", repository)
     names = "special_token_add_", "special_token_slots", "label_logits"
     with revision.running(checkout, "cpu") as other:
         rows = {name: compare(case(name), "cpu", LIMITS, repeats=2, seconds=0, revision=other) for name in names}
@@ -248,7 +248,7 @@ def test_against_another_revision(repository):
 
 def test_a_worktree_is_gone_after_an_interruption(repository, monkeypatch):
     monkeypatch.setattr(revision, "provide_libraries", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt), revision.running(revision.found("HEAD", repository), "cpu"):
+    with pytest.raises(KeyboardInterrupt), revision.running(revision.checkout_of("HEAD", repository), "cpu"):
         pass
     listed = subprocess.run(["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True).stdout
     assert len(listed.splitlines()) == 1
@@ -256,9 +256,9 @@ def test_a_worktree_is_gone_after_an_interruption(repository, monkeypatch):
 
 def test_against_wants_a_checkout_of_its_own(repository, tmp_path):
     with pytest.raises(ValueError, match="must name a revision"):
-        revision.found("no such revision", repository)
+        revision.checkout_of("no such revision", repository)
     with pytest.raises(ValueError, match="its own git checkout"):
-        revision.found("HEAD", repository / "peft_kernels")
+        revision.checkout_of("HEAD", repository / "peft_kernels")
 
 
 def test_pytest_benchmark_has_the_same_cases():

@@ -136,8 +136,8 @@ def candidates(case: Case, problem: Problem, device: str) -> dict[str, Callable[
     dtype = getattr(torch, rate_dtype(case.dtype))
     names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
     names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
-    chosen = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
-    return {OURS: partial(problem.ours, "auto"), **chosen, **problem.baselines}
+    by_name = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
+    return {OURS: partial(problem.ours, "auto"), **by_name, **problem.baselines}
 
 
 def rate_dtype(dtype: str) -> str:

@@ -80,20 +80,20 @@ def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int
     )
 
 
-def agreements(console: Console, found: Iterable[tuple[Measurement, Agreement]], dtype: torch.dtype) -> bool:
+def agreements(console: Console, checks: Iterable[tuple[Measurement, Agreement]], dtype: torch.dtype) -> bool:
     """Whether the candidates agree or need not: in 16 bits the summation order may decide a near-tie, which is reported
     and is no failure.
     """
-    found = list(found)
-    for case, agreement in found:
+    checks = list(checks)
+    for case, agreement in checks:
         if not agreement.agrees:
             style = "bold red" if dtype == torch.float32 else "yellow"
             why = "DISAGREE" if dtype == torch.float32 else "differ, as 16 bits may; --dtype float32 compares exactly"
             console.print(f"[{style}]{point(case)}: stock and ours {why}: {agreement.text}[/{style}]", highlight=False)
-    wrong = [agreement for _, agreement in found if not agreement.agrees]
-    if found and not wrong:
-        case, agreement = found[0]
-        more = f"; so in all {len(found)} cases" if len(found) > 1 else ""
+    wrong = [agreement for _, agreement in checks if not agreement.agrees]
+    if checks and not wrong:
+        case, agreement = checks[0]
+        more = f"; so in all {len(checks)} cases" if len(checks) > 1 else ""
         console.print(f"[green]stock and ours agree: {agreement.text}{more}[/green]", highlight=False)
     return not wrong or dtype != torch.float32
 

@@ -133,16 +133,16 @@ def methods(comparisons: Sequence[Comparison], name: str) -> str:
     """
     rows = [(-i, comparison) for i, comparison in enumerate(comparisons)]
     names = list(dict.fromkeys(comparison.method.name for comparison in comparisons))
-    text = [f"{one.subject} against {one.against}" for one in comparisons]
+    text = [f"{comparison.subject} against {comparison.against}" for comparison in comparisons]
 
     def draw(axes):
         axes.figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # inches: the reader's font may be wider
         axes.set_xscale("log")
         axes.axvline(1, color=VARIABLES["ink"], linewidth=1)
-        for y, one in rows:
-            color = VARIABLES[f"series-{names.index(one.method.name) % 7}"]
-            axes.plot([min(one.ratios), max(one.ratios)], [y, y], color=color, linewidth=1)
-            xs, ys = zip(*((x, y + dy) for x in one.ratios for dy in (-0.32, 0.32, math.nan)))
+        for y, comparison in rows:
+            color = VARIABLES[f"series-{names.index(comparison.method.name) % 7}"]
+            axes.plot([min(comparison.ratios), max(comparison.ratios)], [y, y], color=color, linewidth=1)
+            xs, ys = zip(*((x, y + dy) for x in comparison.ratios for dy in (-0.32, 0.32, math.nan)))
             axes.plot(xs, ys, color=color, linewidth=2)  # one path for all ticks
         axes.set_yticks([y for y, _ in rows], text)
         axes.set_ylim(-len(rows) + 0.3, 0.7)
@@ -152,7 +152,7 @@ def methods(comparisons: Sequence[Comparison], name: str) -> str:
         axes.minorticks_off()
         axes.set_xlabel("times as long as ours, a tick for each case; below 1x ours is slower")
 
-    description = "\n".join(f"{label}: {timeses(one.ratios)}" for label, one in zip(text, comparisons))
+    description = "\n".join(f"{label}: {timeses(comparison.ratios)}" for label, comparison in zip(text, comparisons))
     return _standalone(_svg(draw, name, (7.6, 0.24 * len(rows) + 0.7)), description)
 
 
