@@ -170,10 +170,10 @@ def test_a_footnote_names_the_dtypes_that_a_reason_holds_for():
 def test_demo_on_a_checkpoint(checkpoint, files, tmp_path):
     text = invoke("demo", "--model", checkpoint, *files, "--new-tokens", 4, "--repeats", 2, "--out", tmp_path / "out")
     assert "identical" in text and "random" not in text.lower()
-    found = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert found["tokens"] == {"streams": 3, "different": 0}
-    assert found["environment"]["versions"]["torch"] == torch.__version__
-    pie, repeated, ours = found["results"]
+    written = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert written["tokens"] == {"streams": 3, "different": 0}
+    assert written["environment"]["versions"]["torch"] == torch.__version__
+    pie, repeated, ours = written["results"]
     assert [pie["runs"], repeated["runs"], ours["runs"]] == [1, 2, 2]
     # one generate for prompts of all lengths
     if json.loads((checkpoint / "config.json").read_text())["model_type"] == "t5":
@@ -261,7 +261,7 @@ def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
         "sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")]
     )
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
-    found = read(tmp_path / "out.json")
-    assert {row.dtype for row in found.rows} == {"float32", "bfloat16"}
-    assert all(OURS in [row.candidate for row in rows] for rows in found.by_case().values())
+    written = read(tmp_path / "out.json")
+    assert {row.dtype for row in written.rows} == {"float32", "bfloat16"}
+    assert all(OURS in [row.candidate for row in rows] for rows in written.by_case().values())
     assert "spread" in capsys.readouterr().out

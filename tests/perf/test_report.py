@@ -85,8 +85,8 @@ def test_pages_show_what_the_result_files_give():
         ROOT / "README.md",
         *(ROOT / f"docs/{method}.md" for method in ("pid", "dept", "pasta", "dect", "ytuning")),
     ):
-        found = path.read_text()
-        assert found == updated(found, machines), f"{path.name}: run `make figures`"
+        text = path.read_text()
+        assert text == updated(text, machines), f"{path.name}: run `make figures`"
 
 
 def test_picture_shows_what_the_result_files_give():

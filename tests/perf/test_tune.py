@@ -144,21 +144,21 @@ def test_neighbours_stay_within_bounds():
     kernel = tuned.kernels()["shared_cross_attention"]["forward"]
     default = {"BLOCK_D": 256, "D": 200, "BM": 64, "BN": 16, "num_warps": 8, "num_stages": 5}
     options = {name: default[name] for name in ("BM", "BN", "num_warps", "num_stages")}
-    found = list(tune.neighbours(options, default, kernel))
+    near = list(tune.neighbours(options, default, kernel))
     assert (
-        {**options, "BM": 128} in found
-        and {**options, "num_stages": 4} in found
-        and {**options, "BN": 32, "num_warps": 16} in found
+        {**options, "BM": 128} in near
+        and {**options, "num_stages": 4} in near
+        and {**options, "BN": 32, "num_warps": 16} in near
     )
-    assert all(one["BN"] >= 16 and one["num_stages"] <= 5 for one in found)
+    assert all(config["BN"] >= 16 and config["num_stages"] <= 5 for config in near)
     assert {**options, "BM": 128, "BN": 32, "num_warps": 4} not in tune.neighbours(
         {**options, "BM": 128, "num_warps": 4}, default, kernel
     )
     double = tuned.kernels()["shared_cross_attention"]["key_value_grad"]  # has two gradients
-    assert {**options, "num_warps": 4} in found and {**options, "num_warps": 4} not in tune.neighbours(
+    assert {**options, "num_warps": 4} in near and {**options, "num_warps": 4} not in tune.neighbours(
         options, default, double
     )
-    assert {one["num_stages"] for one in tune.neighbours({**options, "num_stages": 1}, default, kernel)} == {1}
+    assert {config["num_stages"] for config in tune.neighbours({**options, "num_stages": 1}, default, kernel)} == {1}
 
 
 def test_the_file_keeps_what_was_not_measured(target, here, tmp_path, capsys):
@@ -168,9 +168,9 @@ def test_the_file_keeps_what_was_not_measured(target, here, tmp_path, capsys):
     tuned.write(path, here, [other, stale])
     faster = tune.search(target, here, clock(lambda options: float(options["BD"]), []), 8)
     tune.save(path, here, [faster], console)
-    kept, found = sorted(tuned.read(path, here), key=lambda entry: entry.site.operator, reverse=True)
+    kept, saved = sorted(tuned.read(path, here), key=lambda entry: entry.site.operator, reverse=True)
     assert kept == other
-    assert found[:4] == (target.site, {"BD": 64}, 256.0, 64.0) and found.date.startswith("20")
+    assert saved[:4] == (target.site, {"BD": 64}, 256.0, 64.0) and saved.date.startswith("20")
     tune.save(path, here, [tune.search(target, here, clock(lambda options: 1.0, []), 8)], console)
     assert tuned.read(path, here) == [other]
     path.write_text(path.read_text().replace('"peft_kernels": "', '"peft_kernels": "0.0.'))
@@ -179,7 +179,7 @@ def test_the_file_keeps_what_was_not_measured(target, here, tmp_path, capsys):
     assert "replaced" in capsys.readouterr().out
 
 
-def test_the_table_says_what_was_found(target, here, capsys):
+def test_the_table_has_times_and_the_faster_config(target, here, capsys):
     outcome = tune.search(target, here, clock(lambda options: float(options["BD"]), []), 8)
     Console(width=200).print(tune.table("label_logits", [outcome]))
     text = capsys.readouterr().out
@@ -192,13 +192,13 @@ def test_info_says_what_launches_take(target, here, monkeypatch):
     assert info.launch_configs(None) == {}
     assert set(info.launch_configs(here).values()) == {"default"}
     tuned.write(path, here, [tuned.Entry(target.site, {"BD": 64}, 2.0, 1.0, "2026-01-02T03:04:05+00:00")])
-    found = info.launch_configs(here)
+    configs = info.launch_configs(here)
     assert (
-        "tuned" in found["label_logits"]
-        and "2026-01-02, rows: 1" in found["label_logits"]
-        and str(path) in found["label_logits"]
+        "tuned" in configs["label_logits"]
+        and "2026-01-02, rows: 1" in configs["label_logits"]
+        and str(path) in configs["label_logits"]
     )
-    assert found["special_tokens"] == "default"
+    assert configs["special_tokens"] == "default"
     path.write_text(json.dumps({"entries": []}))
     assert all("cannot be used" in text and "schema" in text for text in info.launch_configs(here).values())
     monkeypatch.setenv("PEFT_KERNELS_TUNED", "0")
