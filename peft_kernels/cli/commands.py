@@ -19,7 +19,7 @@ from ..version import __version__
 OPERATORS = Path(__file__).parents[1] / "ops"
 LARGEST = 1 << 20  # largest number accepted on the command line: anything above is a typing error
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 class Dtype(str, Enum):

@@ -222,7 +222,7 @@ class Peaks:
         return max(nbytes / self.bandwidth, operations / self.rate)
 
     def __str__(self):
-        return f"copy {self.bandwidth / 1e9:.1f} GB/s, matrix product {self.rate / 1e9:,.0f} GFLOP/s"
+        return f"copy {self.bandwidth / 1e9:.1f} GB/s, matmul {self.rate / 1e9:,.0f} GFLOP/s"
 
 
 def peaks(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> Peaks:

@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> Group:
     lines = [{"candidate": escape(row.candidate), **cells(row)} for row in rows if row.missing is None]
     below = [f"  roofline bound {seconds(first.roofline_s)}"] if first.roofline_s is not None else []
     if first.bytes is not None:
-        below[0] += f": {first.bytes / 1e6:,.1f} MB, {first.operations / 1e9:,.2f} GFLOP"
+        below[0] += f": {count(first.bytes / 1e6)} MB, {count(first.operations / 1e9)} GFLOP"
     heading = title(first.benchmark, first.shape, first.variant, first.dtype, first.phase)
     return Group(
         f"[bold]{escape(heading)}[/bold]",
