@@ -18,16 +18,16 @@ from .perf import pid_baselines
 from .perf.interruption import Keeping
 from .perf.measure import Interrupted, Timing, cpu_model, gpus, interleaved, peak_memory
 from .perf.progress import progress_bar
-from .perf.results import first_line, write_json
-from .perf.tables import FittingTable, count, megabytes, seconds, share
+from .perf.results import Row, first_line, write_json
+from .perf.tables import FittingTable, cells, count, table_of
 from .perf.workloads import Texts, Workload, tokenizer
 from .pid.families import max_positions
 
 PIE, REPEATED, OURS = "PiE + generate", "repeated + generate", "ours"
 LEGEND = (
     "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt."
-    " time: median; spread: interquartile range over it; peak: memory above the loaded model; K/V: cross-attention keys"
-    " and values held at a time"
+    " time: median; spread: interquartile range over it; peak: above the loaded model; kept: cross-attention keys and"
+    " values held at a time"
 )
 
 
@@ -189,20 +189,15 @@ def _row(label: str, timings: dict[str, Timing], answers: pid_baselines.Answers,
 
 
 def _table(rows: list[dict]) -> FittingTable:
-    lines = [
-        {
-            "method": row["method"],
-            "time": seconds(row["median_s"]),
-            "spread": share(row["spread"]),
-            "runs": str(row["runs"]),
-            "x PiE": count(row["speedup_over_pie"]),
-            "x rep.": row["speedup_over_repeated"] and count(row["speedup_over_repeated"]),
-            "peak MB": megabytes(row["peak_memory_bytes"]),
-            "K/V MB": megabytes(row["cross_kv_bytes"]),
-        }
-        for row in rows
-    ]
-    return FittingTable(lines, ("method",), ("runs", "spread", "K/V MB", "peak MB"))
+    lines = []
+    for row in rows:
+        timing = {field: row[field] for field in ("median_s", "spread", "runs")}
+        memory = {"peak_bytes": row["peak_memory_bytes"], "kept_bytes": row["cross_kv_bytes"]}
+        case = {"benchmark": "demo", "shape": {}, "dtype": "", "phase": "generate", "candidate": row["method"]}
+        ratios = {"x PiE": row["speedup_over_pie"], "x rep.": row["speedup_over_repeated"]}
+        ratios = {heading: ratio and count(ratio) for heading, ratio in ratios.items()}
+        lines.append({"candidate": row["method"], **cells(Row(**case, **timing, **memory)), **ratios})
+    return table_of(lines, "")
 
 
 def _verdict(console: Console, wrong: int, streams: int, dtype: torch.dtype) -> bool:

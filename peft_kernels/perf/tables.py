@@ -12,13 +12,13 @@ from .results import Row
 
 COLUMNS = {
     "time": lambda row: seconds(row.median_s),
-    "spread": lambda row: share(row.spread),
+    "spread": lambda row: None if row.spread is None else f"{row.spread:.0%}",
     "runs": lambda row: str(row.runs),
     "x ours": lambda row: None if row.ratio is None else f"{row.ratio:.2f}",
     "% of roofline": lambda row: None if row.share_of_roofline is None else f"{100 * row.share_of_roofline:.0f}",
     "{item}/s": lambda row: None if row.items is None else count(row.items / row.median_s),
-    "peak MB": lambda row: megabytes(row.peak_bytes),
-    "kept MB": lambda row: megabytes(row.kept_bytes),
+    "peak MB": lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}",
+    "kept MB": lambda row: None if row.kept_bytes is None else f"{row.kept_bytes / 1e6:,.1f}",
     "error": lambda row: None if row.error is None else f"{row.error:.0e}",
 }
 
@@ -74,14 +74,8 @@ def table(rows: Sequence[Row]) -> Group:
     below = [f"  roofline bound {seconds(first.roofline_s)}"] if first.roofline_s is not None else []
     if first.bytes is not None:
         below[0] += f": {count(first.bytes / 1e6)} MB, {count(first.operations / 1e9)} GFLOP"
-    heading = title(first.benchmark, first.shape, first.variant, first.dtype, first.phase)
-    return Group(
-        f"[bold]{escape(heading)}[/bold]",
-        FittingTable(lines, ("candidate",), least_wanted(first.item)),
-        *below,
-        *missing(rows),
-        "",
-    )
+    heading = escape(title(first.benchmark, first.shape, first.variant, first.dtype, first.phase))
+    return Group(f"[bold]{heading}[/bold]", table_of(lines, first.item), *below, *missing(rows), "")
 
 
 def cells(row: Row) -> dict[str, str | None]:
@@ -89,8 +83,9 @@ def cells(row: Row) -> dict[str, str | None]:
     return {} if row.missing else {name.format(item=row.item): cell(row) for name, cell in COLUMNS.items()}
 
 
-def least_wanted(item: str) -> list[str]:
-    return [name.format(item=item) for name in LEAST_WANTED]
+def table_of(lines: Sequence[Mapping[str, str | None]], item: str) -> FittingTable:
+    """A table of lines that begin with a candidate and have the ``cells`` of its row."""
+    return FittingTable(lines, ("candidate",), [name.format(item=item) for name in LEAST_WANTED])
 
 
 def missing(rows: Sequence[Row]) -> Iterator[str]:
@@ -109,14 +104,6 @@ def seconds(time: float) -> str:
     for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
         if time * scale >= 1 or unit == "us":
             return f"{time * scale:.3g} {unit}" if time * scale < 100 else f"{time * scale:.0f} {unit}"
-
-
-def share(part: float | None) -> str | None:
-    return None if part is None else f"{part:.0%}"
-
-
-def megabytes(nbytes: int | None) -> str | None:
-    return None if nbytes is None else f"{nbytes / 1e6:,.1f}"
 
 
 def count(value: float) -> str:

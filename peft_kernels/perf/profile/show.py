@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..results import OURS, Row, device_name
-from ..tables import FittingTable, cells, least_wanted, missing, seconds
+from ..tables import FittingTable, cells, missing, seconds, table_of
 from .measurement import Agreement, Measurement
 from .models import NAMES, Source
 from .operator_times import NAMESPACE
@@ -70,7 +70,7 @@ def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int
                 lines.append({**point, "candidate": name, **cells(row), "x ours": None, "x stock": ratio})
             lines += [{}] if axes else []
         console.print(_title(phase))
-        console.print(FittingTable(lines, ("candidate",), least_wanted(stock.item)))
+        console.print(table_of(lines, stock.item))
     for line in missing(rows):
         console.print(line, highlight=False)
     console.print(
