@@ -34,7 +34,7 @@ def _facts(footnotes: dict[str, int]) -> Table:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     table.add_row("versions", ", ".join(f"{package} {version}" for package, version in versions().items()))
-    problems = {"C++ kernels": native_library.load_error(), "CUDA kernels": cuda_library.load_error()}
+    problems = {"C++ kernels": native_library.load_error(), "CUDA kernels": cuda_library.error()}
     built = {
         name: "built" if reason is None else f"[yellow]no[/yellow] {_number(reason, footnotes)}"
         for name, reason in problems.items()

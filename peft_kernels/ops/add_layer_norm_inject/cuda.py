@@ -36,7 +36,7 @@ def backward(
     if need_vectors:
         rows = grad_slots if pre else grad
         grad_vectors = special_tokens.backward(
-            rows, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=pre
+            rows, slots, adapters, vectors, dropout_p, seed, adapter_ids, length=sum.shape[1] if pre else None
         )
     return grad_x if need_x else None, grad_vectors
 
