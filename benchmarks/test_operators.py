@@ -14,7 +14,7 @@ import torch
 
 from peft_kernels import ops
 from peft_kernels.ops.registry import operator
-from peft_kernels.perf.bench.runner import Case, candidates, cases_of, checked, truth
+from peft_kernels.perf.bench.runner import Case, candidates, cases_of, checked, graph_of, truth
 from peft_kernels.perf.results import OURS, first_line
 
 
@@ -47,7 +47,9 @@ def test_operator(benchmark, case, candidate, device):
         case.operator.name, tuple(case.shape.items()), case.variant, case.dtype, case.backward, device
     )
     try:
-        function, error = checked(prepare[candidate](), problem, expected, case, device)
+        ready = prepare[candidate]()
+        function, error = checked(ready, problem, expected, case)
+        function = graph_of(function, ready, device)
     except Exception as reason:
         if candidate == OURS:
             raise

@@ -21,7 +21,7 @@ from peft_kernels.ops import registry as cases
 from peft_kernels.ops.problem import Candidate
 from peft_kernels.perf import measure, results
 from peft_kernels.perf.bench import command as operators_command
-from peft_kernels.perf.bench import revision
+from peft_kernels.perf.bench import revision, runner
 from peft_kernels.perf.bench.runner import Case, checked, compare, truth
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +182,16 @@ def test_other_shapes_and_nan_are_wrong(change):
     problem = added.problem("cpu")
     ours = problem.ours("auto").compute
     with pytest.raises(ValueError, match="wrong: "):
-        checked(Candidate(lambda *leaves: change(ours(*leaves))), problem, truth(problem, False), added, "cpu")
+        checked(Candidate(lambda *leaves: change(ours(*leaves))), problem, truth(problem, False), added)
+
+
+def test_a_gpu_times_graphs_and_eager_calls(monkeypatch):
+    monkeypatch.setattr(runner, "captured", lambda function: lambda: function())
+    monkeypatch.setattr(runner, "graph_of", lambda function, candidate, device: runner.captured(function))
+    rows = compare(case("label_logits"), "cpu", LIMITS, repeats=2, seconds=0.0)
+    timed = [row.candidate for row in rows if row.missing is None]
+    assert timed[:2] == ["ours", "ours, eager"] and len(timed) >= 4
+    assert all(f"{name}, eager" in timed for name in timed[::2])
 
 
 def test_what_a_ratio_is():
