@@ -54,7 +54,7 @@ class Argument(NamedTuple):
         return [shape.split() for shape in self.shape.split("|")]
 
     def interval(self) -> tuple[int, str, str]:
-        """Returns the smallest value, the letter of the end, and the bracket behind it."""
+        """Returns the least value, the letter of the end, and the bracket behind it."""
         low, letter, bracket = re.fullmatch(r"\[(-?\d+), (\w+)([])])", self.values).groups()
         return int(low), letter, bracket
 
@@ -68,7 +68,7 @@ class Arguments:
 
     def __init__(self, **declared: Argument):
         self.declared = declared
-        self.intervals = {name: argument.interval() for name, argument in declared.items() if argument.values}
+        self.intervals = [(name, *argument.interval()) for name, argument in declared.items() if argument.values]
         letters = dict.fromkeys(letter for x in declared.values() for shape in x.shapes() for letter in shape)
         names = {"Tensor": Tensor, "float32": torch.float32, "supported": supported, "refuse": self.refuse}
         names |= {f"{name}_dtypes": x.dtypes for name, x in declared.items()} | {"Sizes": namedtuple("Sizes", letters)}
@@ -83,13 +83,15 @@ class Arguments:
         Returns the values that this reads, as nested lists: those of tensors of up to FEW_VALUES values.
         """
         lists = {}
-        for name, (low, letter, bracket) in self.intervals.items():
+        for name, low, letter, bracket in self.intervals:
             x = tensors_and_sizes.get(name)
-            if x is None or not x.numel():
+            count = 0 if x is None else x.numel()
+            if not count:
                 continue
-            if x.numel() <= FEW_VALUES:
+            if count <= FEW_VALUES:
                 lists[name] = values = x.tolist()
-                values = values if x.ndim == 1 else [value for row in values for value in row]
+                if x.ndim == 2:
+                    values = [value for row in values for value in row]
                 least, most = min(values), max(values)
             else:
                 least, most = (int(value) for value in x.aminmax())
