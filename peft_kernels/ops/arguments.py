@@ -29,7 +29,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-FEW_VALUES = 256  # values of a tensor up to which reading them into a list is faster than one tensor function
+FEW_VALUES = 64  # values of a tensor up to which reading them into a list is faster than one tensor function
 
 
 class Argument(NamedTuple):
@@ -40,6 +40,7 @@ class Argument(NamedTuple):
     like: an argument declared before, whose dtype this one has.
     or_float32: float32 is permitted beside the dtype of ``like``.
     values: an interval from an integer to the size of a letter: ``"[-1, V)"`` or ``"[0, n]"``.
+    at_least_1: a letter of the shape whose size must not be 0.
     optional: may be None.
     """
 
@@ -48,6 +49,7 @@ class Argument(NamedTuple):
     like: str = ""
     or_float32: bool = False
     values: str = ""
+    at_least_1: str = ""
     optional: bool = False
 
     def shapes(self) -> list[list[str]]:
@@ -70,7 +72,12 @@ class Arguments:
         self.declared = declared
         self.intervals = [(name, *argument.interval()) for name, argument in declared.items() if argument.values]
         letters = dict.fromkeys(letter for x in declared.values() for shape in x.shapes() for letter in shape)
-        names = {"Tensor": Tensor, "float32": torch.float32, "supported": supported, "refuse": self.refuse}
+        names = {
+            "PLAIN": (Tensor, torch.nn.Parameter),
+            "float32": torch.float32,
+            "supported": supported,
+            "refuse": self.refuse,
+        }
         names |= {f"{name}_dtypes": x.dtypes for name, x in declared.items()} | {"Sizes": namedtuple("Sizes", letters)}
         source, file = "\n".join(check_source(declared, letters)), f"<check of {', '.join(declared)}>"
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # shown in tracebacks
@@ -136,8 +143,10 @@ class Arguments:
             filled = [str(known[letter][0]) if letter in known else letter for letter in letters]
             expected.append(f"({', '.join(filled)}{',' * (len(filled) == 1)})")
             others |= dict.fromkeys([known[letter][1] for letter in letters if letter in known])
-        because = " for " * bool(others) + " and ".join(others)
-        raise ValueError(f"{operator}: {name} must be {' or '.join(expected)}{because}, got {sizes(x)}")
+        text = " or ".join(expected)
+        text += f" with {argument.at_least_1} at least 1" if argument.at_least_1 else ""
+        text += f" for {' and '.join(others)}" if others else ""
+        raise ValueError(f"{operator}: {name} must be {text}, got {sizes(x)}")
 
 
 def values_are_checked(x: Tensor) -> bool:
@@ -153,7 +162,7 @@ def sizes(x: Tensor) -> tuple[int, ...]:
 
 
 def supported(x: Any) -> bool:
-    """Returns whether ``x``, whose type is not Tensor, is supported: a parameter, a fake tensor, ..."""
+    """Returns whether ``x``, which is no plain tensor or parameter, is supported: a fake tensor, ..."""
     return isinstance(x, Tensor) and not hasattr(x, "placements") and not x.is_nested
 
 
@@ -166,7 +175,7 @@ def check_source(declared: dict[str, Argument], letters: Iterable[str]) -> Itera
         if argument.optional:
             yield f"    if {name} is not None:"
             indent += "    "
-        yield f"{indent}if type({name}) is not Tensor and not supported({name}): {refuse}"
+        yield f"{indent}if type({name}) not in PLAIN and not supported({name}): {refuse}"
         for shape in shapes:
             branch = indent
             if len(shapes) > 1:
@@ -176,6 +185,8 @@ def check_source(declared: dict[str, Argument], letters: Iterable[str]) -> Itera
             yield f"{branch}except (ValueError, RuntimeError): {refuse}"  # another number of dimensions; nested
             for i, letter in enumerate(shape):
                 yield f"{branch}if size_{letter} is not None and size_{letter} != {name}_{i}: {refuse}"
+                if letter == argument.at_least_1:
+                    yield f"{branch}if {name}_{i} < 1: {refuse}"
                 yield f"{branch}size_{letter} = {name}_{i}"
         yield f"{indent}{name}_dtype = {name}.dtype"
         if argument.like:

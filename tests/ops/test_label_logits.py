@@ -301,7 +301,7 @@ def test_compiles_with_dynamic_shapes(impl):
             "weight must be torch.float32 as hidden is, got torch.float16",
         ),
         ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu as hidden is, got meta"),
-        ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\), got \(2,\)"),
+        ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\) with w at least 1, got \(2,\)"),
         ({"label_ids": torch.zeros(2, 0, dtype=torch.long)}, ValueError, r"with w at least 1, got \(2, 0\)"),
         ({"label_ids": torch.zeros(2, 1)}, TypeError, "label_ids must be int32 or int64, got torch.float32"),
         (

@@ -304,7 +304,11 @@ def test_compiles_with_dynamic_shapes(impl):
             TypeError,
             "features must be float32 or float64",
         ),
-        ({"projection": torch.zeros(16, 21)}, ValueError, r"projection must be \(D, 20\), got \(16, 21\)"),
+        (
+            {"projection": torch.zeros(16, 21)},
+            ValueError,
+            r"projection must be \(D, 20\) for features \(6, 20\), got \(16, 21\)",
+        ),
         (
             {"projection": torch.zeros(16, 20).double()},
             TypeError,
@@ -313,21 +317,25 @@ def test_compiles_with_dynamic_shapes(impl):
         (
             {"prototypes": torch.zeros(3, 15)},
             ValueError,
-            r"prototypes must be \(C, 16\) with at least one row, got \(3, 15\)",
+            r"prototypes must be \(C, 16\) with C at least 1 for projection \(16, 20\), got \(3, 15\)",
         ),
-        ({"prototypes": torch.zeros(0, 16)}, ValueError, "with at least one row"),
+        ({"prototypes": torch.zeros(0, 16)}, ValueError, r"with C at least 1 for projection \(16, 20\), got \(0, 16\)"),
         (
             {"prototypes": torch.zeros(3, 16, device="meta")},
             ValueError,
             "prototypes must be on cpu as features is, got meta",
         ),
-        ({"radius": torch.zeros(2)}, ValueError, r"radius must be \(3,\), got \(2,\)"),
-        ({"scores": torch.zeros(6, 2)}, ValueError, r"scores must be \(6, 3\), got \(6, 2\)"),
+        ({"radius": torch.zeros(2)}, ValueError, r"radius must be \(3,\) for prototypes \(3, 16\), got \(2,\)"),
+        (
+            {"scores": torch.zeros(6, 2)},
+            ValueError,
+            r"scores must be \(6, 3\) for features \(6, 20\) and prototypes \(3, 16\), got \(6, 2\)",
+        ),
         ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
         (
             {"labels": torch.zeros(5, dtype=torch.long)},
             ValueError,
-            r"labels must be \(6,\) on cpu as features is, got \(5,\)",
+            r"labels must be \(6,\) for features \(6, 20\), got \(5,\)",
         ),
         ({"labels": torch.zeros(6)}, TypeError, "labels must be int64, got torch.float32"),
         (
@@ -360,9 +368,13 @@ def test_errors_of_the_loss():
         (
             (prototypes[0], scores, labels),
             ValueError,
-            r"prototypes must be \(C, D\) with at least one row, got \(16,\)",
+            r"prototypes must be \(C, D\) with C at least 1, got \(16,\)",
         ),
-        ((prototypes, scores[:5], labels), ValueError, r"scores must be \(6, 3\), got \(5, 3\)"),
+        (
+            (prototypes, scores[:5], labels),
+            ValueError,
+            r"scores must be \(6, 3\) for labels \(6,\) and prototypes \(3, 16\), got \(5, 3\)",
+        ),
         ((prototypes.half(), None, labels), TypeError, "prototypes must be float32 or float64"),
         ((prototypes, scores.double(), labels), TypeError, "scores must be torch.float32 as prototypes is"),
         ((prototypes, scores, labels.int()), TypeError, "labels must be int64"),

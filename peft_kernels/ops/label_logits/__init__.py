@@ -16,7 +16,7 @@ implementations = Implementations(__name__, "reference", "cpp", "triton")
 ARGUMENTS = Arguments(
     hidden=Argument("B S H | B H", FLOATS),
     weight=Argument("V H", like="hidden"),
-    label_ids=Argument("C w", INTEGERS, values="[-1, V)"),
+    label_ids=Argument("C w", INTEGERS, values="[-1, V)", at_least_1="w"),
     bias=Argument("V", like="hidden", or_float32=True, optional=True),
     positions=Argument("B", INTEGERS, values="[0, S)", optional=True),
 )
@@ -85,8 +85,6 @@ def label_logits(
 
 def _check(name, hidden, weight, label_ids, bias, positions):
     sizes = ARGUMENTS.check(name, hidden, weight, label_ids, bias, positions)
-    if sizes.w < 1:
-        raise ValueError(f"{name}: label_ids must be (C, w) with w at least 1, got {tuple(label_ids.shape)}")
     if (positions is None) != (sizes.S is None):
         raise ValueError(
             f"{name}: positions come with hidden (B, S, H) and not with (B, H), got hidden {tuple(hidden.shape)}"
