@@ -121,7 +121,7 @@ class Arguments:
             raise ValueError(f"{operator}: {name} must be a dense tensor, got a nested tensor")
         if argument.like:
             dtype = arguments[argument.like].dtype
-            dtypes, expected = [dtype], f"{dtype} as {argument.like} is"
+            dtypes, expected = [dtype], f"{dtype} like {argument.like}"
             if argument.or_float32:
                 dtypes, expected = [dtype, torch.float32], f"{expected}, or float32"
         else:
@@ -130,7 +130,7 @@ class Arguments:
         if dtypes and x.dtype not in dtypes:
             raise TypeError(f"{operator}: {name} must be {expected}, got {x.dtype}")
         if x.device != tensors[0].device:
-            raise ValueError(f"{operator}: {name} must be on {tensors[0].device} as {first} is, got {x.device}")
+            raise ValueError(f"{operator}: {name} must be on {tensors[0].device} like {first}, got {x.device}")
         known: dict[str, tuple[int, str]] = {}  # letter -> its size, and the first argument that has it
         for owner, t in zip(self.declared, tensors):
             if owner == name:

@@ -119,7 +119,7 @@ def test_debug_switch_is_not_needed_on_the_cpu():
             "plain",
             {"prompt": torch.zeros(5, 32).half()},
             TypeError,
-            "prompt must be torch.float32 as weight is, or float32, got torch.float16",
+            "prompt must be torch.float32 like weight, or float32, got torch.float16",
         ),
         (
             "plain",
@@ -167,7 +167,7 @@ def test_debug_switch_is_not_needed_on_the_cpu():
             "plain",
             {"prompt": torch.zeros(5, 32, device="meta")},
             ValueError,
-            "prompt must be on cpu as weight is, got meta",
+            "prompt must be on cpu like weight, got meta",
         ),
     ],
 )

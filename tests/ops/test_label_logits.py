@@ -298,9 +298,9 @@ def test_compiles_with_dynamic_shapes(impl):
         (
             {"weight": torch.zeros(50, 32).half()},
             TypeError,
-            "weight must be torch.float32 as hidden is, got torch.float16",
+            "weight must be torch.float32 like hidden, got torch.float16",
         ),
-        ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu as hidden is, got meta"),
+        ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu like hidden, got meta"),
         ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\) with w at least 1, got \(2,\)"),
         ({"label_ids": torch.zeros(2, 0, dtype=torch.long)}, ValueError, r"with w at least 1, got \(2, 0\)"),
         ({"label_ids": torch.zeros(2, 1)}, TypeError, "label_ids must be int32 or int64, got torch.float32"),
@@ -323,7 +323,7 @@ def test_compiles_with_dynamic_shapes(impl):
         (
             {"bias": torch.zeros(50).half()},
             TypeError,
-            "bias must be torch.float32 as hidden is, or float32, got torch.float16",
+            "bias must be torch.float32 like hidden, or float32, got torch.float16",
         ),
         (
             {"positions": torch.tensor([0, 1])},

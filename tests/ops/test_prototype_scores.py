@@ -312,7 +312,7 @@ def test_compiles_with_dynamic_shapes(impl):
         (
             {"projection": torch.zeros(16, 20).double()},
             TypeError,
-            "projection must be torch.float32 as features is, got torch.float64",
+            "projection must be torch.float32 like features, got torch.float64",
         ),
         (
             {"prototypes": torch.zeros(3, 15)},
@@ -323,7 +323,7 @@ def test_compiles_with_dynamic_shapes(impl):
         (
             {"prototypes": torch.zeros(3, 16, device="meta")},
             ValueError,
-            "prototypes must be on cpu as features is, got meta",
+            "prototypes must be on cpu like features, got meta",
         ),
         ({"radius": torch.zeros(2)}, ValueError, r"radius must be \(3,\) for prototypes \(3, 16\), got \(2,\)"),
         (
@@ -376,7 +376,7 @@ def test_errors_of_the_loss():
             r"scores must be \(6, 3\) for labels \(6,\) and prototypes \(3, 16\), got \(5, 3\)",
         ),
         ((prototypes.half(), None, labels), TypeError, "prototypes must be float32 or float64"),
-        ((prototypes, scores.double(), labels), TypeError, "scores must be torch.float32 as prototypes is"),
+        ((prototypes, scores.double(), labels), TypeError, "scores must be torch.float32 like prototypes"),
         ((prototypes, scores, labels.int()), TypeError, "labels must be int64"),
         ((prototypes, None, labels[:, None]), ValueError, "labels must be"),
         ((prototypes, scores, labels + 2), ValueError, r"labels must lie in \[0, 3\)"),

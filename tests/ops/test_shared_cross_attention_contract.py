@@ -132,7 +132,7 @@ WRONG = [
     (
         {"key": K.half()},
         TypeError,
-        "key must be torch.float32 as query is, got torch.float16",
+        "key must be torch.float32 like query, got torch.float16",
     ),
     (
         {"value": K[:, :, :4]},
@@ -146,14 +146,14 @@ WRONG = [
     ),
     ({"query": TOO_WIDE, "key": TOO_WIDE, "value": TOO_WIDE}, ValueError, "between 1 and 256, got 257"),
     ({"query": X[..., :0], "key": K[..., :0], "value": K[..., :0]}, ValueError, "between 1 and 256, got 0"),
-    ({"key": K.to("meta")}, ValueError, "key must be on cpu as query is, got meta"),
+    ({"key": K.to("meta")}, ValueError, "key must be on cpu like query, got meta"),
     ({"query": X[:3]}, ValueError, "multiple of the number of inputs, got 3 streams and 2 inputs"),
     ({"key": K[:0], "value": K[:0]}, ValueError, r"4 streams need at least one input, got key \(0, 2, 5, 8\)"),
     ({"key_lengths": torch.zeros(2)}, TypeError, "key_lengths must be int32 or int64, got torch.float32"),
     ({"key_lengths": ints(5)}, ValueError, r"key_lengths must be \(2,\) for key \(2, 2, 5, 8\), got \(1,\)"),
     ({"key_lengths": ints(5, 6)}, ValueError, r"key_lengths must lie in \[0, 5\], got values from 5 to 6"),
     ({"key_lengths": ints(-1, 5)}, ValueError, r"key_lengths must lie in \[0, 5\], got values from -1 to 5"),
-    ({"key_lengths": ints(1, 2).to("meta")}, ValueError, "key_lengths must be on cpu as query is, got meta"),
+    ({"key_lengths": ints(1, 2).to("meta")}, ValueError, "key_lengths must be on cpu like query, got meta"),
     (
         {"encoder_index": ints(0, 0, 1)},
         ValueError,

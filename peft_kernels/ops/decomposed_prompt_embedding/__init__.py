@@ -113,13 +113,14 @@ def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
     if any(x.ndim != prompt.ndim for x in parameters.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in {"prompt": prompt, **parameters}.items())
         raise ValueError(
-            f"{_NAME}: prompt, {', '.join(parameters)} must all have 2 dimensions, or 3 with stacked adapters, got {shapes}"
+            f"{_NAME}: prompt, {', '.join(parameters)} must all have 2 dimensions, or 3 with stacked adapters, got"
+            f" {shapes}"
         )
     if sizes.s < sizes.L:
         raise ValueError(
             f"{_NAME}: input_ids has {sizes.L} tokens, but {next(iter(parameters))} has rows for {sizes.s}"
         )
-    if adapter_ids is None and sizes.K not in (None, 1):
+    if adapter_ids is None and sizes.K is not None and sizes.K != 1:
         raise ValueError(f"{_NAME}: adapter_ids must choose among the {sizes.K} adapters of prompt")
 
 

@@ -2,12 +2,11 @@
 cheaper.
 """
 
-import os
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
 from ..implementations import Implementations, no_second_derivative
 from . import absorbed
 
@@ -22,6 +21,16 @@ __all__ = ["label_cross_attention"]
 # contiguous, as are pooled and its gradient. No implementation may read the padding.
 implementations = Implementations(__name__, "reference", "explicit", "matmul", "cpp", "triton")
 ABSORBED = ("matmul", "cpp", "triton")
+
+ARGUMENTS = Arguments(
+    features=Argument("B n d | total d", FLOATS),
+    lengths=Argument("B", INTEGERS, values="[0, n]", optional=True),
+    offsets=Argument("ends", INTEGERS, optional=True),  # B + 1
+    slots=Argument("S d | B S d", like="features", or_float32=True),
+    w_q=Argument("d d", like="slots"),
+    w_k=Argument("d d", like="slots"),
+    w_v=Argument("d d", like="slots"),
+)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -84,7 +93,7 @@ def label_cross_attention(
     """
     name = "label_cross_attention"
     implementations.check(name, impl)
-    _check(name, slots, features, {"w_q": w_q, "w_k": w_k, "w_v": w_v}, lengths, offsets, num_heads)
+    _check(name, features, lengths, offsets, slots, w_q, w_k, w_v, num_heads)
     query = linear(slots, w_q).to(slots.dtype)  # to: autocast
     query = query if slots.ndim == 3 else query[None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, w_k, w_v))
@@ -93,47 +102,20 @@ def label_cross_attention(
     )[0]
 
 
-def _check(name, slots, features, weights, lengths, offsets, num_heads):
+def _check(name, features, lengths, offsets, slots, w_q, w_k, w_v, num_heads):
     if lengths is not None and offsets is not None:
         raise ValueError(f"{name}: lengths and offsets exclude each other, got both")
     if features.ndim != (3 if offsets is None else 2):
         raise ValueError(f"{name}: features must be (B, n, d), with offsets (total, d), got {tuple(features.shape)}")
-    if features.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: features must be float32, float16, bfloat16 or float64, got {features.dtype}")
+    sizes = ARGUMENTS.check(name, features, lengths, offsets, slots, w_q, w_k, w_v)
     if features.requires_grad:
         raise ValueError(f"{name}: features must not require a gradient: they are constants, detach them")
-    width = features.shape[-1]
-    for which, x in (("lengths", lengths), ("offsets", offsets)):
-        if x is None:
-            continue
-        if (
-            x.ndim != 1
-            or (which == "lengths" and x.shape[0] != features.shape[0])
-            or (which == "offsets" and x.shape[0] == 0)
-        ):
-            expected = f"({features.shape[0]},)" if which == "lengths" else "(B + 1,)"
-            raise ValueError(f"{name}: {which} must be {expected}, got {tuple(x.shape)}")
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {which} must be int32 or int64, got {x.dtype}")
-    batch = features.shape[0] if offsets is None else offsets.shape[0] - 1
-    if slots.ndim not in (2, 3) or slots.shape[-1] != width or (slots.ndim == 3 and slots.shape[0] != batch):
-        raise ValueError(f"{name}: slots must be (S, {width}) or ({batch}, S, {width}), got {tuple(slots.shape)}")
-    if slots.dtype not in (features.dtype, torch.float32) or (
-        features.dtype == torch.float64 and slots.dtype != torch.float64
-    ):
-        raise TypeError(
-            f"{name}: slots must be {features.dtype} as features are, or float32 (not under float64), got {slots.dtype}"
-        )
-    for which, x in weights.items():
-        if x.shape != (width, width):
-            raise ValueError(f"{name}: {which} must be ({width}, {width}), got {tuple(x.shape)}")
-        if x.dtype != slots.dtype:
-            raise TypeError(f"{name}: {which} must be {slots.dtype} as slots are, got {x.dtype}")
-    if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
-        raise ValueError(f"{name}: num_heads must divide d = {width}, got {num_heads!r}")
-    for which, x in {"slots": slots, **weights, "lengths": lengths, "offsets": offsets}.items():
-        if x is not None and x.device != features.device:
-            raise ValueError(f"{name}: {which} must be on {features.device} as features are, got {x.device}")
+    if offsets is not None and (sizes.ends != sizes.B + 1 if slots.ndim == 3 else not sizes.ends):
+        raise ValueError(f"{name}: offsets must be (B + 1,) for slots {tuple(slots.shape)}, got ({sizes.ends},)")
+    if features.dtype == torch.float64 and slots.dtype != torch.float64:
+        raise TypeError(f"{name}: slots must be torch.float64 like features, got {slots.dtype}")
+    if not isinstance(num_heads, int) or num_heads < 1 or sizes.d % num_heads:
+        raise ValueError(f"{name}: num_heads must divide d = {sizes.d}, got {num_heads!r}")
 
 
 def choose(device: str, features: torch.dtype, queries: int, width: int) -> str:
@@ -166,17 +148,12 @@ def _resolve(impl, query, features, num_heads):
 
 
 def _check_values(features, lengths, offsets):
-    name, values = "label_cross_attention", lengths if offsets is None else offsets
-    if values is None or (values.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1"):
-        return
+    name = "label_cross_attention"
+    ARGUMENTS.check_values(name, lengths=lengths, n=features.shape[1])
     if offsets is not None:
         total = features.shape[0]
         if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
             raise ValueError(f"{name}: offsets must go from 0 to {total} and not decrease, got {offsets.tolist()}")
-    elif lengths.numel():
-        least, most = (int(v) for v in lengths.aminmax())
-        if least < 0 or most > features.shape[1]:
-            raise ValueError(f"{name}: lengths must lie in [0, {features.shape[1]}], got values from {least} to {most}")
 
 
 @torch.library.impl(_lib, "label_cross_attention", "CompositeExplicitAutograd")
@@ -184,7 +161,8 @@ def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl)
     """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty if
     the form has none.
     """
-    _check_values(features, lengths, offsets)
+    if (lengths is not None or offsets is not None) and values_are_checked(features):
+        _check_values(features, lengths, offsets)
     impl, implementation = _resolve(impl, query, features, num_heads)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
     with torch.autocast(features.device.type, enabled=False):
