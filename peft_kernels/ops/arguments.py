@@ -29,7 +29,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-FEW_VALUES = 64  # values of a tensor up to which reading them into a list is faster than one tensor function
+FEW_VALUES = 64  # values up to which Python finds the least and the largest faster than a tensor function
 
 
 class Argument(NamedTuple):
@@ -55,11 +55,6 @@ class Argument(NamedTuple):
     def shapes(self) -> list[list[str]]:
         return [shape.split() for shape in self.shape.split("|")]
 
-    def interval(self) -> tuple[int, str, str]:
-        """Returns the least value, the letter of the end, and the bracket behind it."""
-        low, letter, bracket = re.fullmatch(r"\[(-?\d+), (\w+)([])])", self.values).groups()
-        return int(low), letter, bracket
-
 
 class Arguments:
     """The tensors of an operator, in the order in which they are checked. All are on the device of the first.
@@ -70,15 +65,15 @@ class Arguments:
 
     def __init__(self, **declared: Argument):
         self.declared = declared
-        self.intervals = [(name, *argument.interval()) for name, argument in declared.items() if argument.values]
+        self.intervals = [
+            (name, int(low), letter, bracket)
+            for name, argument in declared.items()
+            for low, letter, bracket in re.findall(r"\[(-?\d+), (\w+)([])])", argument.values)
+        ]
         letters = dict.fromkeys(letter for x in declared.values() for shape in x.shapes() for letter in shape)
-        names = {
-            "PLAIN": (Tensor, torch.nn.Parameter),
-            "float32": torch.float32,
-            "supported": supported,
-            "refuse": self.refuse,
-        }
-        names |= {f"{name}_dtypes": x.dtypes for name, x in declared.items()} | {"Sizes": namedtuple("Sizes", letters)}
+        names: dict[str, Any] = {"PLAIN": (Tensor, torch.nn.Parameter), "supported": supported, "refuse": self.refuse}
+        names |= {f"{name}_dtypes": argument.dtypes for name, argument in declared.items()}
+        names |= {"Sizes": namedtuple("Sizes", letters), "float32": torch.float32}
         source, file = "\n".join(check_source(declared, letters)), f"<check of {', '.join(declared)}>"
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # shown in tracebacks
         exec(compile(source, file, "exec"), names)
@@ -119,14 +114,11 @@ class Arguments:
             raise TypeError(f"{operator}: {name} is a DTensor, which is not supported: pass its local tensor")
         if x.is_nested:
             raise ValueError(f"{operator}: {name} must be a dense tensor, got a nested tensor")
+        dtypes = argument.dtypes
+        expected = " or ".join(", ".join([str(dtype)[len("torch.") :] for dtype in dtypes]).rsplit(", ", 1))
         if argument.like:
-            dtype = arguments[argument.like].dtype
-            dtypes, expected = [dtype], f"{dtype} like {argument.like}"
-            if argument.or_float32:
-                dtypes, expected = [dtype, torch.float32], f"{expected}, or float32"
-        else:
-            dtypes = argument.dtypes
-            expected = " or ".join(", ".join([str(dtype)[6:] for dtype in dtypes]).rsplit(", ", 1))
+            dtypes = (arguments[argument.like].dtype, torch.float32)[: 1 + argument.or_float32]
+            expected = f"{dtypes[0]} like {argument.like}{', or float32' * argument.or_float32}"
         if dtypes and x.dtype not in dtypes:
             raise TypeError(f"{operator}: {name} must be {expected}, got {x.dtype}")
         if x.device != tensors[0].device:
@@ -138,15 +130,15 @@ class Arguments:
             for letters in self.declared[owner].shapes():
                 if t is not None and t.ndim == len(letters):
                     known = {letter: (size, f"{owner} {sizes(t)}") for letter, size in zip(letters, sizes(t))} | known
-        expected, others = [], {}
+        shapes, others = [], {}
         for letters in argument.shapes():
             filled = [str(known[letter][0]) if letter in known else letter for letter in letters]
-            expected.append(f"({', '.join(filled)}{',' * (len(filled) == 1)})")
+            shapes.append(f"({', '.join(filled)}{',' * (len(filled) == 1)})")
             others |= dict.fromkeys([known[letter][1] for letter in letters if letter in known])
-        text = " or ".join(expected)
-        text += f" with {argument.at_least_1} at least 1" if argument.at_least_1 else ""
-        text += f" for {' and '.join(others)}" if others else ""
-        raise ValueError(f"{operator}: {name} must be {text}, got {sizes(x)}")
+        expected = " or ".join(shapes)
+        expected += f" with {argument.at_least_1} at least 1" if argument.at_least_1 else ""
+        expected += f" for {' and '.join(others)}" if others else ""
+        raise ValueError(f"{operator}: {name} must be {expected}, got {sizes(x)}")
 
 
 def values_are_checked(x: Tensor) -> bool:

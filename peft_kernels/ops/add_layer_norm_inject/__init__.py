@@ -2,20 +2,35 @@
 special-token vectors.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..arguments import FLOATS, Argument, Arguments
-from ..implementations import Implementations, check_numbers, no_second_derivative
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative
 from ..special_tokens import check_injection, check_injection_values, injection
 
 __all__ = ["add_inject_layer_norm", "add_layer_norm_inject"]
 
-# Each implementation has forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p,
-# seed, keep) -> out, sum, mean, rstd; and backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids,
-# adapters, vectors, rms, pre, dropout_p, seed, need_x, need_vectors) -> gradient of x and residual, gradient of
-# vectors. A gradient that is not needed is None. weight, bias and vectors are float32 (float64 if x is), and
-# contiguous. mean is None with rms. With keep=False mean and rstd are None, and so is sum unless pre.
+
+class AddLayerNormInjectImplementation(Implementation, Protocol):
+    """weight, bias and vectors are contiguous and float32 (float64 if x is)."""
+
+    def forward(
+        self, x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the result, the sum, and mean and reciprocal standard deviation of every row. mean is None with
+        ``rms``; without ``keep`` mean and deviation are None, and so is the sum unless ``pre``.
+        """
+
+    def backward(
+        self, grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed,
+        need_x, need_vectors,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Returns the gradient of x and residual, and that of the vectors; None for one that is not needed."""
+
+
 implementations = Implementations(__name__)
 
 ARGUMENTS = Arguments(

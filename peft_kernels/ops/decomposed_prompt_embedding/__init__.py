@@ -1,15 +1,43 @@
 """A soft prompt and token embeddings with a low-rank update per position, written in one pass."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
-from ..implementations import Implementations, check_numbers, no_second_derivative, without_autocast
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative, without_autocast
 
 __all__ = ["decomposed_prompt_embedding"]
 
-# Each implementation has forward and backward. If it also has backward_low_rank, that computes the gradients of a and b
-# up to rank MAX_RANK, without the gradient of a @ b, (K, s, d), in memory.
+
+class DecomposedPromptEmbeddingImplementation(Implementation, Protocol):
+    """Parameters have an adapter dimension, and at least float32."""
+
+    def forward(
+        self, input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids
+    ) -> Tensor:
+        """Returns the embeddings, (B, m + L, d)."""
+
+    def backward(
+        self, grad, adapters, virtual, positions, offsets, insert_after_first, adapter_ids, need_prompt, need_delta
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the gradients of the prompt, (K, m, d), and of delta or the product of a and b, (K, s, d)."""
+
+
+class LowRankImplementation(DecomposedPromptEmbeddingImplementation, Protocol):
+    """An implementation that computes the gradients of a and b without that of their product, (K, s, d), in memory."""
+
+    MAX_RANK: int
+
+    def backward_low_rank(
+        self, grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the gradients of the prompt, a and b, for ranks up to MAX_RANK. Passing a requests that of b, and
+        passing b that of a.
+        """
+
+
 implementations = Implementations(__name__)
 
 ARGUMENTS = Arguments(

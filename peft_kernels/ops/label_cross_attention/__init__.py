@@ -2,23 +2,42 @@
 cheaper.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
-from ..implementations import Implementations, no_second_derivative
+from ..implementations import Implementation, Implementations, no_second_derivative
 from . import absorbed
 
 __all__ = ["label_cross_attention"]
 
-# Implementations have one of two interfaces. With keys and values: forward(query, features, w_k, w_v, lengths, offsets,
-# heads, keep) -> out, kept; and backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads) -> gradients
-# of query, w_k, w_v. Absorbed, where absorbed.py multiplies by the weights: pool(queries, features, lengths, offsets,
-# scale, keep) -> pooled (H, B, S, d) in the queries' dtype, weights (B, n, H * S) or (total, H * S) float32, 0 in the
-# padding, None without keep; and pool_backward(grad_pooled, features, weights, lengths, offsets, scale, shared) ->
-# gradient of the queries (H, B, S, d) float32, with shared its sum over B, (H, 1, S, d). queries: (H, B or 1, S, d),
-# contiguous, as are pooled and its gradient. No implementation may read the padding.
+
+class KeyValueImplementation(Implementation, Protocol):
+    """An implementation that computes keys and values. No implementation may read the padding."""
+
+    def forward(self, query, features, w_k, w_v, lengths, offsets, heads, keep) -> tuple[Tensor, Tensor | None]:
+        """Returns the result, (B, S, d), and what backward needs."""
+
+    def backward(self, grad, query, features, w_k, w_v, kept, lengths, offsets, heads) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of query, w_k and w_v."""
+
+
+class AbsorbedImplementation(Implementation, Protocol):
+    """An implementation below ``absorbed.py``, which multiplies by the weights."""
+
+    def pool(self, queries, features, lengths, offsets, scale, keep) -> tuple[Tensor, Tensor | None]:
+        """Takes queries (H, B or 1, S, d), contiguous. Returns the pooled features, (H, B, S, d), contiguous in the
+        queries' dtype, and the attention weights, (B, n, H * S) or (total, H * S), in float32, 0 in the padding; None
+        without ``keep``.
+        """
+
+    def pool_backward(self, grad_pooled, features, weights, lengths, offsets, scale, shared) -> Tensor:
+        """Returns the float32 gradient of the queries, (H, B, S, d); with ``shared`` its sum over B, (H, 1, S, d)."""
+
+
 implementations = Implementations(__name__, "reference", "explicit", "matmul", "cpp", "triton")
 ABSORBED = ("matmul", "cpp", "triton")
 

@@ -1,16 +1,24 @@
 """The logits of a few label words at one position of every text, without computing those of the whole vocabulary."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
-from ..implementations import Implementations, no_second_derivative, without_autocast
+from ..implementations import Implementation, Implementations, no_second_derivative, without_autocast
 
 __all__ = ["label_logits"]
 
-# Each implementation has forward(hidden, weight, label_ids, bias, positions) -> (B, C, w) logits of the words in at
-# least float32, -inf where label_ids is -1; and backward(grad_words, weight, label_ids) -> (B, H) gradient of the
-# gathered rows in grad_words' dtype.
+
+class LabelLogitsImplementation(Implementation, Protocol):
+    def forward(self, hidden, weight, label_ids, bias, positions) -> Tensor:
+        """Returns the logits of the words, (B, C, w), in at least float32; -inf where label_ids is -1."""
+
+    def backward(self, grad_words, weight, label_ids) -> Tensor:
+        """Returns the gradient of the rows at the positions, (B, H), in grad_words' dtype."""
+
+
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 ARGUMENTS = Arguments(

@@ -1,19 +1,30 @@
 """Scores of normalised features by their distance to class prototypes, and the cross-entropy of these scores."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..arguments import Argument, Arguments, values_are_checked
-from ..implementations import Implementations, check_numbers, no_second_derivative, without_autocast
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative, without_autocast
 
 __all__ = ["prototype_cross_entropy", "prototype_objective", "prototype_scores"]
 
-# Each implementation has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected,
-# prototypes) -> gradients of projected and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight,
-# labels) -> loss (), its gradients with respect to projected and radius. All tensors but labels have one dtype and are
-# contiguous.
+
+class PrototypeScoresImplementation(Implementation, Protocol):
+    """All tensors but labels have one dtype and are contiguous."""
+
+    def forward(self, projected, prototypes, radius, scores, weight) -> Tensor:
+        """Returns the scores, (N, C)."""
+
+    def backward(self, grad, projected, prototypes) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of projected and prototypes."""
+
+    def cross_entropy(self, projected, prototypes, radius, scores, weight, labels) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss, (), and its gradients with respect to projected and radius."""
+
+
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
 _SCORES = {

@@ -1,15 +1,28 @@
 """Cross-attention in which many decoder streams share the keys and values of one encoder input."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
-from ..implementations import Implementations, check_numbers, no_second_derivative
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative
 from .layout import token_major
 
 __all__ = ["shared_cross_attention"]
 
-# Each implementation has forward and backward.
+
+class SharedCrossAttentionImplementation(Implementation, Protocol):
+    def forward(self, query, key, value, key_lengths, encoder_index, scale, need_lse) -> tuple[Tensor, Tensor | None]:
+        """Returns the output, and without ``need_lse`` anything instead of the log-sum-exp."""
+
+    def backward(
+        self, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
+        need_value,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Returns the gradients of query, key and value; None for one that is not needed."""
+
+
 implementations = Implementations(__name__, "reference", "sdpa", "matmul", "cpp", "triton")
 MAX_HEAD_DIM = 256
 

@@ -1,19 +1,29 @@
 """Addition of vectors to the special tokens of a batch, which are located once for all layers."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
-from ..implementations import Implementations, check_numbers, no_second_derivative
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative
 from ..vector_dropout import draw_seed
 
 __all__ = ["special_token_add", "special_token_add_", "special_token_slots"]
 
-# Each implementation has slots(input_ids, special_ids, attention_mask, max_slots) -> slots, counts; add_(hidden,
-# vectors, slots, dropout_p, seed, adapter_ids); and backward(grad, slots, adapters, vectors, dropout_p, seed,
-# adapter_ids) -> gradient of the vectors.
+
+class SpecialTokensImplementation(Implementation, Protocol):
+    def slots(self, input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Tensor]:
+        """Returns the slots, (B, max_slots), and the number of special tokens of every row, (B,)."""
+
+    def add_(self, hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
+        """Adds the vectors (K, P, d) in place."""
+
+    def backward(self, grad, slots, adapters, vectors, dropout_p, seed, adapter_ids) -> Tensor:
+        """Returns the gradient of the vectors, (K, P, d); ``adapters`` and ``vectors`` are the numbers K and P."""
+
+
 implementations = Implementations(__name__)
 
 FEW_SLOTS = 256
