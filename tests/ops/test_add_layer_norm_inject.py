@@ -330,18 +330,22 @@ def test_compiles_with_dynamic_shapes(form, impl):
     [
         ({"x": torch.zeros(2, 7)}, ValueError, r"x must be \(B, S, d\), got \(2, 7\)"),
         ({"x": torch.zeros(2, 7, 32, dtype=torch.int8)}, TypeError, "x must be float32"),
-        ({"residual": torch.zeros(2, 7, 31)}, ValueError, r"residual must be \(2, 7, 32\) as x is, got \(2, 7, 31\)"),
+        (
+            {"residual": torch.zeros(2, 7, 31)},
+            ValueError,
+            r"residual must be \(2, 7, 32\) for x \(2, 7, 32\), got \(2, 7, 31\)",
+        ),
         (
             {"residual": torch.zeros(2, 7, 32).half()},
             TypeError,
-            "residual must be torch.float32 as x is, got torch.float16",
+            "residual must be torch.float32 like x, got torch.float16",
         ),
-        ({"residual": torch.zeros(2, 7, 32, device="meta")}, ValueError, "residual must be on cpu as x is, got meta"),
-        ({"weight": torch.ones(31)}, ValueError, r"weight must be \(32,\), got \(31,\)"),
+        ({"residual": torch.zeros(2, 7, 32, device="meta")}, ValueError, "residual must be on cpu like x, got meta"),
+        ({"weight": torch.ones(31)}, ValueError, r"weight must be \(32,\) for x \(2, 7, 32\), got \(31,\)"),
         (
             {"bias": torch.ones(32).half()},
             TypeError,
-            "bias must be torch.float32 as x is, or float32, got torch.float16",
+            "bias must be torch.float32 like x, or float32, got torch.float16",
         ),
         ({"slots": None}, ValueError, "vectors and slots must come together, got vectors alone"),
         ({"vectors": None}, ValueError, "vectors and slots must come together, got slots alone"),

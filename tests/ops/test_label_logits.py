@@ -290,14 +290,18 @@ def test_compiles_with_dynamic_shapes(impl):
         ({"hidden": torch.zeros(3, 7, 32, dtype=torch.int8)}, TypeError, "hidden must be float32"),
         ({"hidden": torch.zeros(3, 32)}, ValueError, "positions must come with hidden"),
         ({"positions": None}, ValueError, "positions must come with hidden"),
-        ({"weight": torch.zeros(50, 31)}, ValueError, r"weight must be \(V, 32\), got \(50, 31\)"),
+        (
+            {"weight": torch.zeros(50, 31)},
+            ValueError,
+            r"weight must be \(V, 32\) for hidden \(3, 7, 32\), got \(50, 31\)",
+        ),
         (
             {"weight": torch.zeros(50, 32).half()},
             TypeError,
-            "weight must be torch.float32 as hidden is, got torch.float16",
+            "weight must be torch.float32 like hidden, got torch.float16",
         ),
-        ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu as hidden is, got meta"),
-        ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\)"),
+        ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu like hidden, got meta"),
+        ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\) with w at least 1, got \(2,\)"),
         ({"label_ids": torch.zeros(2, 0, dtype=torch.long)}, ValueError, r"with w at least 1, got \(2, 0\)"),
         ({"label_ids": torch.zeros(2, 1)}, TypeError, "label_ids must be int32 or int64, got torch.float32"),
         (
@@ -315,13 +319,17 @@ def test_compiles_with_dynamic_shapes(impl):
             ValueError,
             r"label_ids must lie in \[-1, 50\), got values from -2 to 4",
         ),
-        ({"bias": torch.zeros(49)}, ValueError, r"bias must be \(50,\), got \(49,\)"),
+        ({"bias": torch.zeros(49)}, ValueError, r"bias must be \(50,\) for weight \(50, 32\), got \(49,\)"),
         (
             {"bias": torch.zeros(50).half()},
             TypeError,
-            "bias must be torch.float32 as hidden is, or float32, got torch.float16",
+            "bias must be torch.float32 like hidden, or float32, got torch.float16",
         ),
-        ({"positions": torch.tensor([0, 1])}, ValueError, r"positions must be \(3,\), got \(2,\)"),
+        (
+            {"positions": torch.tensor([0, 1])},
+            ValueError,
+            r"positions must be \(3,\) for hidden \(3, 7, 32\), got \(2,\)",
+        ),
         ({"positions": torch.tensor([0, 1, 7])}, ValueError, r"positions must lie in \[0, 7\), got values from 0 to 7"),
         (
             {"positions": torch.tensor([0, 1, -1])},

@@ -390,17 +390,21 @@ def test_compiles_with_dynamic_shapes(impl, form):
         (
             {"vectors": torch.zeros(2, 31)},
             ValueError,
-            r"vectors must be \(P, 32\) or \(K, P, 32\) with at least one row, got \(2, 31\)",
+            r"vectors must be \(P, 32\) or \(K, P, 32\) with P at least 1 for hidden \(2, 7, 32\), got \(2, 31\)",
         ),
-        ({"vectors": torch.zeros(0, 32)}, ValueError, "with at least one row"),
+        ({"vectors": torch.zeros(0, 32)}, ValueError, r"with P at least 1 for hidden \(2, 7, 32\), got \(0, 32\)"),
         (
             {"vectors": torch.zeros(2, 32).half()},
             TypeError,
-            "vectors must be torch.float32 as hidden is, or float32, got torch.float16",
+            "vectors must be torch.float32 like hidden, or float32, got torch.float16",
         ),
         ({"vectors": torch.zeros(3, 2, 32)}, ValueError, "adapter_ids must select among the 3 adapters"),
-        ({"vectors": torch.zeros(2, 32, device="meta")}, ValueError, "vectors must be on cpu as hidden is, got meta"),
-        ({"slots": torch.zeros(3, 2, dtype=torch.int32)}, ValueError, r"slots must be \(2, k\), got \(3, 2\)"),
+        ({"vectors": torch.zeros(2, 32, device="meta")}, ValueError, "vectors must be on cpu like hidden, got meta"),
+        (
+            {"slots": torch.zeros(3, 2, dtype=torch.int32)},
+            ValueError,
+            r"slots must be \(2, k\) for hidden \(2, 7, 32\), got \(3, 2\)",
+        ),
         ({"slots": torch.zeros(2, 2)}, TypeError, "slots must be int32 or int64, got torch.float32"),
         ({"slots": torch.tensor([[0, 7], [0, 0]])}, ValueError, r"slots must lie in \[-1, 7\), got values from 0 to 7"),
         (
@@ -408,7 +412,11 @@ def test_compiles_with_dynamic_shapes(impl, form):
             ValueError,
             r"slots must lie in \[-1, 7\), got values from -2 to 0",
         ),
-        ({"adapter_ids": torch.tensor([0])}, ValueError, r"adapter_ids must be \(2,\), got \(1,\)"),
+        (
+            {"adapter_ids": torch.tensor([0])},
+            ValueError,
+            r"adapter_ids must be \(2,\) for hidden \(2, 7, 32\), got \(1,\)",
+        ),
         ({"adapter_ids": torch.tensor([0, 1])}, ValueError, r"adapter_ids must lie in \[-1, 1\)"),
         ({"adapter_ids": torch.zeros(2)}, TypeError, "adapter_ids must be int32 or int64"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must lie in \[0, 1\), got 1.0"),
@@ -439,7 +447,7 @@ def test_errors(changed, error, message, add):
         (
             {"attention_mask": torch.ones(2, 3)},
             ValueError,
-            r"attention_mask must be \(2, 4\) as input_ids is, got \(2, 3\)",
+            r"attention_mask must be \(2, 4\) for input_ids \(2, 4\), got \(2, 3\)",
         ),
         ({"attention_mask": torch.ones(2, 4, device="meta")}, ValueError, "attention_mask must be on cpu"),
         ({"max_slots": -1}, ValueError, "max_slots must be at least 0, got -1"),
