@@ -19,7 +19,9 @@ class KeyValueImplementation(Implementation, Protocol):
     def forward(self, query, features, w_k, w_v, lengths, offsets, heads, keep) -> tuple[Tensor, Tensor | None]:
         """Returns the result, (B, S, d), and what backward needs."""
 
-    def backward(self, grad, query, features, w_k, w_v, saved, lengths, offsets, heads) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, grad, query, features, w_k, w_v, saved, lengths, offsets, heads
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the gradients of query, w_k and w_v."""
 
 
