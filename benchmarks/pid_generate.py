@@ -38,6 +38,7 @@ TINY = {
 }
 PIE, REPEATED, STOCK = "prompts in the encoder", "repeated encoder outputs", "stock"  # each with stock generate
 UNPACKED = "ours, not packed"
+GRAPHS = {name: f"{name}, static cache" for name in (REPEATED, STOCK, OURS)}  # on a GPU a step is then one CUDA graph
 
 
 class Bench:
@@ -54,7 +55,8 @@ class Bench:
         """One input of 512 tokens, 30 prompts of 8, 10 new tokens, greedy."""
         workload = built_in(16, 3) if self.quick else built_in()
 
-        def asking(method, model):
+        def asking(method, model, **kwargs):
+            method = partial(method, **kwargs)
             return lambda: pid_baselines.ask(method, model, workload, NEW_TOKENS, full_length=True)
 
         candidates = {
@@ -63,6 +65,9 @@ class Bench:
             OURS: asking(pid_baselines.shared, self.packed),
             UNPACKED: asking(pid_baselines.shared, self.plain),
         }
+        if self.device == "cuda":
+            candidates[GRAPHS[REPEATED]] = asking(pid_baselines.repeated, self.stock, cache_implementation="static")
+            candidates[GRAPHS[OURS]] = asking(pid_baselines.shared, self.plain, cache_implementation="static")
         n, streams, prefix = len(workload.inputs[0]), len(workload.prompts), len(workload.prompts[0])
         roofline = generation_roofline(self.stock, self.limits, 1, n, streams, prefix, NEW_TOKENS)
         shape = {"b": 1, "n": n, "M": streams, "T": prefix, "new": NEW_TOKENS}
@@ -74,7 +79,7 @@ class Bench:
         """Ordinary beam search through ``model.generate``."""
         ids = random_ids(inputs, n, self.device)
 
-        def searching(model):
+        def searching(model, cache=None):
             def search():
                 with torch.inference_mode():
                     output = model.generate(
@@ -84,13 +89,19 @@ class Bench:
                         max_new_tokens=BEAM_TOKENS,
                         min_new_tokens=BEAM_TOKENS,
                         do_sample=False,
-                        return_dict_in_generate=True,
+                        cache_implementation=cache,
+                        return_dict_in_generate=cache is None,  # whoever gets the cache keeps its memory
                     )
+                if cache is not None:
+                    return pid_baselines.Answers(output.cpu(), None)
                 return pid_baselines.Answers(output.sequences.cpu(), pid_baselines.cross_bytes(output))
 
             return search
 
         candidates = {STOCK: searching(self.stock), OURS: searching(self.packed), UNPACKED: searching(self.plain)}
+        if self.device == "cuda":
+            models = {GRAPHS[STOCK]: self.stock, GRAPHS[OURS]: self.plain}
+            candidates |= {name: searching(model, "static") for name, model in models.items()}
         roofline = generation_roofline(self.stock, self.limits, inputs, n, inputs * beams, 0, BEAM_TOKENS)
         shape = {"b": inputs, "n": n, "M": beams, "new": BEAM_TOKENS}
         return self.compare("beams", shape, candidates, STOCK, inputs * BEAM_TOKENS, roofline, {})
@@ -106,18 +117,20 @@ class Bench:
         repeats: dict[str, int],
     ) -> list[Row]:
         answers = {name: candidate() for name, candidate in candidates.items()}  # also the warm-up
-        wrong = {name: pid_baselines.differing(answers[truth], answers[name]) for name in (OURS, UNPACKED)}
+        wrong = {
+            name: pid_baselines.differing(answers[truth], answers[name]) for name in candidates if name.startswith(OURS)
+        }
         if self.dtype == torch.float32 and any(wrong.values()):
             raise SystemExit(f"{variant}, {shape}: tokens differ from {truth} in {wrong} streams")
         timings = interleaved(
             candidates, {**dict.fromkeys(candidates, self.repeats), **repeats}, warmup=0, device=self.device
         )
-        each = {name: {"kept_bytes": answer.cross_bytes} for name, answer in answers.items()}
+        by_candidate = {name: {"kept_bytes": answer.cross_bytes} for name, answer in answers.items()}
         for name, streams in wrong.items():
-            each[name]["error"] = streams / len(answers[truth].tokens)
+            by_candidate[name]["error"] = streams / len(answers[truth].tokens)
         return compared(
             timings,
-            each,
+            by_candidate,
             shape=shape,
             variant=variant,
             phase="generate",
@@ -246,8 +259,8 @@ def main():
             rows = measure()
             results += rows
             console.print(table(rows))
-    if options.out:
-        measured(results, options.device, machine).write(options.out)
+            if options.out:
+                measured(results, options.device, machine).write(options.out)
 
 
 if __name__ == "__main__":

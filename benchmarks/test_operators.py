@@ -14,23 +14,23 @@ import torch
 
 from peft_kernels import ops
 from peft_kernels.ops.registry import operator
-from peft_kernels.perf.bench.runner import Case, candidates, cases_of, checked, truth
+from peft_kernels.perf.bench.runner import Case, candidates, cases_of, checked, graph_of, truth
 from peft_kernels.perf.results import OURS, first_line
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     device, quick = option("--benchmark-device"), option("--benchmark-quick")
-    found = []
-    for one in map(operator, ops.__all__):
-        small = {v: Case(one, one.quick_shapes[0], v, one.dtypes[0], False).problem(device) for v in one.variants}
-        for case in cases_of(one, one.quick_shapes if quick else one.shapes, one.default_dtypes, [False, True]):
+    parameters = []
+    for op in map(operator, ops.__all__):
+        small = {v: Case(op, op.quick_shapes[0], v, op.dtypes[0], False).problem(device) for v in op.variants}
+        for case in cases_of(op, op.quick_shapes if quick else op.shapes, op.default_dtypes, [False, True]):
             # the names of the candidates do not depend on the shape
-            found += [
+            parameters += [
                 pytest.param(case, candidate, device, id=f"{case}, {candidate}")
                 for candidate in candidates(case, small[case.variant], device)
             ]
-    metafunc.parametrize(("case", "candidate", "device"), found)
+    metafunc.parametrize(("case", "candidate", "device"), parameters)
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +47,9 @@ def test_operator(benchmark, case, candidate, device):
         case.operator.name, tuple(case.shape.items()), case.variant, case.dtype, case.backward, device
     )
     try:
-        function, error = checked(prepare[candidate](), problem, expected, case, device)
+        ready = prepare[candidate]()
+        function, error = checked(ready, problem, expected, case)
+        function = graph_of(function, ready, device)
     except Exception as reason:
         if candidate == OURS:
             raise

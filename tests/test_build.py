@@ -17,7 +17,7 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from test_imports import PYTHONS
+from python_versions import PYTHONS
 
 from peft_kernels.ops import native_library
 

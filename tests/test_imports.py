@@ -12,12 +12,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from python_versions import PYTHONS
 
 from peft_kernels.hf.extra import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "peft_kernels").rglob("*.py"))
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 NOT_DECLARED = {"sklearn"}  # its own clone() and cross_val_score() call the code that imports it
 
 

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +13,17 @@ from torch.autograd import forward_ad
 _imported = cache(import_module)
 
 
-class Implementations:
-    """The implementations of one operator.
-
-    Each module has ``unavailable(device_type, dtype)``, which returns a reason or None, and the functions that the
-    operator's package lists.
+class Implementation(Protocol):
+    """The interface of an implementation, which is a module. The package of an operator extends it by the operator's
+    functions. They take tensors that have been checked, and record nothing for autograd.
     """
+
+    def unavailable(self, device: str, dtype: torch.dtype) -> str | None:
+        """Returns why the implementation cannot run on a type of device in a dtype, or None."""
+
+
+class Implementations:
+    """The implementations of one operator: modules of its package."""
 
     def __init__(self, package: str, *names: str):
         self.package = package

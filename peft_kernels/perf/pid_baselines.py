@@ -18,10 +18,12 @@ from .workloads import VOCAB_SIZE, Workload
 
 @dataclass
 class Answers:
-    """Generated ids (b*M, tokens), padded, in stream order; and the size of the cross-attention cache in bytes."""
+    """Generated ids (b*M, tokens), padded, in stream order; and the size of the cross-attention cache in bytes, None if
+    it was not returned.
+    """
 
     tokens: Tensor
-    cross_bytes: int
+    cross_bytes: int | None
 
 
 Method = Callable[..., Answers]
@@ -79,7 +81,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def prompt_in_encoder(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
     """PiE: the encoder reads every input with every prompt appended; one ``generate`` over all rows."""
-    ids, mask = padded([one + prompt for one in inputs for prompt in prompts], model)
+    ids, mask = padded([input + prompt for input in inputs for prompt in prompts], model)
     output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **kwargs)
     return Answers(output.sequences[:, 1:], cross_bytes(output))
 
@@ -134,12 +136,16 @@ def ask(method: Method, model: nn.Module, workload: Workload, new_tokens: int, *
     with torch.inference_mode():
         answers = [method(model, batch, workload.prompts, **kwargs) for batch in workload.batches()]
     tokens = torch.cat([_widened(a.tokens, new_tokens, pad_token(model)) for a in answers])
-    return Answers(tokens.cpu(), max(a.cross_bytes for a in answers))
+    sizes = [a.cross_bytes for a in answers]
+    return Answers(tokens.cpu(), None if None in sizes else max(sizes))
 
 
-def cross_bytes(output) -> int:
-    """Bytes of the keys and values that cross-attention held."""
-    return sum(x.nbytes for layer in cache_of(output).cross_attention_cache.layers for x in (layer.keys, layer.values))
+def cross_bytes(output) -> int | None:
+    """Bytes of the keys and values that cross-attention held; None if the output has no cache."""
+    cache = cache_of(output)
+    if cache is None:
+        return None
+    return sum(x.nbytes for layer in cache.cross_attention_cache.layers for x in (layer.keys, layer.values))
 
 
 def differing(a: Answers, b: Answers) -> int:

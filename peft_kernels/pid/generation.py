@@ -93,9 +93,8 @@ class PiDGenerationMixin(Swapped):
     ):
         """Fill the cross-attention cache with one row per input."""
         num_streams = model_kwargs.pop("shared_streams", None)  # N; None: as many as inputs
-        own_keys = model_kwargs.pop(
-            "index_of_own_keys", None
-        )  # (N,), the input of each stream, if streams cannot share
+        # (N,), the input of each stream, if streams cannot share
+        own_keys = model_kwargs.pop("index_of_own_keys", None)
         left_padded = model_kwargs.pop("left_padded_prompts", False)
         expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if num_streams:
@@ -112,13 +111,13 @@ class PiDGenerationMixin(Swapped):
                 f" got {'use_cache=False' if cache is None else type(cache).__name__}"
             )
         if (
-            shared
+            num_streams
             and own_keys is None
             and not cache.self_attention_cache.offloading
             and all(type(layer) is StaticLayer for layer in cache.self_attention_cache.layers)
             and self._valid_auto_compile_criteria(model_kwargs, generation_config)
         ):
-            model_kwargs[CACHE] = fixed(self, self.pid_static_caches, model_kwargs, shared, generation_config)
+            model_kwargs[CACHE] = fixed(self, self.pid_static_caches, model_kwargs, num_streams, generation_config)
             self.pid_hooks.borrowed.set(model_kwargs[CACHE])
             return
         states = model_kwargs["encoder_outputs"][0]

@@ -9,6 +9,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from peft_kernels.dect import DecoderTuning, DecTForSequenceClassification, extract
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -22,6 +24,7 @@ TEXTS = [
     "",
     "it was a good day for a film",
 ]
+LABELS = [0, 1, 1, 0, 0, 1]  # of TEXTS
 _CORPUS = [
     *TEXTS,
     "It was great .",
@@ -185,3 +188,52 @@ def by_hand(model, t, texts, template, word_ids, dtype=None):
         features.append((output.decoder_hidden_states if seq2seq else output.hidden_states)[-1][0, at])
         scores.append(torch.stack([output.logits[0, at, ids].max() for ids in word_ids]))
     return torch.stack(features), torch.stack(scores)
+
+
+def trained(name, words=WORDS, **options):
+    model, t, template = make(name)
+    extraction = extract(model, t, TEXTS, template, words)
+    classifier = DecoderTuning(dim=8, empty_scores=extraction.empty_scores, classes=["bad", "good"], **options)
+    classifier.fit(extraction.features, [classifier.classes[i] for i in LABELS], extraction.scores)
+    q = classifier.logits(extraction.features, extraction.scores)
+    return DecTForSequenceClassification.from_classifier(classifier, model, t, template, words), t, q
+
+
+@torch.no_grad()
+def logits_of(model, t):
+    rows = [t(text, return_tensors="pt")["input_ids"] for text in model.prepare(TEXTS, t)]
+    return torch.cat([model(input_ids=ids).logits for ids in rows])
+
+
+def plain_loop(classifier, features, labels, scores, dtype=torch.float64):
+    """The same initialisation, trained by autograd and torch.optim.Adam."""
+    start = DecoderTuning(**classifier.get_params() | {"epochs": 0}).fit(features, labels, scores).head_
+    weight, radius = (x.to(dtype).requires_grad_() for x in (start.projection, start.radius))
+    optimizer = torch.optim.Adam([weight, radius], lr=classifier.lr)
+    losses = []
+    for _ in range(classifier.epochs):
+        z = torch.nn.functional.normalize(features.to(dtype) @ weight.T, dim=1)
+        q = -(z[:, None] - start.prototypes.to(dtype)).norm(dim=2) + radius
+        if scores is not None:
+            q = q + classifier.score_weight_ * scores.to(dtype)
+        loss = torch.nn.functional.cross_entropy(q, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return weight.detach(), radius.detach(), torch.stack(losses)
+
+
+def stopped_after(model, batches, error):
+    """Raise ``error`` before the forward that follows ``batches`` others.
+
+    The empty text and the trial of the columns count as batches.
+    """
+    calls = []
+
+    def count(*_):
+        calls.append(1)
+        if len(calls) > batches:
+            error()
+
+    return model.base_model.register_forward_pre_hook(count), calls

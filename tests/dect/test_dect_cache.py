@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import WithinRounding, assert_within_rounding
-from dect_models import TEMPLATE, TEXTS, WORDS, make, tokenizer
+from dect_models import TEMPLATE, TEXTS, WORDS, make, stopped_after, tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -136,21 +136,6 @@ def test_a_path_that_cannot_be_written_is_noticed_first(cached, tmp_path):
     assert not calls
 
 
-def stopped_after(model, batches, error):
-    """Raise ``error`` before the forward that follows ``batches`` others.
-
-    The empty text and the trial of the columns count as batches.
-    """
-    calls = []
-
-    def count(*_):
-        calls.append(1)
-        if len(calls) > batches:
-            error()
-
-    return model.base_model.register_forward_pre_hook(count), calls
-
-
 def interrupt():
     raise KeyboardInterrupt
 
@@ -182,8 +167,7 @@ def test_a_killed_run_goes_on(tmp_path):
     code = f"""
 import os, signal, sys
 sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
-from dect_models import TEMPLATE, TEXTS, WORDS, make
-from test_dect_cache import stopped_after
+from dect_models import TEMPLATE, TEXTS, WORDS, make, stopped_after
 from transformers import PreTrainedTokenizerFast
 from peft_kernels.dect import extract, extraction
 extraction.SAVE_SECONDS = extraction.SAVE_SHARE = 0

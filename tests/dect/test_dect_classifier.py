@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import WithinRounding, assert_within_rounding
+from dect_models import plain_loop
 
 from peft_kernels.dect import DecoderTuning
 from peft_kernels.dect.head import calibrated
@@ -17,25 +18,6 @@ def data(shots=8, classes=3, width=24, seed=0, spread=1.0):
     features = centres[labels] + spread * torch.randn(len(labels), width, generator=generator)
     scores = 2 + torch.nn.functional.one_hot(labels, classes) + torch.randn(len(labels), classes, generator=generator)
     return features, labels, scores
-
-
-def plain_loop(classifier, features, labels, scores, dtype=torch.float64):
-    """The same initialisation, trained by autograd and torch.optim.Adam."""
-    start = DecoderTuning(**classifier.get_params() | {"epochs": 0}).fit(features, labels, scores).head_
-    weight, radius = (x.to(dtype).requires_grad_() for x in (start.projection, start.radius))
-    optimizer = torch.optim.Adam([weight, radius], lr=classifier.lr)
-    losses = []
-    for _ in range(classifier.epochs):
-        z = torch.nn.functional.normalize(features.to(dtype) @ weight.T, dim=1)
-        q = -(z[:, None] - start.prototypes.to(dtype)).norm(dim=2) + radius
-        if scores is not None:
-            q = q + classifier.score_weight_ * scores.to(dtype)
-        loss = torch.nn.functional.cross_entropy(q, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return weight.detach(), radius.detach(), torch.stack(losses)
 
 
 @pytest.mark.parametrize("shots", [1, 4, 16])

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from accuracy import WithinRounding
-from dect_models import TEXTS, WORDS, make
+from dect_models import LABELS, TEXTS, WORDS, logits_of, make, trained
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from test_dect_model import LABELS, logits_of, trained
 
 from peft_kernels.dect import DecoderTuning, DecTForSequenceClassification, extract
 from peft_kernels.hf.frozen import strings

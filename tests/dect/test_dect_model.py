@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from accuracy import WithinRounding, assert_within_rounding
-from dect_models import TEXTS, WORDS, make
+from dect_models import LABELS, TEXTS, WORDS, logits_of, trained
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -16,24 +16,7 @@ from transformers import (
     pipeline,
 )
 
-from peft_kernels.dect import DecoderTuning, DecTForSequenceClassification, extract
-
-LABELS = [0, 1, 1, 0, 0, 1]
-
-
-def trained(name, words=WORDS, **options):
-    model, t, template = make(name)
-    extraction = extract(model, t, TEXTS, template, words)
-    classifier = DecoderTuning(dim=8, empty_scores=extraction.empty_scores, classes=["bad", "good"], **options)
-    classifier.fit(extraction.features, [classifier.classes[i] for i in LABELS], extraction.scores)
-    q = classifier.logits(extraction.features, extraction.scores)
-    return DecTForSequenceClassification.from_classifier(classifier, model, t, template, words), t, q
-
-
-@torch.no_grad()
-def logits_of(model, t):
-    rows = [t(text, return_tensors="pt")["input_ids"] for text in model.prepare(TEXTS, t)]
-    return torch.cat([model(input_ids=ids).logits for ids in rows])
+from peft_kernels.dect import DecoderTuning, DecTForSequenceClassification
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "gpt2", "t5"])

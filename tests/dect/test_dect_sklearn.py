@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_within_rounding
-from test_dect_classifier import plain_loop
+from dect_models import plain_loop
 
 sklearn = pytest.importorskip("sklearn")
 

@@ -5,34 +5,14 @@ Answers agree within rounding: libraries may split a sum among as many threads a
 """
 
 import gc
-import threading
 
 import pytest
 import torch
 from accuracy import WithinRounding
-from dect_models import TEXTS, WORDS, make
-from test_dect_model import trained
+from dect_models import TEXTS, WORDS, make, trained
+from threads import in_threads
 
 from peft_kernels.dect import extract
-
-
-def in_threads(count, work):
-    """Run ``work(number)`` in every thread at once; returns the errors."""
-    wrong, start = [], threading.Barrier(count)
-
-    def run(number):
-        start.wait()
-        try:
-            work(number)
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return wrong
 
 
 def untouched(model):
@@ -58,7 +38,7 @@ def test_a_classifier_serves_threads(name):
     serve(1)
     gc.collect()
     objects = len(gc.get_objects())
-    assert not in_threads(8, serve)
+    in_threads(8, serve)
     gc.collect()
     assert len(gc.get_objects()) < objects + calls, "a call leaves objects behind"
     assert untouched(model.backbone)
@@ -79,7 +59,7 @@ def test_extraction_in_threads():
         for _ in range(3):
             expected[number].check(answer(texts[number], batch_size=2))
 
-    assert not in_threads(6, work)
+    in_threads(6, work)
     assert untouched(model) and all(m.training for m in model.modules())
 
 

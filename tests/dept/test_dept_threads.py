@@ -3,14 +3,11 @@
 All threads give the result of one thread, up to rounding: libraries may split a sum among as many threads as are free.
 """
 
-import gc
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import dept_models as models
 import pytest
 import torch
 from accuracy import WithinRounding, assert_no_near_tie, assert_within_rounding
+from threads import assert_same_in_threads, in_threads, objects_after
 
 THREADS = 8
 
@@ -84,17 +81,14 @@ def test_threads(name):
     with torch.no_grad():
         expected = [_Expected(model, *call) for call in calls]
     assert sum(isinstance(e.answer, str) for e in expected) == 2 * len(ways)
-    barrier = threading.Barrier(THREADS)
 
     @torch.no_grad()
     def serve(number):
-        barrier.wait()
         for step in range(1000 // (THREADS * 4)):
             i = (5 * number + step) % len(calls)
             expected[i].check(_answer(model, *calls[i]))
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(serve, range(THREADS)))
+    in_threads(THREADS, serve)
 
 
 def test_gradients_in_threads():
@@ -108,32 +102,20 @@ def test_gradients_in_threads():
     def gradients(x):
         return torch.autograd.grad(model(**x, labels=x["input_ids"]).loss, models.parameters(model))
 
-    expected = [WithinRounding(lambda x=x: gradients(x)) for x in requests]
-    with ThreadPoolExecutor(THREADS) as pool:
-        for got, one in zip(pool.map(gradients, requests), expected):
-            one.check(got)
+    assert_same_in_threads(gradients, requests)
 
 
 def test_memory_does_not_grow():
     """It grows neither with calls nor with threads that have ended, some of them with an error."""
     model, requests = _adapted("llama"), _requests("llama")
 
-    def rounds(number):
-        for _ in range(number):
-            threads = [
-                threading.Thread(target=lambda: [_answer(model, request, False) for request in requests[:7]])
-                for _ in range(4)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        gc.collect()
-        return len(gc.get_objects()), sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    def serve():
+        for request in requests[:7]:
+            _answer(model, request, False)
 
-    rounds(2)
-    before, after = rounds(1), rounds(6)
-    assert after[1] <= before[1] and after[0] < before[0] + 6 * 4 * 7
+    objects_after(2, serve)
+    (objects, tensors), (objects_later, tensors_later) = objects_after(1, serve), objects_after(6, serve)
+    assert tensors_later <= tensors and objects_later < objects + 6 * 4 * 7
 
 
 def test_calls_within_generate():

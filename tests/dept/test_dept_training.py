@@ -60,17 +60,6 @@ def test_param_groups():
         dept.param_groups(models.stock("t5"))
 
 
-class _Rows(torch.utils.data.Dataset):
-    def __init__(self, columns):
-        self.columns = columns
-
-    def __len__(self):
-        return len(self.columns["input_ids"])
-
-    def __getitem__(self, i):
-        return {k: v[i] for k, v in self.columns.items()}
-
-
 def _arguments(cls, folder, **kwargs):
     return cls(
         output_dir=str(folder),
@@ -91,7 +80,8 @@ def _arguments(cls, folder, **kwargs):
 def test_trainer(name, bf16, tmp_path):
     model = models.adapted(name)
     x = models.inputs(b=8)
-    rows = _Rows(x | models.targets(name, x))
+    columns = x | models.targets(name, x)
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     groups = dept.param_groups(model, lr_prompt=0.05, lr_low_rank=0.01)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     trainer = Trainer(
@@ -116,7 +106,8 @@ def test_trainer(name, bf16, tmp_path):
 def test_seq2seq_trainer_predicts_with_generate(tmp_path):
     model = models.adapted("t5")
     x = models.inputs(b=8)
-    rows = _Rows(x | models.targets("t5", x))
+    columns = x | models.targets("t5", x)
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     trainer = Seq2SeqTrainer(
         model,
         _arguments(

@@ -4,15 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import special_tokens_on_gpu
 import torch
 from accuracy import assert_within_rounding
 from against_reference import assert_like, expected_of
 from special_tokens_on_gpu import DTYPES, random_slots
 
 from peft_kernels.ops.add_layer_norm_inject import add_inject_layer_norm, add_layer_norm_inject, reference
-
-poisoned = special_tokens_on_gpu.poisoned
 
 
 class Problem(NamedTuple):

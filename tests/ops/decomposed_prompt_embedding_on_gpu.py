@@ -77,14 +77,6 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture
-def poisoned():
-    """Fill every torch.empty with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def all_results(impl, arguments, grad, needs=(True, True)):
     prompt, a, delta, offsets, first, adapter_ids = (arguments[i] for i in (2, 3, 5, 8, 9, 10))
     sizes = *prompt.shape[:2], (a if delta is None else delta).shape[1]

@@ -1,45 +1,27 @@
 """Every implementation that runs on this device, and ``auto``, against PyTorch's own operations in float64."""
 
+import against_reference
 import pytest
 import torch
-from accuracy import WithinRounding, assert_within_rounding
+from accuracy import assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_special_tokens import CASES, IMPLS, by_hand, make
+from operator_cases import assert_refused, impl_fixture, skip_unless_taken
+from special_tokens_cases import CASES, DTYPES, by_hand, make
 from torch.nn.functional import layer_norm, rms_norm
 
 from peft_kernels.ops import add_inject_layer_norm, add_layer_norm_inject
 from peft_kernels.ops.add_layer_norm_inject import implementations
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# triton is tested in another file
+impl = impl_fixture(implementations, "reference", "cpp", "cuda", "auto")
 FORMS = {"post": add_layer_norm_inject, "pre": add_inject_layer_norm}
 EPS = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill every uninitialised tensor with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=IMPLS)
-def impl(request, device):
-    if request.param != "auto" and (
-        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
-    ):
-        pytest.skip(reason)
-    return request.param
 
 
 @pytest.fixture(params=FORMS)
 def form(request):
     return request.param
-
-
-def takes(impl, device, dtype):
-    return impl == "auto" or implementations.module(impl).unavailable(device.type, dtype) is None
 
 
 def tensors(case, dtype=torch.float32, device="cpu", bias=True, injects=True):
@@ -86,41 +68,9 @@ def of(form, impl):
     return forward
 
 
-def results(function, floats, grads, **options):
-    """Outputs, then the gradients of all inputs."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in floats]
-    outs = function(*leaves, **options)
-    torch.autograd.backward(outs, [g.to(outs[0].dtype) for g in grads[: len(outs)]])
-    return [
-        *(out.detach() for out in outs),
-        *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x is not None),
-    ]
-
-
 def compare(form, impl, floats, **options):
     """Assert equality within rounding of plain PyTorch in the same dtype."""
-    x = floats[0]
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for _ in range(2)]
-    truth = results(written_out(form), [t if t is None else t.double() for t in floats], grads, **options)
-    got = results(of(form, impl), floats, grads, **options)
-    assert_within_rounding(
-        got,
-        lambda: results(written_out(form), [t if t is None else t.to(x.dtype) for t in floats], grads, **options),
-        truth,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    "options", [{}, {"dropout_p": 0.3, "seed": 77}, {"rms": True}], ids=["plain", "dropout", "rms"]
-)
-def test_parity(form, impl, case, dtype, options, device):
-    if not takes(impl, device, dtype):
-        pytest.skip(f"{impl} does not take {dtype}")
-    floats, where = tensors(CASES[case], dtype, device)
-    compare(form, impl, floats, **where, **options)
+    against_reference.compare(of(form, impl), written_out(form), floats, **options)
 
 
 # a gradient of a single number is 0 except for rounding
@@ -129,11 +79,18 @@ def test_parity(form, impl, case, dtype, options, device):
 def test_the_reference_is_the_formula(form, case, rms, device):
     """Compare in float64: the reference is the truth of other tests."""
     floats, where = tensors(CASES[case], torch.float64, device)
-    floats = [x.double() for x in floats]
-    grads = [torch.randn_like(floats[0]) for _ in range(2)]
-    options = {**where, "rms": rms, "dropout_p": 0.3, "seed": 77}
-    got = results(of(form, "reference"), floats, grads, **options)
-    assert_within_rounding(got, lambda: results(written_out(form), floats, grads, **options))
+    compare(form, "reference", [x.double() for x in floats], **where, rms=rms, dropout_p=0.3, seed=77)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout_p": 0.3, "seed": 77}, {"rms": True}], ids=["plain", "dropout", "rms"]
+)
+def test_parity(form, impl, case, dtype, options, device):
+    skip_unless_taken(implementations, impl, device, dtype)
+    floats, where = tensors(CASES[case], dtype, device)
+    compare(form, impl, floats, **where, **options)
 
 
 @pytest.mark.parametrize(("bias", "injects"), [(False, True), (True, False), (False, False)])
@@ -179,20 +136,6 @@ def test_strides(form, impl, device):
     )
 
 
-def test_strides_of_the_gradient(form, impl, device):
-    floats, where = tensors(CASES["adapters"], torch.float32, device)
-    leaves = [t.requires_grad_() for t in floats]
-    outs = of(form, impl)(*leaves, **where)
-    grads = [torch.randn_like(out) for out in outs]
-    expected = WithinRounding(lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True))
-    for change in (lambda g: g.mT.contiguous().mT, lambda g: g.transpose(0, 1).contiguous().transpose(0, 1)):
-        expected.check(torch.autograd.grad(outs, leaves, [change(g) for g in grads], retain_graph=True))
-    summed = torch.autograd.grad([out.sum() for out in outs], leaves, retain_graph=True)  # strides 0
-    assert_within_rounding(
-        summed, lambda: torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs], retain_graph=True)
-    )
-
-
 def test_one_of_two_results_is_enough(impl, device):
     floats, where = tensors(CASES["adapters"], torch.float32, device)
     for which in (0, 1):
@@ -225,13 +168,6 @@ def test_frozen_tensors_get_nothing_and_keep_nothing(form, impl, device):
         of(form, impl)(floats[0].requires_grad_(), *floats[1:], **where)
     large = [t for t in kept if t.numel() >= floats[0].numel()]
     assert len(large) == 1, "the sum alone"
-
-
-def test_ten_repeats_are_bit_equal(form, impl, device):
-    floats, where = tensors(((48, 20, 72, 3, 0), [[0, 5, 9, 19]] * 48, None), torch.float32, device)
-    grads = [torch.randn_like(floats[0]) for _ in range(2)]
-    first, *rest = (results(of(form, impl), floats, grads, **where, dropout_p=0.1, seed=3) for _ in range(10))
-    assert all(torch.equal(x, y) for again in rest for x, y in zip(first, again))
 
 
 @settings(max_examples=40, deadline=None)
@@ -298,58 +234,33 @@ def test_opcheck_backward(impl, rms, needs):
         torch.library.opcheck(torch.ops.peft_kernels.add_layer_norm_inject_backward.default, backward)
 
 
-def test_gradcheck(form):
-    floats, where = tensors(((2, 3, 5, 2, 2), [[0, 2], [1, -1]], [1, 0]), torch.float64)
-    leaves = [t.double().requires_grad_() for t in floats]
-    for rms in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda *t, rms=rms: of(form, "auto")(*t, rms=rms, dropout_p=0.2, seed=1, **where), leaves
-        )
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_compiles_with_dynamic_shapes(form, impl):
-    torch.compiler.reset()
-
-    def loss(*floats, slots, adapter_ids):
-        return sum(out.square().sum() for out in of(form, impl)(*floats, slots=slots, adapter_ids=adapter_ids))
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    for case in ("plain", "rows that differ"):
-        floats, where = tensors(CASES[case])
-
-        def gradients(function, floats=floats, where=where):
-            leaves = [t.detach().requires_grad_() for t in floats]
-            return torch.autograd.grad(function(*leaves, **where), leaves)
-
-        assert_within_rounding(gradients(compiled), lambda: gradients(loss))
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
         ({"x": torch.zeros(2, 7)}, ValueError, r"x must be \(B, S, d\), got \(2, 7\)"),
         ({"x": torch.zeros(2, 7, 32, dtype=torch.int8)}, TypeError, "x must be float32"),
-        ({"residual": torch.zeros(2, 7, 31)}, ValueError, r"residual must be \(2, 7, 32\) as x is, got \(2, 7, 31\)"),
+        (
+            {"residual": torch.zeros(2, 7, 31)},
+            ValueError,
+            r"residual must be \(2, 7, 32\) for x \(2, 7, 32\), got \(2, 7, 31\)",
+        ),
         (
             {"residual": torch.zeros(2, 7, 32).half()},
             TypeError,
-            "residual must be torch.float32 as x is, got torch.float16",
+            "residual must be torch.float32 like x, got torch.float16",
         ),
-        ({"residual": torch.zeros(2, 7, 32, device="meta")}, ValueError, "residual must be on cpu as x is, got meta"),
-        ({"weight": torch.ones(31)}, ValueError, r"weight must be \(32,\), got \(31,\)"),
+        ({"residual": torch.zeros(2, 7, 32, device="meta")}, ValueError, "residual must be on cpu like x, got meta"),
+        ({"weight": torch.ones(31)}, ValueError, r"weight must be \(32,\) for x \(2, 7, 32\), got \(31,\)"),
         (
             {"bias": torch.ones(32).half()},
             TypeError,
-            "bias must be torch.float32 as x is, or float32, got torch.float16",
+            "bias must be torch.float32 like x, or float32, got torch.float16",
         ),
         ({"slots": None}, ValueError, "vectors and slots must come together, got vectors alone"),
         ({"vectors": None}, ValueError, "vectors and slots must come together, got slots alone"),
         ({"vectors": torch.zeros(2, 31)}, ValueError, r"vectors must be \(P, 32\)"),
         ({"slots": torch.tensor([[0, 7], [0, 0]])}, ValueError, r"slots must lie in \[-1, 7\), got values from 0 to 7"),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p must lie in \[0, 1\), got -0.1"),
-        ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
-        ({"impl": "cuda"}, ValueError, "impl='cuda' cannot run here"),
     ],
 )
 def test_errors(form, changed, error, message):
@@ -371,7 +282,9 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
         torch.ops.peft_kernels.add_layer_norm_inject_cpu,
         torch.ops.peft_kernels.add_layer_norm_inject_backward_cpu,
     )
-    for changed, message in (
+    assert_refused(
+        forward,
+        [x, x, weight, None, vectors, slots, None, 1e-5, False, False, 0.0, None, True],
         ({0: x.half()}, "float32 or bfloat16"),
         ({0: torch.zeros(2, 4, 3).mT}, "dense rows"),
         ({1: x[:1]}, "residual must have the shape"),
@@ -382,19 +295,11 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
         ({5: None}, "come together"),
         ({5: slots + 1}, "slots must lie in"),
         ({6: torch.tensor([0, 1])}, "adapter_ids must lie in"),
-    ):
-        given = [x, x, weight, None, vectors, slots, None, 1e-5, False, False, 0.0, None, True]
-        for i, value in changed.items():
-            given[i] = value
-        with pytest.raises(RuntimeError, match=message):
-            forward(*given)
-    for changed, message in (
+    )
+    assert_refused(
+        backward,
+        [x, None, x, None, torch.ones(2, 3), weight, None, None, 1],
         ({2: x[:1]}, "sum must have"),
         ({4: torch.ones(5)}, "rstd must be 6"),
         ({1: x[:, :2]}, "grad_sum must have"),
-    ):
-        given = [x, None, x, None, torch.ones(2, 3), weight, None, None, 1]
-        for i, value in changed.items():
-            given[i] = value
-        with pytest.raises(RuntimeError, match=message):
-            backward(*given)
+    )

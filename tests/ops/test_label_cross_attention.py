@@ -4,127 +4,17 @@ time, in float64.
 
 import pytest
 import torch
-from accuracy import WithinRounding, assert_within_rounding
+from accuracy import assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import linear, scaled_dot_product_attention
+from label_cross_attention_cases import CASES, by_hand, compare, make, of, ragged
+from operator_cases import assert_refused, impl_fixture, skip_unless_taken
 
 from peft_kernels.ops import label_cross_attention
 from peft_kernels.ops.label_cross_attention import choose, implementations
 
-IMPLS = ["reference", "explicit", "matmul", "cpp", "auto"]  # triton is tested in another file: its interpreter is slow
-# (rows, tokens, width, slots, heads), lengths
-CASES = {
-    "plain": ((3, 7, 32, 3, 4), None),
-    "lengths": ((5, 9, 32, 3, 2), [9, 0, 4, 1, 8]),
-    "odd width": ((2, 5, 101, 2, 1), [5, 3]),
-    "odd head": ((2, 13, 51, 4, 3), None),
-    "many queries": ((2, 11, 24, 9, 12), [11, 6]),
-    "wide": ((2, 3, 1032, 3, 8), None),
-    "long": ((2, 307, 64, 3, 4), [307, 193]),
-    "one of all": ((1, 1, 1, 1, 1), None),
-    "one row": ((1, 6, 16, 2, 2), None),
-    "no token": ((2, 0, 16, 3, 2), None),
-    "no row": ((0, 5, 16, 2, 2), None),
-    "all empty": ((2, 4, 16, 3, 2), [0, 0]),
-}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill every uninitialised tensor with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=IMPLS)
-def impl(request, device):
-    if request.param != "auto" and (reason := implementations.unavailable(request.param, device.type, torch.float32)):
-        pytest.skip(reason)
-    return request.param
-
-
-def takes(impl, device, dtype):
-    return impl == "auto" or implementations.unavailable(impl, device.type, dtype) is None
-
-
-def make(case, per_row=False, dtype=torch.float32, wide=None, device="cpu"):
-    """slots, w_q, w_k, w_v; features, NaN in the padding; lengths and num_heads."""
-    (rows, tokens, width, slots, heads), lengths = case
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    features = normal(rows, tokens, width)
-    floats = [
-        normal(*((rows,) if per_row else ()), slots, width),
-        *(normal(width, width) * (1.5 / width**0.5) for _ in range(3)),
-    ]
-    if lengths is not None:
-        lengths = torch.tensor(lengths, device=device)
-        features[torch.arange(tokens) >= lengths.cpu()[:, None]] = torch.nan
-    floats = [x.to(device, wide or dtype) for x in floats]
-    return floats, features.to(device, dtype), {"lengths": lengths, "num_heads": heads}
-
-
-def ragged(features, lengths, num_heads):
-    """The same rows without padding."""
-    if lengths is None:
-        lengths = torch.full(features.shape[:1], features.shape[1], device=features.device)
-    kept = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
-    return features[kept], {"offsets": torch.cat((lengths.new_zeros(1), lengths.cumsum(0))), "num_heads": num_heads}
-
-
-def by_hand(slots, w_q, w_k, w_v, features, *, lengths=None, offsets=None, num_heads):
-    """Attention with one matmul each for queries, keys and values, as in the operator: separate rows would be summed in
-    another order.
-    """
-    rows = [x[:k] for x, k in zip(features, lengths)] if lengths is not None else list(features)
-    if offsets is not None:
-        rows = [features[i:j] for i, j in zip(offsets[:-1], offsets[1:])]
-    if not rows:
-        return slots.flatten()[:0].view(0, *slots.shape[-2:])
-    tokens, query = torch.cat(rows), linear(slots, w_q)
-    keys, values = (linear(tokens, w).split([len(row) for row in rows]) for w in (w_k, w_v))
-    outs = []
-    for i, (key, value) in enumerate(zip(keys, values)):
-        of_row = query if slots.ndim == 2 else query[i]
-        if not len(key):
-            outs.append(of_row * 0)
-            continue
-        q, k, v = (x.unflatten(1, (num_heads, -1)).transpose(0, 1) for x in (of_row, key, value))
-        outs.append(scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
-    return torch.stack(outs)
-
-
-def of(impl):
-    def forward(slots, w_q, w_k, w_v, features, **options):
-        return label_cross_attention(slots, features, w_q, w_k, w_v, impl=impl, **options)
-
-    return forward
-
-
-def results(function, floats, features, grad, **options):
-    leaves = [x.detach().requires_grad_() for x in floats]
-    out = function(*leaves, features, **options)
-    out.backward(grad.to(out.dtype))
-    names = ("out", "slots", "w_q", "w_k", "w_v")
-    return dict(zip(names, [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]))
-
-
-def compare(impl, floats, features, **options):
-    """Assert equality within rounding of plain PyTorch in the same dtypes."""
-    dtype = floats[0].dtype
-    out = by_hand(*floats, features.to(dtype), **options)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    truth = results(by_hand, [x.double() for x in floats], features.double(), grad, **options)
-    got = results(of(impl), floats, features, grad, **options)
-    assert all(x.dtype == dtype for x in got.values())
-    assert_within_rounding(got, lambda: results(by_hand, floats, features.to(dtype), grad, **options), truth)
-
-
+# triton is tested in another file: its interpreter is slow
+impl = impl_fixture(implementations, "reference", "explicit", "matmul", "cpp", "auto")
 DTYPES = {
     "float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "float32 over bfloat16": (torch.bfloat16,
     torch.float32),
@@ -137,8 +27,7 @@ DTYPES = {
 @pytest.mark.parametrize("case", CASES)
 def test_parity(impl, case, per_row, dtypes, device):
     dtype, wide = DTYPES[dtypes]
-    if not takes(impl, device, dtype):
-        pytest.skip(f"{impl} does not take {dtype}")
+    skip_unless_taken(implementations, impl, device, dtype)
     floats, features, options = make(CASES[case], per_row, dtype, wide, device)
     compare(impl, floats, features, **options)
 
@@ -148,9 +37,7 @@ def test_parity(impl, case, per_row, dtypes, device):
 def test_the_reference_is_the_formula(case, per_row, device):
     """Compare in float64: the reference is the truth of other tests."""
     floats, features, options = make(CASES[case], per_row, torch.float64, device=device)
-    grad = torch.randn_like(by_hand(*floats, features, **options))
-    got = results(of("reference"), floats, features, grad, **options)
-    assert_within_rounding(got, lambda: results(by_hand, floats, features, grad, **options))
+    compare("reference", floats, features, **options)
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
@@ -201,27 +88,6 @@ def test_strides(impl, device):
     compare(impl, floats, features[:1].expand_as(features).nan_to_num(), **options)
 
 
-def test_strides_of_the_gradient(impl, device):
-    floats, features, options = make(CASES["lengths"], device=device)
-    leaves = [x.requires_grad_() for x in floats]
-    out = of(impl)(*leaves, features, **options)
-    grad = torch.randn_like(out)
-    expected = WithinRounding(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    for change in (lambda g: g.mT.contiguous().mT, lambda g: g.transpose(0, 1).contiguous().transpose(0, 1)):
-        expected.check(torch.autograd.grad(out, leaves, change(grad), retain_graph=True))
-    summed = torch.autograd.grad(out.sum(), leaves, retain_graph=True)  # strides 0
-    assert_within_rounding(summed, lambda: torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True))
-
-
-def test_frozen_tensors_get_nothing(impl, device):
-    floats, features, options = make(CASES["plain"], device=device)
-    names = ("slots", "w_q", "w_k", "w_v")
-    for wanted in (("slots",), ("w_q",), ("w_k",), ("w_v",), ("slots", "w_v"), ("w_k", "w_v")):
-        leaves = [x.detach().requires_grad_(name in wanted) for name, x in zip(names, floats)]
-        of(impl)(*leaves, features, **options).square().sum().backward()
-        assert {name for name, x in zip(names, leaves) if x.grad is not None} == set(wanted)
-
-
 def test_keys_and_values_are_not_made(impl, device):
     if impl in ("reference", "explicit"):
         pytest.skip("they make them")
@@ -231,14 +97,6 @@ def test_keys_and_values_are_not_made(impl, device):
         of(impl)(*(x.requires_grad_() for x in floats), features, **options)
     large = [t for t in kept if t.numel() >= features.numel() and t.data_ptr() != features.data_ptr()]
     assert all(any(t.data_ptr() == x.data_ptr() for x in floats) for t in large)
-
-
-@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per row"])
-def test_ten_repeats_are_bit_equal(impl, per_row, device):
-    floats, features, options = make(((32, 40, 72, 3, 4), [40, 0, 17, 3] * 8), per_row, device=device)
-    grad = torch.randn(32, 3, 72, device=device)
-    first, *rest = (results(of(impl), floats, features, grad, **options) for _ in range(10))
-    assert all(torch.equal(x, again[name]) for again in rest for name, x in first.items())
 
 
 @settings(max_examples=40, deadline=None)
@@ -298,27 +156,6 @@ def test_gradcheck(impl):
             compare(impl, [x.detach().float() for x in floats], features.float(), **options)
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "explicit", "matmul"])
-@pytest.mark.parametrize("form", ["padded", "ragged"])
-def test_compiles_with_dynamic_shapes(impl, form):
-    torch.compiler.reset()
-
-    def loss(*floats, **options):
-        return of(impl)(*floats, **options).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    for sizes, lengths in (((5, 9, 32, 3, 2), [9, 0, 4, 1, 8]), ((4, 6, 32, 3, 2), [6, 2, 4, 1])):
-        floats, features, options = make((sizes, lengths))
-        if form == "ragged":
-            features, options = ragged(features, **options)
-
-        def gradients(function, floats=floats, features=features, options=options):
-            leaves = [x.detach().requires_grad_() for x in floats]
-            return torch.autograd.grad(function(*leaves, features, **options), leaves)
-
-        assert_within_rounding(gradients(compiled), lambda: gradients(loss))
-
-
 def test_autocast(device):
     floats, features, options = make(CASES["lengths"], device=device)
 
@@ -351,7 +188,11 @@ def test_auto_takes_what_is_cheaper():
         ({"features": torch.zeros(3, 7, 32, dtype=torch.int8)}, TypeError, "features must be float32"),
         ({"features": torch.zeros(3, 7, 32, requires_grad=True)}, ValueError, "features must not require a gradient"),
         ({"offsets": torch.tensor([0, 7])}, ValueError, "features must be"),
-        ({"lengths": torch.tensor([7, 7])}, ValueError, r"lengths must be \(3,\), got \(2,\)"),
+        (
+            {"lengths": torch.tensor([7, 7])},
+            ValueError,
+            r"lengths must be \(3,\) for features \(3, 7, 32\), got \(2,\)",
+        ),
         ({"lengths": torch.ones(3)}, TypeError, "lengths must be int32 or int64, got torch.float32"),
         ({"lengths": torch.tensor([7, 8, 0])}, ValueError, r"lengths must lie in \[0, 7\], got values from 0 to 8"),
         ({"lengths": torch.tensor([7, -1, 0])}, ValueError, r"lengths must lie in \[0, 7\], got values from -1 to 7"),
@@ -368,17 +209,38 @@ def test_auto_takes_what_is_cheaper():
         (
             {"features": torch.zeros(7, 32), "offsets": torch.zeros(0).long()},
             ValueError,
-            r"offsets must be \(B \+ 1,\), got \(0,\)",
+            r"offsets must be \(B \+ 1,\) for slots \(3, 32\), got \(0,\)",
         ),
         ({"lengths": torch.ones(3).long(), "offsets": torch.ones(3).long()}, ValueError, "exclude each other"),
-        ({"slots": torch.zeros(3, 31)}, ValueError, r"slots must be \(S, 32\) or \(3, S, 32\), got \(3, 31\)"),
-        ({"slots": torch.zeros(2, 3, 32)}, ValueError, "slots must be"),
-        ({"slots": torch.zeros(3, 32).half()}, TypeError, "slots must be torch.float32 as features are"),
-        ({"w_k": torch.zeros(32, 16)}, ValueError, r"w_k must be \(32, 32\), got \(32, 16\)"),
-        ({"w_v": torch.zeros(32, 32).half()}, TypeError, "w_v must be torch.float32 as slots are, got torch.float16"),
-        ({"w_q": torch.zeros(32, 32, device="meta")}, ValueError, "w_q must be on cpu as features are, got meta"),
+        (
+            {"slots": torch.zeros(3, 31)},
+            ValueError,
+            r"slots must be \(S, 32\) or \(3, S, 32\) for features \(3, 7, 32\), got \(3, 31\)",
+        ),
+        ({"slots": torch.zeros(2, 3, 32)}, ValueError, r"slots must be .* or \(3, S, 32\) .*, got \(2, 3, 32\)"),
+        (
+            {
+                "slots": torch.zeros(2, 3, 32),
+                "features": torch.zeros(7, 32),
+                "offsets": torch.tensor([0, 3, 5, 7]),
+            },
+            ValueError,
+            r"offsets must be \(B \+ 1,\) for slots \(2, 3, 32\), got \(4,\)",
+        ),
+        (
+            {"features": torch.zeros(3, 7, 32).double()},
+            TypeError,
+            "slots must be torch.float64 like features, got torch.float32",
+        ),
+        (
+            {"slots": torch.zeros(3, 32).half()},
+            TypeError,
+            "slots must be torch.float32 like features, or float32, got torch.float16",
+        ),
+        ({"w_k": torch.zeros(32, 16)}, ValueError, r"w_k must be \(32, 32\) for features \(3, 7, 32\), got \(32, 16\)"),
+        ({"w_v": torch.zeros(32, 32).half()}, TypeError, "w_v must be torch.float32 like slots, got torch.float16"),
+        ({"w_q": torch.zeros(32, 32, device="meta")}, ValueError, "w_q must be on cpu like features, got meta"),
         ({"num_heads": 5}, ValueError, "num_heads must divide d = 32, got 5"),
-        ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
     ],
 )
 def test_errors(changed, error, message):
@@ -402,7 +264,9 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
         torch.ops.peft_kernels.label_cross_attention_cpu,
         torch.ops.peft_kernels.label_cross_attention_backward_cpu,
     )
-    for changed, message in (
+    assert_refused(
+        forward,
+        [queries, features, None, None, 1.0, True],
         ({0: queries.half()}, "queries must be float32 or bfloat16"),
         ({0: queries.bfloat16()}, "queries must be float32 or as the features are"),
         ({0: queries.mT}, "contiguous"),
@@ -415,19 +279,11 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
         ({1: features[0], 3: torch.tensor([0, 3, 2, 5])}, "offsets must not decrease"),
         ({1: features[0], 3: torch.tensor([0, 3, 4, 6])}, "offsets must go from 0 to 5"),
         ({2: torch.tensor([5, 5, 5]), 3: torch.tensor([0, 3, 4, 5])}, "features must be"),
-    ):
-        given = [queries, features, None, None, 1.0, True]
-        for i, value in changed.items():
-            given[i] = value
-        with pytest.raises(RuntimeError, match=message):
-            forward(*given)
-    for changed, message in (
+    )
+    assert_refused(
+        backward,
+        [queries, features, weights, None, None, 1.0, False],
         ({2: weights[:2]}, "weights must be 120"),
         ({2: weights.double()}, "weights must be"),
-        ({0: queries[:, :1]}, "3 rows"),
-    ):
-        given = [queries, features, weights, None, None, 1.0, False]
-        for i, value in changed.items():
-            given[i] = value
-        with pytest.raises(RuntimeError, match=message):
-            backward(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in given))
+        ({0: queries[:, :1].contiguous()}, "3 rows"),
+    )

@@ -9,13 +9,11 @@ import torch
 pytest.importorskip("triton")
 from accuracy import WithinRounding
 from against_reference import assert_like, expected_of
-from special_tokens_on_gpu import DTYPES, poisoned  # noqa: F401
-from test_label_cross_attention import by_hand
+from label_cross_attention_cases import by_hand
+from special_tokens_on_gpu import DTYPES
 
 from peft_kernels.ops import label_cross_attention
 from peft_kernels.ops.label_cross_attention import matmul, triton
-
-pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)

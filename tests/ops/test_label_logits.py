@@ -7,130 +7,37 @@ import torch
 from accuracy import WithinRounding, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_logits_cases import CASES, DTYPES, REDUCTIONS, by_hand, compare, make, of
+from operator_cases import assert_refused, impl_fixture, skip_unless_taken
 
 from peft_kernels.ops import label_logits
 from peft_kernels.ops.label_logits import implementations
 
-IMPLS = ["reference", "cpp", "auto"]  # triton is tested in another file: its interpreter is slow
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-REDUCTIONS = ["max", "mean", "logsumexp"]
-# (batch, tokens or 0 for (B, H), width, vocabulary), label_ids
-CASES = {
-    "two words": ((3, 7, 32, 50), [[4], [9]]),
-    "one of all": ((1, 1, 1, 1), [[0]]),
-    "odd width": ((5, 4, 101, 33), [[4, 9], [32, 0]]),
-    "wide": ((2, 3, 2056, 20), [[4], [9], [1]]),
-    "classes of different size": ((32, 6, 40, 30), [[4, -1, -1], [9, 3, 1], [-1, 7, -1]]),
-    "shared words": ((64, 6, 40, 30), [[4, 4, 5], [5, 3, 4]]),
-    "rows alone": ((6, 0, 48, 30), [[4, 8], [9, -1]]),
-    "many classes": ((70, 2, 24, 400), [[3 * i, 3 * i + 1] for i in range(120)]),
-    "no text": ((0, 4, 16, 9), [[1], [2]]),
-    "no text, rows alone": ((0, 0, 16, 9), [[1], [2]]),
-    "no class": ((3, 4, 16, 9), []),
-}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill every uninitialised tensor with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=IMPLS)
-def impl(request, device):
-    if request.param != "auto" and (
-        reason := implementations.module(request.param).unavailable(device.type, torch.float32)
-    ):
-        pytest.skip(reason)
-    return request.param
-
-
-def takes(impl, device, dtype):
-    return impl == "auto" or implementations.module(impl).unavailable(device.type, dtype) is None
-
-
-def make(case, dtype=torch.float32, device="cpu", seed=0):
-    """hidden, weight, label_ids, bias, positions."""
-    (batch, length, width, vocabulary), label_ids = case
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(*((batch, length, width) if length else (batch, width)), generator=generator).to(device, dtype)
-    weight = torch.randn(vocabulary, width, generator=generator).to(device, dtype)
-    bias = torch.randn(vocabulary, generator=generator).to(device, dtype)
-    positions = torch.randint(length, (batch,), generator=generator).to(device) if length else None
-    return (
-        hidden,
-        weight,
-        torch.tensor(label_ids, dtype=torch.long, device=device).reshape(len(label_ids), -1 if label_ids else 1),
-        bias,
-        positions,
-    )
-
-
-def by_hand(hidden, weight, label_ids, bias=None, positions=None, reduce="max"):
-    """The logits of the whole vocabulary at every token; autograd computes the gradients."""
-    logits = hidden @ weight.mT if bias is None else hidden @ weight.mT + bias
-    if positions is not None:
-        logits = logits[torch.arange(len(hidden), device=hidden.device), positions.long()]
-    of_classes = []
-    for ids in label_ids.tolist():
-        words = logits[:, [i for i in ids if i >= 0]]
-        of_classes.append(
-            {"max": lambda x: x.amax(1), "mean": lambda x: x.mean(1), "logsumexp": lambda x: x.logsumexp(1)}[reduce](
-                words
-            )
-        )
-    return torch.stack(of_classes, 1) if of_classes else logits[:, :0]
-
-
-def results(function, hidden, weight, label_ids, bias, positions, grad, **options):
-    """Scores, then the gradients of hidden, weight and bias."""
-    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
-    out = function(*leaves[:2], label_ids, bias=leaves[2], positions=positions, **options)
-    out.backward(grad.to(out.dtype))
-    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
-
-
-def compare(function, hidden, weight, label_ids, bias, positions, **options):
-    """Assert equality within rounding of plain PyTorch in the same dtype."""
-    shape = len(hidden), len(label_ids)
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(hidden.device)
-    truth = results(by_hand, hidden.double(), weight.double(), label_ids, bias.double(), positions, grad, **options)
-    got = results(function, hidden, weight, label_ids, bias, positions, grad, **options)
-    assert [x.dtype for x in got] == [torch.float32, hidden.dtype, weight.dtype, bias.dtype]
-    assert_within_rounding(
-        got, lambda: results(by_hand, hidden, weight, label_ids, bias, positions, grad, **options), truth
-    )
-
-
-def of(impl):
-    return lambda *args, **kwargs: label_logits(*args, **kwargs, impl=impl)
+impl = impl_fixture(implementations, "reference", "cpp", "auto")
+# most tests of triton are in another file: its interpreter is slow
+with_triton = pytest.mark.parametrize("impl", ["reference", "cpp", "triton", "auto"], indirect=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_parity(impl, case, dtype, reduce, device):
-    if not takes(impl, device, dtype):
-        pytest.skip(f"{impl} does not take {dtype}")
+    skip_unless_taken(implementations, impl, device, dtype)
     compare(of(impl), *make(CASES[case], dtype, device), reduce=reduce)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_the_formula(case, device):
     """Compare in float64: the reference is the truth of other tests."""
-    given = (
-        *make(CASES[case], torch.float64, device),
-        torch.randn(CASES[case][0][0], len(CASES[case][1]), device=device),
-    )
     for reduce in REDUCTIONS:
-        got = results(of("reference"), *given, reduce=reduce)
-        assert_within_rounding(got, lambda reduce=reduce: results(by_hand, *given, reduce=reduce))
+        compare(of("reference"), *make(CASES[case], torch.float64, device), reduce=reduce)
 
 
+@with_triton
 def test_without_bias_and_with_one_in_float32(impl, device):
-    for dtype in (t for t in DTYPES if takes(impl, device, t)):
+    for dtype in DTYPES:
+        if impl != "auto" and implementations.unavailable(impl, device.type, dtype):
+            continue
         hidden, weight, label_ids, bias, positions = make(CASES["two words"], dtype, device)
         floats = hidden.float(), weight.float()  # scores are summed in float32
         out = label_logits(hidden, weight, label_ids, positions=positions, impl=impl)
@@ -142,6 +49,7 @@ def test_without_bias_and_with_one_in_float32(impl, device):
         assert wide.grad.dtype == torch.float32 and wide.grad[label_ids[:, 0]].eq(len(hidden)).all()
 
 
+@with_triton
 def test_reads_the_named_rows_alone(impl, device):
     hidden, weight, label_ids, bias, positions = make(CASES["classes of different size"], device=device)
     expected = WithinRounding(
@@ -156,6 +64,7 @@ def test_reads_the_named_rows_alone(impl, device):
     expected.check(label_logits(kept, weight, label_ids, bias=bias, impl=impl))
 
 
+@with_triton
 def test_strides(impl, device):
     hidden, weight, label_ids, bias, positions = make(CASES["classes of different size"], device=device)
     apart = [x.repeat_interleave(2, -1)[..., ::2] for x in (hidden, weight, label_ids, bias, positions)]
@@ -171,18 +80,6 @@ def test_strides(impl, device):
     ]
     for h, w, ids, b, at in (apart, turned, swapped):
         compare(of(impl), h, w, ids, b, at)
-
-
-def test_strides_of_the_gradient(impl, device):
-    hidden, weight, label_ids, bias, positions = make(CASES["classes of different size"], device=device)
-    hidden.requires_grad_()
-    out = label_logits(hidden, weight, label_ids, bias=bias, positions=positions, impl=impl)
-    grad = torch.randn_like(out)
-    expected = WithinRounding(lambda: torch.autograd.grad(out, hidden, grad, retain_graph=True))
-    for changed in (grad.mT.contiguous().mT, grad.repeat_interleave(2, -1)[..., ::2]):
-        expected.check(torch.autograd.grad(out, hidden, changed, retain_graph=True))
-    summed = torch.autograd.grad(out.sum(), hidden, retain_graph=True)  # strides 0
-    assert_within_rounding(summed, lambda: torch.autograd.grad(out, hidden, torch.ones_like(out), retain_graph=True))
 
 
 def test_the_first_of_equal_words_takes_the_gradient(impl, device):
@@ -221,21 +118,6 @@ def test_any_shape(data, device):
     )
 
 
-def test_ten_repeats_are_bit_equal(impl, device):
-    arguments = make(CASES["many classes"], device=device)
-    grad = torch.randn(70, 120, device=device)
-    first, *rest = (results(of(impl), *arguments, grad, reduce="logsumexp") for _ in range(10))
-    assert all(torch.equal(x, y) for again in rest for x, y in zip(first, again))
-
-
-def test_frozen_tensors_get_nothing(impl, device):
-    hidden, weight, label_ids, bias, positions = make(CASES["two words"], device=device)
-    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
-        leaves = [x.detach().requires_grad_(w) for x, w in zip((hidden, weight, bias), wanted)]
-        label_logits(*leaves[:2], label_ids, bias=leaves[2], positions=positions, impl=impl).square().sum().backward()
-        assert tuple(x.grad is not None for x in leaves) == wanted
-
-
 # The contract
 
 
@@ -253,36 +135,6 @@ def test_opcheck(impl, case):
     torch.library.opcheck(operators.label_logits.default, (hidden, weight, label_ids, None, positions, impl))
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_gradcheck(reduce):
-    hidden, weight, label_ids, bias, positions = make(CASES["classes of different size"], torch.float64)
-    leaves = [x.detach().requires_grad_() for x in (hidden[..., :4], weight[:, :4], bias)]
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: label_logits(h, w, label_ids, bias=b, positions=positions, reduce=reduce), leaves
-    )
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_compiles_with_dynamic_shapes(impl):
-    torch.compiler.reset()
-    label_ids = torch.tensor([[1, 2], [3, -1]])
-
-    def loss(hidden, weight, positions):
-        return (
-            label_logits(hidden, weight, label_ids, positions=positions, reduce="logsumexp", impl=impl).square().sum()
-        )
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, length in ((2, 5), (3, 9)):
-        hidden, weight, positions = torch.randn(batch, length, 24), torch.randn(10, 24), torch.arange(batch)
-
-        def gradients(function, tensors=(hidden, weight), positions=positions):
-            leaves = [x.clone().requires_grad_() for x in tensors]
-            return torch.autograd.grad(function(*leaves, positions), leaves)
-
-        assert_within_rounding(gradients(compiled), lambda: gradients(loss))
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -290,14 +142,18 @@ def test_compiles_with_dynamic_shapes(impl):
         ({"hidden": torch.zeros(3, 7, 32, dtype=torch.int8)}, TypeError, "hidden must be float32"),
         ({"hidden": torch.zeros(3, 32)}, ValueError, "positions must come with hidden"),
         ({"positions": None}, ValueError, "positions must come with hidden"),
-        ({"weight": torch.zeros(50, 31)}, ValueError, r"weight must be \(V, 32\), got \(50, 31\)"),
+        (
+            {"weight": torch.zeros(50, 31)},
+            ValueError,
+            r"weight must be \(V, 32\) for hidden \(3, 7, 32\), got \(50, 31\)",
+        ),
         (
             {"weight": torch.zeros(50, 32).half()},
             TypeError,
-            "weight must be torch.float32 as hidden is, got torch.float16",
+            "weight must be torch.float32 like hidden, got torch.float16",
         ),
-        ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu as hidden is, got meta"),
-        ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\)"),
+        ({"weight": torch.zeros(50, 32, device="meta")}, ValueError, "weight must be on cpu like hidden, got meta"),
+        ({"label_ids": torch.tensor([4, 9])}, ValueError, r"label_ids must be \(C, w\) with w at least 1, got \(2,\)"),
         ({"label_ids": torch.zeros(2, 0, dtype=torch.long)}, ValueError, r"with w at least 1, got \(2, 0\)"),
         ({"label_ids": torch.zeros(2, 1)}, TypeError, "label_ids must be int32 or int64, got torch.float32"),
         (
@@ -315,13 +171,17 @@ def test_compiles_with_dynamic_shapes(impl):
             ValueError,
             r"label_ids must lie in \[-1, 50\), got values from -2 to 4",
         ),
-        ({"bias": torch.zeros(49)}, ValueError, r"bias must be \(50,\), got \(49,\)"),
+        ({"bias": torch.zeros(49)}, ValueError, r"bias must be \(50,\) for weight \(50, 32\), got \(49,\)"),
         (
             {"bias": torch.zeros(50).half()},
             TypeError,
-            "bias must be torch.float32 as hidden is, or float32, got torch.float16",
+            "bias must be torch.float32 like hidden, or float32, got torch.float16",
         ),
-        ({"positions": torch.tensor([0, 1])}, ValueError, r"positions must be \(3,\), got \(2,\)"),
+        (
+            {"positions": torch.tensor([0, 1])},
+            ValueError,
+            r"positions must be \(3,\) for hidden \(3, 7, 32\), got \(2,\)",
+        ),
         ({"positions": torch.tensor([0, 1, 7])}, ValueError, r"positions must lie in \[0, 7\), got values from 0 to 7"),
         (
             {"positions": torch.tensor([0, 1, -1])},
@@ -329,7 +189,6 @@ def test_compiles_with_dynamic_shapes(impl):
             r"positions must lie in \[0, 7\), got values from -1 to 1",
         ),
         ({"reduce": "sum"}, ValueError, r"reduce must be one of \['max', 'mean', 'logsumexp'\], got 'sum'"),
-        ({"impl": "fast"}, ValueError, "impl must be 'auto' or one of"),
     ],
 )
 def test_errors(changed, error, message):
@@ -356,24 +215,30 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
         torch.tensor([0, 2]),
     )
     forward, backward = torch.ops.peft_kernels.label_logits_cpu, torch.ops.peft_kernels.label_logits_backward_cpu
-    for arguments, message in (
-        ((hidden.transpose(1, 2).contiguous().transpose(1, 2), weight, ids, bias, at), "dense rows"),
-        ((hidden[..., :3], weight, ids, bias, at), "dense rows of 4"),
-        ((hidden, weight, ids, bias, None), "hidden must be"),
-        ((hidden[0], weight, ids, bias, at), "hidden must be"),
-        ((hidden.bfloat16(), weight, ids, bias, at), "weight's dtype"),
-        ((hidden.half(), weight.half(), ids, None, at), "float32 or bfloat16"),
-        ((hidden, weight.mT.contiguous().mT, ids, bias, at), "dense rows"),
-        ((hidden, weight, ids + 1, bias, at), "label_ids must lie in"),
-        ((hidden, weight, ids[0], bias, at), "label_ids must be"),
-        ((hidden, weight, ids.float(), bias, at), "label_ids must be int32"),
-        ((hidden, weight, ids, bias[:4], at), "bias must be"),
-        ((hidden, weight, ids, bias.half(), at), "bias must be float32 or bfloat16"),
-        ((hidden, weight, ids, bias, at + 1), "positions must lie in"),
-        ((hidden, weight, ids, bias, at[:1]), "positions must be"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            forward(*arguments)
-    for grad in (torch.zeros(2, 1, 1), torch.zeros(2, 2), torch.zeros(2, 2, 1).double(), torch.zeros(2, 4, 1)[:, ::2]):
-        with pytest.raises(RuntimeError, match="grad_words must be"):
-            backward(grad, weight, ids)
+    assert_refused(
+        forward,
+        (hidden, weight, ids, bias, at),
+        ({0: hidden.mT.contiguous().mT}, "dense rows"),
+        ({0: hidden[..., :3]}, "dense rows of 4"),
+        ({4: None}, "hidden must be"),
+        ({0: hidden[0]}, "hidden must be"),
+        ({0: hidden.bfloat16()}, "weight's dtype"),
+        ({0: hidden.half(), 1: weight.half(), 3: None}, "float32 or bfloat16"),
+        ({1: weight.mT.contiguous().mT}, "dense rows"),
+        ({2: ids + 1}, "label_ids must lie in"),
+        ({2: ids[0]}, "label_ids must be"),
+        ({2: ids.float()}, "label_ids must be int32"),
+        ({3: bias[:4]}, "bias must be"),
+        ({3: bias.half()}, "bias must be float32 or bfloat16"),
+        ({4: at + 1}, "positions must lie in"),
+        ({4: at[:1]}, "positions must be"),
+    )
+    grad = torch.zeros(2, 2, 1)
+    assert_refused(
+        backward,
+        (grad, weight, ids),
+        *(
+            ({0: x}, "grad_words must be")
+            for x in (grad[:, :1], grad[..., 0], grad.double(), torch.zeros(2, 4, 1)[:, ::2])
+        ),
+    )

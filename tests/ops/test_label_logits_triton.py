@@ -1,6 +1,4 @@
-"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device
-cuda``.
-"""
+"""The Triton kernels: in the interpreter without a GPU, on it with ``--device cuda``."""
 
 import numpy as np
 import pytest
@@ -8,18 +6,8 @@ import torch
 
 pytest.importorskip("triton")
 from against_reference import assert_like, expected_of
+from label_logits_cases import CASES, compare, make, of
 from special_tokens_on_gpu import DTYPES
-from test_label_logits import (  # noqa: F401
-    CASES,
-    compare,
-    make,
-    of,
-    poisoned_memory,
-    test_reads_the_named_rows_alone,
-    test_strides,
-    test_strides_of_the_gradient,
-    test_without_bias_and_with_one_in_float32,
-)
 
 from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.label_logits import reference, triton

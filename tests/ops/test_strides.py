@@ -5,11 +5,8 @@ implementation.
 import pytest
 import torch
 from accuracy import WithinRounding
-from against_reference import widened
-from operator_cases import CASES, PAIRS, implementations_of
+from operator_cases import CASES, PAIRS, expected_of, implementations_of, run
 from torch import Tensor
-
-from peft_kernels import ops
 
 
 def column(x):
@@ -31,56 +28,17 @@ def expanded(x):
 LAYOUTS = [column, every_second, expanded]
 
 
-@pytest.fixture
-def runs(request, device):
-    name, impl = request.param
-    package = CASES[name]().package
-    if reason := implementations_of(package).unavailable(impl, device.type, torch.float32):
-        pytest.skip(reason)
-    return name, impl
-
-
-def gradients(results, inputs, of=torch.ones_like):
-    results = [x for x in results if x.requires_grad]
-    return (
-        torch.autograd.grad(results, inputs, [of(x) for x in results], allow_unused=True) if results and inputs else ()
-    )
-
-
-def run(name, impl, tensors, options, of=torch.ones_like):
-    """Results and gradients. Leaves keep the strides of the tensors that they replace."""
-    tensors = {
-        key: x.detach().requires_grad_(key not in ("features", "scores")) if x.is_floating_point() else x
-        for key, x in tensors.items()
-    }
-    if name == "prototype_cross_entropy":
-        tensors["prototypes"] = tensors["prototypes"].detach()
-    given = dict(tensors)
-    if name == "special_token_add_":
-        given["hidden"] = tensors["hidden"] * 1
-    results = getattr(ops, name.split()[0])(**given, **options, impl=impl)
-    results = results if isinstance(results, tuple) else (results,)
-    return *results, *gradients(results, [x for x in tensors.values() if x.requires_grad], of)
-
-
-def expected_of(name, tensors, options):
-    """The reference's results from contiguous tensors. None: no gradient."""
-    return WithinRounding(
-        lambda: run(name, "reference", tensors, options), run(name, "reference", widened(tensors), options)
-    )
-
-
 def laid_out(case, layout, dtype, device):
-    """The case's arguments in ``layout``."""
+    """The case with its arguments in ``layout``."""
     result = {}
     for key, x in case.tensors.items():
         x = x.to(device) if x.is_floating_point() or key in ("seed", "labels") else x.to(device, dtype)
         result[key] = layout(x) if key in case.laid_out and not (layout is expanded and key in case.varying) else x
-    return result
+    return case._replace(tensors=result)
 
 
-def dense(tensors):
-    return {key: x.contiguous() for key, x in tensors.items()}
+def dense(case):
+    return case._replace(tensors={key: x.contiguous() for key, x in case.tensors.items()})
 
 
 def by_name(pair):
@@ -90,22 +48,11 @@ def by_name(pair):
 @pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
 def test_operator_honours_strides(runs, device):
     case = CASES[runs[0]]()
-    plain = expected_of(runs[0], laid_out(case, torch.Tensor.contiguous, torch.int64, device), case.options)
-    constant = expected_of(runs[0], dense(laid_out(case, expanded, torch.int64, device)), case.options)
+    plain = expected_of(runs[0], laid_out(case, torch.Tensor.contiguous, torch.int64, device))
+    constant = expected_of(runs[0], dense(laid_out(case, expanded, torch.int64, device)))
     for layout in LAYOUTS:
         for dtype in (torch.int32, torch.int64):
-            (constant if layout is expanded else plain).check(
-                run(*runs, laid_out(case, layout, dtype, device), case.options)
-            )
-
-
-@pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
-def test_gradients_of_a_sum_are_those_of_ones(runs, device):
-    """``sum().backward()`` passes on a gradient with strides of 0."""
-    case = CASES[runs[0]]()
-    plain = laid_out(case, torch.Tensor.contiguous, torch.int64, device)
-    results = run(*runs, plain, case.options, of=lambda x: x.new_ones(()).expand(x.shape))
-    expected_of(runs[0], plain, case.options).check(results)
+            (constant if layout is expanded else plain).check(run(*runs, laid_out(case, layout, dtype, device)))
 
 
 class Recorder:
@@ -138,7 +85,7 @@ def test_implementation_honours_strides_of_integers(runs, device, monkeypatch):
     recorder = Recorder(package.module(impl))
     with monkeypatch.context() as patch:
         patch.setattr(package, "module", lambda _: recorder)
-        run(name, impl, laid_out(case, torch.Tensor.contiguous, torch.int32, device), case.options)
+        run(name, impl, laid_out(case, torch.Tensor.contiguous, torch.int32, device))
     assert recorder.calls
     for function, arguments in recorder.calls:
 

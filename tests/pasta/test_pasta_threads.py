@@ -4,8 +4,6 @@ All threads give the result of one thread, up to rounding: libraries may split a
 """
 
 import copy
-import gc
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pasta_models as models
@@ -13,6 +11,7 @@ import pytest
 import torch
 from accuracy import WithinRounding
 from peft.utils.other import ModulesToSaveWrapper
+from threads import assert_same_in_threads, in_threads, objects_after
 
 from peft_kernels import pasta
 
@@ -71,11 +70,9 @@ def test_threads(family, fused, calls):
         pasta.fuse(model)
     expected = [_expected(model, request) for request in requests]
     assert sum(isinstance(e, str) for e in expected) == 3
-    barrier = threading.Barrier(THREADS)
 
     @torch.no_grad()
     def serve(number):
-        barrier.wait()
         for call in range(calls // THREADS):
             i = (5 * number + call) % len(requests)
             got = _answer(model, requests[i])
@@ -84,8 +81,7 @@ def test_threads(family, fused, calls):
             else:
                 expected[i].check(got)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(serve, range(THREADS)))
+    in_threads(THREADS, serve)
 
 
 def test_gradients_in_threads():
@@ -99,10 +95,7 @@ def test_gradients_in_threads():
     def gradient(x):
         return torch.autograd.grad(model(**x).logits.square().sum(), models.vectors(model))[0]
 
-    expected = [WithinRounding(lambda x=x: gradient(x)) for x in requests]
-    with ThreadPoolExecutor(THREADS) as pool:
-        for got, one in zip(pool.map(gradient, requests), expected):
-            one.check(got)
+    assert_same_in_threads(gradient, requests)
 
 
 def _replica(module):
@@ -130,30 +123,16 @@ def test_data_parallel(family, fused):
         expected.check(results(torch.cat(list(pool.map(lambda pair: pair[0](**pair[1]).logits, zip(replicas, parts))))))
 
 
-def _tensors():
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-
 def test_memory_does_not_grow():
     """It grows neither with calls nor with threads that have ended, some of them with an error."""
     model, requests = _two_adapters("bert"), _requests()
     pasta.fuse(model)
 
     @torch.no_grad()
-    def rounds(number):
-        for _ in range(number):
-            threads = [
-                threading.Thread(target=lambda: [_answer(model, request) for request in requests[:7]]) for _ in range(4)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        gc.collect()
+    def serve():
+        for request in requests[:7]:
+            _answer(model, request)
 
-    rounds(3)
-    before = len(gc.get_objects()), _tensors()
-    rounds(10)
-    after = len(gc.get_objects()), _tensors()
+    (objects, tensors), (objects_later, tensors_later) = objects_after(3, serve), objects_after(10, serve)
     # other libraries may keep a few objects, fewer than the calls, but no tensors
-    assert after[0] - before[0] < 100 and after[1] == before[1]
+    assert objects_later - objects < 100 and tensors_later == tensors

@@ -169,23 +169,13 @@ def test_autocast(family, fused):
     assert_within_rounding(got, lambda: results(lambda: models.formula(family, base, v, x, **labels), v))
 
 
-class _Rows(torch.utils.data.Dataset):
-    def __init__(self, columns):
-        self.columns = columns
-
-    def __len__(self):
-        return len(self.columns["input_ids"])
-
-    def __getitem__(self, i):
-        return {k: v[i] for k, v in self.columns.items()}
-
-
 @pytest.mark.parametrize(("family", "checkpointing"), [("bert", True), ("modernbert", False)])
 def test_trainer(family, checkpointing, tmp_path):
     settings = {"num_special_tokens": 3, "special_token_ids": models.SPECIAL, "task_type": "SEQ_CLS", "init": "zero"}
     model = get_peft_model(models.stock(family), PASTAConfig(**settings))
     x = models.inputs(b=8)
-    rows = _Rows(x | models.targets("SEQ_CLS", x))
+    columns = x | models.targets("SEQ_CLS", x)
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 import transformers
 from accuracy import assert_no_near_tie
-from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel
+from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, LogitsProcessor
 
 transformers.logging.set_verbosity_error()
 
@@ -228,3 +228,17 @@ def stock_streams(model, x: dict, per_input: list[list[list[int]]], **kwargs) ->
         return tails if len(tails) > 1 else tails[0]
 
     return [[one(i, prompt) for prompt in prompts] for i, prompts in enumerate(per_input)]
+
+
+class EarlyEnds(LogitsProcessor):
+    """Row r ends at step ``steps[r]``; no other row ends before the limit."""
+
+    def __init__(self, steps):
+        self.steps, self.seen = torch.tensor(steps), 0
+
+    def __call__(self, input_ids, scores):
+        ends = self.steps == self.seen
+        self.seen += 1
+        scores = scores.clone()
+        scores[:, EOS] = torch.where(ends, 1e4, -1e4).to(scores.dtype)
+        return scores

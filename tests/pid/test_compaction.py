@@ -2,27 +2,13 @@
 
 import pytest
 import torch
-from models import EOS, TEXT_FAMILIES, build, decided, inputs, start_of
-from transformers import LogitsProcessor, LogitsProcessorList
+from models import TEXT_FAMILIES, EarlyEnds, build, decided, inputs, start_of
+from transformers import LogitsProcessorList
 
 from peft_kernels import pid
 from peft_kernels.pid.generation import drops_finished
 
 STEPS = 20
-
-
-class EarlyEnds(LogitsProcessor):
-    """Row r ends at step ``steps[r]``; no other row ends before the limit."""
-
-    def __init__(self, steps):
-        self.steps, self.seen = torch.tensor(steps), 0
-
-    def __call__(self, input_ids, scores):
-        ends = self.steps == self.seen
-        self.seen += 1
-        scores = scores.clone()
-        scores[:, EOS] = torch.where(ends, 1e4, -1e4).to(scores.dtype)
-        return scores
 
 
 def run(model, x, steps, **kwargs):

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from accuracy import WithinRounding, assert_within_rounding
-from models import build, decided, shared
-from test_compaction import EarlyEnds
+from models import EarlyEnds, build, decided, shared
 from transformers import LogitsProcessorList
 
 from peft_kernels import pid

@@ -4,7 +4,6 @@ import json
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 import ytuning_tiny as tiny
 from accuracy import WithinRounding, assert_within_rounding
 from peft import LoraConfig, get_peft_model
+from threads import in_threads
 from transformers import (
     AutoModel,
     BertForMaskedLM,
@@ -142,26 +142,17 @@ def test_threads_share_a_backbone(tmp_path):
     tiny.backbone().save_pretrained(tmp_path / "backbone")
     model = tiny.model(backbone=str(tmp_path / "backbone"))
     batches = [torch.randint(5, 45, (1, n), generator=torch.Generator().manual_seed(n)) for n in range(3, 11)]
-    twin, wrong = tiny.model(backbone=str(tmp_path / "backbone")), []
+    twin = tiny.model(backbone=str(tmp_path / "backbone"))
     with torch.no_grad():
         expected = [WithinRounding(lambda ids=ids: twin(input_ids=ids).logits) for ids in batches]
 
+    @torch.no_grad()
     def serve(number):
         for step in range(125):
             i = (number + step) % 8
-            with torch.no_grad():
-                got = model(input_ids=batches[i]).logits
-            try:
-                expected[i].check(got)
-            except AssertionError as error:
-                wrong.append((number, step, error))
+            expected[i].check(model(input_ids=batches[i]).logits)
 
-    threads = [threading.Thread(target=serve, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    in_threads(8, serve)
 
 
 def test_labels_of_every_form(given):

@@ -1,19 +1,43 @@
 """The residual add and the norm between two transformer layers, fused with the next layer's special-token vectors."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations, check_numbers, no_second_derivative
-from ..special_tokens import check_injection, check_injection_values
+from ..arguments import FLOATS, Argument, Arguments
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative
+from ..special_tokens import check_injection, check_injection_values, injection
 
 __all__ = ["add_inject_layer_norm", "add_layer_norm_inject"]
 
-# Each implementation has forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p,
-# seed, keep) -> out, sum, mean, rstd; and backward(grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids,
-# adapters, vectors, rms, pre, dropout_p, seed, need_x, need_vectors) -> gradient of x and residual, gradient of
-# vectors. A gradient that is not needed is None. weight, bias and vectors are float32 (float64 if x is), and
-# contiguous. mean is None with rms. With keep=False mean and rstd are None, and so is sum unless pre.
+
+class AddLayerNormInjectImplementation(Implementation, Protocol):
+    """weight, bias and vectors are contiguous and float32 (float64 if x is)."""
+
+    def forward(
+        self, x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the result, the sum, and mean and reciprocal standard deviation of every row. mean is None with
+        ``rms``; without ``keep`` mean and deviation are None, and so is the sum unless ``pre``.
+        """
+
+    def backward(
+        self, grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed,
+        need_x, need_vectors,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Returns the gradient of x and residual, and that of the vectors; None for one that is not needed."""
+
+
 implementations = Implementations(__name__)
+
+ARGUMENTS = Arguments(
+    x=Argument("B S d", FLOATS),
+    residual=Argument("B S d", like="x"),
+    weight=Argument("d", like="x", or_float32=True),
+    bias=Argument("d", like="x", or_float32=True, optional=True),
+    **injection("x", optional=True),
+)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -108,15 +132,15 @@ def add_inject_layer_norm(
 def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropout_p, seed, adapter_ids, impl):
     implementations.check(name, impl)
     check_numbers(name, eps=eps)
-    _check(name, x, residual, weight, bias)
     if (vectors is None) != (slots is None):
         raise ValueError(
             f"{name}: vectors and slots must come together, got {'slots' if vectors is None else 'vectors'} alone"
         )
     if vectors is None:
         dropout_p, seed, adapter_ids = 0.0, None, None
-    else:
-        vectors, seed = check_injection(name, "x", x, vectors, slots, dropout_p, seed, adapter_ids)
+    sizes = ARGUMENTS.check(name, x, residual, weight, bias, vectors, slots, adapter_ids)
+    if vectors is not None:
+        vectors, seed = check_injection(name, sizes, x, vectors, dropout_p, seed, adapter_ids)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(wide), bias if bias is None else bias.to(wide)
     tensors = [t for t in (x, residual, weight, bias, vectors) if t is not None]
@@ -124,25 +148,6 @@ def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropo
     return torch.ops.peft_kernels.add_layer_norm_inject.default(
         x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep, impl
     )
-
-
-def _check(name, x, residual, weight, bias):
-    if x.ndim != 3:
-        raise ValueError(f"{name}: x must be (B, S, d), got {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: x must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    if residual.shape != x.shape:
-        raise ValueError(f"{name}: residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
-    if residual.dtype != x.dtype:
-        raise TypeError(f"{name}: residual must be {x.dtype} as x is, got {residual.dtype}")
-    for argument, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.shape != x.shape[2:]:
-            raise ValueError(f"{name}: {argument} must be ({x.shape[2]},), got {tuple(t.shape)}")
-        if t is not None and t.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name}: {argument} must be {x.dtype} as x is, or float32, got {t.dtype}")
-    for argument, t in (("residual", residual), ("weight", weight), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: {argument} must be on {x.device} as x is, got {t.device}")
 
 
 @torch.library.impl(_lib, "add_layer_norm_inject", "CompositeExplicitAutograd")

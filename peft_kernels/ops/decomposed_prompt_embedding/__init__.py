@@ -1,17 +1,55 @@
 """A soft prompt and token embeddings with a low-rank update per position, written in one pass."""
 
-import os
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations, check_numbers, no_second_derivative, without_autocast
+from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative, without_autocast
 
 __all__ = ["decomposed_prompt_embedding"]
 
-# Each implementation has forward and backward. If it also has backward_low_rank, that computes the gradients of a and b
-# up to rank MAX_RANK, without the gradient of a @ b, (K, s, d), in memory.
+
+class DecomposedPromptEmbeddingImplementation(Implementation, Protocol):
+    """Parameters have an adapter dimension, and at least float32."""
+
+    def forward(
+        self, input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids
+    ) -> Tensor:
+        """Returns the embeddings, (B, m + L, d)."""
+
+    def backward(
+        self, grad, adapters, virtual, positions, offsets, insert_after_first, adapter_ids, need_prompt, need_delta
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the gradients of the prompt, (K, m, d), and of delta or the product of a and b, (K, s, d)."""
+
+
+class LowRankImplementation(DecomposedPromptEmbeddingImplementation, Protocol):
+    """An implementation that computes the gradients of a and b without that of their product, (K, s, d), in memory."""
+
+    MAX_RANK: int
+
+    def backward_low_rank(
+        self, grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the gradients of the prompt, a and b, for ranks up to MAX_RANK. Passing a requests that of b, and
+        passing b that of a.
+        """
+
+
 implementations = Implementations(__name__)
+
+ARGUMENTS = Arguments(
+    weight=Argument("V d", FLOATS),
+    input_ids=Argument("B L", INTEGERS, values="[0, V)"),
+    prompt=Argument("m d | K m d", like="weight", or_float32=True),
+    a=Argument("s r | K s r", like="weight", or_float32=True, optional=True),
+    b=Argument("r d | K r d", like="weight", or_float32=True, optional=True),
+    delta=Argument("s d | K s d", like="weight", or_float32=True, optional=True),
+    offsets=Argument("B", INTEGERS, values="[0, L]", optional=True),
+    adapter_ids=Argument("B", INTEGERS, values="[-1, K)", optional=True),
+)
 
 _NAME = "decomposed_prompt_embedding"
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -96,74 +134,31 @@ def _stacked(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
-    if weight.ndim != 2:
-        raise ValueError(f"{_NAME}: weight must be (V, d), got {tuple(weight.shape)}")
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{_NAME}: weight must be float32, float16, bfloat16 or float64, got {weight.dtype}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"{_NAME}: input_ids must be (B, L), got {tuple(input_ids.shape)}")
-    if (delta is None) == (a is None) or (a is None) != (b is None):
-        names = [name for name, x in (("a", a), ("b", b), ("delta", delta)) if x is not None]
-        raise ValueError(f"{_NAME}: pass either a and b, or delta, got {names or 'none of them'}")
-    batch, length = input_ids.shape
-    width = weight.shape[1]
-    parameters = {name: x for name, x in (("prompt", prompt), ("a", a), ("b", b), ("delta", delta)) if x is not None}
-    for name, x in parameters.items():
-        if x.dtype not in (weight.dtype, torch.float32):
-            raise TypeError(f"{_NAME}: {name} must be {weight.dtype} as weight is, or float32, got {x.dtype}")
-        if x.ndim != prompt.ndim or x.ndim not in (2, 3):
-            raise ValueError(
-                f"{_NAME}: {', '.join(parameters)} must all have 2 dimensions, or 3 with stacked adapters, got {name}"
-                f" {tuple(x.shape)}"
-            )
-        if x.ndim == 3 and x.shape[0] != prompt.shape[0]:
-            raise ValueError(
-                f"{_NAME}: {name} must have the {prompt.shape[0]} adapters of prompt, got {tuple(x.shape)}"
-            )
-        if name != "a" and x.shape[-1] != width:
-            raise ValueError(f"{_NAME}: {name} must be {width} wide as weight is, got {tuple(x.shape)}")
-    if a is not None and a.shape[-1] != b.shape[-2]:
+    sizes = ARGUMENTS.check(_NAME, weight, input_ids, prompt, a, b, delta, offsets, adapter_ids)
+    parameters = {name: x for name, x in (("a", a), ("b", b), ("delta", delta)) if x is not None}
+    if list(parameters) not in (["a", "b"], ["delta"]):
+        raise ValueError(f"{_NAME}: give either a and b, or delta, got {list(parameters) or 'none of them'}")
+    if any(x.ndim != prompt.ndim for x in parameters.values()):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in {"prompt": prompt, **parameters}.items())
         raise ValueError(
-            f"{_NAME}: a (s, r) and b (r, d) must share their rank r, got {tuple(a.shape)} and {tuple(b.shape)}"
+            f"{_NAME}: prompt, {', '.join(parameters)} must all have 2 dimensions, or 3 with stacked adapters, got"
+            f" {shapes}"
         )
-    positions = (a if delta is None else delta).shape[-2]
-    if length > positions:
+    if sizes.s < sizes.L:
         raise ValueError(
-            f"{_NAME}: input_ids has {length} tokens, but {'a' if delta is None else 'delta'} has rows for {positions}"
+            f"{_NAME}: input_ids has {sizes.L} tokens, but {next(iter(parameters))} has rows for {sizes.s}"
         )
-    if adapter_ids is None and prompt.ndim == 3 and prompt.shape[0] != 1:
-        raise ValueError(f"{_NAME}: adapter_ids must select among the {prompt.shape[0]} adapters of prompt, got None")
-    for name, x in (("input_ids", input_ids), ("offsets", offsets), ("adapter_ids", adapter_ids)):
-        if x is None:
-            continue
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{_NAME}: {name} must be int32 or int64, got {x.dtype}")
-        if name != "input_ids" and x.shape != (batch,):
-            raise ValueError(f"{_NAME}: {name} must be ({batch},), got {tuple(x.shape)}")
-    for name, x in {"input_ids": input_ids, "offsets": offsets, "adapter_ids": adapter_ids, **parameters}.items():
-        if x is not None and x.device != weight.device:
-            raise ValueError(f"{_NAME}: {name} must be on {weight.device} as weight is, got {x.device}")
-
-
-def _check_values(input_ids, weight, prompt, offsets, adapter_ids):
-    limits = (
-        ("input_ids", input_ids, 0, weight.shape[0]),
-        ("offsets", offsets, 0, input_ids.shape[1] + 1),
-        ("adapter_ids", adapter_ids, -1, prompt.shape[0]),
-    )
-    for name, x, low, end in limits:
-        if x is not None and x.numel():
-            smallest, largest = (int(v) for v in x.aminmax())
-            if smallest < low or largest >= end:
-                raise ValueError(f"{_NAME}: {name} must lie in [{low}, {end}), got values from {smallest} to {largest}")
+    if adapter_ids is None and sizes.K is not None and sizes.K != 1:
+        raise ValueError(f"{_NAME}: adapter_ids must select among the {sizes.K} adapters of prompt")
 
 
 @torch.library.impl(_lib, _NAME, "CompositeExplicitAutograd")
 def _forward(
     input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, insert_after_first, adapter_ids, impl
 ):
-    if weight.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
-        _check_values(input_ids, weight, prompt, offsets, adapter_ids)
+    if values_are_checked(weight):
+        (V, _), (_, L), (K, _, _) = weight.shape, input_ids.shape, prompt.shape
+        ARGUMENTS.check_values(_NAME, input_ids=input_ids, V=V, offsets=offsets, L=L, adapter_ids=adapter_ids, K=K)
     implementation = implementations.resolve(_NAME, impl, weight.device.type, weight.dtype)
     with without_autocast(weight.device.type):
         return implementation.forward(

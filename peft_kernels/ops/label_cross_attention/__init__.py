@@ -1,25 +1,55 @@
 """Cross-attention of a few label slots over frozen features, without keys and values where that is cheaper."""
 
-import os
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..implementations import Implementations, no_second_derivative
+from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
+from ..implementations import Implementation, Implementations, no_second_derivative
 from . import absorbed
 
 __all__ = ["label_cross_attention"]
 
-# Implementations have one of two interfaces. With keys and values: forward(query, features, w_k, w_v, lengths, offsets,
-# heads, keep) -> out, saved; and backward(grad, query, features, w_k, w_v, saved, lengths, offsets, heads) -> gradients
-# of query, w_k, w_v. Absorbed, where absorbed.py multiplies by the weights: pool(queries, features, lengths, offsets,
-# scale, keep) -> pooled (H, B, S, d) in the queries' dtype, weights (B, n, H * S) or (total, H * S) float32, 0 in the
-# padding, None without keep; and pool_backward(grad_pooled, features, weights, lengths, offsets, scale, shared) ->
-# gradient of the queries (H, B, S, d) float32, with shared its sum over B, (H, 1, S, d). queries: (H, B or 1, S, d),
-# contiguous, as are pooled and its gradient. No implementation may read the padding.
+
+class KeyValueImplementation(Implementation, Protocol):
+    """An implementation that computes keys and values. No implementation may read the padding."""
+
+    def forward(self, query, features, w_k, w_v, lengths, offsets, heads, keep) -> tuple[Tensor, Tensor | None]:
+        """Returns the result, (B, S, d), and what backward needs."""
+
+    def backward(
+        self, grad, query, features, w_k, w_v, saved, lengths, offsets, heads
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of query, w_k and w_v."""
+
+
+class AbsorbedImplementation(Implementation, Protocol):
+    """An implementation below ``absorbed.py``, which multiplies by the weights."""
+
+    def pool(self, queries, features, lengths, offsets, scale, keep) -> tuple[Tensor, Tensor | None]:
+        """Takes queries (H, B or 1, S, d), contiguous. Returns the pooled features, (H, B, S, d), contiguous in the
+        queries' dtype, and the attention weights, (B, n, H * S) or (total, H * S), in float32, 0 in the padding; None
+        without ``keep``.
+        """
+
+    def pool_backward(self, grad_pooled, features, weights, lengths, offsets, scale, shared) -> Tensor:
+        """Returns the float32 gradient of the queries, (H, B, S, d); with ``shared`` its sum over B, (H, 1, S, d)."""
+
+
 implementations = Implementations(__name__, "reference", "explicit", "matmul", "cpp", "triton")
 ABSORBED = ("matmul", "cpp", "triton")
+
+ARGUMENTS = Arguments(
+    features=Argument("B n d | total d", FLOATS),
+    lengths=Argument("B", INTEGERS, values="[0, n]", optional=True),
+    offsets=Argument("ends", INTEGERS, optional=True),  # B + 1
+    slots=Argument("S d | B S d", like="features", or_float32=True),
+    w_q=Argument("d d", like="slots"),
+    w_k=Argument("d d", like="slots"),
+    w_v=Argument("d d", like="slots"),
+)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -81,7 +111,7 @@ def label_cross_attention(
     """
     name = "label_cross_attention"
     implementations.check(name, impl)
-    _check(name, slots, features, {"w_q": w_q, "w_k": w_k, "w_v": w_v}, lengths, offsets, num_heads)
+    _check(name, features, lengths, offsets, slots, w_q, w_k, w_v, num_heads)
     query = linear(slots, w_q).to(slots.dtype)  # to: autocast
     query = query if slots.ndim == 3 else query[None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, w_k, w_v))
@@ -90,44 +120,20 @@ def label_cross_attention(
     )[0]
 
 
-def _check(name, slots, features, weights, lengths, offsets, num_heads):
+def _check(name, features, lengths, offsets, slots, w_q, w_k, w_v, num_heads):
     if lengths is not None and offsets is not None:
         raise ValueError(f"{name}: lengths and offsets exclude each other, got both")
     if features.ndim != (3 if offsets is None else 2):
         raise ValueError(f"{name}: features must be (B, n, d), with offsets (total, d), got {tuple(features.shape)}")
-    if features.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: features must be float32, float16, bfloat16 or float64, got {features.dtype}")
+    sizes = ARGUMENTS.check(name, features, lengths, offsets, slots, w_q, w_k, w_v)
     if features.requires_grad:
         raise ValueError(f"{name}: features must not require a gradient: they are constants, detach them")
-    width = features.shape[-1]
-    for argument, x in (("lengths", lengths), ("offsets", offsets)):
-        if x is None:
-            continue
-        fits = x.ndim == 1 and (x.shape[0] == features.shape[0] if argument == "lengths" else x.shape[0] > 0)
-        if not fits:
-            expected = f"({features.shape[0]},)" if argument == "lengths" else "(B + 1,)"
-            raise ValueError(f"{name}: {argument} must be {expected}, got {tuple(x.shape)}")
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
-    batch = features.shape[0] if offsets is None else offsets.shape[0] - 1
-    if slots.ndim not in (2, 3) or slots.shape[-1] != width or (slots.ndim == 3 and slots.shape[0] != batch):
-        raise ValueError(f"{name}: slots must be (S, {width}) or ({batch}, S, {width}), got {tuple(slots.shape)}")
-    if slots.dtype not in (features.dtype, torch.float32) or (
-        features.dtype == torch.float64 and slots.dtype != torch.float64
-    ):
-        raise TypeError(
-            f"{name}: slots must be {features.dtype} as features are, or float32 (not under float64), got {slots.dtype}"
-        )
-    for argument, x in weights.items():
-        if x.shape != (width, width):
-            raise ValueError(f"{name}: {argument} must be ({width}, {width}), got {tuple(x.shape)}")
-        if x.dtype != slots.dtype:
-            raise TypeError(f"{name}: {argument} must be {slots.dtype} as slots are, got {x.dtype}")
-    if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
-        raise ValueError(f"{name}: num_heads must divide d = {width}, got {num_heads!r}")
-    for argument, x in {"slots": slots, **weights, "lengths": lengths, "offsets": offsets}.items():
-        if x is not None and x.device != features.device:
-            raise ValueError(f"{name}: {argument} must be on {features.device} as features are, got {x.device}")
+    if offsets is not None and (sizes.ends != sizes.B + 1 if slots.ndim == 3 else not sizes.ends):
+        raise ValueError(f"{name}: offsets must be (B + 1,) for slots {tuple(slots.shape)}, got ({sizes.ends},)")
+    if features.dtype == torch.float64 and slots.dtype != torch.float64:
+        raise TypeError(f"{name}: slots must be torch.float64 like features, got {slots.dtype}")
+    if not isinstance(num_heads, int) or num_heads < 1 or sizes.d % num_heads:
+        raise ValueError(f"{name}: num_heads must divide d = {sizes.d}, got {num_heads!r}")
 
 
 def choose(device: str, features: torch.dtype, queries: int, width: int) -> str:
@@ -161,23 +167,21 @@ def _resolve(impl, query, features, num_heads):
 
 
 def _check_values(features, lengths, offsets):
-    name, values = "label_cross_attention", lengths if offsets is None else offsets
-    if values is None or (values.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1"):
-        return
+    name = "label_cross_attention"
+    ARGUMENTS.check_values(name, lengths=lengths, n=features.shape[1])
     if offsets is not None:
         total = features.shape[0]
         if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
             raise ValueError(f"{name}: offsets must go from 0 to {total} and not decrease, got {offsets.tolist()}")
-    elif lengths.numel():
-        low, high = (int(v) for v in lengths.aminmax())
-        if low < 0 or high > features.shape[1]:
-            raise ValueError(f"{name}: lengths must lie in [0, {features.shape[1]}], got values from {low} to {high}")
 
 
 @torch.library.impl(_lib, "label_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
-    """Returns the result, the attention weights, and the form's other saved tensor; the last two may be empty."""
-    _check_values(features, lengths, offsets)
+    """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty if
+    the form has none.
+    """
+    if (lengths is not None or offsets is not None) and values_are_checked(features):
+        _check_values(features, lengths, offsets)
     impl, implementation = _resolve(impl, query, features, num_heads)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
     with torch.autocast(features.device.type, enabled=False):

@@ -19,8 +19,8 @@ def forward(query, features, w_k, w_v, lengths, offsets, heads, keep):
     return out.transpose(1, 2).flatten(2), keys_values if keep else None
 
 
-def backward(grad, query, features, w_k, w_v, keys_values, lengths, offsets, heads):
-    key, value, mask = _heads(keys_values, lengths, offsets, heads)
+def backward(grad, query, features, w_k, w_v, saved, lengths, offsets, heads):
+    key, value, mask = _heads(saved, lengths, offsets, heads)
     q, grad = _split(query, heads), _split(grad, heads)
     weights = _weights(q, key, mask)
     grad_weights = (grad @ value.mT).float()

@@ -1,19 +1,33 @@
 """The logits of a few label words at one position of every text, without computing those of the whole vocabulary."""
 
-import os
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations, no_second_derivative, without_autocast
+from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
+from ..implementations import Implementation, Implementations, no_second_derivative, without_autocast
 
 __all__ = ["label_logits"]
 
-# Each implementation has forward(hidden, weight, label_ids, bias, positions) -> (B, C, w) logits of the words in at
-# least float32, -inf where label_ids is -1; and backward(grad_words, weight, label_ids) -> (B, H) gradient of the
-# gathered rows in grad_words' dtype.
+
+class LabelLogitsImplementation(Implementation, Protocol):
+    def forward(self, hidden, weight, label_ids, bias, positions) -> Tensor:
+        """Returns the logits of the words, (B, C, w), in at least float32; -inf where label_ids is -1."""
+
+    def backward(self, grad_words, weight, label_ids) -> Tensor:
+        """Returns the gradient of the rows at the positions, (B, H), in grad_words' dtype."""
+
+
 implementations = Implementations(__name__, "reference", "cpp", "triton")
 
+ARGUMENTS = Arguments(
+    hidden=Argument("B S H | B H", FLOATS),
+    weight=Argument("V H", like="hidden"),
+    label_ids=Argument("C w", INTEGERS, values="[-1, V)", at_least_1="w"),
+    bias=Argument("V", like="hidden", or_float32=True, optional=True),
+    positions=Argument("B", INTEGERS, values="[0, S)", optional=True),
+)
 REDUCTIONS = ("max", "mean", "logsumexp")
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -78,53 +92,24 @@ def label_logits(
 
 
 def _check(name, hidden, weight, label_ids, bias, positions):
-    if hidden.ndim not in (2, 3):
-        raise ValueError(f"{name}: hidden must be (B, S, H) or (B, H), got {tuple(hidden.shape)}")
-    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: hidden must be float32, float16, bfloat16 or float64, got {hidden.dtype}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{name}: weight must be (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{name}: weight must be {hidden.dtype} as hidden is, got {weight.dtype}")
-    if label_ids.ndim != 2 or label_ids.shape[1] < 1:
-        raise ValueError(f"{name}: label_ids must be (C, w) with w at least 1, got {tuple(label_ids.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
-        raise TypeError(f"{name}: bias must be {hidden.dtype} as hidden is, or float32, got {bias.dtype}")
-    if (positions is None) != (hidden.ndim == 2):
+    sizes = ARGUMENTS.check(name, hidden, weight, label_ids, bias, positions)
+    if (positions is None) != (sizes.S is None):
         raise ValueError(
             f"{name}: positions must come with hidden (B, S, H) and not with (B, H), got hidden {tuple(hidden.shape)}"
         )
-    if positions is not None and positions.shape != hidden.shape[:1]:
-        raise ValueError(f"{name}: positions must be ({hidden.shape[0]},), got {tuple(positions.shape)}")
-    for argument, x in (("label_ids", label_ids), ("positions", positions)):
-        if x is not None and x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
-    for argument, x in (("weight", weight), ("label_ids", label_ids), ("bias", bias), ("positions", positions)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name}: {argument} must be on {hidden.device} as hidden is, got {x.device}")
 
 
 def _check_values(hidden, weight, label_ids, positions):
-    """Checks the values in Python: for so few, a single call of a tensor function would cost as much as the logits."""
-    classes = label_ids.tolist()
-    for c, words in enumerate(classes):
+    name, V, S = "label_logits", weight.shape[0], hidden.shape[1]
+    lists = ARGUMENTS.check_values(name, label_ids=label_ids, positions=positions, V=V, S=S)
+    for c, words in enumerate(lists.get("label_ids") or label_ids.tolist()):
         if max(words) < 0:
-            raise ValueError(f"label_logits: label_ids must have a word for every class, got none for class {c}")
-    values = {"label_ids": ([word for words in classes for word in words], -1, weight.shape[0])}
-    if positions is not None:
-        values["positions"] = positions.tolist(), 0, hidden.shape[1]
-    for argument, (x, low, end) in values.items():
-        if x and not low <= min(x) <= max(x) < end:
-            raise ValueError(
-                f"label_logits: {argument} must lie in [{low}, {end}), got values from {min(x)} to {max(x)}"
-            )
+            raise ValueError(f"{name}: label_ids must have a word for every class, got none for class {c}")
 
 
 @torch.library.impl(_lib, "label_logits", "CompositeExplicitAutograd")
 def _forward(hidden, weight, label_ids, bias, positions, impl):
-    if hidden.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1":
+    if values_are_checked(hidden):
         _check_values(hidden, weight, label_ids, positions)
     implementation = implementations.resolve("label_logits", impl, hidden.device.type, hidden.dtype)
     with without_autocast(hidden.device.type):

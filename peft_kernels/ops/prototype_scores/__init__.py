@@ -1,20 +1,47 @@
 """Scores of normalised features by their distance to class prototypes, and the cross-entropy of these scores."""
 
-import os
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations, check_numbers, no_second_derivative, without_autocast
+from ..arguments import Argument, Arguments, values_are_checked
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative, without_autocast
 
 __all__ = ["prototype_cross_entropy", "prototype_objective", "prototype_scores"]
 
-# Each implementation has forward(projected, prototypes, radius, scores, weight) -> q; backward(grad, projected,
-# prototypes) -> gradients of projected and prototypes; and cross_entropy(projected, prototypes, radius, scores, weight,
-# labels) -> loss (), its gradients with respect to projected and radius. All tensors but labels have one dtype and are
-# contiguous.
+
+class PrototypeScoresImplementation(Implementation, Protocol):
+    """All tensors but labels have one dtype and are contiguous."""
+
+    def forward(self, projected, prototypes, radius, scores, weight) -> Tensor:
+        """Returns the scores, (N, C)."""
+
+    def backward(self, grad, projected, prototypes) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of projected and prototypes."""
+
+    def cross_entropy(self, projected, prototypes, radius, scores, weight, labels) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss, (), and its gradients with respect to projected and radius."""
+
+
 implementations = Implementations(__name__, "reference", "cpp", "triton")
+
+_SCORES = {
+    "features": Argument("N H", (torch.float32, torch.float64)),
+    "projection": Argument("D H", like="features"),
+    "prototypes": Argument("C D", like="features", at_least_1="C"),
+    "radius": Argument("C", like="features"),
+    "scores": Argument("N C", like="features", optional=True),
+}
+_LABELS = Argument("N", (torch.int64,), values="[0, C)")
+SCORES = Arguments(**_SCORES)
+CROSS_ENTROPY = Arguments(**_SCORES, labels=_LABELS)
+OBJECTIVE = Arguments(
+    prototypes=Argument("C D", (torch.float32, torch.float64), at_least_1="C"),
+    labels=_LABELS,
+    scores=Argument("N C", like="prototypes", optional=True),
+)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -63,7 +90,8 @@ def prototype_scores(
         TypeError: invalid dtypes.
     """
     name = "prototype_scores"
-    _check(name, features, projection, prototypes, radius, scores, impl)
+    implementations.check(name, impl)
+    SCORES.check(name, features, projection, prototypes, radius, scores)
     check_numbers(name, weight=weight)
     with without_autocast(features.device.type):
         projected = features @ projection.mT
@@ -87,10 +115,10 @@ def prototype_cross_entropy(
     frozen in DecT. The other arguments and the errors are those of ``prototype_scores``.
     """
     name = "prototype_cross_entropy"
-    _check(name, features, projection, prototypes, radius, scores, impl)
+    implementations.check(name, impl)
+    CROSS_ENTROPY.check(name, features, projection, prototypes, radius, scores, labels)
     if prototypes.requires_grad:
         raise ValueError(f"{name}: prototypes must not require a gradient; prototype_scores gives one")
-    _check_labels(name, "features", features, labels, features.shape[:1])
     check_numbers(name, weight=weight)
     with without_autocast(features.device.type):
         projected = features @ projection.mT
@@ -113,13 +141,9 @@ def prototype_objective(
     """
     name = "prototype_objective"
     implementations.check(name, impl)
-    if prototypes.ndim != 2 or not len(prototypes):
-        raise ValueError(f"{name}: prototypes must be (C, D) with at least one row, got {tuple(prototypes.shape)}")
-    if scores is not None and scores.shape != (len(labels), len(prototypes)):
-        raise ValueError(f"{name}: scores must be ({len(labels)}, {len(prototypes)}), got {tuple(scores.shape)}")
-    _check_like(name, "prototypes", prototypes, scores=scores)
-    _check_labels(name, "prototypes", prototypes, labels, labels.shape)
-    _check_values(name, labels, len(prototypes))
+    OBJECTIVE.check(name, prototypes, labels, scores)
+    if values_are_checked(labels):
+        OBJECTIVE.check_values(name, labels=labels, C=len(prototypes))
     implementation = implementations.resolve(name, impl, prototypes.device.type, prototypes.dtype)
     prototypes, labels = prototypes.detach().contiguous(), labels.detach().contiguous()
     scores = None if scores is None else scores.detach().contiguous()
@@ -129,53 +153,6 @@ def prototype_objective(
         return implementation.cross_entropy(projected, prototypes, radius, scores, weight, labels)
 
     return objective
-
-
-def _check(name, features, projection, prototypes, radius, scores, impl):
-    implementations.check(name, impl)
-    if features.ndim != 2:
-        raise ValueError(f"{name}: features must be (N, H), got {tuple(features.shape)}")
-    if projection.ndim != 2 or projection.shape[1] != features.shape[1]:
-        raise ValueError(f"{name}: projection must be (D, {features.shape[1]}), got {tuple(projection.shape)}")
-    if prototypes.ndim != 2 or prototypes.shape[1] != projection.shape[0] or not len(prototypes):
-        raise ValueError(
-            f"{name}: prototypes must be (C, {projection.shape[0]}) with at least one row, got"
-            f" {tuple(prototypes.shape)}"
-        )
-    if radius.shape != prototypes.shape[:1]:
-        raise ValueError(f"{name}: radius must be ({prototypes.shape[0]},), got {tuple(radius.shape)}")
-    if scores is not None and scores.shape != (features.shape[0], prototypes.shape[0]):
-        raise ValueError(
-            f"{name}: scores must be ({features.shape[0]}, {prototypes.shape[0]}), got {tuple(scores.shape)}"
-        )
-    _check_like(name, "features", features, projection=projection, prototypes=prototypes, radius=radius, scores=scores)
-
-
-def _check_like(name, like_name, like, **tensors):
-    if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: {like_name} must be float32 or float64, got {like.dtype}")
-    for argument, x in tensors.items():
-        if x is not None and x.dtype != like.dtype:
-            raise TypeError(f"{name}: {argument} must be {like.dtype} as {like_name} is, got {x.dtype}")
-        if x is not None and x.device != like.device:
-            raise ValueError(f"{name}: {argument} must be on {like.device} as {like_name} is, got {x.device}")
-
-
-def _check_labels(name, like_name, like, labels, shape):
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
-    if labels.ndim != 1 or labels.shape != shape or labels.device != like.device:
-        raise ValueError(
-            f"{name}: labels must be {tuple(shape)} on {like.device} as {like_name} is, got {tuple(labels.shape)} on"
-            f" {labels.device}"
-        )
-
-
-def _check_values(name, labels, classes):
-    if labels.numel() and (labels.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"):
-        low, high = (int(v) for v in labels.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(f"{name}: labels must lie in [0, {classes}), got values from {low} to {high}")
 
 
 def _dense(*tensors):
@@ -197,8 +174,10 @@ def _backward(grad, projected, prototypes, impl):
 
 @torch.library.impl(_lib, "prototype_cross_entropy", "CompositeExplicitAutograd")
 def _cross_entropy(projected, prototypes, radius, scores, weight, labels, impl):
-    _check_values("prototype_cross_entropy", labels, prototypes.shape[0])
-    implementation = implementations.resolve("prototype_cross_entropy", impl, projected.device.type, projected.dtype)
+    name = "prototype_cross_entropy"
+    if values_are_checked(labels):
+        CROSS_ENTROPY.check_values(name, labels=labels, C=prototypes.shape[0])
+    implementation = implementations.resolve(name, impl, projected.device.type, projected.dtype)
     with without_autocast(projected.device.type):
         return implementation.cross_entropy(*_dense(projected, prototypes, radius, scores), weight, labels)
 

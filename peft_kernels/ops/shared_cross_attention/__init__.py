@@ -1,21 +1,42 @@
 """Cross-attention in which many decoder streams share the keys and values of one encoder input."""
 
-import os
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations, check_numbers, no_second_derivative
+from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative
 from .layout import token_major
 
 __all__ = ["shared_cross_attention"]
 
-# Each implementation has forward and backward.
+
+class SharedCrossAttentionImplementation(Implementation, Protocol):
+    def forward(self, query, key, value, key_lengths, encoder_index, scale, need_lse) -> tuple[Tensor, Tensor | None]:
+        """Returns the output, and without ``need_lse`` anything instead of the log-sum-exp."""
+
+    def backward(
+        self, grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
+        need_value,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Returns the gradients of query, key and value; None for one that is not needed."""
+
+
 implementations = Implementations(__name__, "reference", "sdpa", "matmul", "cpp", "triton")
 MAX_HEAD_DIM = 256
 
-# Without the native library, a CPU takes two matmuls on folded rows in these dtypes, while the scores of one head and
-# input are at most this large, and PyTorch's flash attention otherwise (`peft-kernels bench shared_cross_attention`).
+ARGUMENTS = Arguments(
+    query=Argument("N H t D", FLOATS),
+    key=Argument("b H n D", like="query"),
+    value=Argument("b H n D", like="query"),
+    key_lengths=Argument("b", INTEGERS, values="[0, n]", optional=True),
+    encoder_index=Argument("N", INTEGERS, values="[0, b)", optional=True),
+)
+
+# Without the native library a CPU takes PyTorch's flash attention or two matmuls on folded rows, whichever
+# `peft-kernels bench shared_cross_attention` showed to be faster: matmuls in these dtypes, while the scores of one head
+# and input fit in the cache.
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
 AMX_ROWS = 64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles beat our vector kernels
@@ -125,70 +146,30 @@ def _rows(query, key):
 
 def _check(query, key, value, key_lengths, encoder_index):
     name = "shared_cross_attention"
-    for argument, x in (("query", query), ("key", key), ("value", value)):
-        if type(x) is not Tensor and hasattr(x, "placements"):
-            raise TypeError(f"{name}: {argument} is a DTensor, which is not supported: pass its local tensor")
-        if x.is_nested or x.ndim != 4:
-            layout = "a nested tensor" if x.is_nested else tuple(x.shape)
-            raise ValueError(f"{name}: {argument} must be a dense tensor of 4 dimensions, got {layout}")
-    n_streams, heads, _, head_dim = query.shape
-    inputs = key.shape[0]
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: query must be float32, float16, bfloat16 or float64, got {query.dtype}")
-    if key.dtype != query.dtype or value.dtype != query.dtype:
-        raise TypeError(f"{name}: key and value must be {query.dtype} as query is, got {key.dtype} and {value.dtype}")
-    if key.shape != value.shape or key.shape[1] != heads or key.shape[3] != head_dim:
-        raise ValueError(
-            f"{name}: key and value must both be (b, {heads}, n, {head_dim}) for query {tuple(query.shape)},"
-            f" got {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{name}: the width D of query must lie in [1, {MAX_HEAD_DIM}], got {head_dim}")
-    if key.device != query.device or value.device != query.device:
-        raise ValueError(
-            f"{name}: key and value must be on {query.device} as query is, got {key.device} and {value.device}"
-        )
-    for argument, x, length in (("key_lengths", key_lengths, inputs), ("encoder_index", encoder_index, n_streams)):
-        if x is None:
-            continue
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
-        if x.shape != (length,):
-            raise ValueError(f"{name}: {argument} must be ({length},), got {tuple(x.shape)}")
-        if x.device != query.device:
-            raise ValueError(f"{name}: {argument} must be on {query.device} as query is, got {x.device}")
-    if n_streams and not inputs:
-        raise ValueError(f"{name}: {n_streams} streams need at least one input, got key {tuple(key.shape)}")
-    if encoder_index is None and inputs and n_streams % inputs:
+    sizes = ARGUMENTS.check(name, query, key, value, key_lengths, encoder_index)
+    if not 1 <= sizes.D <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: head width D must be between 1 and {MAX_HEAD_DIM}, got {sizes.D}")
+    if sizes.N and not sizes.b:
+        raise ValueError(f"{name}: {sizes.N} streams need at least one input, got key {tuple(key.shape)}")
+    if encoder_index is None and sizes.b and sizes.N % sizes.b:
         raise ValueError(
             f"{name}: without encoder_index the number of streams must be a multiple of the number of inputs,"
-            f" got {n_streams} streams and {inputs} inputs"
+            f" got {sizes.N} streams and {sizes.b} inputs"
         )
 
 
 def _check_values(key, key_lengths, encoder_index):
-    inputs, n = key.shape[0], key.shape[2]
-    if key_lengths is not None and inputs:
-        low, high = (int(x) for x in key_lengths.aminmax())
-        if low < 0 or high > n:
-            raise ValueError(
-                f"shared_cross_attention: key_lengths must lie in [0, {n}], got values from {low} to {high}"
-            )
-    if encoder_index is not None and encoder_index.numel():
-        if bool((encoder_index[1:] < encoder_index[:-1]).any()):
-            raise ValueError("shared_cross_attention: encoder_index must not decrease")
-        low, high = int(encoder_index[0]), int(encoder_index[-1])
-        if low < 0 or high >= inputs:
-            raise ValueError(
-                f"shared_cross_attention: encoder_index must lie in [0, {inputs}), got values from {low} to {high}"
-            )
+    name, sizes = "shared_cross_attention", {"b": key.shape[0], "n": key.shape[2]}
+    lists = ARGUMENTS.check_values(name, key_lengths=key_lengths, encoder_index=encoder_index, **sizes)
+    if encoder_index is not None:
+        index = lists.get("encoder_index")
+        if (encoder_index[1:] < encoder_index[:-1]).any() if index is None else index != sorted(index):
+            raise ValueError(f"{name}: encoder_index must not decrease")
 
 
 @torch.library.impl(_lib, "shared_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
-    if (key_lengths is not None or encoder_index is not None) and (
-        query.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"
-    ):
+    if (key_lengths is not None or encoder_index is not None) and values_are_checked(query):
         _check_values(key, key_lengths, encoder_index)
     if impl == "auto":  # resolved here, below the dispatcher, where shapes are never symbolic
         impl = choose(query, key)

@@ -1,22 +1,49 @@
 """Addition of vectors to the special tokens of a batch, which are located once for all layers."""
 
-import os
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..implementations import Implementations, check_numbers, no_second_derivative
+from ..arguments import FLOATS, INTEGERS, Argument, Arguments, values_are_checked
+from ..implementations import Implementation, Implementations, check_numbers, no_second_derivative
 from ..vector_dropout import draw_seed
 
 __all__ = ["special_token_add", "special_token_add_", "special_token_slots"]
 
-# Each implementation has slots(input_ids, special_ids, attention_mask, max_slots) -> slots, counts; add_(hidden,
-# vectors, slots, dropout_p, seed, adapter_ids); and backward(grad, slots, adapters, vectors, dropout_p, seed,
-# adapter_ids) -> gradient of the vectors.
+
+class SpecialTokensImplementation(Implementation, Protocol):
+    def slots(self, input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Tensor]:
+        """Returns the slots, (B, max_slots), and the number of special tokens of every row, (B,)."""
+
+    def add_(self, hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
+        """Adds the vectors (K, P, d) in place."""
+
+    def backward(self, grad, slots, adapters, vectors, dropout_p, seed, adapter_ids) -> Tensor:
+        """Returns the gradient of the vectors, (K, P, d); ``adapters`` and ``vectors`` are the numbers K and P."""
+
+
 implementations = Implementations(__name__)
 
 MAX_LISTED_SLOTS = 256  # up to this number, slots are checked in Python: a call of a tensor function would cost more
+
+
+def injection(like: str, optional: bool = False) -> dict[str, Argument]:
+    """Declares what is added to a tensor (B, S, d), the argument ``like``."""
+    return {
+        "vectors": Argument("P d | K P d", like=like, or_float32=True, at_least_1="P", optional=optional),
+        "slots": Argument("B k", INTEGERS, values="[-1, S)", optional=optional),
+        "adapter_ids": Argument("B", INTEGERS, values="[-1, K)", optional=True),
+    }
+
+
+SLOTS = Arguments(
+    input_ids=Argument("B S", INTEGERS),
+    special_ids=Argument("n", INTEGERS),
+    attention_mask=Argument("B S", optional=True),
+)
+ADD = Arguments(hidden=Argument("B S d", FLOATS), **injection("hidden"))
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -70,27 +97,15 @@ def special_token_slots(
     """
     name = "special_token_slots"
     implementations.check(name, impl)
-    if input_ids.ndim != 2:
-        raise ValueError(f"{name}: input_ids must be (B, S), got {tuple(input_ids.shape)}")
     if not isinstance(special_ids, Tensor):
         special_ids = list(special_ids)
         for token in special_ids:
             if isinstance(token, float) or token is None:
                 raise TypeError(f"{name}: special_ids must be integers, got {token!r}")
         special_ids = torch.tensor(special_ids, dtype=torch.long, device=input_ids.device)
-    if special_ids.ndim != 1:
-        raise ValueError(f"{name}: special_ids must be (n,), got {tuple(special_ids.shape)}")
-    for argument, x in (("input_ids", input_ids), ("special_ids", special_ids)):
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"{name}: attention_mask must be {tuple(input_ids.shape)} as input_ids is, got"
-            f" {tuple(attention_mask.shape)}"
-        )
+    SLOTS.check(name, input_ids, special_ids, attention_mask)
     if max_slots < 0:
         raise ValueError(f"{name}: max_slots must be at least 0, got {max_slots}")
-    _check_devices(name, "input_ids", input_ids, special_ids=special_ids, attention_mask=attention_mask)
     return torch.ops.peft_kernels.special_token_slots.default(input_ids, special_ids, attention_mask, max_slots, impl)
 
 
@@ -158,74 +173,50 @@ def special_token_add_(
 
 def _checked(name, hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
     implementations.check(name, impl)
-    if hidden.ndim != 3:
-        raise ValueError(f"{name}: hidden must be (B, S, d), got {tuple(hidden.shape)}")
-    vectors, seed = check_injection(name, "hidden", hidden, vectors, slots, dropout_p, seed, adapter_ids)
+    sizes = ADD.check(name, hidden, vectors, slots, adapter_ids)
+    vectors, seed = check_injection(name, sizes, hidden, vectors, dropout_p, seed, adapter_ids)
     return hidden, vectors, slots, dropout_p, seed, adapter_ids, impl
 
 
-def check_injection(
-    name, hidden_name, hidden, vectors, slots, dropout_p, seed, adapter_ids
-) -> tuple[Tensor, Tensor | None]:
-    """Checks the arguments; returns ``vectors`` as (K, P, d) in at least float32, and the seed as a tensor."""
-    batch, _, width = hidden.shape
-    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: {hidden_name} must be float32, float16, bfloat16 or float64, got {hidden.dtype}")
-    if vectors.dtype not in (hidden.dtype, torch.float32):
-        raise TypeError(f"{name}: vectors must be {hidden.dtype} as {hidden_name} is, or float32, got {vectors.dtype}")
-    if vectors.ndim not in (2, 3) or vectors.shape[-1] != width or vectors.shape[-2] < 1:
-        raise ValueError(
-            f"{name}: vectors must be (P, {width}) or (K, P, {width}) with at least one row, got {tuple(vectors.shape)}"
-        )
-    if slots.ndim != 2 or slots.shape[0] != batch:
-        raise ValueError(f"{name}: slots must be ({batch}, k), got {tuple(slots.shape)}")
-    if adapter_ids is None and vectors.ndim == 3 and vectors.shape[0] != 1:
-        raise ValueError(f"{name}: adapter_ids must select among the {vectors.shape[0]} adapters of vectors, got None")
-    if adapter_ids is not None and adapter_ids.shape != (batch,):
-        raise ValueError(f"{name}: adapter_ids must be ({batch},), got {tuple(adapter_ids.shape)}")
-    for argument, x in (("slots", slots), ("adapter_ids", adapter_ids)):
-        if x is not None and x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
+def check_injection(name, sizes, hidden, vectors, dropout_p, seed, adapter_ids) -> tuple[Tensor, Tensor | None]:
+    """Checks what ``injection`` does not declare; returns ``vectors`` with an adapter dimension and in at least
+    float32, and the seed as a tensor.
+    """
+    if adapter_ids is None and sizes.K is not None and sizes.K != 1:
+        raise ValueError(f"{name}: adapter_ids must select among the {sizes.K} adapters of vectors")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{name}: dropout_p must lie in [0, 1), got {dropout_p}")
     check_numbers(name, dropout_p=dropout_p)
-    if seed is not None and not hasattr(seed, "__index__"):  # tensors have __index__ too
+    if seed is not None:
+        _check_seed(name, seed, hidden.device)
+    vectors = vectors.to(torch.promote_types(hidden.dtype, torch.float32))
+    return vectors if vectors.ndim == 3 else vectors[None], draw_seed(seed, hidden.device) if dropout_p else None
+
+
+def _check_seed(name, seed, device):
+    if not hasattr(seed, "__index__"):  # tensors have __index__ too
         raise TypeError(f"{name}: seed must be an integer or a tensor, got a {type(seed).__name__}")
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{name}: seed must lie in [-2**63, 2**63), got {seed}")
     if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"{name}: seed must be a number or one int64, got {tuple(seed.shape)} of {seed.dtype}")
-    seed_tensor = seed if isinstance(seed, Tensor) else None
-    _check_devices(name, hidden_name, hidden, vectors=vectors, slots=slots, seed=seed_tensor, adapter_ids=adapter_ids)
-    vectors = vectors.to(torch.promote_types(hidden.dtype, torch.float32))
-    return vectors if vectors.ndim == 3 else vectors[None], draw_seed(seed, hidden.device) if dropout_p else None
-
-
-def _check_devices(name, like_name, like, **tensors):
-    for argument, x in tensors.items():
-        if x is not None and x.device != like.device:
-            raise ValueError(f"{name}: {argument} must be on {like.device} as {like_name} is, got {x.device}")
+    if isinstance(seed, Tensor) and seed.device != device:
+        raise ValueError(f"{name}: seed must be on {device} like vectors, got {seed.device}")
 
 
 def check_injection_values(name, length, vectors, slots, adapter_ids):
-    """Checks that no kernel reads out of bounds or writes a row twice; on a GPU only with ``PEFT_KERNELS_DEBUG=1``."""
-    if slots.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1":
+    """Checks for values that would make a kernel read out of bounds or write twice; on a GPU only with
+    ``PEFT_KERNELS_DEBUG=1``.
+    """
+    if not values_are_checked(slots):
         return
-    rows = slots.tolist() if 0 < slots.numel() <= MAX_LISTED_SLOTS else None
-    for argument, x, end in (("slots", slots, length), ("adapter_ids", adapter_ids, vectors.shape[0])):
-        if x is not None and x.numel():
-            if argument == "slots" and rows is not None:
-                low, high = min(map(min, rows)), max(map(max, rows))
-            else:
-                low, high = (int(v) for v in x.aminmax())
-            if low < -1 or high >= end:
-                raise ValueError(f"{name}: {argument} must lie in [-1, {end}), got values from {low} to {high}")
-    if rows is None:
-        repeated = _row_with_repeats(slots)
-    else:
-        repeated = next((row for row in rows if _has_repeats(row)), None)
-    if repeated is not None:
-        raise ValueError(f"{name}: slots must have every position of a row once, got {repeated}")
+    lists = ADD.check_values(name, slots=slots, S=length, adapter_ids=adapter_ids, K=vectors.shape[0])
+    if slots.numel() > MAX_LISTED_SLOTS:
+        repeats = _row_with_repeats(slots)
+    else:  # in Python: a single call of a tensor function would cost more
+        repeats = next((row for row in lists.get("slots") or slots.tolist() if _has_repeats(row)), None)
+    if repeats is not None:
+        raise ValueError(f"{name}: slots must have every position of a row once, got {repeats}")
 
 
 def _has_repeats(row: list[int]) -> bool:

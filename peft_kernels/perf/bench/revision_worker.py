@@ -67,13 +67,15 @@ class OfThisRevision(MetaPathFinder):
 def prepare(device: str, operator: str, shape: dict[str, int], variant: str, dtype: str, backward: bool):
     from peft_kernels import ops
     from peft_kernels.ops import registry
-    from peft_kernels.perf.bench.runner import Case, checked, truth
+    from peft_kernels.perf.bench.runner import Case, checked, graph_of, truth
 
     if operator not in ops.__all__:
         raise ValueError("this revision has no operator of that name")
     case = Case(registry.operator(operator), shape, variant, dtype, backward)
     problem = case.problem(device)
-    return checked(problem.ours("auto"), problem, truth(problem, backward), case, device)
+    ours = problem.ours("auto")
+    function, error = checked(ours, problem, truth(problem, backward), case)
+    return graph_of(function, ours, device), error
 
 
 if __name__ == "__main__":

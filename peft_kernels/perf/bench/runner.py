@@ -15,6 +15,7 @@ from ... import ops
 from ...ops.problem import Candidate, Operator, Problem
 from ..measure import Peaks, Timing, captured, interleaved
 from ..results import OURS, Row, compared, first_line
+from ..tables import title
 from .revision import Missing, Revision
 
 # Norm of the error over norm of the truth, for the output and every gradient. Integers must be equal.
@@ -52,8 +53,7 @@ class Case:
         }
 
     def __str__(self):
-        sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
-        return ", ".join(filter(None, (self.operator.name, sizes, self.variant, self.dtype, self.phase)))
+        return title(**self.named)
 
 
 def cases_of(operator: Operator, shapes: list[dict[str, int]], dtypes: list[str], phases: list[bool]) -> list[Case]:
@@ -93,23 +93,28 @@ def compare(
     try:
         problem = case.problem(device)
         expected = truth(problem, case.backward)
-    except (
-        Exception
-    ) as error:  # a shape that is invalid or too large for memory must not cost the other cases their rows
+    # a shape that is invalid or too large for memory must not cost the other cases their rows
+    except Exception as error:
         return [Row(candidate=OURS, missing=first_line(error), **case.named)]
-    functions, errors, reasons = {}, {}, {}
-    prepare = candidates(case, problem, device)
-    for name, candidate in prepare.items():
+    functions, errors, reasons, order = {}, {}, {}, []
+    for name, prepare in candidates(case, problem, device).items():
         notify(f"checking {name}", 0)
+        order.append(name)
         try:
-            functions[name], errors[name] = checked(candidate(), problem, expected, case, device)
-        except (
-            Exception
-        ) as error:  # a baseline's error becomes the reason in its row; an error of ours fails the command
+            candidate = prepare()
+            function, error = checked(candidate, problem, expected, case)
+            functions[name] = graph_of(function, candidate, device)
+            errors[name] = error
+            if functions[name] is not function:
+                order.append(f"{name}, eager")
+                functions[order[-1]], errors[order[-1]] = function, error
+        # a baseline's error becomes the reason in its row; an error of ours fails the command
+        except Exception as error:
             reasons[name] = first_line(error)
     del expected
     if revision is not None:
         notify(f"checking {revision.candidate}", 0)
+        order.append(revision.candidate)
         try:
             functions[revision.candidate] = revision.prepare(case)
             errors[revision.candidate] = functions[revision.candidate].error
@@ -124,7 +129,7 @@ def compare(
         for row in compared(timings, {candidate: {"error": error} for candidate, error in errors.items()}, **common)
     }
     rows |= {candidate: Row(candidate=candidate, missing=reason, **common) for candidate, reason in reasons.items()}
-    return [rows[candidate] for candidate in [*prepare, *([revision.candidate] if revision else [])]]
+    return [rows[candidate] for candidate in order]
 
 
 def candidates(case: Case, problem: Problem, device: str) -> dict[str, Callable[[], Candidate]]:
@@ -136,8 +141,8 @@ def candidates(case: Case, problem: Problem, device: str) -> dict[str, Callable[
     dtype = getattr(torch, rate_dtype(case.dtype))
     names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
     names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
-    chosen = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
-    return {OURS: partial(problem.ours, "auto"), **chosen, **problem.baselines}
+    by_name = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
+    return {OURS: partial(problem.ours, "auto"), **by_name, **problem.baselines}
 
 
 def rate_dtype(dtype: str) -> str:
@@ -152,7 +157,7 @@ def truth(problem: Problem, backward: bool) -> list[Tensor]:
 
 
 def checked(
-    candidate: Candidate, problem: Problem, expected: list[Tensor], case: Case, device: str
+    candidate: Candidate, problem: Problem, expected: list[Tensor], case: Case
 ) -> tuple[Callable[[], Any], float]:
     """``candidate`` as a function to time, and its error.
 
@@ -170,7 +175,12 @@ def checked(
         candidate.restore(results) if candidate.restore else results, expected, TOLERANCE.get(case.dtype, 0.0)
     )
     del results
-    return captured(function) if device == "cuda" and not candidate.synchronizes else function, error
+    return function, error
+
+
+def graph_of(function: Callable[[], Any], candidate: Candidate, device: str) -> Callable[[], Any]:
+    """``function`` as a CUDA graph, where it can be captured."""
+    return captured(function) if device == "cuda" and not candidate.synchronizes else function
 
 
 def prepared(
