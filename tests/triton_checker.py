@@ -1,6 +1,6 @@
 """Triton's interpreter with checks that a GPU does not make, and with bfloat16. Every Triton test runs in it.
 
-A launch that breaks one of these rules raises ``Fault``, or an ``InterpreterError`` that quotes it:
+A launch that breaks one of these rules raises ``Fault``:
 
 - Programs run in random order. No two programs write one element, no program reads an element that another one writes, and no two
   lanes of a store have one address.
@@ -174,7 +174,13 @@ def install():
     def call(original, self, *args, **kwargs):
         global launch
         launch = Launch(self.fn.__name__)
-        original(self, *args, **kwargs)
+        try:
+            original(self, *args, **kwargs)
+        except interpreter.InterpreterError as error:
+            cause = error
+            while isinstance(cause, interpreter.InterpreterError) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise cause from None
         launch.finish()
 
     @replace(interpreter, "_patch_lang")

@@ -1,0 +1,55 @@
+"""The checks of ``triton_checker.py`` notice faults that are planted in our kernels, and its bfloat16 is PyTorch's."""
+
+import inspect
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+
+import pytest
+import torch
+from accuracy import WithinRounding
+from operator_cases import CASES
+from test_strides import column, expected_of, laid_out, run
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is no interpreter to check")
+
+OFF_BY_ONE = "o_slot * 0 - 1, mask=o_slot < max_slots", "o_slot * 0 - 1, mask=o_slot <= max_slots"
+SHARED_ROW = "item = (tl.program_id(0) // tiles)", "item = (tl.program_id(0) // tiles // 2)"
+NO_OTHER = "tl.load(hidden + o_d.to(tl.int64) * stride_hd, mask=o_d < d, other=0.0)", "tl.load(hidden + o_d, mask=o_d < d)"
+NO_STRIDE = "adapter_ids + o_row.to(tl.int64) * stride_k", "adapter_ids + o_row"
+PAST_END = "range(0, specials)", "range(0, specials + 1)"
+STORE_LOGITS = "tl.store(out + text * words + o_w"
+READS_ANOTHER = STORE_LOGITS, f"b_out += tl.load(out + (text + 1) % 3 * words)\n    {STORE_LOGITS}"
+LANES_MEET = STORE_LOGITS, STORE_LOGITS + " // 2"
+FAULTS = {
+    "a mask that is off by one": ("special_token_slots", OFF_BY_ONE, r"outside of int32\[2, 4\]|write the same element"),
+    "two programs that own one row": ("special_token_add", SHARED_ROW, "write the same element"),
+    "a load without other": ("label_logits", NO_OTHER, "finite where it should not be"),
+    "a stride taken for 1": ("special_token_add", NO_STRIDE, r"outside of int64\[3\] with strides \(3,\), at element 1"),
+    "a read past the end": ("special_token_slots", PAST_END, r"outside of int64\[3\] with strides \(3,\), at element 9"),
+    "a read of another program's result": ("label_logits", READS_ANOTHER, "reads what program . writes"),
+    "lanes with one address": ("label_logits", LANES_MEET, "two lanes of a store"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault, device, tmp_path, monkeypatch):
+    name, (code, planted), message = FAULTS[fault]
+    case = CASES[name]()
+    launcher = import_module(f"peft_kernels.ops.{case.package}.triton")
+    tensors = laid_out(case, column, torch.int64, device)
+    expected = expected_of(name, tensors, case.options)
+    expected.check(run(name, "triton", tensors, case.options))
+
+    source = inspect.getsource(launcher.triton_kernels)
+    assert code in source
+    file = tmp_path / "planted_kernels.py"
+    file.write_text(source.replace(code, planted))
+    spec = spec_from_file_location(f"peft_kernels.ops.{case.package}.planted_kernels", file)
+    kernels = module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    monkeypatch.setattr(launcher, "triton_kernels", kernels)
+    with pytest.raises(AssertionError, match=message):
+        expected.check(run(name, "triton", tensors, case.options))
