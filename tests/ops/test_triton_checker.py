@@ -1,4 +1,4 @@
-"""The checks of ``triton_checker.py`` notice faults that are planted in our kernels, and its bfloat16 is PyTorch's."""
+"""The checks of ``triton_checker.py`` notice faults that are planted in our kernels; its bfloat16 is PyTorch's."""
 
 import inspect
 from importlib import import_module
@@ -6,9 +6,10 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
-from accuracy import WithinRounding
 from operator_cases import CASES
 from test_strides import column, expected_of, laid_out, run
+
+from peft_kernels.ops import triton_runtime
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -53,3 +54,40 @@ def test_planted_faults_are_caught(fault, device, tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "triton_kernels", kernels)
     with pytest.raises(AssertionError, match=message):
         expected.check(run(name, "triton", tensors, case.options))
+
+
+@triton.jit
+def bfloat16_kernel(out, x, y, N: tl.constexpr):
+    o = tl.arange(0, N)
+    b_x, b_y = tl.load(x + o), tl.load(y + o)
+    tl.store(out + o, b_x + b_y * b_x)
+    tl.store(out + N + o, b_x / b_y - tl.abs(-b_x))
+    tl.store(out + 2 * N + o, tl.where(b_x < b_y, b_x, tl.maximum(b_y, 0.1)))
+    tl.store(out + 3 * N + o, tl.exp(b_x.to(tl.float32)).to(tl.bfloat16))
+    tl.store(out + 4 * N + o, (b_x.to(tl.int16, bitcast=True) ^ 1).to(tl.bfloat16, bitcast=True))
+    tl.store(out + 5 * N + o, b_x.to(tl.float16).to(tl.bfloat16) + (b_y.to(tl.float32) * 100).to(tl.int32).to(tl.bfloat16))
+    tl.store(out + 6 * N + o, tl.sum(b_x[:, None] * b_y[None, :], 1).to(tl.bfloat16))
+    tl.store(out + 7 * N + o, tl.sum(tl.dot(b_x[:, None], b_y[None, :]), 1))
+    tl.store(out + 8 * N + o, tl.load(x + o, mask=b_y > 0, other=3.14159))
+    tl.store(out + 9 * N + o, tl.load(x + o, mask=b_y > 0))
+
+
+def test_bfloat16_is_that_of_torch():
+    x, y = torch.randn(2, 32).bfloat16()
+    out = torch.empty(10, 32, dtype=torch.bfloat16)
+    bfloat16_kernel[1,](out, x, y, N=32)
+    outer = x[:, None].float() * y
+    expected = [
+        x + y * x, x.float() / y - x.abs(), torch.where(x < y, x, y.clamp_min(0.1)), x.float().exp().bfloat16(),
+        (x.view(torch.int16) ^ 1).view(torch.bfloat16), x.half().bfloat16() + (y.float() * 100).int().bfloat16(),
+        (x[:, None] * y).float().sum(1), outer.sum(1), torch.where(y > 0, x, 3.14159), torch.where(y > 0, x, torch.nan),
+    ]  # fmt: skip
+    for i, (row, by_torch) in enumerate(zip(out, expected)):
+        same = row.view(torch.int16) == by_torch.bfloat16().view(torch.int16)
+        assert (same | row.isnan() & by_torch.isnan()).all(), i
+
+
+def test_without_the_checker_the_interpreter_refuses_bfloat16(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "INTERPRETED_DTYPES", triton_runtime.INTERPRETED_DTYPES[:2])
+    assert "wrong in bfloat16" in triton_runtime.unavailable("cpu", torch.bfloat16)
+    assert triton_runtime.unavailable("cpu", torch.float16) is None
