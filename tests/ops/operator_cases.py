@@ -43,7 +43,7 @@ def label_attention(**rows):
         {"slots": torch.randn(3, 32), "features": features, **weights, **rows},
         tuple(rows),
         options,
-        ("offsets",),
+        tuple(rows) if "offsets" in rows else (),
     )
 
 
@@ -86,13 +86,13 @@ def norm():
     return injection("add_layer_norm_inject", x=True, residual=True)
 
 
-def embedding():
+def embedding(**update):
     rows = {
         "input_ids": integers(*[3, 1, 7, 4], *[2, 6, 0, 5], *[1, 1, 3, 8]).view(3, 4),
         "offsets": integers(0, 3, 1),
         "adapter_ids": integers(1, -1, 0),
     }
-    parameters = {"prompt": torch.randn(2, 3, 24), "delta": torch.randn(2, 5, 24)}
+    parameters = {"prompt": torch.randn(2, 3, 24), **update}
     return Case(
         "decomposed_prompt_embedding", {"weight": torch.randn(9, 24), **rows, **parameters}, (*rows, *parameters)
     )
@@ -111,7 +111,8 @@ CASES = {
     "special_token_add_": injection,
     "add_layer_norm_inject": norm,
     "add_inject_layer_norm": norm,
-    "decomposed_prompt_embedding": embedding,
+    "decomposed_prompt_embedding": lambda: embedding(delta=torch.randn(2, 5, 24)),
+    "decomposed_prompt_embedding of low rank": lambda: embedding(a=torch.randn(2, 5, 3), b=torch.randn(2, 3, 24)),
 }
 
 
