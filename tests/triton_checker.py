@@ -2,13 +2,15 @@
 
 A launch that breaks one of these rules raises ``Fault``:
 
-- Programs run in random order. No two programs write one element, no program reads an element that another one writes, and no two
-  lanes of a store have one address.
-- Every address is that of an element of the argument from which its pointer was derived; memory between the elements of a strided
-  tensor does not count. Pointers are virtual until they are used: the upper bits number the argument, the lower ones are an offset.
+- Programs run in random order. No two programs write one element, no program reads an element that another one writes,
+  and no two lanes of a store have one address.
+- Every address is that of an element of the argument from which its pointer was derived; memory between the elements of
+  a strided tensor does not count. Pointers are virtual until they are used: the upper bits number the argument, the
+  lower ones are an offset.
 - A lane that a mask switches off yields NaN or an extreme integer, unless the load has ``other``.
 
-The interpreter keeps bfloat16 as uint16 and computes with these integers. Here it is float32, rounded whenever a value is made.
+The interpreter keeps bfloat16 as uint16 and computes with these integers. Here it is float32, rounded whenever a value
+is made.
 """
 
 from collections import defaultdict
@@ -112,7 +114,7 @@ def joined(log):
 
 @cache
 def layout(shape, strides):
-    """Returns the number of elements from the first to the last one, and their sorted offsets; None if there are no others."""
+    """Returns the extent in elements, from the first to the last one, and their sorted offsets; None if they fill it."""
     if 0 in shape:
         return 0, None
     steps = sorted((stride, size) for size, stride in zip(shape, strides) if size > 1 and stride)

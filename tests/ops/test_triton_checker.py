@@ -6,10 +6,12 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
+import triton_checker
 from operator_cases import CASES
 from test_strides import column, expected_of, laid_out, run
 
 from peft_kernels.ops import triton_runtime
+from peft_kernels.ops.registry import declared
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -18,18 +20,18 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is no i
 
 OFF_BY_ONE = "o_slot * 0 - 1, mask=o_slot < max_slots", "o_slot * 0 - 1, mask=o_slot <= max_slots"
 SHARED_ROW = "item = (tl.program_id(0) // tiles)", "item = (tl.program_id(0) // tiles // 2)"
-NO_OTHER = "tl.load(hidden + o_d.to(tl.int64) * stride_hd, mask=o_d < d, other=0.0)", "tl.load(hidden + o_d, mask=o_d < d)"
+NO_OTHER = "stride_hd, mask=o_d < d, other=0.0)", "stride_hd, mask=o_d < d)"
 NO_STRIDE = "adapter_ids + o_row.to(tl.int64) * stride_k", "adapter_ids + o_row"
 PAST_END = "range(0, specials)", "range(0, specials + 1)"
 STORE_LOGITS = "tl.store(out + text * words + o_w"
 READS_ANOTHER = STORE_LOGITS, f"b_out += tl.load(out + (text + 1) % 3 * words)\n    {STORE_LOGITS}"
 LANES_MEET = STORE_LOGITS, STORE_LOGITS + " // 2"
 FAULTS = {
-    "a mask that is off by one": ("special_token_slots", OFF_BY_ONE, r"outside of int32\[2, 4\]|write the same element"),
+    "a mask that is off by one": ("special_token_slots", OFF_BY_ONE, "outside of|write the same element"),
     "two programs that own one row": ("special_token_add", SHARED_ROW, "write the same element"),
     "a load without other": ("label_logits", NO_OTHER, "finite where it should not be"),
-    "a stride taken for 1": ("special_token_add", NO_STRIDE, r"outside of int64\[3\] with strides \(3,\), at element 1"),
-    "a read past the end": ("special_token_slots", PAST_END, r"outside of int64\[3\] with strides \(3,\), at element 9"),
+    "a stride taken for 1": ("special_token_add", NO_STRIDE, r"outside of int64\[3\] .* at element 1"),
+    "a read past the end": ("special_token_slots", PAST_END, r"outside of int64\[3\] .* at element 9"),
     "a read of another program's result": ("label_logits", READS_ANOTHER, "reads what program . writes"),
     "lanes with one address": ("label_logits", LANES_MEET, "two lanes of a store"),
 }
@@ -65,7 +67,8 @@ def bfloat16_kernel(out, x, y, N: tl.constexpr):
     tl.store(out + 2 * N + o, tl.where(b_x < b_y, b_x, tl.maximum(b_y, 0.1)))
     tl.store(out + 3 * N + o, tl.exp(b_x.to(tl.float32)).to(tl.bfloat16))
     tl.store(out + 4 * N + o, (b_x.to(tl.int16, bitcast=True) ^ 1).to(tl.bfloat16, bitcast=True))
-    tl.store(out + 5 * N + o, b_x.to(tl.float16).to(tl.bfloat16) + (b_y.to(tl.float32) * 100).to(tl.int32).to(tl.bfloat16))
+    b_whole = (b_y.to(tl.float32) * 100).to(tl.int32)
+    tl.store(out + 5 * N + o, b_x.to(tl.float16).to(tl.bfloat16) + b_whole.to(tl.bfloat16))
     tl.store(out + 6 * N + o, tl.sum(b_x[:, None] * b_y[None, :], 1).to(tl.bfloat16))
     tl.store(out + 7 * N + o, tl.sum(tl.dot(b_x[:, None], b_y[None, :]), 1))
     tl.store(out + 8 * N + o, tl.load(x + o, mask=b_y > 0, other=3.14159))
@@ -91,3 +94,16 @@ def test_without_the_checker_the_interpreter_refuses_bfloat16(monkeypatch):
     monkeypatch.setattr(triton_runtime, "INTERPRETED_DTYPES", triton_runtime.INTERPRETED_DTYPES[:2])
     assert "wrong in bfloat16" in triton_runtime.unavailable("cpu", torch.bfloat16)
     assert triton_runtime.unavailable("cpu", torch.float16) is None
+
+
+def test_every_kernel_runs_checked(device, monkeypatch):
+    """Each operator's case, forward and backward, launches all of its kernels."""
+    launched = set()
+    finish = triton_checker.Launch.finish
+    monkeypatch.setattr(triton_checker.Launch, "finish", lambda self: launched.add(self.kernel) or finish(self))
+    attention = import_module("peft_kernels.ops.shared_cross_attention.triton")
+    monkeypatch.setattr(attention, "num_splits", lambda programs, n, processors: 2)
+    for name, case in CASES.items():
+        run(name, "triton", laid_out(case(), column, torch.int64, device), case().options)
+    kernels = [kernel for module in declared("variants").values() for kernel in module.KERNELS.values()]
+    assert launched == {kernel.__name__ for kernel in kernels}
