@@ -114,7 +114,7 @@ def joined(log):
 
 @cache
 def layout(shape, strides):
-    """Returns the extent in elements, from the first to the last one, and their sorted offsets; None if they fill it."""
+    """Returns the extent in elements, from the first to the last one, and their sorted offsets; None if all."""
     if 0 in shape:
         return 0, None
     steps = sorted((stride, size) for size, stride in zip(shape, strides) if size > 1 and stride)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton_checker
 from operator_cases import CASES
-from test_strides import column, expected_of, laid_out, run
+from test_strides import column, expected_of, laid_out, recorded_calls, run
 
 from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.registry import declared
@@ -107,3 +107,19 @@ def test_every_kernel_runs_checked(device, monkeypatch):
         run(name, "triton", laid_out(case(), column, torch.int64, device), case().options)
     kernels = [kernel for module in declared("variants").values() for kernel in module.KERNELS.values()]
     assert launched == {kernel.__name__ for kernel in kernels}
+
+
+@pytest.mark.parametrize("shift", [1, 10**6, -(10**6)])
+@pytest.mark.parametrize("name", CASES)
+def test_no_value_leads_out_of_bounds(name, shift, device, monkeypatch):
+    """A GPU checks no values without PEFT_KERNELS_DEBUG=1; then results may be wrong, but no other memory is touched."""
+    case = CASES[name]()
+    for function, arguments in recorded_calls(name, "triton", case, device, monkeypatch):
+        for i, x in enumerate(arguments):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.int32:
+                for wrong in (x + shift, torch.where(x == x.amax(), x + shift, x)):
+                    function(
+                        *(y.clone() if isinstance(y, torch.Tensor) else y for y in arguments[:i]),
+                        wrong,
+                        *arguments[i + 1 :],
+                    )
