@@ -118,8 +118,32 @@ def test_no_value_leads_out_of_bounds(name, shift, device, monkeypatch):
         for i, x in enumerate(arguments):
             if isinstance(x, torch.Tensor) and x.dtype == torch.int32:
                 for wrong in (x + shift, torch.where(x == x.amax(), x + shift, x)):
-                    function(
-                        *(y.clone() if isinstance(y, torch.Tensor) else y for y in arguments[:i]),
-                        wrong,
-                        *arguments[i + 1 :],
-                    )
+                    function(*arguments[:i], wrong, *arguments[i + 1 :])
+
+
+def test_values_out_of_range_count_as_none(device):
+    """As -1 does; embeddings and logits of an index that has no such value are NaN, and a length ends at n."""
+    kernels = {name: import_module(f"peft_kernels.ops.{name}.triton") for name in declared("variants")}
+    hidden, vectors, slots = torch.randn(3, 6, 20), torch.randn(2, 2, 20), torch.tensor([[0, 6], [2, 99], [1, -1]])
+    sums = []
+    for positions, adapters in ((slots, [1, 2, 0]), (slots.where(slots < 6, -1), [1, -1, 0])):
+        out = hidden.clone()
+        kernels["special_tokens"].add_(out, vectors, positions, 0.0, None, torch.tensor(adapters))
+        sums.append((out, kernels["special_tokens"].backward(out, positions, 2, 2, 0.0, None, torch.tensor(adapters))))
+    for wrong, right in zip(*sums):
+        assert torch.equal(wrong, right)
+
+    weight, label_ids = torch.randn(9, 20), torch.tensor([[3, 9]])
+    logits = kernels["label_logits"].forward(hidden, weight, label_ids, None, torch.tensor([0, 6, -1]))
+    assert logits[:, 0, 1].eq(-torch.inf).all() and logits[:, 0, 0].isnan().tolist() == [False, True, True]
+    ids = torch.tensor([[3, 9, -1]]), weight, torch.randn(1, 2, 20), None, None, torch.zeros(1, 3, 20), 1.0, 1.0, None
+    embedded = kernels["decomposed_prompt_embedding"].forward(*ids, False, None)
+    assert embedded.isnan().all(2).tolist() == [[False, False, False, True, True]]
+
+    query, key = torch.randn(2, 1, 3, 16), torch.randn(2, 1, 7, 16)
+    lengths = [torch.tensor(x) for x in ([8, 4], [7, 4])]
+    wrong, right = (kernels["shared_cross_attention"].forward(query, key, key, x, None, 0.25)[0] for x in lengths)
+    assert torch.equal(wrong, right)
+    features, queries = torch.randn(2, 7, 16), torch.randn(1, 1, 3, 16)
+    wrong, right = (kernels["label_cross_attention"].pool(queries, features, x, None, 0.25, False)[0] for x in lengths)
+    assert torch.equal(wrong, right)
