@@ -112,7 +112,7 @@ def test_every_kernel_runs_checked(device, monkeypatch):
 @pytest.mark.parametrize("shift", [1, 10**6, -(10**6)])
 @pytest.mark.parametrize("name", CASES)
 def test_no_value_leads_out_of_bounds(name, shift, device, monkeypatch):
-    """A GPU checks no values without PEFT_KERNELS_DEBUG=1; then results may be wrong, but no other memory is touched."""
+    """Without PEFT_KERNELS_DEBUG=1 a GPU checks no values: results may be wrong, but no other memory is touched."""
     case = CASES[name]()
     for function, arguments in recorded_calls(name, "triton", case, device, monkeypatch):
         for i, x in enumerate(arguments):

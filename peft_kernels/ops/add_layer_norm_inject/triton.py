@@ -73,7 +73,9 @@ def backward(
         )
     if not need_vectors:
         return grad_x, None
-    return grad_x, special_tokens.backward(grad_slots if pre else grad, *rest, by_slot_of=grad.shape[1] if pre else None)
+    return grad_x, special_tokens.backward(
+        grad_slots if pre else grad, *rest, by_slot_of=grad.shape[1] if pre else None
+    )
 
 
 def _rows(grad, grad_sum, total, mean, rstd, weight, slots, need_x, need_slots):

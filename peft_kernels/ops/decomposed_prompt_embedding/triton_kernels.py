@@ -1,8 +1,8 @@
 """Triton kernels. Every element of a result is written by one program.
 
 Prefixes: o_ offsets, m_ masks, b_ blocks in registers. A token of a row has the position token - offset; the tokens
-before the offset take the remaining positions at the end, so tokens and positions map one to one. Out of range, a token's embedding is
-NaN, an adapter is none, and an offset is the nearest in range.
+before the offset take the remaining positions at the end, so tokens and positions map one to one. Out of range, a
+token's embedding is NaN, an adapter is none, and an offset is the nearest in range.
 """
 
 import triton

@@ -75,7 +75,7 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
 
 
 def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot_of=None) -> Tensor:
-    """Returns the gradient of the vectors. ``by_slot_of``: grad is (B, k, d), a row for every slot, of so many tokens."""
+    """Returns the gradient of the vectors. ``by_slot_of``: S; grad is (B, k, d), a row for every slot."""
     (batch, slots_per_row), width, by_slot = slots.shape, grad.shape[2], by_slot_of is not None
     grad = dense(grad)
     options = tuned.options(

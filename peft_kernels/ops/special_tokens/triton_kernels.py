@@ -1,7 +1,7 @@
 """Triton kernels. Every element of a result is written by one program.
 
-A position or adapter out of range counts as none. Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in
-elements; offsets computed from them are 64-bit.
+A position or adapter out of range counts as none. Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are
+in elements; offsets computed from them are 64-bit.
 """
 
 import triton
