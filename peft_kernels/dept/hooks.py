@@ -193,7 +193,7 @@ class Hooks:
         if not self.placeholders or kwargs.get("input_ids") is None or not family.is_multimodal(kwargs):
             return embeddings
         ids = insertion.widen(kwargs["input_ids"], -1)
-        held = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))
+        held = torch.isin(ids, torch.tensor(self.placeholders).to(ids.device, non_blocking=True))
         return torch.where(held[..., None], self.layer.reading.table(ids.clamp_min(0)).to(embeddings.dtype), embeddings)
 
     def plain_positions(self, kwargs: dict, past: int, embeddings: Tensor) -> dict:

@@ -76,7 +76,7 @@ def special_token_slots(
         special_ids = list(special_ids)
         if wrong := [x for x in special_ids if isinstance(x, float) or x is None]:
             raise TypeError(f"{name}: special_ids must be integers, got {wrong[0]!r}")
-        special_ids = torch.tensor(special_ids, dtype=torch.long, device=input_ids.device)
+        special_ids = torch.tensor(special_ids, dtype=torch.long).to(input_ids.device, non_blocking=True)
     if special_ids.ndim != 1:
         raise ValueError(f"{name}: special_ids must be (n,), got {tuple(special_ids.shape)}")
     for what, x in (("input_ids", input_ids), ("special_ids", special_ids)):
