@@ -18,7 +18,7 @@ QUICK = (any_shape and not triton) or saved_and_loaded or weights_are_stock or w
 FULL = not triton and not cuda and not instruction_sets and not errors
 ARITHMETIC ?= QUICK
 
-.PHONY: env demo figures test test-arithmetic test-oldest test-newest test-kernels test-families lint docs kernels clean FORCE
+.PHONY: env demo figures test test-arithmetic test-oldest test-newest test-kernels test-cuda-on-host test-families lint docs kernels clean FORCE
 
 env: .venv/.ready
 demo: env
@@ -54,6 +54,9 @@ docs: env
 test-kernels: env
 	.venv/bin/python -m tools.kernel_report --check >/dev/null
 	test ! -e peft_kernels/_native_cuda.so || .venv/bin/python -m tools.kernel_report --cuda --check >/dev/null
+# the CUDA C++ kernels on the CPU: every case under ASan and UBSan, and faults that are planted in copies of the kernels
+test-cuda-on-host: env
+	$(call PYTEST,.venv) tests/cuda_on_host/full.py
 # the table, and docs/kernels.md, written anew
 kernels: env
 	.venv/bin/python -m tools.kernel_report --write >/dev/null
@@ -75,7 +78,7 @@ OTHER = $(filter-out $(OLDEST),$(or $(shell cat .venv-oldest/.ready 2>/dev/null)
 .venv-oldest/.ready: .venv/.ready constraints-oldest.txt $(SOURCES) $(if $(OTHER),FORCE)
 	$(PYTHON) -m venv $(if $(OTHER),--clear) .venv-oldest
 	.venv-oldest/bin/pip install -q -c constraints-oldest.txt setuptools ninja triton '$(OLDEST)'
-	test ! -e peft_kernels/_native.so || .venv-oldest/bin/python -c 'from peft_kernels.ops.native_library import problem; exit(problem())'
+	test ! -e peft_kernels/_native.so || .venv-oldest/bin/python -c 'from peft_kernels.ops.native_library import load_error; exit(load_error())'
 	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[hf]' pytest pytest-xdist hypothesis
 	echo '$(OLDEST)' >$@
 FORCE:

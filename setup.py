@@ -9,9 +9,12 @@ The library uses libtorch's stable ABI and no Python API: one file serves every 
 2.11 on. It runs on any CPU of its architecture: the CPU kernels are compiled once per instruction set below, and the
 variant is selected when the library is loaded.
 
-With the sanitizers: CXXFLAGS="-g -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" python setup.py
-    build_ext --inplace ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++
-    -print-file-name=libubsan.so)" pytest tests/ops
+With the sanitizers:
+
+    CXXFLAGS="-g -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" \\
+        python setup.py build_ext --inplace
+    ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \\
+        pytest tests/ops
 """
 
 import atexit
@@ -61,13 +64,11 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility
 
 def find_nvcc():
     homes = [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    return shutil.which(
-        "nvcc",
-        path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]),
-    )
+    folders = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
-def wanted() -> str:
+def build_mode() -> str:
     """Returns PEFT_KERNELS_BUILD: "require", "skip", or "", which builds the libraries that this machine can build."""
     value = os.environ.get("PEFT_KERNELS_BUILD", "")
     if value not in ("require", "skip", ""):
@@ -85,39 +86,33 @@ def run_compiler(command, **options):
     """Runs a compiler and shows its messages; if it fails, the exception quotes the last error message."""
     print(shlex.join(command), flush=True)
     try:
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", **options)
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", **options)
     except OSError as error:
         raise ExecError(f"{command[0]} does not run: {error.strerror}") from error
-    sys.stderr.write(done.stderr)
-    if done.returncode:
-        raise ExecError(f"{command[0]} failed (exit status {done.returncode}): {last_error(done.stderr)}")
-    return done
+    sys.stderr.write(result.stderr)
+    if result.returncode:
+        raise ExecError(f"{command[0]} failed (exit status {result.returncode}): {last_error(result.stderr)}")
+    return result
 
 
 class BuildNative(build_ext):
-    """Builds the libraries.
-
-    If one cannot be built, no older library of its name is left, neither in the wheel nor in place.
-    """
+    """Builds the libraries; if one cannot be built, no older library of its name stays in the wheel or in place."""
 
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")) + ".so"
 
     def run(self):
-        wanted()
+        build_mode()
         super().run()
-        if not any(
-            Path(self.build_lib, self.get_ext_filename(extension.name)).exists() for extension in self.extensions
-        ):
+        libraries = [Path(self.build_lib, self.get_ext_filename(extension.name)) for extension in self.extensions]
+        if not any(library.exists() for library in libraries):
             self.distribution.ext_modules = None
             self.get_finalized_command("bdist_wheel").root_is_pure = True
 
     def copy_extensions_to_source(self):
         for extension in self.extensions:
-            built, in_place = (
-                Path(self.build_lib, self.get_ext_filename(extension.name)),
-                Path(self.get_ext_fullpath(extension.name)),
-            )
+            built = Path(self.build_lib, self.get_ext_filename(extension.name))
+            in_place = Path(self.get_ext_fullpath(extension.name))
             for suffix in (".so", ".txt"):
                 # not overwritten: a running process may have it loaded
                 in_place.with_suffix(suffix).unlink(missing_ok=True)
@@ -130,12 +125,12 @@ class BuildNative(build_ext):
         reason = library.with_suffix(".txt")
         reason.unlink(missing_ok=True)
         try:
-            if wanted() == "skip":
+            if build_mode() == "skip":
                 raise PlatformError("PEFT_KERNELS_BUILD=skip left it out")
             self.build_library(extension, str(library))
         except (BaseError, CCompilerError) as error:
-            needs_no_cuda = extension.sources == CUDA_SOURCES and find_nvcc() is None
-            if wanted() == "require" and not needs_no_cuda:
+            lacks_nvcc = extension.sources == CUDA_SOURCES and find_nvcc() is None
+            if build_mode() == "require" and not lacks_nvcc:
                 raise
             library.unlink(missing_ok=True)
             reason.write_text(str(error), encoding="utf-8")
@@ -170,8 +165,8 @@ class BuildNative(build_ext):
             raise PlatformError("there was no nvcc in PATH, CUDA_HOME or CUDA_PATH")
         if not self.force and not newer_group([*extension.sources, *extension.depends, __file__], library, "newer"):
             return
-        known = run_compiler([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE).stdout.split()
-        architectures = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in known]
+        supported = run_compiler([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE).stdout.split()
+        architectures = [number for number in CUDA_ARCHITECTURES if f"sm_{number}" in supported]
         codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
         codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(architectures[-1]))
         includes, libraries = [f"-I{path}" for path in include_paths], [f"-L{path}" for path in library_paths]

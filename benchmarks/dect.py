@@ -66,10 +66,10 @@ def extract(
         "item": "texts",
     }
     timings = interleaved(candidates, repeats, warmup=0, device=device)
-    each = {
+    memory = {
         candidate: {"peak_bytes": peak_memory(call, device)[1]} for candidate, call in candidates.items()
     }  # after the timing: a first call also loads library code
-    return compared(timings, each, error=error, **common)
+    return compared(timings, memory, error=error, **common)
 
 
 def plain_fit(features, labels, scores, prototypes, weight, radius):
@@ -103,13 +103,13 @@ def fit(width: int, classes: int, device: str, repeats: int) -> list[Row]:
     def plain():
         return plain_fit(features, labels, scores, start.prototypes, start.projection, start.radius)
 
-    def products():
+    def matmuls():
         for _ in range(EPOCHS):
             torch.mm(features, start.projection.T, out=projected)
             torch.mm(grad.T, features, out=update)
 
     torch.testing.assert_close(ours(), plain(), rtol=1e-3, atol=1e-4)
-    timings = interleaved({OURS: ours, PLAIN: plain, PRODUCTS: products}, repeats, device=device)
+    timings = interleaved({OURS: ours, PLAIN: plain, PRODUCTS: matmuls}, repeats, device=device)
     common = {
         "benchmark": "dect",
         "shape": {"N": len(labels), "C": classes, "H": width},

@@ -86,7 +86,7 @@ def main():
         steps = {candidate: step_of(base, *config, ids, labels) for candidate, config in configs.items()}
         for step in steps.values():
             step()
-        each = {candidate: {"peak_bytes": peak_memory(step, options.device)[1]} for candidate, step in steps.items()}
+        memory = {candidate: {"peak_bytes": peak_memory(step, options.device)[1]} for candidate, step in steps.items()}
         timings = interleaved(steps, 2 if options.quick else options.repeats, warmup=0, device=options.device)
         common = {
             "benchmark": "dept_training",
@@ -94,7 +94,7 @@ def main():
             "dtype": name,
             "phase": "training step",
         }
-        rows = compared(timings, each, items=options.batch_size, item="samples", **common)
+        rows = compared(timings, memory, items=options.batch_size, item="samples", **common)
         results += rows
         console.print(table(rows))
     if options.out:

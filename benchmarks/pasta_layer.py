@@ -72,8 +72,8 @@ class Published(torch.nn.Module):
         masks = torch.zeros(count, *input_ids.shape, 1, device=input_ids.device, dtype=self.vectors.dtype)
         if self.official:
             for row, ids in enumerate(input_ids.tolist()):
-                found = [position for position, token in enumerate(ids) if token in (CLS, SEP)]
-                for j, position in enumerate(found):
+                positions = [position for position, token in enumerate(ids) if token in (CLS, SEP)]
+                for j, position in enumerate(positions):
                     masks[j, row, position] = 1
         else:
             special = (input_ids == CLS) | (input_ids == SEP)

@@ -112,12 +112,12 @@ class Bench:
         timings = interleaved(
             candidates, {**dict.fromkeys(candidates, self.repeats), **repeats}, warmup=0, device=self.device
         )
-        each = {name: {"kept_bytes": answer.cross_bytes} for name, answer in answers.items()}
+        by_candidate = {name: {"kept_bytes": answer.cross_bytes} for name, answer in answers.items()}
         for name, streams in wrong.items():
-            each[name]["error"] = streams / len(answers[truth].tokens)
+            by_candidate[name]["error"] = streams / len(answers[truth].tokens)
         return compared(
             timings,
-            each,
+            by_candidate,
             shape=shape,
             variant=variant,
             phase="generate",

@@ -21,16 +21,16 @@ from peft_kernels.perf.results import OURS, first_line
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
     device, quick = option("--benchmark-device"), option("--benchmark-quick")
-    found = []
-    for one in map(operator, ops.__all__):
-        small = {v: Case(one, one.quick_shapes[0], v, one.dtypes[0], False).problem(device) for v in one.variants}
-        for case in cases_of(one, one.quick_shapes if quick else one.shapes, one.default_dtypes, [False, True]):
+    parameters = []
+    for op in map(operator, ops.__all__):
+        small = {v: Case(op, op.quick_shapes[0], v, op.dtypes[0], False).problem(device) for v in op.variants}
+        for case in cases_of(op, op.quick_shapes if quick else op.shapes, op.default_dtypes, [False, True]):
             # the names of the candidates do not depend on the shape
-            found += [
+            parameters += [
                 pytest.param(case, candidate, device, id=f"{case}, {candidate}")
                 for candidate in candidates(case, small[case.variant], device)
             ]
-    metafunc.parametrize(("case", "candidate", "device"), found)
+    metafunc.parametrize(("case", "candidate", "device"), parameters)
 
 
 @lru_cache(maxsize=1)

@@ -95,7 +95,7 @@ def compare(settings: dict, dtype: torch.dtype, device: str, repeats: int) -> li
     }
     check(steps[OURS], steps[PLAIN])
     steps[FULL]()
-    each = {candidate: {"peak_bytes": peak_memory(step, device)[1]} for candidate, step in steps.items()}
+    memory = {candidate: {"peak_bytes": peak_memory(step, device)[1]} for candidate, step in steps.items()}
     timings = interleaved(steps, repeats, device=device)
     shape = {"B": BATCH, "S": LENGTH, "d": encoder.config.hidden_size}
     common = {
@@ -104,7 +104,7 @@ def compare(settings: dict, dtype: torch.dtype, device: str, repeats: int) -> li
         "dtype": str(dtype).removeprefix("torch."),
         "phase": "training step",
     }
-    return compared(timings, each, items=BATCH, item="samples", **common)
+    return compared(timings, memory, items=BATCH, item="samples", **common)
 
 
 def main():

@@ -23,9 +23,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
       "rank, Tensor? a, Tensor? b, float scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool "
       "need_prompt, bool need_delta) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "decomposed_prompt_embedding_backward_cuda(Tensor grad, int adapters, int virtual_tokens, int positions, int "
-      "rank, Tensor? a, Tensor? b, float scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool "
-      "need_prompt, bool need_delta) -> (Tensor, Tensor, Tensor, Tensor)");
+      "decomposed_prompt_embedding_backward_cuda(Tensor grad, int adapters, int virtual_tokens, int positions, "
+      "Tensor? offsets, bool insert_after_first, Tensor? adapter_ids, bool need_prompt, bool need_delta) -> "
+      "(Tensor, Tensor)");
   m.def(
       "decomposed_prompt_embedding_cpu(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? a, Tensor? b, Tensor? "
       "delta, float scale, float embed_scale, Tensor? offsets, bool insert_after_first, Tensor? adapter_ids) -> "
@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
       "special_token_add_backward_cpu(Tensor grad, Tensor slots, int adapters, int vectors, float dropout_p, Tensor? "
       "seed, Tensor? adapter_ids) -> Tensor");
   m.def(
-      "special_token_add_backward_cuda(Tensor grad, Tensor slots, int adapters, int vectors, bool by_slot, float "
+      "special_token_add_backward_cuda(Tensor grad, Tensor slots, int adapters, int vectors, int? length, float "
       "dropout_p, Tensor? seed, Tensor? adapter_ids) -> Tensor");
   m.def(
       "special_token_add_cpu(Tensor(a!) hidden, Tensor vectors, Tensor slots, float dropout_p, Tensor? seed, Tensor? "

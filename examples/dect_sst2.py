@@ -55,26 +55,26 @@ def few(labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
 
 
 def compare(train, train_labels, dev, dev_labels, options, shots: int) -> dict:
-    found = {OURS: [], "logistic regression": []}
+    runs_of = {OURS: [], "logistic regression": []}
     for seed in SEEDS:
-        chosen = few(train_labels, shots, seed)
-        features, labels = train.features[chosen], train_labels[chosen]
-        scores = None if train.scores is None else train.scores[chosen]
+        indices = few(train_labels, shots, seed)
+        features, labels = train.features[indices], train_labels[indices]
+        scores = None if train.scores is None else train.scores[indices]
         classifier = dect.DecoderTuning(calibration=options.calibration, empty_scores=train.empty_scores, seed=seed)
         start = time.perf_counter()
         classifier.fit(features, labels, scores)
         seconds = time.perf_counter() - start
         trained = classifier.head_.projection.numel() + classifier.head_.radius.numel()
-        found[OURS].append((classifier.score(dev.features, dev_labels, dev.scores), seconds, trained))
+        runs_of[OURS].append((classifier.score(dev.features, dev_labels, dev.scores), seconds, trained))
         regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         start = time.perf_counter()
         regression.fit(features.numpy(), labels.numpy())
         seconds = time.perf_counter() - start
-        found["logistic regression"].append(
+        runs_of["logistic regression"].append(
             (regression.score(dev.features.numpy(), dev_labels.numpy()), seconds, features.shape[1] + 1)
         )
     result = {}
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         accuracies, seconds, (trained, *_) = zip(*runs)
         result[name] = {
             "accuracy": statistics.mean(accuracies),

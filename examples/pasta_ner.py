@@ -108,14 +108,14 @@ def encode(sentences, tokenizer, tag_ids: dict[str, int], max_length: int) -> li
 
 def entities(tags: list[str]) -> set[tuple[str, int, int]]:
     """The entities as (type, first word, one past the last word)."""
-    found, start = set(), None
+    spans, start = set(), None
     for i, tag in enumerate([*tags, "O"]):
         if start is not None and tag != f"I-{tags[start][2:]}":
-            found.add((tags[start][2:], start, i))
+            spans.add((tags[start][2:], start, i))
             start = None
         if start is None and tag != "O":
             start = i
-    return found
+    return spans
 
 
 def scores(tags: list[str]):

@@ -6,26 +6,29 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import torch
-from rich import box
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from . import pid
-from .dept.family import most_columns
+from .dept.family import max_columns
 from .perf import pid_baselines
 from .perf.interruption import Keeping
 from .perf.measure import Interrupted, Timing, cpu_model, gpus, interleaved, peak_memory
 from .perf.progress import progress_bar
-from .perf.results import first_line, write_json
+from .perf.results import Row, first_line, write_json
+from .perf.tables import FittingTable, cells, count, table_of
 from .perf.workloads import Texts, Workload, tokenizer
 from .pid.families import max_positions
 
-matplotlib.use("Agg")
 PIE, REPEATED, OURS = "PiE + generate", "repeated + generate", "ours"
+LEGEND = (
+    "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt."
+    " time: median; spread: interquartile range over it; peak: above the loaded model; kept: cross-attention keys and"
+    " values held at a time"
+)
 
 
 def prepare(
@@ -74,7 +77,7 @@ def check_fits(model: nn.Module, workload: Workload, new_tokens: int):
     rows = model.get_input_embeddings().num_embeddings
     if (largest := max(map(max, workload.inputs + workload.prompts))) >= rows:
         raise ValueError(f"--tokenizer: it has an id of {largest}, and the model's table ends at {rows}")
-    limit = most_columns(model)
+    limit = max_columns(model)
     if limit is not None and longest + asked > limit:
         raise ValueError(
             f"--input-tokens: the encoder has {limit} positions, got {longest} tokens and a prompt of {asked}"
@@ -166,6 +169,7 @@ def run(
     if not kept.partial:
         _plot(rows, workload.title, out / "demo.png")
     console.print(_table(rows))
+    console.print(LEGEND, style="dim")
     exact = wrong is None or _verdict(console, wrong, streams, dtype)
     console.print(f"written: {path}" if kept.partial else f"written: {out / 'demo.png'}, {path}")
     kept.end(console)
@@ -184,27 +188,16 @@ def _row(label: str, timings: dict[str, Timing], answers: pid_baselines.Answers,
     }
 
 
-def _table(rows: list[dict]) -> Table:
-    caption = (
-        "PiE: every prompt encoded with the input. repeated: inputs encoded once, encoder outputs repeated per prompt."
-        " time: median; spread:"
-        " interquartile range; peak: memory above the loaded model; K/V: cross-attention keys and values held at a time"
-    )
-    table = Table("method", box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    for column in ("time s", "spread", "runs", "x PiE", "x rep.", "peak MB", "K/V MB"):
-        table.add_column(column, justify="right")
+def _table(rows: list[dict]) -> FittingTable:
+    lines = []
     for row in rows:
-        table.add_row(
-            row["method"],
-            f"{row['median_s']:.2f}",
-            "-" if row["spread"] is None else f"{row['spread']:.0%}",
-            str(row["runs"]),
-            f"{row['speedup_over_pie']:.1f}",
-            "-" if row["speedup_over_repeated"] is None else f"{row['speedup_over_repeated']:.1f}",
-            "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:,.0f}",
-            f"{row['cross_kv_bytes'] / 1e6:,.1f}",
-        )
-    return table
+        timing = {field: row[field] for field in ("median_s", "spread", "runs")}
+        memory = {"peak_bytes": row["peak_memory_bytes"], "kept_bytes": row["cross_kv_bytes"]}
+        case = {"benchmark": "demo", "shape": {}, "dtype": "", "phase": "generate", "candidate": row["method"]}
+        ratios = {"x PiE": row["speedup_over_pie"], "x rep.": row["speedup_over_repeated"]}
+        ratios = {heading: ratio and count(ratio) for heading, ratio in ratios.items()}
+        lines.append({"candidate": row["method"], **cells(Row(**case, **timing, **memory)), **ratios})
+    return table_of(lines, "")
 
 
 def _verdict(console: Console, wrong: int, streams: int, dtype: torch.dtype) -> bool:
@@ -227,16 +220,14 @@ def _verdict(console: Console, wrong: int, streams: int, dtype: torch.dtype) -> 
 
 
 def _plot(rows: list[dict], title: str, path: Path):
-    from matplotlib import pyplot as plt
-
     panels = [
         ("median_s", "seconds", 1, "time"),
         ("peak_memory_bytes", "MB", 1e6, "peak memory above the model"),
         ("cross_kv_bytes", "MB", 1e6, "cross-attention K/V"),
     ]
     panels = [panel for panel in panels if rows[0][panel[0]] is not None]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), layout="constrained")
-    for axis, (key, unit, scale, name) in zip(axes, panels):
+    figure = Figure((4 * len(panels), 3.4), layout="constrained")
+    for axis, (key, unit, scale, name) in zip(figure.subplots(1, len(panels)), panels):
         bars = axis.bar(
             [row["method"].replace(" + ", "\n+ ") for row in rows],
             [row[key] / scale for row in rows],
@@ -249,4 +240,3 @@ def _plot(rows: list[dict], title: str, path: Path):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title if len(title) <= 100 else f"{title[:97]}...", fontsize=10)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

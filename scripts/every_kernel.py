@@ -19,8 +19,8 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args()
     failures = 0
-    for one in (operator(name) for name in options.operators or NAMES):
-        for case in cases_of(one, list(one.quick_shapes), list(one.dtypes), [False, True]):
+    for op in (operator(name) for name in options.operators or NAMES):
+        for case in cases_of(op, list(op.quick_shapes), list(op.dtypes), [False, True]):
             problem = case.problem(options.device)
             expected = truth(problem, case.backward)
             for name, candidate in candidates(case, problem, options.device).items():

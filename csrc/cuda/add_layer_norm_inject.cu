@@ -11,8 +11,7 @@ namespace {
 using namespace peft_kernels;
 
 void check_rows(const Tensor& x, const Tensor& like, const char* name) {
-  bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.scalar_type() == like.scalar_type() &&
-              x.dim() == 3;
+  bool fits = same_device(x, like) && x.scalar_type() == like.scalar_type() && x.dim() == 3;
   for (int i = 0; fits && i < 3; ++i) fits = x.size(i) == like.size(i);
   STD_TORCH_CHECK(fits && (x.stride(2) == 1 || x.size(2) <= 1), name,
                   " must be (B, S, d) with dense rows, like the others");
@@ -24,11 +23,10 @@ int log_warps_per_row(int width) {
   return std::bit_width(static_cast<unsigned>(std::max(1, divide_up(width, kLanes * kElements)) - 1));
 }
 
-template <class Kernel, class Arguments>
-void launch(Kernel kernel, const Arguments& n, int device) {
+template <class Params>
+void launch_rows(void (*kernel)(Params), const Params& n, int device) {
   const int warps = std::max(kBlockWarps, 1 << n.log_warps);
-  kernel<<<grid(divide_up(n.tokens, warps >> n.log_warps)), warps * kLanes, 0, current_stream(device)>>>(n);
-  check_cuda(cudaGetLastError(), "launch");
+  launch(kernel, divide_up(n.tokens, warps >> n.log_warps), warps * kLanes, device, n);
 }
 
 // Returns the result, sum, mean and rstd. Without `keep`, mean and rstd are empty, and so is sum unless pre; with rms,
@@ -39,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     double eps, bool rms, bool pre, double dropout_p, const std::optional<Tensor>& seed, bool keep) {
   check_rows(x, x, "x");
   check_rows(residual, x, "residual");
-  Norm n{};
+  NormParams n{};
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
   n.tokens = to_int(batch * length, "B * S");
   n.length = to_int(length, "S");
@@ -58,11 +56,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   if (bias) n.bias = parameter(*bias, x, {width}, "bias");
   if (vectors) n.injection = injection_of(*vectors, slots, adapter_ids, dropout_p, seed, x);
 
-  const auto rows = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(x, {batch, length, width}) : torch::stable::new_empty(x, {0});
+  const auto rows = [&](bool needed) {
+    return needed ? torch::stable::new_empty(x, {batch, length, width}) : torch::stable::new_empty(x, {0});
   };
-  const auto numbers = [&](bool wanted) {
-    return wanted ? torch::stable::new_empty(x, {batch, length}, ScalarType::Float)
+  const auto numbers = [&](bool needed) {
+    return needed ? torch::stable::new_empty(x, {batch, length}, ScalarType::Float)
                   : torch::stable::new_empty(x, {0}, ScalarType::Float);
   };
   Tensor out = rows(true), sum = rows(keep || pre), mean = numbers(keep && !rms), rstd = numbers(keep);
@@ -77,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const bool wide = aligned({n.x, n.residual, n.out, n.sum, n.weight, n.bias, n.injection.vectors},
                               {width * size, n.x_batch_stride * size, n.x_token_stride * size,
                                n.residual_batch_stride * size, n.residual_token_stride * size});
-    launch(wide ? add_layer_norm_inject<T, 16 / size> : add_layer_norm_inject<T, 1>, n, x.get_device_index());
+    launch_rows(wide ? add_layer_norm_inject_fwd_kernel<T, 16 / size> : add_layer_norm_inject_fwd_kernel<T, 1>, n,
+                x.get_device_index());
   });
   return {out, sum, mean, rstd};
 }
@@ -90,8 +89,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
   check_rows(grad, sum, "grad");
   check_rows(sum, sum, "sum");
   STD_TORCH_CHECK(sum.is_contiguous() && (slots || !need_slots),
-                  "sum must be contiguous, and slots given where their gradient is wanted");
-  NormGradient n{};
+                  "sum must be contiguous, and slots given where their gradient is needed");
+  NormBackwardParams n{};
   const int64_t batch = sum.size(0), length = sum.size(1), width = sum.size(2);
   n.length = to_int(length, "S");
   n.width = to_int(width, "d");
@@ -109,12 +108,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
   if (mean) n.mean = parameter(*mean, sum, {batch, length}, "mean");
   n.rstd = parameter(rstd, sum, {batch, length}, "rstd");
   n.weight = parameter(weight, sum, {width}, "weight");
-  if (need_slots) n.slots = slots_of(*slots, sum, batch);
+  if (need_slots) n.slots = slots_of(*slots, sum, batch, length);
   n.listed = !need_x;
-  n.tokens = to_int(batch * (need_x ? length : n.slots.each), "B * S");
+  n.tokens = to_int(batch * (need_x ? length : n.slots.slots_per_row), "B * S");
 
   Tensor grad_x = need_x ? torch::stable::new_empty(sum, {batch, length, width}) : torch::stable::new_empty(sum, {0});
-  Tensor grad_slots = torch::stable::new_empty(sum, {batch, n.slots.each, width}, ScalarType::Float);
+  Tensor grad_slots = torch::stable::new_empty(sum, {batch, n.slots.slots_per_row, width}, ScalarType::Float);
   if (n.tokens == 0 || n.width == 0) return {grad_x, grad_slots};
   if (need_x) n.grad_x = grad_x.mutable_data_ptr();
   if (need_slots) n.grad_slots = static_cast<float*>(grad_slots.mutable_data_ptr());
@@ -124,13 +123,13 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tens
     const bool wide = aligned({n.grad, n.grad_sum, n.sum, n.weight, n.grad_x, n.grad_slots},
                               {width * size, n.grad_batch_stride * size, n.grad_token_stride * size,
                                n.sum_batch_stride * size, n.sum_token_stride * size});
-    launch(wide ? add_layer_norm_inject_backward<T, 16 / size> : add_layer_norm_inject_backward<T, 1>, n,
-           sum.get_device_index());
+    launch_rows(wide ? add_layer_norm_inject_bwd_kernel<T, 16 / size> : add_layer_norm_inject_bwd_kernel<T, 1>, n,
+                sum.get_device_index());
   });
   return {grad_x, grad_slots};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, DISPATCH_KEY, m) {
   m.impl("add_layer_norm_inject_backward_cuda", TORCH_BOX(&backward));
   m.impl("add_layer_norm_inject_cuda", TORCH_BOX(&forward));
 }

@@ -14,7 +14,7 @@ constexpr int kBlockWarps = 4;
 constexpr int kMaxWarps = 16;  // which leaves 128 registers per thread
 constexpr int kMaxWidth = kMaxWarps * kLanes * kElements;
 
-struct Norm {
+struct NormParams {
   void* out;  // (B, length, width)
   void* sum;  // null if it is not needed; so are mean and rstd
   float* mean;
@@ -31,9 +31,9 @@ struct Norm {
   bool rms, pre;
 };
 
-struct NormGradient {
+struct NormBackwardParams {
   void* grad_x;       // (B, length, width), or null
-  float* grad_slots;  // (B, slots.each, width): the gradient of special tokens before rounding; or null
+  float* grad_slots;  // (B, slots_per_row, width): the gradient of special tokens before rounding; or null
   const void* grad;
   const void* grad_sum;  // or null
   int64_t grad_batch_stride, grad_token_stride, sum_batch_stride, sum_token_stride;
@@ -44,7 +44,7 @@ struct NormGradient {
   Slots slots;
   int tokens, length, width;
   int log_warps;  // log2 of the warps per row
-  bool listed;    // tokens are (B, slots.each): only those in slots are read
+  bool listed;    // tokens are (B, slots_per_row): only those in slots are read
 };
 
 // A thread's share of a row: `count` vectors of V elements. The number of threads per row is a power of two, which
@@ -70,7 +70,7 @@ __device__ void sum_over_row(float (&x)[C], int warps, float (&shared)[kMaxWarps
 #pragma unroll
   for (int c = 0; c < C; ++c) {
 #pragma unroll
-    for (int offset = kLanes / 2; offset; offset /= 2) x[c] += __shfl_xor_sync(kWarp, x[c], offset);
+    for (int offset = kLanes / 2; offset; offset /= 2) x[c] += __shfl_xor_sync(kWarpMask, x[c], offset);
   }
   if (warps == 1) return;
   const int warp = threadIdx.x / kLanes;
@@ -87,7 +87,8 @@ __device__ void sum_over_row(float (&x)[C], int warps, float (&shared)[kMaxWarps
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const __grid_constant__ Norm n) {
+__global__ void __launch_bounds__(kMaxWarps* kLanes)
+    add_layer_norm_inject_fwd_kernel(const __grid_constant__ NormParams n) {
   constexpr int N = kElements / V;
   using Row = Packed<T, V>;
   __shared__ float shared_sum[kMaxWarps][1], shared_squares[kMaxWarps][1];
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const
   }
   int slot = -1, adapter = -1;
   if (n.injection.vectors && token < n.tokens) {
-    adapter = n.injection.adapters.get(row);
+    adapter = n.injection.adapter_ids.get(row);
     if (adapter >= 0) slot = n.injection.slots.find(row, position);
   }
 
@@ -167,15 +168,15 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes) add_layer_norm_inject(const
 
 template <class T, int V>
 __global__ void __launch_bounds__(kMaxWarps* kLanes)
-    add_layer_norm_inject_backward(const __grid_constant__ NormGradient n) {
+    add_layer_norm_inject_bwd_kernel(const __grid_constant__ NormBackwardParams n) {
   constexpr int N = kElements / V;
   using Row = Packed<T, V>;
   __shared__ float shared[kMaxWarps][2];
   const Share<V> share(n.log_warps);
   int row = 0, position = -1, slot = -1;
   if (share.token < n.tokens && n.listed) {
-    row = share.token / n.slots.each;
-    slot = share.token % n.slots.each;
+    row = share.token / n.slots.slots_per_row;
+    slot = share.token % n.slots.slots_per_row;
     position = n.slots.get(row, slot);
   } else if (share.token < n.tokens) {
     row = share.token / n.length;
@@ -226,7 +227,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
 #pragma unroll
     for (int v = 0; v < V; ++v) dx[v] = fmaf(dx[v] - fmaf(normal[v], along, level), rstd, addend[v]);
     if (n.grad_x) store<T, V>(static_cast<T*>(n.grad_x) + token * n.width + column(i), dx);
-    if (slot >= 0) store_floats<V>(n.grad_slots + (int64_t(row) * n.slots.each + slot) * n.width + column(i), dx);
+    if (slot >= 0)
+      store_floats<V>(n.grad_slots + (int64_t(row) * n.slots.slots_per_row + slot) * n.width + column(i), dx);
   }
 }
 

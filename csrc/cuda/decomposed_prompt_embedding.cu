@@ -9,26 +9,23 @@ namespace {
 
 using namespace peft_kernels;
 
-constexpr int kBlocksPerProcessor = 2;  // minimum per SM before a block takes several rows of the batch
+constexpr int kBlocksPerMultiprocessor = 2;  // minimum per SM before a block takes several rows of the batch
 constexpr int kMaxRowsPerBlock = 16;
 
 template <class T, int V, int P>
-void launch_forward(Embedding& e, int device) {
-  int processors;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
+void launch_forward(EmbeddingParams& e, int device) {
   e.column_tiles = divide_up(e.width, kLanes * V);
   e.prompt_tiles = divide_up(e.virtual_tokens, kWarps * P);
   e.tiles = e.prompt_tiles + divide_up(e.length, kWarps * P);
   const int64_t blocks_per_row = int64_t(e.column_tiles) * e.tiles;
-  e.rows_per_block = static_cast<int>(
-      std::clamp<int64_t>(e.batch * blocks_per_row / (kBlocksPerProcessor * processors), 1, kMaxRowsPerBlock));
-  const auto blocks = grid(blocks_per_row * divide_up(e.batch, e.rows_per_block));
-  embedding_forward<T, V, P><<<blocks, kWarps * kLanes, 0, current_stream(device)>>>(e);
-  check_cuda(cudaGetLastError(), "launch");
+  e.rows_per_block = static_cast<int>(std::clamp<int64_t>(
+      e.batch * blocks_per_row / (kBlocksPerMultiprocessor * multiprocessors(device)), 1, kMaxRowsPerBlock));
+  const int64_t blocks = blocks_per_row * divide_up(e.batch, e.rows_per_block);
+  launch(decomposed_prompt_embedding_fwd_kernel<T, V, P>, blocks, kWarps * kLanes, device, e);
 }
 
 template <class T>
-void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
+void forward_of(EmbeddingParams& e, bool wide, bool several_adapters, int device) {
   constexpr int V = 16 / sizeof(T);
   if (!wide) {
     launch_forward<T, 1, 4>(e, device);
@@ -40,15 +37,14 @@ void forward_of(Embedding& e, bool wide, bool several_adapters, int device) {
 }
 
 template <class T, int V>
-void launch_backward(Gradient& g, int device) {
+void launch_backward(EmbeddingBackwardParams& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
-  const auto blocks = grid(int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps));
-  embedding_backward<T, V><<<blocks, kWarps * kLanes, 0, current_stream(device)>>>(g);
-  check_cuda(cudaGetLastError(), "launch");
+  launch(decomposed_prompt_embedding_bwd_kernel<T, V>, int64_t(g.column_tiles) * divide_up(g.total_rows, kWarps),
+         kWarps * kLanes, device, g);
 }
 
 template <class T>
-void backward_of(Gradient& g, bool wide, int device) {
+void backward_of(EmbeddingBackwardParams& g, bool wide, int device) {
   wide ? launch_backward<T, 16 / sizeof(T)>(g, device) : launch_backward<T, 1>(g, device);
 }
 
@@ -56,17 +52,18 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
                const std::optional<Tensor>& b, const std::optional<Tensor>& delta, double scale, double embed_scale,
                const std::optional<Tensor>& offsets, bool insert_after_first,
                const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(weight.is_cuda() && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1),
+  STD_TORCH_CHECK(on_device(weight) && weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1),
                   "weight must be (V, d) with dense rows");
   STD_TORCH_CHECK(input_ids.dim() == 2, "input_ids must be (B, L)");
   const bool fits = prompt.dim() == 3 && a.has_value() != delta.has_value() && a.has_value() == b.has_value() &&
                     (a ? *a : *delta).dim() == 3;
   STD_TORCH_CHECK(fits, "prompt must be (K, m, d), with a and b or delta");
   const int64_t adapters = prompt.size(0);
-  Embedding e{};
+  EmbeddingParams e{};
   e.batch = to_int(input_ids.size(0), "B");
   e.length = to_int(input_ids.size(1), "L");
   e.virtual_tokens = to_int(prompt.size(1), "m");
+  e.last_id = to_int(weight.size(0), "V") - 1;
   e.width = to_int(weight.size(1), "d");
   e.positions = to_int((a ? *a : *delta).size(1), "s");
   e.first = insert_after_first;
@@ -85,10 +82,11 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
   STD_TORCH_CHECK(e.length <= e.positions && e.first <= e.length,
                   "more tokens than positions, or none to insert the prompt after");
   STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
+  STD_TORCH_CHECK(e.last_id >= 0 || input_ids.numel() == 0, "weight must have a row for the ids");
   e.ids = integers(input_ids, weight, "input_ids");
   e.ids_row_stride = input_ids.stride(0) * (input_ids.scalar_type() == ScalarType::Long ? 2 : 1);
   e.offsets = integers(offsets, weight, e.batch, "offsets");
-  e.adapters = integers(adapter_ids, weight, e.batch, "adapter_ids");
+  e.adapter_ids = adapters_of(adapter_ids, weight, e.batch, adapters);
 
   Tensor out = torch::stable::new_empty(weight, {e.batch, e.virtual_tokens + e.length, e.width});
   if (out.numel() == 0) return out;
@@ -105,9 +103,9 @@ Tensor forward(const Tensor& input_ids, const Tensor& weight, const Tensor& prom
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_t virtual_tokens, int64_t positions,
                                     const std::optional<Tensor>& offsets, bool insert_after_first,
                                     const std::optional<Tensor>& adapter_ids, bool need_prompt, bool need_delta) {
-  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
                   "grad must be (B, m + L, d) with dense rows");
-  Gradient g{};
+  EmbeddingBackwardParams g{};
   g.grad = grad.const_data_ptr();
   g.batch_stride = grad.stride(0);
   g.column_stride = grad.stride(1);
@@ -119,9 +117,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_
   STD_TORCH_CHECK(g.length <= positions, "grad must have m + L columns, L at most ", positions);
   STD_TORCH_CHECK(adapters == 1 || adapter_ids, "adapter_ids must choose among the adapters");
   g.offsets = integers(offsets, grad, g.batch, "offsets");
-  g.adapters = integers(adapter_ids, grad, g.batch, "adapter_ids");
-  const auto sums = [&](bool wanted, int64_t rows) {
-    return torch::stable::new_empty(grad, {wanted ? adapters : 0, rows, g.width}, ScalarType::Float);
+  g.adapter_ids = adapters_of(adapter_ids, grad, g.batch, adapters);
+  const auto sums = [&](bool needed, int64_t rows) {
+    return torch::stable::new_empty(grad, {needed ? adapters : 0, rows, g.width}, ScalarType::Float);
   };
   Tensor grad_prompt = sums(need_prompt, virtual_tokens), grad_delta = sums(need_delta, positions);
   if (need_prompt) g.prompt_rows = g.virtual_tokens;
@@ -139,16 +137,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, int64_t adapters, int64_
   return {grad_prompt, grad_delta};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, DISPATCH_KEY, m) {
   m.impl("decomposed_prompt_embedding_cuda", TORCH_BOX(&forward));
   m.impl("decomposed_prompt_embedding_backward_cuda", TORCH_BOX(&backward));
 }
 
 }  // namespace
-
-// Returns why this file's kernels do not run on the current device, or null.
-extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_problem() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, embedding_backward<float, 4>);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}

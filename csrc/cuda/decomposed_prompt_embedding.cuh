@@ -15,27 +15,30 @@ constexpr int kWarps = 4;
 constexpr int kRanks = 32;  // ranks of a that are staged in shared memory at a time
 constexpr int kLoadsInFlight = 4;
 
-struct Embedding {
+struct EmbeddingParams {
   void* out;            // (batch, virtual_tokens + length, width)
   const void* weight;   // rows weight_stride apart
   const float* prompt;  // (K, virtual_tokens, width)
   const float* a;       // (K, positions, rank), with b; or delta
   const float* b;       // (K, rank, width)
   const float* delta;   // (K, positions, width)
-  Integers ids, offsets, adapters;
+  Integers ids, offsets;
+  AdapterIds adapter_ids;
   int64_t ids_row_stride;  // in 32-bit words
   int64_t weight_stride;
   int batch, length, virtual_tokens, positions, width, rank;
-  int first;  // tokens before the prompt
+  int last_id;  // V - 1
+  int first;    // tokens before the prompt
   int column_tiles, prompt_tiles, tiles, rows_per_block;
   float scale, embed_scale;
 };
 
-struct Gradient {
+struct EmbeddingBackwardParams {
   const void* grad;  // (batch, virtual_tokens + length, width)
   float* prompt;     // (K, prompt_rows, width)
   float* delta;      // (K, delta_rows, width)
-  Integers offsets, adapters;
+  Integers offsets;
+  AdapterIds adapter_ids;
   int64_t batch_stride, column_stride;
   int batch, length, virtual_tokens, width;
   int first;
@@ -44,15 +47,13 @@ struct Gradient {
   int column_tiles;
 };
 
-__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // update = scale * a[positions] @ b[:, columns]. Every thread of the block calls it; threads without a column compute
 // nothing.
 template <int V, int P>
-__device__ void multiply(const Embedding& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
+__device__ void multiply(const EmbeddingParams& e, int adapter, int tile_position, int column, float (&update)[P][V]) {
   constexpr int kTile = kWarps * P;
   // a is transposed, so that a thread reads its positions at once; the padding of 4 reduces bank conflicts
-  __shared__ float a_tile[kRanks][kTile + 4];
+  __shared__ alignas(16) float a_tile[kRanks][kTile + 4];
   const float* a = e.a + int64_t(adapter) * e.positions * e.rank;
   const float* b = e.b + int64_t(adapter) * e.rank * e.width + column;
   const int warp = threadIdx.x / kLanes;
@@ -77,7 +78,8 @@ __device__ void multiply(const Embedding& e, int adapter, int tile_position, int
       load_floats<V>(b_row, b + int64_t(start + r) * e.width);
 #pragma unroll
       for (int p = 0; p < P; p += 4) {
-        *reinterpret_cast<float4*>(a_row + p) = *reinterpret_cast<const float4*>(&a_tile[r][warp * P + p]);
+        const float4 x = *reinterpret_cast<const float4*>(&a_tile[r][warp * P + p]);
+        a_row[p] = x.x, a_row[p + 1] = x.y, a_row[p + 2] = x.z, a_row[p + 3] = x.w;
       }
 #pragma unroll
       for (int p = 0; p < P; ++p) {
@@ -97,6 +99,11 @@ __device__ void load_update(const float* from, int width, int rows, float (&upda
   }
 }
 
+// The number of a row's tokens before the first updated one; all of them if the value is out of range.
+__device__ inline int offset_of(const Integers& offsets, int row, int length) {
+  return static_cast<int>(min(static_cast<unsigned>(offsets.get(row)), static_cast<unsigned>(length)));
+}
+
 // Position p maps to token p + offset; positions past the end map to the tokens before the offset, which get no update.
 __device__ inline int token_at(int position, int offset, int length) {
   const int token = position + offset;
@@ -106,7 +113,7 @@ __device__ inline int token_at(int position, int offset, int length) {
 // A thread has P positions: a larger P means fewer loads per matmul, and fewer threads.
 template <class T, int V, int P>
 __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
-    embedding_forward(const __grid_constant__ Embedding e) {
+    decomposed_prompt_embedding_fwd_kernel(const __grid_constant__ EmbeddingParams e) {
   constexpr int kTile = kWarps * P;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int tile = blockIdx.x / e.column_tiles % e.tiles;
@@ -114,33 +121,34 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
   const bool is_prompt = tile < e.prompt_tiles, inside = column < e.width;
   const int tile_position = (is_prompt ? tile : tile - e.prompt_tiles) * kTile;
   const int position = tile_position + warp * P;
-  const int rows = min(P, (is_prompt ? e.virtual_tokens : e.length) - position);  // of the warp
-  const int mine = inside ? rows : 0;
+  const int warp_rows = min(P, (is_prompt ? e.virtual_tokens : e.length) - position);
+  const int thread_rows = inside ? warp_rows : 0;
   const int begin = blockIdx.x / e.column_tiles / e.tiles * e.rows_per_block;
   const int end = min(begin + e.rows_per_block, e.batch);
 
   // Each lane loads the id of one position of the warp, so the warp needs one load instead of P.
   const auto id_of = [&](int row) {
-    if (is_prompt || lane >= rows) return 0;
-    return __ldg(e.ids.data + row * e.ids_row_stride +
-                 token_at(position + lane, e.offsets.get(row), e.length) * e.ids.stride);
+    if (is_prompt || lane >= warp_rows) return 0;
+    const int token = token_at(position + lane, offset_of(e.offsets, row, e.length), e.length);
+    const auto id = static_cast<unsigned>(__ldg(e.ids.data + row * e.ids_row_stride + token * e.ids.stride));
+    return static_cast<int>(min(id, static_cast<unsigned>(e.last_id)));  // an id out of range is read as the last one
   };
   int id = id_of(begin);
   float update[P][V];
   int current = -1;  // the adapter of `update`
   for (int row = begin; row < end; ++row) {
-    const int adapter = e.adapters.get(row);
+    const int adapter = e.adapter_ids.get(row);
     T* out = static_cast<T*>(e.out) + int64_t(row) * (e.virtual_tokens + e.length) * e.width + column;
     if (is_prompt) {
       if (adapter != current && adapter >= 0) {
-        load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width, mine,
-                          update);
+        load_update<V, P>(e.prompt + (int64_t(adapter) * e.virtual_tokens + position) * e.width + column, e.width,
+                          thread_rows, update);
         current = adapter;
       }
       out += int64_t(e.first + position) * e.width;
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        if (p >= mine) continue;
+        if (p >= thread_rows) continue;
         float result[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) result[v] = adapter < 0 ? 0 : update[p][v];
@@ -149,23 +157,23 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
       continue;
     }
 
-    const int offset = e.offsets.get(row);
+    const int offset = offset_of(e.offsets, row, e.length);
     const auto token_of = [&](int p) { return token_at(position + p, offset, e.length); };
     const int64_t source = id * e.weight_stride;
     if (row + 1 < end) id = id_of(row + 1);  // loaded while this row is written
     const auto embedding_of = [&](int p) {
-      return static_cast<const T*>(e.weight) + __shfl_sync(~0u, source, p) + column;
+      return static_cast<const T*>(e.weight) + __shfl_sync(kWarpMask, source, p) + column;
     };
     if (adapter != current && adapter >= 0) {  // uniform over the block
       current = adapter;
       if (e.delta) {
-        load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width, mine,
-                          update);
+        load_update<V, P>(e.delta + (int64_t(adapter) * e.positions + position) * e.width + column, e.width,
+                          thread_rows, update);
       } else {
 #pragma unroll
         for (int p = 0; p < P; ++p) {  // to L2: the registers are full until the matmul is done
           const T* embedding = embedding_of(p);
-          if (p < mine) prefetch(embedding);
+          if (p < thread_rows) prefetch(embedding);
         }
         multiply<V, P>(e, adapter, tile_position, column, update);
       }
@@ -174,11 +182,11 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       const T* from = embedding_of(p);
-      if (p < mine) embedding[p] = load<T, V>(from);
+      if (p < thread_rows) embedding[p] = load<T, V>(from);
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      if (p >= mine) continue;
+      if (p >= thread_rows) continue;
       const int token = token_of(p);
       const bool updated = adapter >= 0 && token >= offset;
       float x[V];
@@ -191,9 +199,9 @@ __global__ void __launch_bounds__(kWarps* kLanes, P > 4 ? 3 : 5)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __grid_constant__ Gradient g) {
+__global__ void __launch_bounds__(kWarps* kLanes)
+    decomposed_prompt_embedding_bwd_kernel(const __grid_constant__ EmbeddingBackwardParams g) {
   using Addend = typename Packed<T, V>::Type;
-  constexpr unsigned kAll = ~0u;
   const int lane = threadIdx.x % kLanes;
   const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
   const bool inside = column < g.width;
@@ -208,24 +216,24 @@ __global__ void __launch_bounds__(kWarps* kLanes) embedding_backward(const __gri
 
   float sum[V] = {};
   for (int start = 0; start < g.batch; start += kLanes) {
-    int64_t source = -1;  // each lane: offset of the addend of one row of the batch
+    int64_t source = -1;  // of this lane: offset of the addend of one row of the batch
     const int b = start + lane;
-    if (b < g.batch && g.adapters.get(b) == adapter) {
+    if (b < g.batch && g.adapter_ids.get(b) == adapter) {
       if (is_prompt) {
         source = b * g.batch_stride + (g.first + position) * g.column_stride;
       } else {
-        const int token = position + g.offsets.get(b);
+        const int token = position + offset_of(g.offsets, b, g.length);
         if (token < g.length)
           source = b * g.batch_stride + (token < g.first ? token : token + g.virtual_tokens) * g.column_stride;
       }
     }
-    for (unsigned left = __ballot_sync(kAll, source >= 0); left;) {
+    for (unsigned left = __ballot_sync(kWarpMask, source >= 0); left;) {
       Addend addends[kLoadsInFlight];
 #pragma unroll
       for (auto& addend : addends) {
         addend = Addend{};
         if (left) {
-          const int64_t from = __shfl_sync(kAll, source, __ffs(left) - 1);
+          const int64_t from = __shfl_sync(kWarpMask, source, __ffs(left) - 1);
           left &= left - 1;
           if (inside) addend = load<T, V>(grad + from);
         }

@@ -1,41 +1,18 @@
-// Shared code of the launchers: checks of tensors, the stream, the grid. No synchronization.
+// Checks and conversion of the launchers' arguments.
 
 #pragma once
 
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <limits>
 #include <optional>
 
+#include "device.cuh"
 #include "packed.cuh"
 
 namespace peft_kernels {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
-
-// Returns the current stream from libtorch_cuda, which is looked up on first use, so that this file links against a
-// torch without CUDA.
-inline cudaStream_t current_stream(int device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  STD_TORCH_CHECK(get, "this torch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -45,9 +22,13 @@ inline int to_int(int64_t x, const char* name) {
   return static_cast<int>(x);
 }
 
+inline bool same_device(const Tensor& x, const Tensor& like) {
+  return on_device(x) && x.get_device_index() == like.get_device_index();
+}
+
 inline const float* parameter(const Tensor& x, const Tensor& like, std::initializer_list<int64_t> shape,
                               const char* name) {
-  bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.scalar_type() == ScalarType::Float &&
+  bool fits = same_device(x, like) && x.scalar_type() == ScalarType::Float &&
               x.dim() == static_cast<int64_t>(shape.size()) && x.is_contiguous();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = x.size(i) == shape.begin()[i];
   STD_TORCH_CHECK(fits, name, " must be a contiguous float32 tensor that fits the others, on their device");
@@ -57,8 +38,7 @@ inline const float* parameter(const Tensor& x, const Tensor& like, std::initiali
 inline Integers integers(const Tensor& x, const Tensor& like, const char* name) {
   const bool wide = x.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name,
-                  " must be on the device of the other tensors");
+  STD_TORCH_CHECK(same_device(x, like), name, " must be on the device of the other tensors");
   return {static_cast<const int*>(x.const_data_ptr()), x.stride(-1) * (wide ? 2 : 1)};
 }
 
@@ -68,21 +48,21 @@ inline Integers integers(const std::optional<Tensor>& x, const Tensor& like, int
   return integers(*x, like, name);
 }
 
+inline AdapterIds adapters_of(const std::optional<Tensor>& adapter_ids, const Tensor& like, int64_t batch,
+                              int64_t adapters) {
+  return {integers(adapter_ids, like, batch, "adapter_ids"), to_int(adapters, "K")};
+}
+
 inline bool aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
   return std::all_of(pointers.begin(), pointers.end(),
                      [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
          std::all_of(strides.begin(), strides.end(), [](int64_t bytes) { return bytes % 16 == 0; });
 }
 
-inline dim3 grid(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too large for one launch");
-  return dim3(static_cast<unsigned>(blocks));
-}
-
 // Calls f with a value of the storage type while x's device is current.
 template <class F>
 void dispatch(const Tensor& x, const char* name, const F& f) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return f(float{});

@@ -6,10 +6,20 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace peft_kernels {
 
 constexpr int kLanes = 32;
+constexpr unsigned kWarpMask = ~0u;  // all lanes
+
+template <class To, class From>
+__device__ To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
 
 // A vector of int32, or of the low words of int64, which hold -1 and every index. Null: all elements are 0.
 struct Integers {
@@ -17,6 +27,19 @@ struct Integers {
   int64_t stride;  // in 32-bit words
 
   __device__ int get(int64_t i) const { return data ? __ldg(data + i * stride) : 0; }
+};
+
+// Returns an index, or -1 if it is not in [0, end).
+__device__ inline int checked(int index, int end) {
+  return static_cast<unsigned>(index) < static_cast<unsigned>(end) ? index : -1;
+}
+
+// The adapter of every row. -1: none, which is also the meaning of values out of range.
+struct AdapterIds {
+  Integers ids;
+  int adapters;
+
+  __device__ int get(int64_t row) const { return checked(ids.get(row), adapters); }
 };
 
 // V elements in their storage format: 16 bytes, or one element if the row is not aligned.
@@ -46,7 +69,7 @@ struct PackedPairs {
     const unsigned words[] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 two = Widen()(reinterpret_cast<const Two&>(words[i]));
+      const float2 two = Widen()(bit_cast<Two>(words[i]));
       into[2 * i] = two.x, into[2 * i + 1] = two.y;
     }
   }
@@ -54,8 +77,7 @@ struct PackedPairs {
     unsigned words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Two two = Narrow()(x[2 * i], x[2 * i + 1]);
-      words[i] = reinterpret_cast<const unsigned&>(two);
+      words[i] = bit_cast<unsigned, Two>(Narrow()(x[2 * i], x[2 * i + 1]));
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
@@ -86,28 +108,39 @@ __device__ typename Packed<T, V>::Type load(const T* from) {
 // Loads data that is read once without an allocation in L1, which stays free for data that is read again.
 template <class T, int V>
 __device__ typename Packed<T, V>::Type load_once(const T* from) {
-  if constexpr (V == 1) {
-    return __ldg(from);
-  } else {
+#ifdef __CUDA_ARCH__
+  if constexpr (V > 1) {
     uint4 x;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                  : "l"(from));
-    return reinterpret_cast<const typename Packed<T, V>::Type&>(x);
+    return bit_cast<typename Packed<T, V>::Type>(x);
   }
+#endif
+  return load<T, V>(from);
 }
 
 template <class T, int V>
 __device__ void store(T* to, const float (&x)[V]) {
   const auto packed = Packed<T, V>::pack(x);
+#ifdef __CUDA_ARCH__
   if constexpr (sizeof(packed) == 16) {  // an assignment compiles to four stores
-    const uint4& words = reinterpret_cast<const uint4&>(packed);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
-                 "r"(words.w)
+    const auto words = bit_cast<uint4>(packed);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
                  : "memory");
-  } else {
-    *to = packed;
+    return;
   }
+#endif
+  *reinterpret_cast<typename Packed<T, V>::Type*>(to) = packed;
+}
+
+// Prefetches to L2.
+__device__ inline void prefetch(const void* from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
 }
 
 template <int V>
@@ -116,8 +149,10 @@ __device__ void load_floats(float (&into)[V], const float* from) {
     into[0] = __ldg(from);
   } else {
 #pragma unroll
-    for (int v = 0; v < V; v += 4)
-      *reinterpret_cast<float4*>(into + v) = __ldg(reinterpret_cast<const float4*>(from + v));
+    for (int v = 0; v < V; v += 4) {
+      const float4 x = __ldg(reinterpret_cast<const float4*>(from + v));
+      into[v] = x.x, into[v + 1] = x.y, into[v + 2] = x.z, into[v + 3] = x.w;
+    }
   }
 }
 

@@ -19,8 +19,7 @@ Ids ids(const Tensor& x, const Tensor& like, const char* name) {
 }
 
 Mask mask_of(const Tensor& x, const Tensor& like) {
-  const bool fits = x.is_cuda() && x.get_device_index() == like.get_device_index() && x.dim() == 2 &&
-                    x.size(0) == like.size(0) && x.size(1) == like.size(1);
+  const bool fits = same_device(x, like) && x.dim() == 2 && x.size(0) == like.size(0) && x.size(1) == like.size(1);
   STD_TORCH_CHECK(fits, "attention_mask must be (B, S), on the device of input_ids");
   const int bytes = static_cast<int>(x.element_size());
   const auto type = x.scalar_type();
@@ -33,9 +32,9 @@ Mask mask_of(const Tensor& x, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_ids,
                                  const std::optional<Tensor>& attention_mask, int64_t max_slots) {
-  STD_TORCH_CHECK(input_ids.is_cuda() && input_ids.dim() == 2 && special_ids.dim() == 1,
+  STD_TORCH_CHECK(on_device(input_ids) && input_ids.dim() == 2 && special_ids.dim() == 1,
                   "input_ids must be (B, S) and special_ids (n,)");
-  Search s{};
+  SlotsParams s{};
   s.batch = to_int(input_ids.size(0), "B");
   s.length = to_int(input_ids.size(1), "S");
   s.specials = to_int(special_ids.size(0), "n");
@@ -43,34 +42,32 @@ std::tuple<Tensor, Tensor> slots(const Tensor& input_ids, const Tensor& special_
   s.ids = ids(input_ids, input_ids, "input_ids");
   s.special = ids(special_ids, input_ids, "special_ids");
   if (attention_mask) s.mask = mask_of(*attention_mask, input_ids);
-  Tensor found = torch::stable::new_empty(input_ids, {s.batch, s.max_slots}, ScalarType::Int);
+  Tensor positions = torch::stable::new_empty(input_ids, {s.batch, s.max_slots}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(input_ids, {s.batch}, ScalarType::Int);
-  if (s.batch == 0) return {found, counts};
-  s.slots = static_cast<int*>(found.mutable_data_ptr());
+  if (s.batch == 0) return {positions, counts};
+  s.slots = static_cast<int*>(positions.mutable_data_ptr());
   s.counts = static_cast<int*>(counts.mutable_data_ptr());
-  const torch::stable::accelerator::DeviceGuard guard(input_ids.get_device_index());
-  special_token_slots<<<grid(divide_up(s.batch, kSlotWarps)), kSlotWarps * kLanes, 0,
-                        current_stream(input_ids.get_device_index())>>>(s);
-  check_cuda(cudaGetLastError(), "launch");
-  return {found, counts};
+  const int device = input_ids.get_device_index();
+  const DeviceGuard guard(device);
+  launch(special_token_slots_kernel, divide_up(s.batch, kSlotWarps), kSlotWarps * kLanes, device, s);
+  return {positions, counts};
 }
 
 template <class T, int V>
-void launch_add(Addition& a, int64_t items, int device) {
+void launch_add(AddParams& a, int64_t items, int device) {
   a.column_tiles = divide_up(a.injection.width, kAddThreads * V);
-  special_token_add<T, V><<<grid(items * a.column_tiles), kAddThreads, 0, current_stream(device)>>>(a);
-  check_cuda(cudaGetLastError(), "launch");
+  launch(special_token_add_kernel<T, V>, items * a.column_tiles, kAddThreads, device, a);
 }
 
 void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropout_p, const std::optional<Tensor>& seed,
          const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(hidden.is_cuda() && hidden.dim() == 3, "hidden must be (B, S, d)");
-  Addition a{};
+  STD_TORCH_CHECK(on_device(hidden) && hidden.dim() == 3, "hidden must be (B, S, d)");
+  AddParams a{};
   a.injection = injection_of(vectors, slots, adapter_ids, dropout_p, seed, hidden);
   a.batch_stride = hidden.stride(0);
   a.token_stride = hidden.stride(1);
   a.stride = hidden.stride(2);
-  const int64_t items = hidden.size(0) * a.injection.slots.each;
+  const int64_t items = hidden.size(0) * a.injection.slots.slots_per_row;
   if (items == 0 || hidden.numel() == 0) return;
   a.hidden = hidden.mutable_data_ptr();
   dispatch(hidden, "hidden", [&](auto element) {
@@ -84,39 +81,41 @@ void add(Tensor hidden, const Tensor& vectors, const Tensor& slots, double dropo
 }
 
 template <class T, int V>
-void launch_backward(VectorGradient& g, int device) {
+void launch_backward(AddBackwardParams& g, int device) {
   g.column_tiles = divide_up(g.width, kLanes * V);
-  const auto blocks = grid(int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.each, kSumWarps));
-  special_token_add_backward<T, V><<<blocks, kSumWarps * kLanes, 0, current_stream(device)>>>(g);
-  check_cuda(cudaGetLastError(), "launch");
+  const int64_t blocks =
+      int64_t(g.column_tiles) * divide_up(int64_t(g.parts) * g.adapters * g.vectors_per_adapter, kSumWarps);
+  launch(special_token_add_bwd_kernel<T, V>, blocks, kSumWarps * kLanes, device, g);
 }
 
-// Returns partial sums, (parts, K, P, d). The number of parts depends on sizes alone, and so does the order of the sum.
-Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors, bool by_slot,
-                double dropout_p, const std::optional<Tensor>& seed, const std::optional<Tensor>& adapter_ids) {
-  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
+// `length`: S, if grad has a row for every slot; otherwise it has one for every token. Returns partial sums, (parts, K,
+// P, d). The number of parts depends on sizes alone, and so does the order of the sum.
+Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64_t vectors,
+                std::optional<int64_t> length, double dropout_p, const std::optional<Tensor>& seed,
+                const std::optional<Tensor>& adapter_ids) {
+  STD_TORCH_CHECK(on_device(grad) && grad.dim() == 3 && (grad.stride(2) == 1 || grad.size(2) <= 1),
                   "grad must be (B, S, d) with dense rows");
   STD_TORCH_CHECK(vectors > 0 && (adapters == 1 || adapter_ids),
                   "adapter_ids must choose among the adapters, of at least one vector");
-  VectorGradient g{};
+  AddBackwardParams g{};
   g.grad = grad.const_data_ptr();
   g.batch_stride = grad.stride(0);
   g.token_stride = grad.stride(1);
   g.batch = to_int(grad.size(0), "B");
   g.width = to_int(grad.size(2), "d");
   g.adapters = to_int(adapters, "K");
-  g.each = to_int(vectors, "P");
-  g.slots = slots_of(slots, grad, g.batch);
-  STD_TORCH_CHECK(!by_slot || grad.size(1) == g.slots.each, "grad must have a row for every slot");
+  g.vectors_per_adapter = to_int(vectors, "P");
+  g.slots = slots_of(slots, grad, g.batch, length.value_or(grad.size(1)));
+  g.by_slot = length.has_value();
+  STD_TORCH_CHECK(!g.by_slot || grad.size(1) == g.slots.slots_per_row, "grad must have a row for every slot");
   g.adapter_ids = integers(adapter_ids, grad, g.batch, "adapter_ids");
   g.dropout = dropout_of(dropout_p, seed, grad);
-  g.by_slot = by_slot;
-  const int64_t addends = int64_t(g.batch) * std::max(1, g.slots.each - g.each + 1);
+  const int64_t addends = int64_t(g.batch) * std::max(1, g.slots.slots_per_row - g.vectors_per_adapter + 1);
   const int64_t blocks =
       adapters * vectors * divide_up(g.width, kLanes * 16 / static_cast<int64_t>(grad.element_size()));
-  const int64_t wanted = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)), 1,
-                                             std::max(g.batch, 1));
-  g.rows = std::max(1, divide_up(g.batch, wanted));
+  const int64_t target_parts = std::clamp<int64_t>(std::min(addends / kAddends, kBlocks / std::max<int64_t>(blocks, 1)),
+                                                   1, std::max(g.batch, 1));
+  g.rows = std::max(1, divide_up(g.batch, target_parts));
   g.parts = std::max(1, divide_up(g.batch, g.rows));
   to_int(int64_t(g.parts) * adapters * vectors, "K * P");
   Tensor partial = torch::stable::new_empty(grad, {g.parts, adapters, vectors, g.width}, ScalarType::Float);
@@ -131,7 +130,7 @@ Tensor backward(const Tensor& grad, const Tensor& slots, int64_t adapters, int64
   return partial;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels, DISPATCH_KEY, m) {
   m.impl("special_token_add_backward_cuda", TORCH_BOX(&backward));
   m.impl("special_token_add_cuda", TORCH_BOX(&add));
   m.impl("special_token_slots_cuda", TORCH_BOX(&slots));

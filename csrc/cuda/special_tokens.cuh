@@ -56,7 +56,7 @@ struct Mask {
   }
 };
 
-struct Search {
+struct SlotsParams {
   int* slots;   // (batch, max_slots)
   int* counts;  // (batch,)
   Ids ids, special;
@@ -64,26 +64,27 @@ struct Search {
   int batch, length, specials, max_slots;
 };
 
-struct Addition {
+struct AddParams {
   void* hidden;
   int64_t batch_stride, token_stride, stride;
   Injection injection;
   int column_tiles;
 };
 
-struct VectorGradient {
-  float* partial;    // (parts, adapters, each, width)
-  const void* grad;  // (batch, S, width), or (batch, slots.each, width) by slot
+struct AddBackwardParams {
+  float* partial;    // (parts, adapters, vectors_per_adapter, width)
+  const void* grad;  // (batch, S, width), or (batch, slots_per_row, width) by slot
   int64_t batch_stride, token_stride;
   Slots slots;
   Integers adapter_ids;
   Dropout dropout;
-  int batch, rows, adapters, each, width;  // rows: per part
+  int batch, rows, adapters, vectors_per_adapter, width;  // rows: per part
   int parts, column_tiles;
   bool by_slot;
 };
 
-__global__ void __launch_bounds__(kSlotWarps* kLanes) special_token_slots(const __grid_constant__ Search s) {
+__global__ void __launch_bounds__(kSlotWarps* kLanes)
+    special_token_slots_kernel(const __grid_constant__ SlotsParams s) {
   const int lane = threadIdx.x % kLanes;
   const int row = blockIdx.x * kSlotWarps + threadIdx.x / kLanes;
   if (row >= s.batch) return;
@@ -105,11 +106,11 @@ __global__ void __launch_bounds__(kSlotWarps* kLanes) special_token_slots(const 
 #pragma unroll
     for (int i = 0; i < kIdsInFlight; ++i) {
       const int position = start + i * kLanes + lane;
-      const bool found = special[i] && position < s.length && (!s.mask.data || s.mask.get(row, position));
-      const unsigned all = __ballot_sync(kWarp, found);
-      const int slot = count + __popc(all & ((1u << lane) - 1));
-      if (found && slot < s.max_slots) slots[slot] = position;
-      count += __popc(all);
+      const bool counts = special[i] && position < s.length && (!s.mask.data || s.mask.get(row, position));
+      const unsigned ballot = __ballot_sync(kWarpMask, counts);
+      const int slot = count + __popc(ballot & ((1u << lane) - 1));
+      if (counts && slot < s.max_slots) slots[slot] = position;
+      count += __popc(ballot);
     }
   }
   for (int slot = count + lane; slot < s.max_slots; slot += kLanes) slots[slot] = -1;
@@ -117,11 +118,11 @@ __global__ void __launch_bounds__(kSlotWarps* kLanes) special_token_slots(const 
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kAddThreads) special_token_add(const __grid_constant__ Addition a) {
+__global__ void __launch_bounds__(kAddThreads) special_token_add_kernel(const __grid_constant__ AddParams a) {
   const Injection& injection = a.injection;
   const int item = blockIdx.x / a.column_tiles;
-  const int row = item / injection.slots.each, slot = item % injection.slots.each;
-  const int position = injection.slots.get(row, slot), adapter = injection.adapters.get(row);
+  const int row = item / injection.slots.slots_per_row, slot = item % injection.slots.slots_per_row;
+  const int position = injection.slots.get(row, slot), adapter = injection.adapter_ids.get(row);
   const int column = (blockIdx.x % a.column_tiles * kAddThreads + threadIdx.x) * V;
   if (position < 0 || adapter < 0 || column >= injection.width) return;
   T* at = static_cast<T*>(a.hidden) + row * a.batch_stride + position * a.token_stride + column * a.stride;
@@ -133,25 +134,27 @@ __global__ void __launch_bounds__(kAddThreads) special_token_add(const __grid_co
 
 template <class T, int V>
 __global__ void __launch_bounds__(kSumWarps* kLanes)
-    special_token_add_backward(const __grid_constant__ VectorGradient g) {
+    special_token_add_bwd_kernel(const __grid_constant__ AddBackwardParams g) {
   using Addend = typename Packed<T, V>::Type;
   const int lane = threadIdx.x % kLanes;
-  const int item =
-      blockIdx.x / g.column_tiles * kSumWarps + threadIdx.x / kLanes;  // index into (parts, adapters, each)
-  if (item >= g.parts * g.adapters * g.each) return;
+  const int item = blockIdx.x / g.column_tiles * kSumWarps +
+                   threadIdx.x / kLanes;  // index into (parts, adapters, vectors_per_adapter)
+  if (item >= g.parts * g.adapters * g.vectors_per_adapter) return;
   const int column = (blockIdx.x % g.column_tiles * kLanes + lane) * V;
   const bool inside = column < g.width;
-  const int vector = item % g.each, adapter = item / g.each % g.adapters;
-  const int begin = item / g.each / g.adapters * g.rows;
+  const int vector = item % g.vectors_per_adapter, adapter = item / g.vectors_per_adapter % g.adapters;
+  const int begin = item / g.vectors_per_adapter / g.adapters * g.rows;
   // The last vector also serves all later slots.
-  const int slots = vector >= g.slots.each ? 0 : vector == g.each - 1 ? g.slots.each - vector : 1;
+  const int slots = vector >= g.slots.slots_per_row       ? 0
+                    : vector == g.vectors_per_adapter - 1 ? g.slots.slots_per_row - vector
+                                                          : 1;
   const int64_t addends = int64_t(min(begin + g.rows, g.batch) - begin) * slots;
   const T* grad = static_cast<const T*>(g.grad) + column;
 
   float sum[V] = {};
   for (int64_t start = 0; start < addends; start += kLanes) {
     int row = 0, slot = 0;
-    int64_t source = -1;  // each lane: offset of the addend of one row and slot
+    int64_t source = -1;  // of this lane: offset of the addend of one row and slot
     if (start + lane < addends) {
       row = begin + static_cast<int>((start + lane) / slots);
       slot = vector + static_cast<int>((start + lane) % slots);
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(kSumWarps* kLanes)
       if (position >= 0 && g.adapter_ids.get(row) == adapter)
         source = row * g.batch_stride + (g.by_slot ? slot : position) * g.token_stride;
     }
-    for (unsigned left = __ballot_sync(kWarp, source >= 0); left;) {
+    for (unsigned left = __ballot_sync(kWarpMask, source >= 0); left;) {
       Addend addends_of[kAddendsInFlight];
       unsigned kept[kAddendsInFlight];
 #pragma unroll
@@ -169,10 +172,10 @@ __global__ void __launch_bounds__(kSumWarps* kLanes)
         if (left) {
           const int from = __ffs(static_cast<int>(left)) - 1;
           left &= left - 1;
-          const int64_t at = __shfl_sync(kWarp, source, from);
+          const int64_t at = __shfl_sync(kWarpMask, source, from);
           if (inside) addends_of[i] = load<T, V>(grad + at);
           if (g.dropout.seed) {
-            const int of_slot = __shfl_sync(kWarp, slot, from), of_row = __shfl_sync(kWarp, row, from);
+            const int of_slot = __shfl_sync(kWarpMask, slot, from), of_row = __shfl_sync(kWarpMask, row, from);
             kept[i] = 0;
 #pragma unroll 1
             for (int v = 0; v < V; ++v) kept[i] |= unsigned{g.dropout.keeps(column + v, of_slot, of_row)} << v;

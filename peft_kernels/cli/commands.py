@@ -19,7 +19,7 @@ from ..version import __version__
 OPERATORS = Path(__file__).parents[1] / "ops"
 LARGEST = 1 << 20  # largest number accepted on the command line: anything above is a typing error
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 class Dtype(str, Enum):
@@ -126,7 +126,7 @@ def demo(
     PiE: every prompt is encoded with the text, stock generate. PiD repeated: encoded once, encoder outputs repeated per
     prompt, stock generate. Ours: pid.enable and pid.generate, every input's keys and values computed and kept once.
     """
-    from ..perf.workloads import chosen, dialogues
+    from ..perf.workloads import dialogues, texts_of
 
     _check(device)
     if data is not None and (input is not None or prompts is not None):
@@ -141,7 +141,9 @@ def demo(
             if name is not None:
                 folder_or_hub_id(name, option)
         texts = (
-            chosen(input, prompts) if data is None else dialogues(data, 16 if limit is None else limit, batch_size or 8)
+            texts_of(input, prompts)
+            if data is None
+            else dialogues(data, 16 if limit is None else limit, batch_size or 8)
         )
         writable_folder(out)
         if model is not None:
@@ -198,19 +200,19 @@ def bench(
     console = Console()
     with _refusing():
         for name in operators or []:
-            if name not in (known := _operator_names()):
-                raise ValueError(f"expected an operator, one of {', '.join(known)}; got {name!r}")
+            if name not in (names := _operator_names()):
+                raise ValueError(f"expected an operator, one of {', '.join(names)}; got {name!r}")
         if out is not None:
             writable_folder(out)
 
     from ..perf.bench.command import asked, run
-    from ..perf.bench.revision import found
+    from ..perf.bench.revision import checkout_of
     from ..perf.results import default_folder
 
     with _refusing():
         cases = asked(operators or [], [d.value for d in dtype or []], shapes or [], phase.value, quick, console)
         out = out or writable_folder(default_folder(device.value))
-        checkout = None if against is None else found(against)
+        checkout = None if against is None else checkout_of(against)
     raise typer.Exit(0 if run(cases, device.value, repeats, quick, out, console, checkout) else 1)
 
 
@@ -255,16 +257,16 @@ def tune(
         Path | None,
         typer.Option(help="Write here, not where launches read; what is there of other kernels stays.", dir_okay=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the nearest neighbours of the shipped options.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the nearest neighbours of the default configs.")] = False,
 ):
-    """Measure the launch options of the Triton kernels on this GPU, and keep those that are at least 3 % faster than
-    the shipped ones.
+    """Measure launch configs of the Triton kernels on this GPU, and keep those that are at least 3 % faster than the
+    default configs.
 
-    Block sizes, warps and stages are tried around the shipped table, checked against its results, and timed side by
-    side as CUDA graphs. What is faster goes into a JSON file that later processes read at their first launch: in
+    Block sizes, warps and stages are tried around each default config, checked against its results, and timed side by
+    side as CUDA graphs. The faster configs go into a JSON file that later processes read at their first launch: in
     PEFT_KERNELS_CACHE, XDG_CACHE_HOME/peft_kernels or ~/.cache/peft_kernels, for this GPU, this version of Triton and
-    of peft_kernels. PEFT_KERNELS_TUNED=0 turns it off, `info` says what is in use. Sums may be added in another order
-    than with the shipped options. Nothing is ever tuned at a call.
+    of peft_kernels. PEFT_KERNELS_TUNED=0 turns it off, `info` says which configs are in use. Sums may be added in
+    another order than with the default configs. Nothing is ever tuned at a call.
 
     The kernels in CUDA C++, which "auto" takes where they are built, have their launch constants compiled in and are
     not tuned.
@@ -277,7 +279,8 @@ def tune(
 
     from ..perf.tune.search import run
 
-    run([one.value for one in operators or ()], [getattr(torch, one.value) for one in dtype], out, quick, Console())
+    names, dtypes = [operator.value for operator in operators or ()], [getattr(torch, d.value) for d in dtype]
+    run(names, dtypes, out, quick, Console())
 
 
 class Method(str, Enum):

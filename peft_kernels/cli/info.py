@@ -34,7 +34,7 @@ def _facts(footnotes: dict[str, int]) -> Table:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     table.add_row("versions", ", ".join(f"{package} {version}" for package, version in versions().items()))
-    problems = {"C++ kernels": native_library.problem(), "CUDA kernels": cuda_library.problem()}
+    problems = {"C++ kernels": native_library.load_error(), "CUDA kernels": cuda_library.error()}
     built = {
         name: "built" if reason is None else f"[yellow]no[/yellow] {_number(reason, footnotes)}"
         for name, reason in problems.items()
@@ -45,11 +45,11 @@ def _facts(footnotes: dict[str, int]) -> Table:
         f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,"
         f" {torch.backends.cpu.get_cpu_capability()}",
     )
-    for what in gpus() or ["none that torch sees"]:
-        table.add_row("gpu", what)
+    for gpu in gpus() or ["none that torch sees"]:
+        table.add_row("gpu", gpu)
     launches = torch.cuda.is_available() and triton_runtime.INSTALLED
     operators: dict[str, list[str]] = {}
-    for operator, config in launch_options(
+    for operator, config in launch_configs(
         torch.device("cuda", torch.cuda.current_device()) if launches else None
     ).items():
         operators.setdefault(config, []).append(operator)
@@ -61,15 +61,15 @@ def _facts(footnotes: dict[str, int]) -> Table:
     return table
 
 
-def launch_options(device: torch.device | None) -> dict[str, str]:
+def launch_configs(device: torch.device | None) -> dict[str, str]:
     """operator -> where its launches on this GPU take their configs: the default ones, or tuned ones and for how many
     rows. Empty without a GPU.
     """
     if device is None:
         return {}
-    entries, otherwise = [], "shipped"
+    entries, otherwise = [], "default"
     if not tuned.enabled():
-        otherwise = "shipped, because PEFT_KERNELS_TUNED is 0"
+        otherwise = "default, because PEFT_KERNELS_TUNED is 0"
     else:
         path = tuned.cache_file(device)
         try:
@@ -77,12 +77,12 @@ def launch_options(device: torch.device | None) -> dict[str, str]:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            otherwise = f"shipped, [yellow]because the tuned ones cannot be used[/yellow]: {escape(str(error))}"
-    found = dict.fromkeys(tuned.kernels(), otherwise)
+            otherwise = f"default, [yellow]because the tuned ones cannot be used[/yellow]: {escape(str(error))}"
+    configs = dict.fromkeys(tuned.kernels(), otherwise)
     for operator in tuned.kernels():
         if dates := [entry.date for entry in entries if entry.site.operator == operator]:
-            found[operator] = f"[green]tuned[/green] on {max(dates)[:10]}, rows: {len(dates)}, {escape(str(path))}"
-    return found
+            configs[operator] = f"[green]tuned[/green] on {max(dates)[:10]}, rows: {len(dates)}, {escape(str(path))}"
+    return configs
 
 
 def device_types() -> list[str]:

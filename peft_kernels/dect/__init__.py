@@ -1,6 +1,4 @@
-"""Decoder tuning (DecT, arXiv 2212.08408): a classifier on a frozen model's outputs at one mask, trained in
-milliseconds.
-"""
+"""Decoder tuning (DecT, arXiv 2212.08408): a classifier on a frozen model's outputs at one mask."""
 
 from ..hf.extra import needed_by
 

@@ -13,8 +13,8 @@ from ..hf.fingerprint import digest_of
 
 NAME = "peft_kernels.dect features"
 FORMAT = f"{NAME} 2"
-# the start of our files behind the first eight bytes, in the current format and in the previous one
-BEGINNINGS = (f'{{"__metadata__":{{"{NAME}', f'{{"__metadata__":{{"format":"{NAME}')
+# the start of a cache behind its first eight bytes, in the current and the previous format
+PREFIXES = (f'{{"__metadata__":{{"{NAME}', f'{{"__metadata__":{{"format":"{NAME}')
 logger = logging.get_logger(__name__)
 
 
@@ -27,7 +27,7 @@ class FeatureFile:
 
     def __init__(self, path: str | Path, key: str):
         self.path, self.key = Path(path), key
-        if self.path.exists() and not (self.path.is_file() and self._ours()):
+        if self.path.exists() and not (self.path.is_file() and self._is_cache()):
             raise ValueError(
                 f"DecT: cache must be a new file or one that extract has written, got {str(path)!r}, which holds"
                 " something else"
@@ -39,15 +39,15 @@ class FeatureFile:
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
-            if about.get("key") != self.key:
+                header = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+            if header.get("key") != self.key:
                 return None
             tensors = load_file(self.path)
-            if digest_of(tensors) == about["digest"]:
+            if digest_of(tensors) == header["digest"]:
                 return tensors
         except (SafetensorError, ValueError, KeyError, AttributeError):
             pass
-        logger.warning(f"DecT: {self.path} is damaged; its features are made again")
+        logger.warning(f"DecT: {self.path} is damaged; its features are computed again")
         return None
 
     def check_writable(self) -> None:
@@ -55,12 +55,11 @@ class FeatureFile:
 
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Write the finished rows atomically."""
-        about = json.dumps({"key": self.key, "digest": digest_of(tensors)})
-        durable.replace(self.path, lambda part: save_file(tensors, part, metadata={FORMAT: about}))
+        header = json.dumps({"key": self.key, "digest": digest_of(tensors)})
+        durable.replace(self.path, lambda part: save_file(tensors, part, metadata={FORMAT: header}))
 
-    def _ours(self) -> bool:
+    def _is_cache(self) -> bool:
+        """Whether the file is empty or begins as a cache does, perhaps cut short."""
         with self.path.open("rb") as file:
-            found = file.read(100)
-        return (
-            not found or len(found) > 8 and any(found[8:].startswith(x[: len(found) - 8].encode()) for x in BEGINNINGS)
-        )
+            size, start = file.read(8), file.read(92)
+        return not size or bool(start) and any(start.startswith(x[: len(start)].encode()) for x in PREFIXES)

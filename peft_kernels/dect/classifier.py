@@ -17,9 +17,9 @@ from .estimator import (
     NotFittedError,
     Values,
     array_of,
+    check_number,
     labels_of,
     matrix_of,
-    number,
     row_weights,
     same_features,
     vector_of,
@@ -69,12 +69,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         seed: int = 0,
     ) -> None:
         self.dim, self.lr, self.epochs, self.score_weight, self.seed = dim, lr, epochs, score_weight, seed
-        self.calibration, self.empty_scores, self.classes, self.class_weight = (
-            calibration,
-            empty_scores,
-            classes,
-            class_weight,
-        )
+        self.calibration, self.empty_scores = calibration, empty_scores
+        self.classes, self.class_weight = classes, class_weight
 
     def fit(
         self, features: Values, y: Values, scores: Values | None = None, sample_weight: Values | None = None
@@ -95,9 +91,9 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"DecoderTuning: calibration must be one of {list(CALIBRATIONS)}, got {self.calibration!r}"
             )
-        number("dim", self.dim, 1, whole=True)
-        number("epochs", self.epochs, 0, whole=True)
-        number("lr", self.lr, 0)
+        check_number("dim", self.dim, 1, integer=True)
+        check_number("epochs", self.epochs, 0, integer=True)
+        check_number("lr", self.lr, 0)
         table, features = features, matrix_of("features", features)
         if not len(features):
             raise ValueError(
@@ -113,8 +109,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         same_features(self, table, features, reset=True)
         weights = None if sample_weight is None else row_weights(sample_weight, len(features))
         if weights is not None and not weights.all():
-            kept = np.flatnonzero(weights)
-            labels, weights, rows = labels[kept], weights[kept], torch.from_numpy(kept).to(features.device)
+            nonzero = np.flatnonzero(weights)
+            labels, weights, rows = labels[nonzero], weights[nonzero], torch.from_numpy(nonzero).to(features.device)
             features, scores = features[rows], None if scores is None else scores[rows]
         self.classes_ = self._classes(labels, scores)
         indices = self._indices(labels)
@@ -127,8 +123,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
         texts = len(features) if weights is None else float(weights.sum())
         self.score_weight_ = len(self.classes_) / texts if self.score_weight is None else float(self.score_weight)
         if self.class_weight is not None:
-            of_class = self._class_weights(np.bincount(indices, weights, len(self.classes_)))
-            weights = of_class[indices] if weights is None else weights * of_class[indices]
+            class_weights = self._class_weights(np.bincount(indices, weights, len(self.classes_)))
+            weights = class_weights[indices] if weights is None else weights * class_weights[indices]
         self.head_, self.losses_ = train(
             features,
             torch.from_numpy(indices).to(features.device),
@@ -161,10 +157,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
                 f" (shape={tuple(features.shape)})"
             )
         if (scores is not None) != self.takes_scores_:
-            raise ValueError(
-                f"DecoderTuning: fit was called {'with' if self.takes_scores_ else 'without'} scores, and so must be"
-                " this"
-            )
+            mode = "with" if self.takes_scores_ else "without"
+            raise ValueError(f"DecoderTuning: fit was called {mode} scores, so predictions must be {mode} scores too")
         scores = scores if scores is None else matrix_of("scores", scores).to(device)
         return self.head_(features, self._calibrated(scores, len(features)), self.score_weight_)
 
@@ -178,8 +172,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
 
     def predict(self, features: Values, scores: Values | None = None) -> np.ndarray:
         """The predicted classes, (N,), from ``classes_``."""
-        best = self.logits(features, scores).argmax(1).cpu().numpy()
-        return self.classes_[best]
+        indices = self.logits(features, scores).argmax(1).cpu().numpy()
+        return self.classes_[indices]
 
     def predict_proba(self, features: Values, scores: Values | None = None) -> np.ndarray:
         """The softmax of the logits, (N, C) float32."""
@@ -190,8 +184,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
     ) -> float:
         """The accuracy of the predictions for ``features`` against ``y``."""
         predicted = self.predict(features, scores)
-        right = predicted == labels_of(y, len(predicted))
-        return float(np.average(right, weights=None if sample_weight is None else array_of(sample_weight)))
+        correct = predicted == labels_of(y, len(predicted))
+        return float(np.average(correct, weights=None if sample_weight is None else array_of(sample_weight)))
 
     def save(self, path: str | Path) -> None:
         """Write the fitted classifier to one safetensors file.
@@ -216,11 +210,8 @@ class DecoderTuning(ClassifierMixin, BaseEstimator):
             "score_weight": self.score_weight_,
         }
         try:
-            metadata = {
-                "format": FORMAT,
-                "parameters": json.dumps(parameters, default=_number),
-                "fitted": json.dumps(fitted),
-            }
+            text = json.dumps(parameters, default=_number)
+            metadata = {"format": FORMAT, "parameters": text, "fitted": json.dumps(fitted)}
         except TypeError as error:
             raise TypeError(
                 f"DecoderTuning: parameters and classes must be numbers or strings to be saved: {error}"
@@ -314,4 +305,4 @@ def _number(x):
     """``x`` as a Python number or list; a search over numpy arrays sets numpy numbers as parameters."""
     if isinstance(x, np.generic | np.ndarray | Tensor):
         return x.tolist()
-    raise TypeError(f"{type(x).__name__} {x!r} is neither")
+    raise TypeError(f"got {type(x).__name__} {x!r}")

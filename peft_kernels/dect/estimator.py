@@ -1,6 +1,4 @@
-"""Support for scikit-learn's estimator interface: its base classes if it is installed, and conversion of arrays to
-tensors.
-"""
+"""Support for scikit-learn's estimator interface: its base classes if installed, and conversion of arrays."""
 
 import inspect
 import warnings
@@ -61,8 +59,8 @@ def matrix_of(name: str, x) -> Tensor:
     """``x`` as a finite (N, M) tensor.
 
     Raises:
-        ValueError: it is not two-dimensional, has no columns, or has a value that is not finite. TypeError: it is
-            sparse.
+        ValueError: it is not two-dimensional, has no columns, or has a value that is not finite.
+        TypeError: it is sparse.
     """
     if hasattr(x, "tocsr") or isinstance(x, Tensor) and x.layout != torch.strided:
         raise TypeError(f"DecoderTuning: {name} must be a dense matrix, got sparse data; use .toarray()")
@@ -91,9 +89,8 @@ def same_features(estimator, features, x: Tensor, reset: bool) -> None:
             f" {x.shape[1]} features, but DecoderTuning is expecting {estimator.n_features_in_} features as input"
         )
     if validate_data is not None:
-        validate_data(
-            estimator, features if hasattr(features, "columns") else x.cpu().numpy(), reset=reset, skip_check_array=True
-        )
+        table = features if hasattr(features, "columns") else x.cpu().numpy()
+        validate_data(estimator, table, reset=reset, skip_check_array=True)
 
 
 def labels_of(labels, rows: int) -> np.ndarray:
@@ -139,8 +136,9 @@ def row_weights(sample_weight, rows: int) -> np.ndarray:
     return weights
 
 
-def number(name: str, value, least: float, whole: bool = False) -> None:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real) or (whole and not hasattr(value, "__index__")):
-        raise ValueError(f"DecoderTuning: {name} must be {'an integer' if whole else 'a number'}, got {value!r}")
-    if not value >= least:
-        raise ValueError(f"DecoderTuning: {name} must be at least {least}, got {value}")
+def check_number(name: str, value, minimum: float, integer: bool = False) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+    if not is_number or (integer and not hasattr(value, "__index__")):
+        raise ValueError(f"DecoderTuning: {name} must be {'an integer' if integer else 'a number'}, got {value!r}")
+    if not value >= minimum:
+        raise ValueError(f"DecoderTuning: {name} must be at least {minimum}, got {value}")

@@ -1,6 +1,4 @@
-"""Extraction of the hidden state at the mask and the logits of the label words, by one forward of a frozen model per
-text.
-"""
+"""Extraction of the hidden state at the mask and the logits of the label words, one forward per text."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..hf.fingerprint import fingerprint
-from ..hf.frozen import evaluating, frozen_model, max_length_of, strings, whole
+from ..hf.frozen import eval_mode, frozen_model, integer, max_length_of, strings
 from ..hf.peft_method import is_causal, is_encoder_decoder
 from .cache import FeatureFile
 from .mask_row import MaskRow
@@ -82,37 +80,35 @@ def extract(
     """
     pretrained = frozen_model("DecT", model)
     texts = strings("DecT", "texts", texts)
-    batch_size = whole("DecT", "batch_size", batch_size, 1)
-    filled = template_for(pretrained, tokenizer, template, max_length)
-    label_ids = None if label_words is None else filled.label_ids(label_words)
-    row = MaskRow(pretrained, label_ids, decoder_ids_for(pretrained, filled))
-    encoded = filled.encode([*texts, ""])
+    batch_size = integer("DecT", "batch_size", batch_size, 1)
+    parsed = template_for(pretrained, tokenizer, template, max_length)
+    label_ids = None if label_words is None else parsed.label_ids(label_words)
+    row = MaskRow(pretrained, label_ids, decoder_ids_for(pretrained, parsed))
+    encoded = parsed.encode([*texts, ""])
     # the empty text first, then the longest texts, so that running out of memory shows early
     order = [len(texts), *sorted(range(len(texts)), key=lambda i: -len(encoded[i].input_ids))]
     file = None
     if cache is not None:
-        inputs = {
-            "label_ids": label_ids,
-            "decoder_ids": row.decoder_ids,
-            "rows": [(e.input_ids, e.position) for e in encoded],
-        }
-        file = FeatureFile(cache, fingerprint(row.runs, row.base, inputs))
-    found = _run(pretrained, row, [encoded[i] for i in order], batch_size, padding_id(tokenizer), file)
-    places = torch.tensor(order).argsort()
-    features, scores = found["features"][places], found.get("scores")
+        rows = [(e.input_ids, e.position) for e in encoded]
+        inputs = {"label_ids": label_ids, "decoder_ids": row.decoder_ids, "rows": rows}
+        file = FeatureFile(cache, fingerprint(row.module, row.base, inputs))
+    tensors = _run(pretrained, row, [encoded[i] for i in order], batch_size, padding_id(tokenizer), file)
+    original_order = torch.tensor(order).argsort()
+    features, scores = tensors["features"][original_order], tensors.get("scores")
     if scores is None:
         return Extraction(features[:-1].clone(), None, None)
-    scores = scores[places]
+    scores = scores[original_order]
     return Extraction(features[:-1].clone(), scores[:-1].clone(), scores[-1].clone())
 
 
 def template_for(model, tokenizer, template: str, max_length: int | None) -> Template:
     if is_encoder_decoder(model) and T5_MASK not in tokenizer.get_vocab():
         raise ValueError(
-            f"DecT: encoder-decoder models are read as T5 is, but {type(tokenizer).__name__} has no {T5_MASK}"
+            f"DecT: the tokenizer of an encoder-decoder model must have T5's mask, but {type(tokenizer).__name__} has"
+            f" no {T5_MASK}"
         )
-    most = max_length_of(model, tokenizer, 512) if max_length is None else whole("DecT", "max_length", max_length, 1)
-    return Template(template, tokenizer, most, causal=is_causal(model))
+    limit = max_length_of(model, tokenizer, 512) if max_length is None else integer("DecT", "max_length", max_length, 1)
+    return Template(template, tokenizer, limit, causal=is_causal(model))
 
 
 def decoder_ids_for(model, template: Template) -> list[int] | None:
@@ -128,57 +124,58 @@ def padding_id(tokenizer) -> int:
 
 def padded(rows: Sequence[Encoded], pad: int, device=None) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask, (B, S), padded on the right, so that causal models need no position ids, and positions (B,)."""
-    longest = max(len(row.input_ids) for row in rows)
-    ids = torch.tensor([row.input_ids + [pad] * (longest - len(row.input_ids)) for row in rows], device=device)
-    mask = torch.tensor(
-        [[1] * len(row.input_ids) + [0] * (longest - len(row.input_ids)) for row in rows], device=device
-    )
-    return ids, mask, torch.tensor([row.position for row in rows], device=device)
+    lengths = [len(row.input_ids) for row in rows]
+    longest = max(lengths)
+    ids = [row.input_ids + [pad] * (longest - n) for row, n in zip(rows, lengths)]
+    mask = [[1] * n + [0] * (longest - n) for n in lengths]
+    positions = torch.tensor([row.position for row in rows], device=device)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device), positions
 
 
 def _run(
     model, row: MaskRow, encoded: list[Encoded], batch_size: int, pad: int, file: FeatureFile | None
 ) -> dict[str, Tensor]:
-    """Features (N, H) and, with label words, scores (N, C) of ``encoded``, the empty text first; rows in ``file`` are
-    not recomputed.
+    """Features (N, H) and, with label words, scores (N, C) of ``encoded``, the empty text first.
+
+    Rows that ``file`` has are not computed again.
     """
-    found = file.read() if file else None
-    rows = [] if found is None else [found]
-    done = saved = sum(len(x["features"]) for x in rows)
+    finished = file.read() if file else None
+    batches = [] if finished is None else [finished]
+    done = saved = sum(len(x["features"]) for x in batches)
     if file and done < len(encoded):
         file.check_writable()
 
     # accelerate's hooks fetch offloaded weights and move the inputs
     device = None if model.device.type == "meta" else model.device
 
-    def together():
-        return {name: torch.cat([x[name] for x in rows]) for name in rows[0]}
+    def concatenated():
+        return {name: torch.cat([x[name] for x in batches]) for name in batches[0]}
 
     def save():
         nonlocal saved
-        file.write(together())
+        file.write(concatenated())
         saved = done
 
     with (
-        evaluating(model),
+        eval_mode(model),
         logging.tqdm(total=len(encoded) - 1, initial=max(0, done - 1), desc="features", unit=" texts") as progress,
     ):
-        due = time.monotonic() + SAVE_SECONDS
+        next_save = time.monotonic() + SAVE_SECONDS
         try:
             while done < len(encoded):
                 batch = encoded[done : done + batch_size] if done else encoded[:1]
                 x, s = row(*padded(batch, pad, device))
-                rows.append({"features": x.cpu()} if s is None else {"features": x.cpu(), "scores": s.cpu()})
+                batches.append({"features": x.cpu()} if s is None else {"features": x.cpu(), "scores": s.cpu()})
                 done += len(batch)
                 progress.update(len(batch) if done > 1 else 0)
-                if file and (start := time.monotonic()) >= due:
+                if file and (start := time.monotonic()) >= next_save:
                     save()
-                    due = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - start))
+                    next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - start))
         except BaseException:
             if file and done > saved:
-                with suppress(Exception):  # raise the error that stopped the run, not this one
+                with suppress(Exception):  # raise the error that stopped the run, not that of the save
                     save()
             raise
     if file and done > saved:
         save()
-    return together()
+    return concatenated()

@@ -14,6 +14,8 @@ CALIBRATIONS = ("official", "logprob", "none")
 
 @dataclass(frozen=True)
 class Head:
+    """The parameters of a trained classifier."""
+
     projection: Tensor  # (D, H)
     prototypes: Tensor  # (C, D)
     radius: Tensor  # (C,)
@@ -50,12 +52,12 @@ def train(
     seed: int,
     weights: Tensor | None = None,
 ) -> tuple[Head, Tensor]:
-    """Train a head by Adam on all of ``features`` (N, H) and ``labels`` (N,) in every epoch; returns it and the losses,
-    (epochs,).
+    """Train a head by Adam on all of ``features`` (N, H) and ``labels`` (N,) in every epoch.
 
-    A loss is that before its step. The gradient takes two matmuls and one pass over the projected rows, without
-    autograd. The projection is stored transposed, as (H, D): with few texts the first matmul is then twice as fast.
-    With ``weights`` (N,), whose sum is 1, the loss is a weighted mean, and autograd computes its gradient.
+    Returns the head and the loss before each step, (epochs,). The gradient takes two matmuls and one pass over the
+    projected rows, without autograd. The projection is stored transposed, as (H, D): with few texts the first matmul is
+    then twice as fast. With ``weights`` (N,), whose sum is 1, the loss is a weighted mean, and autograd computes its
+    gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     width, device = features.shape[1], features.device
@@ -66,9 +68,8 @@ def train(
     projection = uniform(width**-0.5, dim, width).T.contiguous()  # [H, D], as nn.Linear starts
     prototypes = uniform((6 / (classes + dim)) ** 0.5, classes, dim)  # Xavier
     projected = features @ projection  # [N, D]
-    radius = torch.stack(
-        [_spread(projected[labels == k], None if weights is None else weights[labels == k]) for k in range(classes)]
-    )
+    members = [labels == k for k in range(classes)]
+    radius = torch.stack([_spread(projected[m], None if weights is None else weights[m]) for m in members])
     grad_projection, losses = torch.empty_like(projection), []
     optimizer = Adam([projection, radius], lr)
     objective = prototype_objective(prototypes, scores, labels, weight=score_weight)

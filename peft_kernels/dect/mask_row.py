@@ -15,13 +15,11 @@ from ..ops import label_logits
 
 @dataclass(eq=False)
 class _Call:
-    """State of one forward: the wanted position of each text, (B,), the sequence length, and the hidden states there,
-    (B, H).
-    """
+    """State of one forward."""
 
-    positions: Tensor
-    length: int
-    rows: list[Tensor] = field(default_factory=list)
+    positions: Tensor  # [B], the mask of each text
+    length: int  # of the sequence
+    rows: list[Tensor] = field(default_factory=list)  # the hidden states there, [B, H], once per run of the base
 
 
 class MaskRow:
@@ -43,21 +41,21 @@ class MaskRow:
     def __init__(self, model, label_ids: list[list[int]] | None = None, decoder_ids: list[int] | None = None):
         self.model, self.decoder_ids = model, decoder_ids
         self.base = model.get_decoder() if is_encoder_decoder(model) else model.base_model
-        self.runs = model if label_ids is not None or is_encoder_decoder(model) else self.base
-        self.options = {"use_cache": False} if "use_cache" in inspect.signature(self.runs.forward).parameters else {}
-        self.takes_columns: bool | None = None  # not yet tried
+        self.module = model if label_ids is not None or is_encoder_decoder(model) else self.base
+        self.options = {"use_cache": False} if "use_cache" in inspect.signature(self.module.forward).parameters else {}
+        self.takes_columns: bool | None = None  # None: not tried yet
         self.call = CallState()
-        self.columns = self.places = None
+        self.columns = self.word_columns = None
         if label_ids is None:
             return
         if model.get_output_embeddings() is None:
             raise ValueError(
-                f"DecT: {type(model).__name__} has no language model's head, so it gives no scores; label_words=None"
-                " does without"
+                f"DecT: {type(model).__name__} has no language model head, so label_words must be None: there are no"
+                " scores"
             )
         ids = torch.tensor(label_ids)
-        self.columns, places = ids[ids >= 0].unique(return_inverse=True)  # [M]
-        self.places = torch.full_like(ids, -1).masked_scatter(ids >= 0, places)  # [C, w], in columns
+        self.columns, indices = ids[ids >= 0].unique(return_inverse=True)  # [M]
+        self.word_columns = torch.full_like(ids, -1).masked_scatter(ids >= 0, indices)  # [C, w], indices into columns
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -67,13 +65,12 @@ class MaskRow:
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self.options}
         if self.decoder_ids is not None:
-            inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids], device=input_ids.device).expand(
-                len(input_ids), -1
-            )
+            ids = torch.tensor([self.decoder_ids], device=input_ids.device)
+            inputs["decoder_input_ids"] = ids.expand(len(input_ids), -1)
             positions = torch.full_like(positions, len(self.decoder_ids) - 1)
         if self.columns is None:
             return self._run(inputs, positions)[0].float(), None
-        columns, places = self.columns.to(input_ids.device), self.places.to(input_ids.device)
+        columns, word_columns = self.columns.to(input_ids.device), self.word_columns.to(input_ids.device)
         if self.takes_columns is None:
             first = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
             self.takes_columns = self._try_columns(first, positions[:1], columns)
@@ -82,39 +79,38 @@ class MaskRow:
         else:
             row, logits = self._run(inputs, positions)
             words = logits[:, columns]
-        of_classes = words.float()[:, places.clamp_min(0)].masked_fill(places < 0, -torch.inf)  # [B, C, w]
-        return row.float(), of_classes.amax(2)
+        words = words.float()[:, word_columns.clamp_min(0)].masked_fill(word_columns < 0, -torch.inf)  # [B, C, w]
+        return row.float(), words.amax(2)
 
     def _try_columns(self, inputs, positions, columns) -> bool:
         logits = self._run(inputs, positions)[1]
         if logits is None:
             raise ValueError(
-                f"DecT: the output of {type(self.model).__name__} has no logits, so it gives no scores;"
-                " label_words=None does without"
+                f"DecT: the output of {type(self.model).__name__} has no logits, so label_words must be None: there are"
+                " no scores"
             )
         layer = self.model.get_output_embeddings()
-        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter  # no quantised weight, no adapter
-        if not plain or layer.out_features != logits.shape[-1]:
+        is_plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter  # no quantised weight, no adapter
+        if not is_plain or layer.out_features != logits.shape[-1]:
             return False
-        got, expected = self._run_for_columns(inputs, positions, columns)[1].float(), logits[:, columns].float()
+        words, expected = self._run_for_columns(inputs, positions, columns)[1].float(), logits[:, columns].float()
         tolerance = torch.finfo(logits.dtype).eps ** 0.5
-        return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance * logits.abs().max())
+        return words.shape == expected.shape and bool((words - expected).abs().max() <= tolerance * logits.abs().max())
 
     def _run(self, inputs, positions) -> tuple[Tensor, Tensor | None]:
         call = _Call(positions, inputs["input_ids" if self.decoder_ids is None else "decoder_input_ids"].shape[1])
-        # forwards of other threads pass through it unchanged
+        # the hook leaves forwards of other threads unchanged
         handle = self.base.register_forward_hook(partial(self._keep, call))
         self.call.set(call)
         try:
-            output = self.runs(**inputs)
+            output = self.module(**inputs)
         finally:
             self.call.set(None)
             handle.remove()
         if len(call.rows) != 1:
             raise ValueError(
-                f"DecT: {type(self.base).__name__} must run once in a forward of {type(self.runs).__name__}, and ran"
-                f" {len(call.rows)} times"
-                " where hooks see it: a compiled model must be handed over as it was before torch.compile"
+                f"DecT: {type(self.base).__name__} must run once in a forward of {type(self.module).__name__}, but its"
+                f" hooks ran {len(call.rows)} times: pass the model as it was before torch.compile"
             )
         logits = getattr(output, "logits", None)
         return call.rows[0], None if logits is None else logits[:, 0]
@@ -146,10 +142,7 @@ class MaskRow:
 
 
 class _LabelColumns(TorchFunctionMode):
-    """Makes ``layer`` compute only the outputs ``columns``, in at least float32, in this thread.
-
-    The layer itself is unchanged.
-    """
+    """Makes the unchanged ``layer`` compute only the outputs ``columns``, in at least float32, in this thread."""
 
     def __init__(self, layer: nn.Linear, columns: Tensor):
         super().__init__()

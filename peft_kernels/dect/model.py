@@ -66,11 +66,10 @@ class DecTConfig(PreTrainedConfig):
 
 
 class DecTForSequenceClassification(PreTrainedModel):
-    """A frozen backbone with a trained DecT head. Its inputs are texts in the template, with the mask, as ``prepare``
-    returns them.
+    """A frozen backbone with a trained DecT head.
 
-    The logits are q of ``DecoderTuning``. The model is not trained: create it with ``from_classifier`` or
-    ``from_pretrained``.
+    Its inputs are texts in the template, with the mask, as ``prepare`` returns them. The logits are q of
+    ``DecoderTuning``. The model is not trained: create it with ``from_classifier`` or ``from_pretrained``.
     """
 
     config_class = DecTConfig
@@ -81,12 +80,11 @@ class DecTForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         if config.backbone_config is None or config.backbone_class is None:
             raise ValueError(
-                "DecT: config must name backbone_config and backbone_class, as from_classifier writes them, got none"
+                "DecT: config must have backbone_config and backbone_class, as from_classifier writes them, got None"
             )
         settings = dict(config.backbone_config)
-        self.backbone = getattr(transformers, config.backbone_class)(
-            CONFIG_MAPPING[settings.pop("model_type")](**settings)
-        )
+        backbone_config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        self.backbone = getattr(transformers, config.backbone_class)(backbone_config)
         classes, width = cast(int, config.num_labels), self.backbone.config.hidden_size
         self.projection = nn.Parameter(torch.zeros(config.dim, width))
         self.prototypes = nn.Parameter(torch.zeros(classes, config.dim))
@@ -104,8 +102,7 @@ class DecTForSequenceClassification(PreTrainedModel):
         template: str,
         label_words: Sequence | None,
     ) -> "DecTForSequenceClassification":
-        """Build the model from a fitted classifier and the arguments of its ``extract``. Shares the backbone's weights,
-        without a copy.
+        """Build the model from a fitted classifier and the arguments of its ``extract``; ``backbone`` is not copied.
 
         Raises:
             ValueError: the classifier is not fitted; it was trained with scores and ``label_words`` is None, or the
@@ -114,26 +111,24 @@ class DecTForSequenceClassification(PreTrainedModel):
         """
         if not hasattr(classifier, "head_") or classifier.takes_scores_ != (label_words is not None):
             raise ValueError(
-                "DecT: classifier must be fitted, with scores where label_words are given and without where they are"
-                " not"
+                "DecT: classifier must be fitted, with scores if there are label_words, without scores otherwise"
             )
-        if frozen_model("DecT", backbone) is not backbone or any(
-            isinstance(m, BaseTunerLayer) for m in backbone.modules()
-        ):
+        has_adapters = any(isinstance(m, BaseTunerLayer) for m in backbone.modules())
+        if frozen_model("DecT", backbone) is not backbone or has_adapters:
             raise ValueError(
-                "DecT: backbone must be a model of transformers without adapters, which its configuration does not"
-                " have: merge or unload them"
+                "DecT: backbone must be a model of transformers without adapters, because its configuration does not"
+                " hold them: merge or unload them"
             )
         if getattr(transformers, type(backbone).__name__, None) is not type(backbone):
             raise ValueError(
                 f"DecT: backbone must be of a class of transformers, got {type(backbone).__name__}, which"
-                " from_pretrained would not find"
+                " from_pretrained does not find"
             )
-        filled = template_for(backbone, tokenizer, template, None)
-        label_ids = None if label_words is None else filled.label_ids(label_words)
+        parsed = template_for(backbone, tokenizer, template, None)
+        label_ids = None if label_words is None else parsed.label_ids(label_words)
         if label_ids is not None and len(label_ids) != len(classifier.classes_):
             raise ValueError(
-                f"DecT: label_words must be of the classifier's {len(classifier.classes_)} classes, got"
+                f"DecT: label_words must be those of the classifier's {len(classifier.classes_)} classes, got"
                 f" {len(label_ids)}"
             )
         if backbone.config.hidden_size != classifier.n_features_in_:
@@ -147,9 +142,9 @@ class DecTForSequenceClassification(PreTrainedModel):
             type(backbone).__name__,
             template,
             label_ids,
-            filled.mask_id,
-            filled.mask_follows_text,
-            decoder_ids_for(backbone, filled),
+            parsed.mask_id,
+            parsed.mask_follows_text,
+            decoder_ids_for(backbone, parsed),
             classifier.dim,
             classifier.calibration,
             classifier.score_weight_,
@@ -169,13 +164,11 @@ class DecTForSequenceClassification(PreTrainedModel):
     def prepare(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The texts in the template, cut at the end where they are too long, as input for a tokenizer or a pipeline."""
         texts = strings("DecT", "texts", texts)
-        filled = template_for(self.backbone, tokenizer, self.config.template, None)
-        return [filled.fill(text) for text in filled.cut(texts)]
+        template = template_for(self.backbone, tokenizer, self.config.template, None)
+        return [template.fill(text) for text in template.cut(texts)]
 
     def train(self, mode: bool = True) -> "DecTForSequenceClassification":
-        """Set the mode of the model but keep the backbone in eval mode: with dropout, its logits would differ from the
-        classifier's.
-        """
+        """Set the mode of the model, but keep the backbone in eval mode: dropout would change its features."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -203,9 +196,7 @@ class DecTForSequenceClassification(PreTrainedModel):
             ValueError: a row has no mask, a label is not a class index, or labels are given in training mode.
         """
         if labels is not None and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "DecT: DecTForSequenceClassification is trained already, by DecoderTuning.fit; use it in eval mode"
-            )
+            raise ValueError("DecT: DecTForSequenceClassification is trained by DecoderTuning.fit; use it in eval mode")
         logits = self._logits(input_ids, attention_mask)
         loss = None
         if labels is not None:
@@ -226,25 +217,24 @@ class DecTForSequenceClassification(PreTrainedModel):
         with torch.autocast(features.device.type, enabled=False):
             if scores is not None:
                 scores = calibrated(scores, self.empty_scores.float(), self.config.calibration)
-            trained = self.projection.float(), self.prototypes.float(), self.radius.float()
-            return prototype_scores(features, *trained, scores, weight=self.config.score_weight)
+            head = self.projection.float(), self.prototypes.float(), self.radius.float()
+            return prototype_scores(features, *head, scores, weight=self.config.score_weight)
 
     def _positions(self, input_ids, attention_mask):
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-        seen = attention_mask != 0
-        if not seen.any(1).all():
-            raise ValueError(f"DecT: row {int((~seen.any(1)).nonzero()[0])} is all padding")
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        candidates = attention_mask != 0
+        if not candidates.any(1).all():
+            raise ValueError(f"DecT: row {int((~candidates.any(1)).nonzero()[0])} is all padding")
         if self.config.mask_id is not None:
-            seen &= input_ids == self.config.mask_id
-            if not seen.any(1).all():
-                row = int((~seen.any(1)).nonzero()[0])
+            candidates &= input_ids == self.config.mask_id
+            if not candidates.any(1).all():
+                row = int((~candidates.any(1)).nonzero()[0])
                 raise ValueError(
-                    f"DecT: row {row} has no mask: texts must stand in the template {self.config.template!r}; see"
-                    " prepare"
+                    f"DecT: row {row} has no mask: texts must be in the template {self.config.template!r}; see prepare"
                 )
         if is_causal(self.backbone) or self.config.last_mask:
-            return torch.where(seen, steps, -1).amax(1)
-        return torch.where(seen, steps, len(steps)).amin(1)
+            return torch.where(candidates, columns, -1).amax(1)
+        return torch.where(candidates, columns, len(columns)).amin(1)
 
 
 AutoConfig.register("dect", DecTConfig, exist_ok=True)

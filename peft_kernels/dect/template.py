@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from ..hf.frozen import ordered, strings
+from ..hf.frozen import is_ordered, strings
 
 TEXT, MASK = "{text}", "{mask}"
 T5_MASK = "<extra_id_0>"
@@ -43,7 +43,7 @@ class Template:
                 raise ValueError(f"DecT: template must contain {placeholder} once, got {template!r}")
         if causal and not template.endswith(MASK):
             raise ValueError(
-                f"DecT: a causal model predicts what follows, so template must end with {MASK}, got {template!r}"
+                f"DecT: a causal model predicts the next token, so template must end with {MASK}, got {template!r}"
             )
         self.template, self.tokenizer, self.max_length, self.causal = template, tokenizer, max_length, causal
         before_mask = template[: template.index(MASK)]
@@ -82,20 +82,18 @@ class Template:
         return text[: fits - 1]
 
     def position(self, ids: Sequence[int]) -> int:
-        """The position that predicts the masked word: the template's mask, also if the text has others; in a causal
-        model the last.
-        """
+        """The position that predicts the masked word: the template's mask, or in a causal model the last token."""
         if self.causal:
             if not ids:
                 raise ValueError("DecT: a text is empty, and so is its template: there is no token to predict from")
             return len(ids) - 1
-        found = [i for i, token in enumerate(ids) if token == self.mask_id]
-        if not found:
+        masks = [i for i, token in enumerate(ids) if token == self.mask_id]  # a text may have masks of its own
+        if not masks:
             raise ValueError(
                 f"DecT: the mask {self.mask_token!r} is not among the tokens of a text in its template"
                 f" {self.template!r}"
             )
-        return found[-1] if self.mask_follows_text else found[0]
+        return masks[-1] if self.mask_follows_text else masks[0]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -109,8 +107,7 @@ class Template:
         """For every class, the ids of its words' first pieces, padded with -1.
 
         A word is tokenized as it would be at the mask: after a space if the template or the word itself has one there,
-            otherwise after a character that is not a letter, or at the start of a text. BPE tokenizers distinguish
-            these.
+        otherwise after a character that is not a letter, or at the start of a text. BPE tokenizers distinguish these.
 
         Raises:
             ValueError: a class has no words, a word has no pieces or is unknown to the tokenizer, or two classes have
@@ -121,15 +118,13 @@ class Template:
                 "DecT: label_words must be a sequence with the words of each class in order, got a mapping: give"
                 " list(label_words.values()), and list(label_words) as classes of DecoderTuning"
             )
-        if not ordered(label_words):
+        if not is_ordered(label_words):
             kind = "one string" if isinstance(label_words, str) else type(label_words).__name__
             raise TypeError(f"DecT: label_words must be a sequence with the words of each class in order, got {kind}")
-        classes = [
-            [words]
-            if isinstance(words, str)
-            else strings("DecT", f"label_words[{i}]", sorted(words) if isinstance(words, Set) else words)
-            for i, words in enumerate(label_words)
-        ]
+        classes = []
+        for i, words in enumerate(label_words):
+            words = [words] if isinstance(words, str) else sorted(words) if isinstance(words, Set) else words
+            classes.append(strings("DecT", f"label_words[{i}]", words))
         if not classes:
             raise ValueError("DecT: label_words must have at least one class, got none")
         pieces = []
@@ -142,17 +137,17 @@ class Template:
                     f"DecT: the first pieces of the words of class {i}, {words}, are those of another class:"
                     f" {pieces[i]}"
                 )
-        most = max(map(len, pieces))
-        return [ids + [-1] * (most - len(ids)) for ids in pieces]
+        width = max(map(len, pieces))
+        return [ids + [-1] * (width - len(ids)) for ids in pieces]
 
     def _first_piece(self, word: str) -> int:
         spaced, bare = self.spaced or word[:1].isspace(), word.strip()
-        before = "" if self.mask_first and not spaced else "a" if spaced else "("
-        pieces = self._plain(f"{before}{' ' if spaced else ''}{bare}") if bare else []
-        context = self._plain(before)
-        if pieces[: len(context)] == context:
-            pieces = pieces[len(context) :]
-        else:  # the word has merged with what stands before it
+        prefix = "" if self.mask_first and not spaced else "a" if spaced else "("
+        pieces = self._plain(f"{prefix}{' ' if spaced else ''}{bare}") if bare else []
+        prefix_pieces = self._plain(prefix)
+        if pieces[: len(prefix_pieces)] == prefix_pieces:
+            pieces = pieces[len(prefix_pieces) :]
+        else:  # the word has merged with the prefix
             pieces = self._plain(f"{' ' if spaced else ''}{bare}")
         if not pieces or pieces[0] == self.tokenizer.unk_token_id:
             raise ValueError(f"DecT: the label word {word!r} has no piece in the tokenizer")

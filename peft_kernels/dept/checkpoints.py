@@ -53,15 +53,13 @@ def load_official(folder: str | Path) -> tuple[DePTConfig, dict[str, Tensor]]:
     for key, shape in zip(_KEYS, shapes):
         if tuple(weights[key].shape) != shape:
             raise ValueError(
-                f"load_official: {key} must be {shape} as adapter_config.json says, got {tuple(weights[key].shape)}"
+                f"load_official: {key} must be {shape}, as in adapter_config.json, got {tuple(weights[key].shape)}"
             )
     return config, {name: weights[key].float().contiguous() for key, name in _KEYS.items()}
 
 
 def convert_official(src: str | Path, dst: str | Path) -> None:
-    """Convert the authors' checkpoint in ``src`` to an adapter in ``dst`` that ``PeftModel.from_pretrained(model,
-    dst)`` loads.
-    """
+    """Convert the authors' checkpoint in ``src`` to an adapter in ``dst``, for ``PeftModel.from_pretrained``."""
     config, state = load_official(src)
     config.save_pretrained(str(dst))
     save_file(state, Path(dst) / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -13,8 +13,7 @@ DEPT = peft_type("DEPT")
 
 @dataclass
 class DePTConfig(PeftConfig):
-    """Decomposed prompt tuning (arXiv 2309.05173): m prompt rows P, and row i of ``scale * A @ B`` added to the
-    embedding at position i.
+    """Decomposed prompt tuning (arXiv 2309.05173): a prompt P, and ``(scale * A @ B)[i]`` added to embedding i.
 
     Args:
         num_virtual_tokens: m, the number of rows of P.
@@ -56,15 +55,15 @@ class DePTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DEPT
-        for name, least in (("num_virtual_tokens", 0), ("r", 1), ("max_length", 1)):
+        for name, minimum in (("num_virtual_tokens", 0), ("r", 1), ("max_length", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"DePTConfig: {name} must be an integer of at least {least}, got {value!r}")
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"DePTConfig: {name} must be an integer of at least {minimum}, got {value!r}")
         if self.position not in POSITIONS:
             raise ValueError(f"DePTConfig: position must be one of {POSITIONS}, got {self.position!r}")
         if self.init_text is not None and self.tokenizer_name_or_path is None and self.init_token_ids is None:
             raise ValueError(f"DePTConfig: init_text={self.init_text!r} needs tokenizer_name_or_path")
         if self.init_token_ids is not None and not self.init_token_ids:
-            raise ValueError("DePTConfig: init_token_ids must name at least one token, got none")
+            raise ValueError("DePTConfig: init_token_ids must have at least one token id, got none")
         if self.scale is None:
             self.scale = 8 / self.r**0.5

@@ -1,6 +1,4 @@
-"""Properties of a model that DePT needs: where tokens become embeddings, how positions are counted, where the prompt
-goes.
-"""
+"""Properties of a model that DePT needs: the module that embeds tokens, the position table, the prompt's place."""
 
 import inspect
 import re
@@ -71,8 +69,9 @@ def takes_position_ids(module: nn.Module) -> bool:
 
 
 def placeholder_ids(module: nn.Module) -> list[int]:
-    """The ids of tokens that a model replaces by features of images, video or audio; without ids it finds them by their
-    embedding.
+    """The ids of tokens that a model replaces by features of images, video or audio.
+
+    A model that gets embeddings instead of ids recognizes these tokens by their embedding.
     """
     return [v for k, v in module.config.to_dict().items() if _PLACEHOLDER.match(k) and isinstance(v, int)]
 
@@ -92,7 +91,7 @@ def has_position_table(module: nn.Module) -> bool:
     return bool(_position_tables(module))
 
 
-def most_columns(module: nn.Module) -> int | None:
+def max_columns(module: nn.Module) -> int | None:
     """The number of rows of the position table, or None if positions are computed."""
     if not any(isinstance(table, nn.Embedding) for table in _position_tables(module)):
         return None
@@ -106,24 +105,21 @@ def _position_tables(module):
 
 
 def _check(model):
-    what = type(model).__name__
+    name = type(model).__name__
     check_pretrained("DePT", model)
     module = model if model.can_generate() else model.base_model
     if "inputs_embeds" not in inspect.signature(module.forward).parameters:
         raise ValueError(f"DePT: the prompt enters through inputs_embeds, which {type(module).__name__} does not take")
     embedding = embedding_of(module)
     if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"DePT: the input embedding of {what} must be an nn.Embedding, got {type(embedding).__name__}")
-    # others are called
-    if embedding.weight.device.type != "meta" and type(embedding.weight) in (
-        torch.Tensor,
-        nn.Parameter,
-    ):
-        ids = torch.arange(min(4, embedding.num_embeddings), device=embedding.weight.device)
+        raise ValueError(f"DePT: the input embedding of {name} must be an nn.Embedding, got {type(embedding).__name__}")
+    weight = embedding.weight
+    if weight.device.type != "meta" and type(weight) in (torch.Tensor, nn.Parameter):  # others are called
+        ids = torch.arange(min(4, embedding.num_embeddings), device=weight.device)
         with torch.no_grad():
-            rows, expected = embedding(ids), embedding.weight[ids] * getattr(embedding, "embed_scale", 1.0)
+            rows, expected = embedding(ids), weight[ids] * getattr(embedding, "embed_scale", 1.0)
         if rows.shape != expected.shape or not torch.allclose(rows, expected.to(rows.dtype)):
             raise ValueError(
-                f"DePT: the input embedding of {what}, {type(embedding).__name__}, does more than look up and scale"
+                f"DePT: the input embedding of {name}, {type(embedding).__name__}, does more than look up and scale"
                 " rows"
             )

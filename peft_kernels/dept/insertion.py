@@ -8,10 +8,12 @@ from torch import Tensor
 
 @dataclass
 class Insertion:
+    """The columns of the prompt in the inputs of one batch."""
+
     virtual: int  # m
     length: int  # L
     after_first: bool  # whether the operator writes the prompt behind the first token
-    used: Tensor | None = None  # [B] whether a row has an adapter; None: all have
+    has_adapter: Tensor | None = None  # [B] whether a row has an adapter; None: all have
     rotation: Tensor | None = None  # [B] padding columns that move from the front to the end
     lead: Tensor | None = None  # [B] columns in front of the prompt; None: the operator's layout
 
@@ -21,25 +23,25 @@ class Insertion:
 
     def widen_mask(self, mask: Tensor) -> Tensor:
         """Like ``widen``; the prompt of a row without an adapter is masked."""
-        seen = mask.new_ones(mask.shape[0], self.virtual)
-        return self._inserted(mask, seen if self.used is None else seen * self.used[:, None].to(seen.dtype))
+        prompt = mask.new_ones(mask.shape[0], self.virtual)
+        if self.has_adapter is not None:
+            prompt = prompt * self.has_adapter[:, None].to(prompt.dtype)
+        return self._inserted(mask, prompt)
 
     def widen_positions(self, positions: Tensor, first_position: int) -> Tensor:
-        """Insert the prompt's positions and shift those of the tokens behind it."""
+        """Insert the prompt's positions and shift the positions of the tokens behind it."""
         first = int(self.after_first)
-        batch = positions.shape[0] if self.used is None else self.used.shape[0]
+        batch = positions.shape[0] if self.has_adapter is None else self.has_adapter.shape[0]
         positions = positions.expand(batch, -1)
-        behind = torch.arange(self.length, device=positions.device) >= (
-            first if self.lead is None else self.lead[:, None]
-        )
+        behind = self._tokens(positions) >= (first if self.lead is None else self.lead[:, None])
         prompt = torch.arange(self.virtual, device=positions.device, dtype=positions.dtype) + first_position + first
         return self._inserted(torch.where(behind, self.shift(positions), positions), prompt.expand(batch, -1))
 
     def shift(self, positions: Tensor) -> Tensor:
         """Positions of tokens behind the prompt, moved by its length."""
-        return positions + (
-            self.virtual if self.used is None else self.virtual * self.used[:, None].to(positions.dtype)
-        )
+        if self.has_adapter is None:
+            return positions + self.virtual
+        return positions + self.virtual * self.has_adapter[:, None].to(positions.dtype)
 
     def rotate(self, x: Tensor) -> Tensor:
         """``x`` (B, L, ...) with leading padding moved to the end."""
@@ -51,19 +53,13 @@ class Insertion:
             return x
         first, lead = int(self.after_first), self.lead[:, None]
         columns = torch.arange(self.virtual + self.length, device=x.device)
-        # a token's column in the operator's layout
-        written = torch.where(columns < first, columns, columns + self.virtual)
-        return _gather(
-            x,
-            torch.where(
-                columns < lead, written, torch.where(columns < lead + self.virtual, first + columns - lead, columns)
-            ),
-        )
+        # columns in the operator's layout: of a token, and of the prompt from lead on
+        token = torch.where(columns < first, columns, columns + self.virtual)
+        behind_lead = torch.where(columns < lead + self.virtual, first + columns - lead, columns)
+        return _gather(x, torch.where(columns < lead, token, behind_lead))
 
-    def kept(self, keep: int | Tensor) -> int | Tensor:
-        """``logits_to_keep``, a number of last tokens (0: all) or a tensor of columns, counted with the prompt's
-        columns.
-        """
+    def kept_logits(self, keep: int | Tensor) -> int | Tensor:
+        """``logits_to_keep``, a number of last tokens (0: all) or a tensor of columns, counted with the prompt's."""
         if isinstance(keep, Tensor):
             if self.lead is not None or self.after_first:
                 raise ValueError(
@@ -74,9 +70,7 @@ class Insertion:
         return 0 if keep >= self.length - int(self.after_first) else keep
 
     def narrow(self, value):
-        """Remove the prompt's columns and restore the user's order, in per-token tensors (B, m + L, d), also inside
-        tuples.
-        """
+        """Remove the prompt's columns from tensors (B, m + L, d), also in tuples, and restore the order of tokens."""
         if type(value) is tuple:
             return tuple(self.narrow(x) for x in value)
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[1] != self.virtual + self.length:
@@ -88,11 +82,9 @@ class Insertion:
             value = torch.cat([value[:, :1], value[:, 1 + self.virtual :]], 1)
         else:
             value = value[:, self.virtual :]
-        return (
-            value
-            if self.rotation is None
-            else _gather(value, (self._tokens(value) - self.rotation[:, None]) % self.length)
-        )
+        if self.rotation is None:
+            return value
+        return _gather(value, (self._tokens(value) - self.rotation[:, None]) % self.length)
 
     def _inserted(self, x, rows):
         x, first = self.rotate(x), int(self.after_first)

@@ -29,10 +29,7 @@ class Selection:
 
 
 class DePTLayer(AdapterLayer):
-    """The layer at ``model.dept`` with the parameters of all adapters.
-
-    It wraps nothing: the model's embedding is unchanged, tied or not.
-    """
+    """The layer at ``model.dept`` with the parameters of all adapters; the model's embedding is unchanged."""
 
     method = "DePT"
     shared_in_batch = ("num_virtual_tokens", "r", "max_length", "scale", "position", "insert_after_first")
@@ -44,9 +41,9 @@ class DePTLayer(AdapterLayer):
         self.dept_prompt, self.dept_a, self.dept_b = AdapterParameters(), AdapterParameters(), AdapterParameters()
 
     def add(self, name: str, config: DePTConfig, *, empty: bool) -> None:
-        """Add an adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), at least float32.
+        """Add an adapter: A uniform within 1 / sqrt(r), B zero, P from tokens or N(0, 1), in at least float32.
 
-        ``empty``: on meta, loaded later.
+        ``empty``: the parameters are on meta and loaded later.
         """
         embedding = self.get_base_layer()
         weight, width = embedding.weight, embedding.embedding_dim
@@ -69,32 +66,26 @@ class DePTLayer(AdapterLayer):
         else:
             prompt = torch.randn(m, width, **kwargs)
         self.configs[name] = config
-        self.dept_prompt[name], self.dept_a[name], self.dept_b[name] = (
-            nn.Parameter(prompt),
-            nn.Parameter(a),
-            nn.Parameter(b),
-        )
+        self.dept_prompt[name] = nn.Parameter(prompt)
+        self.dept_a[name], self.dept_b[name] = nn.Parameter(a), nn.Parameter(b)
 
     def get_base_layer(self) -> nn.Module:
         return family.embedding_of(self._module[0])
 
     def select(self, batch: int) -> Selection:
-        """The adapters for ``batch`` rows; raises as ``chosen`` does."""
-        names, rows = self.chosen(batch)
+        """The adapters for ``batch`` rows; raises as ``adapters_of`` does."""
+        names, rows = self.adapters_of(batch)
         config, parameters = self.configs[names[0]], (self.dept_prompt, self.dept_a, self.dept_b)
         if rows is None:
-            return Selection(config, *(lookup.whole(p(names[0])) for p in parameters))
-        stacks = [torch.stack([lookup.whole(p(n)) for n in names]) for p in parameters]
+            return Selection(config, *(lookup.gathered(p(names[0])) for p in parameters))
+        stacks = [torch.stack([lookup.gathered(p(n)) for n in names]) for p in parameters]
         return Selection(config, *stacks, torch.tensor(rows).to(stacks[0].device, non_blocking=True), -1 in rows)
 
     def embed(
         self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None
     ) -> Tensor:
-        """Embeddings (B, m + L, d) of prompt and updated tokens for the model.
-
-        ``inputs_embeds`` (B, L, d) are its inputs without a prompt.
-        """
-        divisor = self._later_scale(input_ids)
+        """Embeddings (B, m + L, d) of the prompt and the updated ``input_ids`` or ``inputs_embeds`` (B, L, d)."""
+        divisor = self._model_scale(input_ids)
         if input_ids is not None:
             weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
             factor *= self._token_scale() / divisor
@@ -118,22 +109,20 @@ class DePTLayer(AdapterLayer):
     def embed_next(
         self, delta: Tensor, adapter_ids: Tensor | None, input_ids: Tensor, column: int, offsets: Tensor | None
     ) -> Tensor:
-        """Embeddings (B, q, d) of tokens that continue an input; the first has ``column``, not counting the prompt.
+        """Embeddings (B, q, d) of tokens that continue an input at ``column``, not counting the prompt.
 
         ``delta`` is (K, s, d).
         """
-        divisor = self._later_scale(None)
+        divisor = self._model_scale(None)
         weight, factor, ids = lookup.table(self.get_base_layer(), input_ids)
-        batch, new = input_ids.shape
-        index = torch.arange(column, column + new, device=weight.device).expand(batch, -1)  # [B, q]
+        batch, tokens = input_ids.shape
+        index = torch.arange(column, column + tokens, device=weight.device).expand(batch, -1)  # [B, q]
         if offsets is not None:
             index = index - offsets[:, None]
-        updated = (index >= 0) & (index < delta.shape[1])
         adapter = torch.zeros(batch, dtype=torch.long, device=weight.device) if adapter_ids is None else adapter_ids
-        updated &= (adapter >= 0)[:, None]
-        low_rank = delta[adapter.clamp_min(0)[:, None], index.clamp(0, delta.shape[1] - 1)].masked_fill(
-            ~updated[..., None], 0
-        )
+        updated = (index >= 0) & (index < delta.shape[1]) & (adapter >= 0)[:, None]
+        low_rank = delta[adapter.clamp_min(0)[:, None], index.clamp(0, delta.shape[1] - 1)]
+        low_rank = low_rank.masked_fill(~updated[..., None], 0)
         factor *= self._token_scale() / divisor
         return (factor * weight[ids].to(low_rank.dtype) + low_rank / divisor).to(weight.dtype)
 
@@ -141,8 +130,8 @@ class DePTLayer(AdapterLayer):
         """The factor from the embedding module's output to the first layer's input."""
         return 1.0 if self.reading is None else self.reading.token_scale
 
-    def _later_scale(self, input_ids: Tensor | None) -> float:
-        """The factor by which the model multiplies its embeddings: those it is given, or its own if it needs ids."""
+    def _model_scale(self, input_ids: Tensor | None) -> float:
+        """The factor by which the model multiplies ``inputs_embeds``, or its own embeddings if it needs ids."""
         if self.reading is None:
             return 1.0
         return self.reading.token_scale if self.reading.by_ids and input_ids is not None else self.reading.input_scale

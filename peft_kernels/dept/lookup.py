@@ -14,8 +14,8 @@ def table(embedding: nn.Module, input_ids: Tensor) -> tuple[Tensor, float, Tenso
     shards) or change the output (NEFTune), wrappers may add to it (adapters, trained copies), and quantised weights are
     not plain tensors.
     """
-    if _looks_up_alone(embedding):
-        weight = whole(embedding.weight)
+    if _only_looks_up(embedding):
+        weight = gathered(embedding.weight)
         if type(weight) in (Tensor, nn.Parameter):
             return weight, family.embedding_scale(embedding), input_ids
     rows = embedding(input_ids)
@@ -24,19 +24,17 @@ def table(embedding: nn.Module, input_ids: Tensor) -> tuple[Tensor, float, Tenso
     return rows.flatten(0, 1), 1.0, torch.arange(input_ids.numel(), device=rows.device).view(input_ids.shape)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """``parameter``, gathered if it is sharded by FSDP and the forward of its FSDP module has not begun, as in
-    ``generate``.
-    """
+def gathered(parameter: Tensor) -> Tensor:
+    """``parameter``, gathered if it is still sharded by FSDP, as in ``generate`` before a forward begins."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def _looks_up_alone(embedding):
-    of_fsdp = 1 if hasattr(embedding, "unshard") else 0
+def _only_looks_up(embedding):
+    fsdp_hooks = 1 if hasattr(embedding, "unshard") else 0
     return (
         isinstance(embedding, nn.Embedding)
         and embedding.max_norm is None
         and embedding.weight.device.type != "meta"
-        and len(embedding._forward_hooks) == len(embedding._forward_pre_hooks) == of_fsdp
+        and len(embedding._forward_hooks) == len(embedding._forward_pre_hooks) == fsdp_hooks
         and "forward" not in vars(embedding)  # accelerate's hooks replace forward
     )

@@ -15,10 +15,7 @@ from .layer import DePTLayer
 
 
 class DePTModel(AddedLayerTuner):
-    """PEFT's tuner for DePT.
-
-    It replaces no module: it adds a layer with the parameters, and hooks that extend the inputs.
-    """
+    """PEFT's tuner for DePT: it adds a layer with the parameters, and hooks that extend the inputs."""
 
     prefix = "dept_"
     tuner_layer_cls = DePTLayer
@@ -67,16 +64,14 @@ class DePTModel(AddedLayerTuner):
         del pretrained.dept, pretrained.dept_hooks
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate; refused under PEFT's prompt learning, whose prompt enters by a method that PEFT puts only on the
-        model it wraps directly.
-        """
+        """Generate; refused below PEFT's prompt learning, which reaches only the model that PEFT wraps directly."""
         outer: Any = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
         learned = isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning
         if learned and not (is_encoder_decoder(unwrapped(self.model)) and kwargs.get("inputs_embeds") is not None):
             kind = outer.active_peft_config.peft_type.value
             raise ValueError(
-                f"DePT: generate below {kind} would leave its prompt out: PEFT hands it to the model that it wraps"
-                " directly alone"
+                f"DePT: generate below {kind} would leave its prompt out: PEFT passes it only to the model that it"
+                " wraps directly"
             )
         return self.model.generate(*args, **kwargs)
 
@@ -93,9 +88,7 @@ def _refuse_prompts_below(model):
 
 
 def _complete(config: DePTConfig, module: nn.Module) -> None:
-    """Fill in the fields that depend on the model or on a tokenizer, so that loading the configuration needs
-    neither.
-    """
+    """Fill in the fields that depend on the model or a tokenizer, so that loading the configuration needs neither."""
     if config.insert_after_first is None:
         config.insert_after_first = family.inserts_after_first(module)
     if config.init_text is not None and config.init_token_ids is None and not config.inference_mode:

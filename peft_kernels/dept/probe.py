@@ -25,13 +25,11 @@ probing = CallState()  # True while a model is probed: hooks skip such calls
 
 @dataclass
 class Reading:
-    """The first layer's input is ``token_scale`` times the embedding module's output, or ``input_scale`` times
-    ``inputs_embeds``.
-    """
+    """The scales of the first layer's input relative to the embedding module's output and to ``inputs_embeds``."""
 
     table: nn.Embedding  # the module that looks input_ids up
-    token_scale: float = 1.0
-    input_scale: float = 1.0
+    token_scale: float = 1.0  # the first layer's input over the embedding module's output
+    input_scale: float = 1.0  # the first layer's input over inputs_embeds
     by_ids: bool = False  # whether input_ids are read for more than their embeddings and must be passed
     filler: int = 0  # a token without a special role, for the prompt's columns
 
@@ -47,32 +45,31 @@ def read(module: nn.Module, table: nn.Embedding) -> Reading:
         ValueError: the module cannot be called with tokens alone, does not use ``table``, or is a decoder or an
             encoder-decoder that uses ``input_ids`` for more than their embeddings.
     """
-    what = type(module).__name__
+    name = type(module).__name__
     with _undisturbed(module, table):
         ids, filler = _tokens(module, table)
         try:
-            expected, calls, used = _call(module, table, input_ids=ids)
+            expected, calls, embedding = _call(module, table, input_ids=ids)
         except Exception as error:
-            raise ValueError(f"DePT: {what} must take input_ids alone, but raises {_told(error)}") from error
-        if used is None:
-            raise ValueError(f"DePT: {what} must look its tokens up in its input embedding, but does not call it")
-        embeddings = used(ids)
+            raise ValueError(f"DePT: {name} must take input_ids alone, but raises {_described(error)}") from error
+        if embedding is None:
+            raise ValueError(f"DePT: {name} must look its tokens up in its input embedding, but does not call it")
+        embeddings = embedding(ids)
         step = 2.0 ** embeddings.abs().max().float().clamp_min(1e-3).log2().round().item()
-        token_scale = _response(module, table, calls, step, input_ids=ids)
+        token_scale = _scale(module, table, calls, step, input_ids=ids)
         try:
-            got, calls, _ = _call(module, table, inputs_embeds=embeddings)
-            input_scale = _response(module, table, calls, step, inputs_embeds=embeddings)
+            outputs, calls, _ = _call(module, table, inputs_embeds=embeddings)
+            input_scale = _scale(module, table, calls, step, inputs_embeds=embeddings)
             if token_scale != input_scale:
-                got, *_ = _call(module, table, inputs_embeds=embeddings * (token_scale / input_scale))
-            difference = _difference(got, expected)
+                outputs, *_ = _call(module, table, inputs_embeds=embeddings * (token_scale / input_scale))
+            difference = _difference(outputs, expected)
         except Exception as error:
-            difference, input_scale = f"raises {_told(error)} without them", 1.0
+            difference, input_scale = f"raises {_described(error)} without them", 1.0
     if difference and (is_causal(module) or is_encoder_decoder(module)):
         raise ValueError(
-            f"DePT: {what} reads input_ids for more than their embeddings, which a prompt does not have: it"
-            f" {difference}"
+            f"DePT: {name} reads input_ids for more than their embeddings, and a prompt has no ids: it {difference}"
         )
-    return Reading(used, token_scale, input_scale, bool(difference), filler)
+    return Reading(embedding, token_scale, input_scale, bool(difference), filler)
 
 
 @contextmanager
@@ -104,39 +101,40 @@ def _tokens(module, table):
 
 
 def _roles(settings: dict) -> dict[str, int]:
-    found = {}
+    """The token ids that a configuration names, by the names of their settings."""
+    roles = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{k}": v for k, v in _roles(value).items()}
+            roles |= {f"{name}.{k}": v for k, v in _roles(value).items()}
         elif isinstance(value, int) and str(name).endswith(("token_id", "token_index", "_idx")):
-            found[str(name)] = value
-    return found
+            roles[str(name)] = value
+    return roles
 
 
-def _call(module, table, *, reach=None, add=0.0, **inputs):
+def _call(module, table, *, observe=None, add=0.0, **inputs):
     """The outputs of a forward, the input and output of every leaf module, and the module that looked up the ids.
 
-    ``add`` is added to the embeddings. ``reach(i, took, gave)`` is called after each leaf module.
+    ``add`` is added to the embeddings. ``observe(i, input, output)`` is called after leaf module i of the forward.
     """
-    calls, used = [], []
+    calls, embeddings = [], []
 
-    def looked_up(m, args, output):
-        used.append(m)
+    def after_embedding(m, args, output):
+        embeddings.append(m)
         return output + add if add else None
 
-    def passed(m, args, kwargs, output):
-        took, gave = (_tensor(args) if args else _tensor(tuple(kwargs.values()))), _tensor(output)
-        if reach is not None:
-            reach(len(calls), took, gave)
-        calls.append((took, gave))
+    def after_leaf(m, args, kwargs, output):
+        call = _tensor(args if args else tuple(kwargs.values())), _tensor(output)
+        if observe is not None:
+            observe(len(calls), *call)
+        calls.append(call)
 
     handles = []
     for m in module.modules():
         if isinstance(m, nn.Embedding) and m.weight is table.weight:
             if "input_ids" in inputs:
-                handles.append(m.register_forward_hook(looked_up))
+                handles.append(m.register_forward_hook(after_embedding))
         elif not any(True for _ in m.children()):
-            handles.append(m.register_forward_hook(passed, with_kwargs=True))
+            handles.append(m.register_forward_hook(after_leaf, with_kwargs=True))
     try:
         torch.manual_seed(0)
         output = module(**_arguments(module, **inputs))
@@ -144,44 +142,45 @@ def _call(module, table, *, reach=None, add=0.0, **inputs):
         for handle in handles:
             handle.remove()
     values = output.values() if hasattr(output, "values") else output
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()], calls, used[0] if used else None
+    outputs = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return outputs, calls, embeddings[0] if embeddings else None
 
 
 def _arguments(module, input_ids=None, inputs_embeds=None):
     x = inputs_embeds if input_ids is None else input_ids
     names = inspect.signature(module.forward).parameters
-    given = {"input_ids": input_ids}  # None beside embeddings: some forwards require the argument
+    arguments = {"input_ids": input_ids}  # None beside embeddings: some forwards require the argument
     if inputs_embeds is not None:
-        given["inputs_embeds"] = inputs_embeds.clone()  # CTRL scales it in place
+        arguments["inputs_embeds"] = inputs_embeds.clone()  # CTRL scales it in place
     ones = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-    others = {"attention_mask": ones, "decoder_input_ids": ones, "use_cache": False}
+    optional = {"attention_mask": ones, "decoder_input_ids": ones, "use_cache": False}
     if keeps_rope_deltas(module):
-        others["position_ids"] = ones.cumsum(1) - 1
-    return given | {k: v for k, v in others.items() if k in names}
+        optional["position_ids"] = ones.cumsum(1) - 1
+    return arguments | {k: v for k, v in optional.items() if k in names}
 
 
-def _response(module, table, calls, step, input_ids=None, inputs_embeds=None) -> float:
+def _scale(module, table, calls, step, input_ids=None, inputs_embeds=None) -> float:
     """The change in the input of the first module whose output changes, per unit change of the embeddings."""
-    found = []
+    changes = []
 
-    def reach(i, took, gave):
-        before = calls[i] if i < len(calls) else (None, None)
-        if any(x is None or y is None or x.shape != y.shape for x, y in zip(before, (took, gave))):
+    def observe(i, *call):
+        previous = calls[i] if i < len(calls) else (None, None)
+        if any(x is None or y is None or x.shape != y.shape for x, y in zip(previous, call)):
             return
-        if not torch.equal(gave, before[1]):
-            found.append((took.double() - before[0].double()) / step)
+        if not torch.equal(call[1], previous[1]):
+            changes.append((call[0].double() - previous[0].double()) / step)
             raise _Reached
 
     try:
         if input_ids is not None:
-            _call(module, table, reach=reach, add=step, input_ids=input_ids)
+            _call(module, table, observe=observe, add=step, input_ids=input_ids)
         else:
-            _call(module, table, reach=reach, inputs_embeds=inputs_embeds + step)
+            _call(module, table, observe=observe, inputs_embeds=inputs_embeds + step)
     except _Reached:
         pass
-    if not found:
+    if not changes:
         return 1.0
-    change = found[0]
+    change = changes[0]
     scale = change.median().item()
     if scale <= 0 or (change - scale).abs().max() > 0.05 * scale:  # not a pure scale: mixed or normalised
         return 1.0
@@ -193,18 +192,16 @@ def _exact(scale, module, width):
     settings = [
         v for part in (module, module.base_model) for v in (*vars(part).values(), *part.config.to_dict().values())
     ]
-    known = [1.0, width**0.5, *(float(v) for v in settings if isinstance(v, float))]
-    return next((v for v in known if abs(scale - v) <= 0.01 * scale), scale)
+    candidates = [1.0, width**0.5, *(float(v) for v in settings if isinstance(v, float))]
+    return next((v for v in candidates if abs(scale - v) <= 0.01 * scale), scale)
 
 
-def _difference(got, expected) -> str | None:
-    for a, b in zip(got, expected):
-        bound = torch.finfo(b.dtype).eps ** 0.5 * b.abs().max()
-        if a.shape != b.shape or bool(((a - b).abs() > bound).any()):
-            return (
-                f"gives {'outputs of another shape' if a.shape != b.shape else 'other outputs'} for the embeddings"
-                " of the same tokens"
-            )
+def _difference(outputs, expected) -> str | None:
+    for a, b in zip(outputs, expected):
+        if a.shape != b.shape:
+            return "gives outputs of another shape for the embeddings of the same tokens"
+        if bool(((a - b).abs() > torch.finfo(b.dtype).eps ** 0.5 * b.abs().max()).any()):
+            return "gives other outputs for the embeddings of the same tokens"
     return None
 
 
@@ -215,7 +212,6 @@ def _tensor(value):
     return None
 
 
-def _told(error):
-    return (
-        f"{type(error).__name__} ({str(error).strip().splitlines()[0][:120] if str(error).strip() else 'no message'})"
-    )
+def _described(error):
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__} ({lines[0][:120]})"

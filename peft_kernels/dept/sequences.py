@@ -18,10 +18,9 @@ def check(kwargs: dict, mask: Tensor | None) -> None:
     Raises:
         ValueError: an argument describes several sequences, or positions start again within a row.
     """
-    if given := [name for name in _ARGUMENTS if kwargs.get(name) is not None]:
-        raise ValueError(
-            _REFUSED.format(f"{', '.join(given)} {'describes' if len(given) == 1 else 'describe'} several")
-        )
+    if names := [name for name in _ARGUMENTS if kwargs.get(name) is not None]:
+        verb = "describes" if len(names) == 1 else "describe"
+        raise ValueError(_REFUSED.format(f"{', '.join(names)} {verb} several"))
     positions = kwargs.get("position_ids")
     if positions is None or positions.ndim != 2 or positions.shape[1] < 2:
         return
@@ -40,7 +39,6 @@ def _follow(positions, mask):
     """
     if mask is None:
         return positions.diff(dim=1) == 1
-    seen = mask.bool()
-    least = positions.min() - 1
-    before = torch.where(seen, positions, least).cummax(1).values[:, :-1]  # the largest so far
-    return (positions[:, 1:] > before) | ~seen[:, 1:]
+    unmasked = mask.bool()
+    largest = torch.where(unmasked, positions, positions.min() - 1).cummax(1).values[:, :-1]  # so far
+    return (positions[:, 1:] > largest) | ~unmasked[:, 1:]

@@ -10,8 +10,7 @@ def param_groups(
     weight_decay: float = 0.0,
     lr_head: float | None = None,
 ) -> list[dict]:
-    """Optimizer groups for the trainable parameters of ``model``: prompts, A and B, and the rest (the head of a
-    classification model).
+    """Optimizer groups for the trainable parameters of ``model``: prompts, A and B, and the rest (a task head).
 
     Use them with ``Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": param_groups(model), "lr":
     5e-4}))``, or with ``Seq2SeqTrainer(..., optimizers=(torch.optim.AdamW(param_groups(model)), None))``, which lacks
@@ -29,12 +28,11 @@ def param_groups(
     Raises:
         ValueError: ``model`` has no trainable DePT adapter.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": [], "head": []}
-    for name, p in trainable:
-        groups[
-            "prompt" if ".dept_prompt." in name else "low_rank" if ".dept_a." in name or ".dept_b." in name else "head"
-        ].append(p)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_low_rank = ".dept_a." in name or ".dept_b." in name
+            groups["prompt" if ".dept_prompt." in name else "low_rank" if is_low_rank else "head"].append(p)
     if not groups["prompt"]:
         raise ValueError("param_groups: model must have a trainable DePT adapter, got none")
     rates = {"prompt": lr_prompt, "low_rank": lr_low_rank, "head": lr_low_rank if lr_head is None else lr_head}

@@ -17,27 +17,27 @@ class Swapped:
         return _empty, _parts(type(self)), *state
 
 
-def put_on(thing: object, mixin: type[Swapped]) -> None:
-    """Put ``mixin`` in front of the class of ``thing`` and of all its mixins.
+def put_on(target: object, mixin: type[Swapped]) -> None:
+    """Put ``mixin`` in front of the class of ``target`` and of all its mixins.
 
     Raises:
-        RuntimeError: ``mixin`` is already on ``thing``.
+        RuntimeError: ``mixin`` is already on ``target``.
     """
-    if isinstance(thing, mixin):
-        raise RuntimeError(f"{mixin.__name__} is on {type(thing).__name__} already")
-    stock, mixins = _parts(type(thing))
-    _change(thing, _swapped(stock, (mixin, *mixins)))
+    if isinstance(target, mixin):
+        raise RuntimeError(f"{type(target).__name__} already has the mixin {mixin.__name__}")
+    stock, mixins = _parts(type(target))
+    _change(target, _swapped(stock, (mixin, *mixins)))
 
 
-def take_off(thing: object, mixin: type[Swapped]) -> None:
-    """Take ``mixin`` off ``thing``; mixins that were put on before or after it stay.
+def take_off(target: object, mixin: type[Swapped]) -> None:
+    """Take ``mixin`` off ``target``; mixins that were put on before or after it stay.
 
     Raises:
-        RuntimeError: ``mixin`` is not on ``thing``.
+        RuntimeError: ``mixin`` is not on ``target``.
     """
-    if not isinstance(thing, mixin):
-        raise RuntimeError(f"{mixin.__name__} must be on {type(thing).__name__} to be taken off, and is not")
-    _change(thing, _without(type(thing), mixin))
+    if not isinstance(target, mixin):
+        raise RuntimeError(f"{type(target).__name__} has no mixin {mixin.__name__} to take off")
+    _change(target, _without(type(target), mixin))
 
 
 def _parts(cls):
@@ -60,11 +60,9 @@ def _without(cls, mixin):
     stock, mixins = _parts(cls)
     if mixins:
         return _swapped(_without(stock, mixin), tuple(m for m in mixins if m is not mixin))
-    # other code derived a class from ours: derive it again, without methods that a base put into it by wrapping the
-    # mixin's
-    names = {
-        k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__") and not _wraps_inherited(cls, k, v)
-    }
+    # other code derived a class from ours: derive it again, without the methods that wrap the mixin's
+    skipped = ("__dict__", "__weakref__")
+    names = {k: v for k, v in vars(cls).items() if k not in skipped and not _wraps_inherited(cls, k, v)}
     return type(cls)(cls.__name__, tuple(_without(base, mixin) for base in cls.__bases__), names)
 
 
@@ -73,16 +71,14 @@ def _wraps_inherited(cls, name, value):
     return wrapped is not None and wrapped is getattr(super(cls, cls), name, None)
 
 
-def _change(thing, cls):
-    """Change the class of ``thing`` and rebind methods that other code stores on it (accelerate stores ``forward``)."""
-    before, thing.__class__ = type(thing), cls
-    for name, value in vars(thing).items():
-        if (
-            isinstance(value, MethodType)
-            and value.__self__ is thing
-            and value.__func__ is getattr(before, value.__name__, None)
-        ):
-            vars(thing)[name] = MethodType(getattr(cls, value.__name__), thing)
+def _change(target, cls):
+    """Change the class of ``target`` and rebind the methods that other code stores on it, as accelerate does."""
+    previous, target.__class__ = type(target), cls
+    for name, value in vars(target).items():
+        if not isinstance(value, MethodType) or value.__self__ is not target:
+            continue
+        if value.__func__ is getattr(previous, value.__name__, None):
+            vars(target)[name] = MethodType(getattr(cls, value.__name__), target)
 
 
 def _empty(stock, mixins):

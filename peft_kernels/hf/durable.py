@@ -8,10 +8,10 @@ from uuid import uuid4
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Replace ``path`` atomically with the file that ``write`` creates at the path it is given. Safe with concurrent
-    processes.
+    """Replace ``path`` atomically with the file that ``write(temporary_path)`` creates.
 
-    An interruption, even a loss of power, leaves either the old file or the new one.
+    An interruption, even a loss of power, leaves either the old file or the new one. Concurrent processes may replace
+    the same file.
     """
     part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")
     try:
@@ -29,7 +29,7 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
             os.close(folder)
 
 
-def check_writable(what: str, path: Path) -> None:
+def check_writable(argument: str, path: Path) -> None:
     """Create the folder of ``path`` and check that a file can be written in it.
 
     Raises:
@@ -41,4 +41,4 @@ def check_writable(what: str, path: Path) -> None:
         part.touch()
         part.unlink()
     except OSError as error:
-        raise ValueError(f"{what} must be a path that can be written, got {str(path)!r}: {error}") from error
+        raise ValueError(f"{argument} must be a path that can be written, got {str(path)!r}: {error}") from error

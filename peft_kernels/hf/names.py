@@ -9,8 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 TESTED = ((5, 17), (5, 24))  # the oldest and the newest release; pyproject.toml bounds the same range
 
-# the keyword of a forward, and the field of its output, that holds keys and values: "past_key_values" until 5.23,
-# "cache" since
+# the name of the key/value cache in a forward's arguments and output: "past_key_values" until 5.23, "cache" since
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
@@ -43,7 +42,6 @@ def check_version(caller: str) -> None:
     if not oldest <= version <= newest:
         supported = f"{'.'.join(map(str, oldest))} to {'.'.join(map(str, newest))}"
         raise ImportError(
-            f"{caller} leans on internals of transformers and is tested with {supported}, but"
-            f" {transformers.__version__} is installed:"
-            f" pip install 'transformers>={'.'.join(map(str, oldest))},<{newest[0]}.{newest[1] + 1}'"
+            f"{caller} uses internals of transformers and is tested with {supported}, but {transformers.__version__} is"
+            f" installed: pip install 'transformers>={'.'.join(map(str, oldest))},<{newest[0]}.{newest[1] + 1}'"
         )

@@ -1,6 +1,4 @@
-"""The modules that are trained and saved beside an adapter, above all the task head: their choice, and their use per
-row of a batch.
-"""
+"""The modules trained and saved beside an adapter, above all the task head: their selection, and their use per row."""
 
 import torch
 from peft import PeftConfig, TaskType
@@ -24,17 +22,17 @@ def add_heads(config: PeftConfig, model: nn.Module) -> None:
 def _heads(model):
     """The names of the children of ``model`` outside its base, and of a pooler that the checkpoint lacks.
 
-    Those that the checkpoint has filled are left out if it lacks others: ModernBERT's was trained with the base.
+    If the checkpoint lacks some of them, those that it has are left out: ModernBERT's head was trained with the base.
     """
     base, embedding = model.base_model, model.get_input_embeddings()
     heads = {name: child for name, child in model.named_children() if child is not base and _has_parameters(child)}
     if base is model:  # the base is not a child: T5 for question answering
         heads = {name: child for name, child in heads.items() if not _is_body(child, embedding)}
-    fresh = [name for name, head in heads.items() if not _is_loaded(head)]
+    random = [name for name, head in heads.items() if not _is_loaded(head)]
     pooler = getattr(base, "pooler", None)
     if isinstance(pooler, nn.Module) and _has_parameters(pooler) and _is_loaded(embedding) and not _is_loaded(pooler):
-        fresh.append(next(name for name, module in model.named_modules() if module is pooler))
-    return fresh or list(heads)
+        random.append(next(name for name, module in model.named_modules() if module is pooler))
+    return random or list(heads)
 
 
 def _has_parameters(module):
@@ -47,13 +45,13 @@ def _is_body(module, embedding):
 
 
 def _is_loaded(module):
-    """Whether ``from_pretrained`` loaded all parameters; transformers marks those it loads."""
+    """Whether ``from_pretrained`` loaded all parameters; transformers marks the loaded ones."""
     module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
     return all(getattr(p, "_is_hf_initialized", False) for p in module.parameters())
 
 
 class RowWise(Swapped):
-    """Mixin for PEFT's wrappers of such modules: each row of a mixed batch goes through the module of its own adapter.
+    """Mixin for PEFT's wrapper of a head: each row of a mixed batch goes through the head of its own adapter.
 
     PEFT's own implementation knows only linear layers and embeddings, and keeps the names in hooks on the module, which
     threads share.
@@ -64,59 +62,59 @@ class RowWise(Swapped):
     """
 
     layer: tuple  # holds the AdapterLayer beside which the module is trained; a tuple, so that it is not a submodule
-    asked_for: tuple[str, ...] = ()  # the last requested active adapters, whether the module has them or not
+    requested: tuple[str, ...] = ()  # the last requested active adapters, whether the module has them or not
 
     @property
     def active_adapters(self):
-        own = self._active_adapter  # torch.compile cannot read the property of super()
-        own = [own] if isinstance(own, str) else own
-        return own or [name for name in self.layer[0].active_adapters if name in self.modules_to_save]
+        names = self._active_adapter  # torch.compile cannot read the property of super()
+        names = [names] if isinstance(names, str) else names
+        return names or [name for name in self.layer[0].active_adapters if name in self.modules_to_save]
 
     @property
     def active_adapter(self):
         return next(iter(self.active_adapters), [])
 
     def check_set_adapter(self, adapter_name):
-        self.asked_for = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self.requested = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         return super().check_set_adapter(adapter_name)
 
     def update(self, adapter_name, **kwargs):
         super().update(adapter_name, **kwargs)
-        if not self._active_adapter and adapter_name in self.asked_for:
+        if not self._active_adapter and adapter_name in self.requested:
             self._active_adapter = [adapter_name]
 
     def forward(self, *args, **kwargs):
         names = self.layer[0].row_adapters.get()
         if names is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
-        used = list(dict.fromkeys(names))
+        adapters = list(dict.fromkeys(names))
         # each module gets all rows, because it is unknown which arguments have rows
-        outputs = [self._of(name)(*args, **kwargs) for name in used]
-        if len(used) == 1:
+        outputs = [self._module_of(name)(*args, **kwargs) for name in adapters]
+        if len(adapters) == 1:
             return outputs[0]
         outputs = torch.stack([self._with_rows(output, len(names)) for output in outputs])
-        rows = torch.tensor([used.index(name) for name in names], device=outputs.device)
-        rows = rows.repeat_interleave(outputs.shape[1] // len(names))  # the beams of a row are adjacent
-        return outputs[rows, torch.arange(len(rows), device=rows.device)]
+        indices = torch.tensor([adapters.index(name) for name in names], device=outputs.device)
+        indices = indices.repeat_interleave(outputs.shape[1] // len(names))  # the beams of a row are adjacent
+        return outputs[indices, torch.arange(len(indices), device=indices.device)]
 
     def _with_rows(self, output, batch):
         if isinstance(output, Tensor) and output.ndim and output.shape[0] == 1:  # one row for all, as for positions
             return output.expand(batch, *output.shape[1:])
         if isinstance(output, Tensor) and output.ndim and output.shape[0] % batch == 0:
             return output
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return {batch} rows to"
-            f" be mixed, got {got}"
+            f"adapter_names: {type(self.original_module).__name__}, one of modules_to_save, must return {batch} rows,"
+            f" got {shape}"
         )
 
-    def _of(self, name):
-        """The module of the adapter ``name``, or the base's."""
+    def _module_of(self, name):
+        """The module of the adapter ``name``, or the original one."""
         return self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: SIM401  a ModuleDict has no get
 
 
 def follow(model: nn.Module, layer: BaseTunerLayer) -> None:
-    """Make all wrapped modules of ``model`` follow the active adapters of ``layer``, and the adapter of each row."""
+    """Make all wrapped modules of ``model`` follow the active adapters of ``layer`` and the adapter of each row."""
     for wrapper in [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]:
         wrapper.layer = (layer,)
         if not isinstance(wrapper, RowWise):
@@ -124,21 +122,15 @@ def follow(model: nn.Module, layer: BaseTunerLayer) -> None:
 
 
 def refuse_when_run_again(model: nn.Module) -> None:
-    """Refuse a wrapped module in a checkpointed layer: it runs again in the backward pass, when the adapters of the
-    rows are unknown.
+    """Refuse a wrapped module in a checkpointed layer: the rows' adapters are unknown when it runs again in backward.
 
     Raises:
         ValueError: ``model`` has such a module.
     """
-    checkpointed = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training
-    }
-    if found := [
-        n for n, m in checkpointed.items() if any(isinstance(part, ModulesToSaveWrapper) for part in m.modules())
-    ]:
-        raise ValueError(
-            f"adapter_names: {found[0]} is checkpointed and holds one of modules_to_save, which cannot be trained in a"
-            " mixed batch"
-        )
+    for name, layer in model.named_modules():
+        checkpointed = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
+        if checkpointed and any(isinstance(module, ModulesToSaveWrapper) for module in layer.modules()):
+            raise ValueError(
+                f"adapter_names: {name} is checkpointed and holds one of modules_to_save, which cannot be trained in a"
+                " mixed batch"
+            )

@@ -1,6 +1,4 @@
-"""Base classes for methods of PEFT: registration of a type, a layer with the parameters, a tuner that adds the
-layer.
-"""
+"""Base classes for methods of PEFT: registration of a type, a layer with the parameters, a tuner that adds it."""
 
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +16,7 @@ from .peft_heads import BASE, add_heads, follow, refuse_when_run_again
 
 
 def peft_type(name: str) -> PeftType:
-    """The member ``name`` of ``PeftType``, added if it is missing: PEFT only registers methods that its enumeration
-    has.
-    """
+    """The member ``name`` of ``PeftType``, added if it is missing: PEFT registers only methods of its enumeration."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
@@ -41,22 +37,23 @@ def register(kind: PeftType, config: type[PeftConfig], tuner: type[BaseTuner]) -
 
 def check_pretrained(method: str, model: nn.Module) -> None:
     """Raise an error unless ``model`` is a transformers model that reads tokens."""
-    what = type(model).__name__
+    name = type(model).__name__
     if not hasattr(model, "base_model") or not hasattr(model, "can_generate"):
-        raise TypeError(f"{method}: model must be a transformers PreTrainedModel, got {what}")
+        raise TypeError(f"{method}: model must be a transformers PreTrainedModel, got {name}")
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(
-            f"{method}: model must read input_ids, but the main input of {what} is {model.main_input_name!r}"
+            f"{method}: model must read input_ids, but the main input of {name} is {model.main_input_name!r}"
         )
     try:
         model.get_input_embeddings()
     except NotImplementedError as error:
-        raise ValueError(f"{method}: model must embed its tokens by a table, but {what} has none") from error
+        raise ValueError(f"{method}: model must embed its tokens by a table, but {name} has none") from error
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model below other methods of PEFT, also while one is being added and ``peft_config`` may name
-    the one above.
+    """The transformers model inside all ``PeftModel`` wrappers.
+
+    Their ``peft_config`` is not read: while a method is being added, it may be that of the method above.
     """
     while isinstance(model, PeftModel):
         below = model.base_model
@@ -65,10 +62,7 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze ``model`` before its first tuner layer is added.
-
-    If it has one, nothing changes: another method's parameters stay trainable.
-    """
+    """Freeze ``model`` if it has no tuner layer; otherwise another method's parameters stay trainable."""
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         model.requires_grad_(False)
 
@@ -78,7 +72,7 @@ def is_encoder_decoder(module: nn.Module) -> bool:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether tokens attend only to earlier ones: a decoder without encoder, with any head."""
+    """Whether tokens attend only to earlier tokens: a decoder without encoder, with any head."""
     kind = module.config.model_type
     return not is_encoder_decoder(module) and (
         module.can_generate()
@@ -88,10 +82,7 @@ def is_causal(module: nn.Module) -> bool:
 
 
 class AdapterParameters(nn.ParameterDict):
-    """Parameters by adapter name.
-
-    They are read by a call, so that hooks of accelerate and FSDP can load offloaded or sharded ones.
-    """
+    """Parameters by adapter name, read by a call, so that hooks of accelerate and FSDP can load them."""
 
     __call__ = nn.Module.__call__  # ParameterDict's own raises
 
@@ -100,7 +91,7 @@ class AdapterParameters(nn.ParameterDict):
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """The parameters of all adapters; it wraps no module and lives beside the one it is made for."""
+    """The parameters of all adapters; it wraps no module and stands beside the module it extends."""
 
     method: str  # its name in error messages
     shared_in_batch: tuple[str, ...]  # the configuration fields on which adapters of one batch must agree
@@ -125,21 +116,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return torch.device("cpu") if device.type == "meta" else device
 
     def merge(self, *args, **kwargs) -> None:
-        """Do nothing: another method's ``merge_adapter`` calls this on every layer, and ours stays active beside the
-        merged ones.
-        """
+        """Do nothing: ``merge_adapter`` of another method calls this on every layer, and ours stays active."""
 
     def unmerge(self) -> None:
-        """Do nothing, as ``merge``."""
+        """Do nothing, like ``merge``."""
 
     def is_active(self) -> bool:
         rows = self.row_adapters.get()
         names = self.active_adapters if rows is None else [n for n in rows if n != BASE]
         return bool(names) and not self.disable_adapters
 
-    def chosen(self, batch: int) -> tuple[list[str], list[int] | None]:
-        """The adapters for ``batch`` rows, and the index of each row's adapter, -1 for none; None if all rows have the
-        same adapter.
+    def adapters_of(self, batch: int) -> tuple[list[str], list[int] | None]:
+        """The adapters of ``batch`` rows by name, and each row's index into them, -1 for none.
+
+        The indices are None if all rows have the same adapter.
 
         Raises:
             ValueError: several adapters are active, a name is unknown, or the batch's adapters differ in a field that
@@ -149,8 +139,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if rows is None:
             if len(self.active_adapters) != 1:
                 raise ValueError(
-                    f"{method}: one adapter can be active at a time, got {self.active_adapters}; adapter_names= mixes"
-                    " adapters in a batch"
+                    f"{method}: one adapter must be active, got {self.active_adapters}; adapter_names= mixes adapters"
+                    " in a batch"
                 )
             return list(self.active_adapters), None
         if len(rows) != batch:
@@ -168,9 +158,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
 
 class _Configs(dict):
-    """Configurations by adapter name; a deleted adapter has an empty one, because PEFT still looks it up in every
-    forward.
-    """
+    """Configurations by adapter name; that of a deleted adapter is empty, because PEFT's forward still reads it."""
 
     def __init__(self, configs):
         super().__init__(configs)
@@ -187,42 +175,37 @@ class _Configs(dict):
 
 
 class AddedLayerTuner(BaseTuner):
-    """Base of tuners that replace no module: they add an ``AdapterLayer`` and the hooks or mixins by which the model
-    reads it.
-    """
+    """Base of tuners that replace no module: they add an ``AdapterLayer``, and hooks or mixins that read it."""
 
     target_module_mapping = {}
     why_unmergeable: str
 
     def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        method = self.tuner_layer_cls.method
         for layer in (m for m in unwrapped(model).modules() if isinstance(m, AdapterLayer)):
             if not isinstance(layer, self.tuner_layer_cls):
                 raise ValueError(
-                    f"{self.tuner_layer_cls.method}: model has a {layer.method} adapter, and DePT replaces the"
-                    " input_ids in which PASTA finds special tokens; unload() it before you add the other"
+                    f"{method}: model has a {layer.method} adapter, and DePT replaces the input_ids in which PASTA"
+                    " finds special tokens; unload() it before you add the other"
                 )
             if isinstance(model, PeftModel) or adapter_name in layer.configs:
                 raise ValueError(
                     f"{layer.method}: model has the {layer.method} adapters {list(layer.configs)}; add_adapter() adds"
                     " one of another name to them"
                 )
-        if (
-            isinstance(model, PeftModel)
-            and adapter_name in model.peft_config
-            and model.active_peft_config.is_prompt_learning
-        ):
+        inner_configs = dict(model.peft_config) if isinstance(model, PeftModel) else None
+        if inner_configs and adapter_name in inner_configs and model.active_peft_config.is_prompt_learning:
             kind = model.active_peft_config.peft_type.value  # PEFT would look for its model by our configuration
             raise ValueError(
-                f"{self.tuner_layer_cls.method}: adapter_name must differ from that of {kind} below, got"
-                f" {adapter_name!r}; get_peft_model takes adapter_name="
+                f"{method}: adapter_name must differ from that of {kind} below, got {adapter_name!r}; get_peft_model"
+                " takes adapter_name="
             )
-        others = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        if others is None:
+        if inner_configs is None:
             self.peft_config = model.peft_config = _Configs(self.peft_config)
         else:  # PEFT would add our configuration to those of the method below
             self.peft_config = _Configs({adapter_name: self.peft_config[adapter_name]})
-            model.peft_config = others
+            model.peft_config = inner_configs
 
     def adapter_layer(self) -> AdapterLayer:
         raise NotImplementedError
@@ -249,12 +232,12 @@ class AddedLayerTuner(BaseTuner):
         if adapter_names is not None and self.training:
             refuse_when_run_again(self.model)
         rows = self.adapter_layer().row_adapters
-        before = rows.get()
+        outer = rows.get()
         rows.set(adapter_names)
         try:
             yield
         finally:
-            rows.set(before)
+            rows.set(outer)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         return peft_config
@@ -263,9 +246,7 @@ class AddedLayerTuner(BaseTuner):
         raise NotImplementedError(f"{type(self).__name__} replaces no module")
 
     def _replace_module(self, parent, child_name, new_module, child):
-        """Replace a head that PEFT has wrapped, the only module left to replace; PEFT's own method requires a
-        ``weight`` on it.
-        """
+        """Replace a head that PEFT has wrapped; PEFT's own method requires a ``weight`` on it."""
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self):

@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable
 
 
-class _After:
-    """An import hook that leaves finding ``package`` to the other finders and calls ``act`` after it is imported."""
+class _AfterImport:
+    """A finder that leaves ``package`` to the other finders and calls ``callback`` once it is imported."""
 
-    def __init__(self, package: str, act: Callable[[], None]):
-        self.package, self.act = package, act
+    def __init__(self, package: str, callback: Callable[[], None]):
+        self.package, self.callback = package, callback
 
     def find_spec(self, name, path, target=None):
         if name != self.package:
@@ -23,20 +23,20 @@ class _After:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_act(module):
+            def execute_and_call(module):
                 execute(module)
-                self.act()
+                self.callback()
 
-            spec.loader.exec_module = execute_and_act
+            spec.loader.exec_module = execute_and_call
         return spec
 
 
-def _registering(module: str, lack: str) -> Callable[[], None]:
+def _registering(module: str, consequence: str) -> Callable[[], None]:
     def register():
         try:
             importlib.import_module(module, __package__)
         except Exception as error:  # the import of torch or PEFT itself must not fail
-            warnings.warn(f"peft_kernels: {lack}, because {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(f"peft_kernels: {consequence}, because {type(error).__name__}: {error}", stacklevel=2)
 
     return register
 
@@ -53,4 +53,4 @@ def register_when_imported() -> None:
         if package in sys.modules:
             register()
         else:
-            sys.meta_path.insert(0, _After(package, register))
+            sys.meta_path.insert(0, _AfterImport(package, register))

@@ -7,8 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes and operations of the minimal algorithm: it reads each input once, writes each output once and keeps no
-    temporary in memory.
+    """Bytes and operations of an algorithm that reads each input once, writes each output once, and has no temporary.
 
     With ``backward``, the gradients of the outputs are inputs too, and the gradients of the tensors that require one
     are outputs. An operator's cost function takes the operator's arguments, reads their shapes, lengths and

@@ -61,9 +61,9 @@ class Implementations:
         return "reference"
 
     def resolve(self, operator: str, impl: str, device: str, dtype: torch.dtype) -> ModuleType:
-        return (
-            self.module(self.choose(device, dtype)) if impl == "auto" else self.runnable(operator, impl, device, dtype)
-        )
+        if impl == "auto":
+            return self.module(self.choose(device, dtype))
+        return self.runnable(operator, impl, device, dtype)
 
 
 def no_second_derivative(lib: torch.library.Library, operator: str) -> None:
@@ -76,22 +76,19 @@ def no_second_derivative(lib: torch.library.Library, operator: str) -> None:
 
 
 def check_numbers(operator: str, **numbers: float | Tensor | None) -> None:
-    """Checks that no number is a tensor that requires a gradient.
+    """Checks that no number is a tensor that requires a gradient, which it would not get.
 
     Raises:
-        ValueError: a number is a tensor that requires a gradient; it would get none.
+        ValueError: a number is such a tensor.
     """
     for name, x in numbers.items():
         if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
-                f"{operator}: {name} must be a number, to which no gradient goes, got a tensor that requires one"
+                f"{operator}: {name} must be a number, to which no gradient goes, got a tensor that requires a gradient"
             )
 
 
 def without_autocast(device: str):
     """Disables autocast for the library's matmuls: an operator determines its compute dtype itself."""
-    return (
-        torch.autocast(device, enabled=False)
-        if device != "meta" and torch.is_autocast_enabled(device)
-        else nullcontext()
-    )
+    active = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if active else nullcontext()

@@ -10,9 +10,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def not_built(library: Path, needs: str) -> str | None:
-    """Returns why a library is missing, as its build noted it, and the command that builds it; None if the library
-    exists.
-    """
+    """Returns why a library is missing, as its build noted, and the command that builds it; None if it exists."""
     if library.exists():
         return None
     note = library.with_suffix(".txt")
@@ -21,8 +19,8 @@ def not_built(library: Path, needs: str) -> str | None:
 
 
 @cache
-def problem() -> str | None:
-    """Returns why the library cannot be used, or None."""
+def load_error() -> str | None:
+    """Loads the library; returns why it cannot be used, or None."""
     if reason := not_built(LIBRARY, "torch, setuptools 77 or newer and a C++ compiler"):
         return f"the native library {reason}"
     try:
@@ -37,4 +35,4 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels run on the CPU, not on {device}"
     if dtype not in DTYPES:
         return f"its kernels take {' and '.join(str(x) for x in DTYPES)}, not {dtype}"
-    return problem()
+    return load_error()

@@ -12,16 +12,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute an operator: ``compute(*leaves)`` returns its output, one or more tensors, differentiable in
-    the leaves.
-    """
+    """A way to compute an operator: ``compute(*leaves)`` returns its outputs, differentiable in the leaves."""
 
     compute: Callable[..., Any]
     leaves: tuple[Tensor, ...] | None = None  # in the candidate's own layout; None: the problem's leaves
-    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = (
-        None  # maps outputs and gradients to the operator's shapes, for the check
-    )
-    waits: bool = False  # synchronizes with the device, so it cannot be captured in a CUDA graph
+    # maps outputs and gradients to the operator's shapes, for the check
+    restore: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+    synchronizes: bool = False  # with the device, so it cannot be captured in a CUDA graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +30,10 @@ class Problem:
     ours: Callable[[str], Candidate]  # impl -> candidate
     truth: Callable[..., Any]  # called with the leaves in float64
     cost: Callable[..., Any]  # called with the leaves and the keyword backward; returns a Cost
-    # each is prepared once; if it does not apply here, it raises and says why
+    # name -> function that prepares the baseline; it raises with a reason if the baseline cannot run here
     baselines: Mapping[str, Callable[[], Candidate]]
-    roofline: Callable[[], Any] | None = (
-        None  # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
-    )
+    # on a CPU: its time is the roofline bound; None: the cost over the measured peaks
+    roofline: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,19 +97,19 @@ class RandomInputs:
     """
 
     def __init__(self, device: str | torch.device, dtype: torch.dtype, on_device: bool = False):
-        self.device, self.dtype, self.drawn_on = device, dtype, device if on_device else "cpu"
-        self.generator = torch.Generator(self.drawn_on).manual_seed(0)
+        self.device, self.dtype, self.draw_device = device, dtype, device if on_device else "cpu"
+        self.generator = torch.Generator(self.draw_device).manual_seed(0)
 
     @classmethod
     def of(cls, setting: Setting) -> "RandomInputs":
         return cls(setting.device, setting.dtype, on_device=True)
 
     def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(size, generator=self.generator, device=self.drawn_on).to(self.device, dtype or self.dtype)
+        return torch.randn(size, generator=self.generator, device=self.draw_device).to(self.device, dtype or self.dtype)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
         """Draws int64 in [low, high)."""
-        return torch.randint(low, high, size, generator=self.generator, device=self.drawn_on).to(self.device)
+        return torch.randint(low, high, size, generator=self.generator, device=self.draw_device).to(self.device)
 
 
 def plain(compute: Callable[..., Any]) -> Callable[[], Candidate]:
@@ -125,9 +121,8 @@ def compiled(compute: Callable[..., Any]) -> Callable[[], Candidate]:
 
 
 def fresh(device: str, *outputs: Tensor) -> Callable[[], Any] | None:
-    """Returns the roofline of an operator that allocates ``outputs``, for a CPU: page faults of new large tensors,
-    which a plain copy does not show.
+    """Returns the roofline of an operator that allocates ``outputs``, on a CPU; None on other devices.
 
-    None on other devices.
+    It includes the page faults of new large tensors, which the measured copy bandwidth does not.
     """
     return (lambda: [x.clone() for x in outputs]) if device == "cpu" else None

@@ -27,12 +27,12 @@ def packages() -> dict[str, tuple[str, ...]]:
     return {package: tuple(operators) for package, operators in names.items()}
 
 
-def declared(what: str) -> dict[str, ModuleType]:
-    """Returns package -> its module ``what``, for the packages that have one."""
+def declared(name: str) -> dict[str, ModuleType]:
+    """Returns package -> its module ``name``, for the packages that have one."""
     return {
-        package: import_module(f".{package}.{what}", __package__)
+        package: import_module(f".{package}.{name}", __package__)
         for package in packages()
-        if find_spec(f"{__package__}.{package}.{what}")
+        if find_spec(f"{__package__}.{package}.{name}")
     }
 
 

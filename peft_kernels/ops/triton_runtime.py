@@ -14,11 +14,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = find_spec("triton") is not None
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter's arithmetic is wrong in bfloat16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated, on import
-
-
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-PROGRAMS = 512  # a sum over the batch is split into more parts, which cost a second sum, up to this many programs
-ADDENDS = 32  # minimum addends per part
+MAX_PROGRAMS = 512  # a sum over the batch is split into parts, which need a second sum, up to this many programs
+MIN_ADDENDS = 32  # per part
 
 
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
@@ -59,9 +57,7 @@ def device_of(device: torch.device) -> tuple[str, int]:
 
 
 def guard(device: torch.device):
-    """Makes ``device`` current for a launch: kernels launch on the current device, which need not be that of their
-    tensors.
-    """
+    """Makes ``device`` current for a launch: Triton launches on the current device, whatever that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -85,8 +81,8 @@ def cdiv(a: int, b: int) -> int:
 def partition(batch: int, addends_per_row: int, programs: int) -> tuple[int, int]:
     """Returns the number of parts of the batch and the rows per part.
 
-    Both depend on sizes alone, and so does the order of a sum.
+    Both, and therefore the order of a sum, depend on sizes alone.
     """
-    parts = max(1, min(batch * addends_per_row // ADDENDS, PROGRAMS // max(programs, 1), batch))
+    parts = max(1, min(batch * addends_per_row // MIN_ADDENDS, MAX_PROGRAMS // max(programs, 1), batch))
     rows = max(1, cdiv(batch, parts))
     return max(1, cdiv(batch, rows)), rows

@@ -1,5 +1,5 @@
-"""Launch options that ``peft-kernels tune`` found faster on this GPU: read once, at the first launch, then a dictionary
-lookup per launch.
+"""Launch configs that ``peft-kernels tune`` measured to be faster on this GPU: read once, at the first launch, then a
+dictionary lookup per launch.
 
 If the cache cannot be used, a warning names it and the default configs apply: a bad cache never ends a training run.
 """
@@ -63,12 +63,12 @@ class Entry(NamedTuple):
     date: str  # ISO 8601, UTC
 
 
-def options(operator: str, kernel: str, device: torch.device, shipped: dict, *key: int) -> dict:
-    """Returns the launch options: ``shipped``, overridden by the tuned options for ``key`` on this device, if there are
-    any.
+def options(operator: str, kernel: str, device: torch.device, default: dict, *key: int) -> dict:
+    """Returns the config of a launch: ``default``, overridden by the tuned values for ``key`` on this device, if there
+    are any.
     """
-    found = entries(device).get((operator, kernel, key))
-    return {**shipped, **found} if found else shipped
+    changes = entries(device).get((operator, kernel, key))
+    return {**default, **changes} if changes else default
 
 
 @cache
@@ -86,7 +86,7 @@ def entries(device: torch.device) -> dict[Site, dict[str, int]]:
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(
-            "peft_kernels uses its shipped launch configurations, because its cache of tuned ones cannot be used:"
+            "peft_kernels uses its default configs, because its cache of tuned ones cannot be used:"
             f" {error}. Run `peft-kernels tune` again, or set PEFT_KERNELS_TUNED=0.",
             stacklevel=2,
         )
@@ -136,18 +136,18 @@ def read(path: Path, device: torch.device) -> list[Entry]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
         raise ValueError(f"{path}: expected an object with a list of entries")
-    for what, here in fingerprint(device).items():
-        if content.get(what) != here:
-            raise ValueError(f"{path} is for {what} {content.get(what)!r}, and this is {here!r}")
+    for name, here in fingerprint(device).items():
+        if content.get(name) != here:
+            raise ValueError(f"{path} is for {name} {content.get(name)!r}, and this is {here!r}")
     try:
         return [_entry(item) for item in content["entries"]]
     except Exception as error:  # the file may contain anything
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def write(path: Path, device: torch.device, found: Iterable[Entry]):
+def write(path: Path, device: torch.device, rows: Iterable[Entry]):
     """Writes the file atomically: a concurrent reader sees either the old file or the new one."""
-    items = [{**entry._asdict(), "site": _named(entry.site)} for entry in sorted(found, key=lambda entry: entry.site)]
+    items = [{**entry._asdict(), "site": _named(entry.site)} for entry in sorted(rows, key=lambda entry: entry.site)]
     head = json.dumps(fingerprint(device), indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps({**item.pop('site'), **item})}" for item in items)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -171,12 +171,12 @@ def _entry(item: dict) -> Entry:
     if tuple(item["key"]) != kernel.key or not all(type(size) is int for size in item["key"].values()):
         raise ValueError(f"{operator}, {name}: expected a key of {kernel.key}, integers, got {item['key']!r}")
     allowed = {**kernel.blocks, "num_warps": WARPS, "num_stages": STAGES}
-    for what, value in item["options"].items():
-        least, most = allowed.get(what, (0, 0))
-        power = what == "num_stages" or (isinstance(value, int) and value & (value - 1) == 0)
+    for key, value in item["options"].items():
+        least, most = allowed.get(key, (0, 0))
+        power = key == "num_stages" or (isinstance(value, int) and value & (value - 1) == 0)
         if type(value) is not int or not least <= value <= most or not power:
             raise ValueError(
-                f"{operator}, {name}: {what}={value!r} is no option, which are {allowed}, powers of two but for stages"
+                f"{operator}, {name}: {key}={value!r} is no option, which are {allowed}, powers of two but for stages"
             )
     times = float(item["shipped_s"]), float(item["tuned_s"])
     return Entry(Site(operator, name, tuple(item["key"].values())), item["options"], *times, str(item["date"]))

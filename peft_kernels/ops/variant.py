@@ -1,6 +1,4 @@
-"""A Triton kernel as it is launched on one architecture, and the properties that its binary must have with every
-compiler.
-"""
+"""A Triton kernel as launched on one architecture, and the properties that its binary must have."""
 
 from typing import Any, NamedTuple
 
@@ -46,11 +44,8 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        values = {key: value for key, value in self.options.items() if key in self.function.arg_names}
-        configuration = " ".join(
-            f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in values.items()
-        )
-        return (
-            f"{self.architecture} {self.operator} {self.kernel} {self.dtype} {configuration}"
-            f" stages={self.options['num_stages']}"
-        )
+        constants = {key: value for key, value in self.options.items() if key in self.function.arg_names}
+        constants = {key: int(value) if isinstance(value, bool) else value for key, value in constants.items()}
+        config = " ".join(f"{key}={value}" for key, value in constants.items())
+        kernel = f"{self.architecture} {self.operator} {self.kernel} {self.dtype}"
+        return f"{kernel} {config} stages={self.options['num_stages']}"

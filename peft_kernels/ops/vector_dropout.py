@@ -31,11 +31,9 @@ def draw_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def factors(p: float, seed: Tensor, batch: int, slots: int, width: int) -> Tensor:
     """Returns the dropout factors, (batch, slots, width) float32: 0 or 1 / (1 - p)."""
     rows, occurrences, columns = (torch.arange(n, device=seed.device) for n in (batch, slots, width))
-    c0, c1, c2 = (
-        columns.expand(batch, slots, -1),
-        occurrences[:, None].expand(batch, -1, width),
-        rows[:, None, None].expand(-1, slots, width),
-    )
+    c0 = columns.expand(batch, slots, -1)
+    c1 = occurrences[:, None].expand(batch, -1, width)
+    c2 = rows[:, None, None].expand(-1, slots, width)
     kept = philox(seed, c0, c1, c2) >= threshold(p)
     return kept.to(torch.float32) * (1 / (1 - p))
 

@@ -14,8 +14,7 @@ PASTA = peft_type("PASTA")
 
 @dataclass
 class PASTAConfig(PeftConfig):
-    """Special token adaptation (arXiv 2210.04382): before every layer, a vector is added to the hidden state of every
-    special token.
+    """Special token adaptation (arXiv 2210.04382): every layer adds a vector to its input at every special token.
 
     The special tokens of a row, [CLS] and each [SEP], are counted from 0: number j has its own vector in every layer,
     shared by all rows. L layers of width d have L * P * d parameters. Padding and [MASK] get no vector.

@@ -22,9 +22,7 @@ class Fusion:
         self.layer, self.following, self.normed = layer, following, normed
 
     def applies(self, x: Tensor, *norms: nn.Module) -> bool:
-        """Whether the fused path applies: not under autocast, where a norm changes the dtype, nor in a layer that runs
-        again in backward.
-        """
+        """Whether the fused path applies: not under autocast, whose norms change dtypes, nor in checkpointed layers."""
         checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
         return (
             not checkpointed
@@ -40,9 +38,9 @@ class Fusion:
     def ahead(self, device: torch.device) -> dict:
         """The following layer's vectors, as arguments of the operator; empty if this layer's output is recorded."""
         injection = self.pending()
-        return (
-            {} if injection is None or injection.recorded else injection.ahead(self.following.pasta_indices[0], device)
-        )
+        if injection is None or injection.recorded:
+            return {}
+        return injection.ahead(self.following.pasta_indices[0], device)
 
 
 class FusedOutput(Swapped):
@@ -91,7 +89,7 @@ class FusedBlock(Swapped):
 class FusedPreNorm(Swapped):
     """Mixin for ModernBertEncoderLayer.
 
-    The next layer's norm is fused with the sum that ends this one, and its result passed on.
+    It fuses the sum that ends the layer with the next layer's norm, and passes both to the next layer.
     """
 
     pasta_fusion: Fusion

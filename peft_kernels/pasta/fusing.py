@@ -39,11 +39,11 @@ _FUSIBLE = {
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse add, norm and injection in the layers of ``model``, by ``add_layer_norm_inject`` or
-    ``add_inject_layer_norm``.
+    """Fuse add, norm and injection in the layers of ``model``.
 
-    Results are those of the unfused model, within rounding. The model may have a PASTA adapter, get one later, or have
-    none. A layer's output already contains the vectors that the next layer would add; hooks on norms do not run.
+    The layers run ``add_layer_norm_inject`` (post-norm) or ``add_inject_layer_norm`` (pre-norm). Results are those of
+    the unfused model, within rounding. The model may have a PASTA adapter, get one later, or have none. A layer's
+    output already contains the vectors that the next layer would add; hooks on norms do not run.
 
     A forward under autocast and a layer under gradient checkpointing take the model's own path. If hidden states are
     requested, the next layer adds its vectors itself, so that the recorded states do not contain them.
@@ -56,16 +56,16 @@ def fuse(model: nn.Module) -> None:
         ValueError: the model is of another type, computes feed-forward layers in chunks, or is already fused.
     """
     module = _encoder(model)
-    kind = module.config.model_type
-    if kind not in _FUSIBLE:
-        raise ValueError(f"fuse: model must be one of {sorted(_FUSIBLE)}, got {kind!r}")
+    model_type = module.config.model_type
+    if model_type not in _FUSIBLE:
+        raise ValueError(f"fuse: model must be one of {sorted(_FUSIBLE)}, got {model_type!r}")
     if getattr(module.config, "chunk_size_feed_forward", 0):
         raise ValueError(f"fuse: chunk_size_feed_forward must be 0, got {module.config.chunk_size_feed_forward}")
     if is_fused(model):
-        raise ValueError(f"fuse: {type(module).__name__} is fused already")
+        raise ValueError(f"fuse: model must not be fused, got {type(module).__name__} fused already")
     layers, normed = family.passes_of(module), CallState()
     for layer, following in zip(layers, [*layers[1:], None]):
-        for part, (mixin, is_last) in _FUSIBLE[kind](layer).items():
+        for part, (mixin, is_last) in _FUSIBLE[model_type](layer).items():
             part.pasta_fusion = Fusion(layer, following if is_last else None, normed)
             put_on(part, mixin)
 
@@ -77,7 +77,7 @@ def unfuse(model: nn.Module) -> None:
         ValueError: the model is not fused.
     """
     if not is_fused(model):
-        raise ValueError(f"unfuse: model must be fused, got {type(_encoder(model)).__name__} as it was")
+        raise ValueError(f"unfuse: model must be fused, got {type(_encoder(model)).__name__} without fused layers")
     module = _encoder(model)
     for layer in family.passes_of(module):
         for part, (mixin, _) in _FUSIBLE[module.config.model_type](layer).items():

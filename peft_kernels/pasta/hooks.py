@@ -41,7 +41,7 @@ class Hooks:
         ids = kwargs.get("input_ids")
         if ids is not None:
             mask = kwargs.get("attention_mask")
-            mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # other masks do not tell padding
+            mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # other masks do not mark padding
             if mask is not None and kwargs.get("past_key_values") is not None:
                 mask = mask[:, -ids.shape[1] :]  # prefix tuning puts its own columns in front
             return self.injection(ids, mask, self.records(kwargs))
@@ -66,23 +66,22 @@ class Hooks:
 
     def slots(self, selection: Selection, ids: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and mask.shape != ids.shape:
-            raise ValueError(
-                f"PASTA: attention_mask must be {tuple(ids.shape)} as input_ids is, got {tuple(mask.shape)}"
-            )
+            raise ValueError(f"PASTA: attention_mask must be {tuple(ids.shape)}, as input_ids, got {tuple(mask.shape)}")
         config = selection.config
         if selection.has_base_rows:  # base rows may have any number of special tokens
             adapted = (selection.adapter_ids >= 0).to(ids.device)[:, None].expand(ids.shape)
             mask = adapted if mask is None else adapted & (mask != 0)
-        most = ids.shape[1] if config.overflow == "last" else config.num_special_tokens
+        max_slots = ids.shape[1] if config.overflow == "last" else config.num_special_tokens
         try:
-            return special_token_slots(ids, selection.special_ids.to(ids.device), max_slots=most, attention_mask=mask)
+            special_ids = selection.special_ids.to(ids.device)
+            return special_token_slots(ids, special_ids, max_slots=max_slots, attention_mask=mask)
         except ValueError as error:
             raise ValueError(
                 f"PASTA: {error}. The adapter has num_special_tokens={config.num_special_tokens} vectors for tokens"
-                f" {config.special_token_ids}; overflow='last' gives the last one to all that follow."
+                f" {config.special_token_ids}; overflow='last' gives the last vector to all further tokens."
             ) from error
 
     def records(self, kwargs: dict) -> bool:
         """Whether the encoder returns the hidden states between its layers."""
-        asked = kwargs.get("output_hidden_states")
-        return bool(getattr(self.module.config, "output_hidden_states", False) if asked is None else asked)
+        records = kwargs.get("output_hidden_states")
+        return bool(getattr(self.module.config, "output_hidden_states", False) if records is None else records)

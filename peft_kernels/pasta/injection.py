@@ -24,7 +24,7 @@ class Injection:
     recorded: bool  # whether hidden states are part of the output
     in_place: bool
     passes: int = 0  # passes begun, for layers that take several
-    done: int = -1  # the pass whose vectors the previous layer's fused end has already added
+    fused_pass: int = -1  # the pass whose vectors the previous layer's fused end has added
     first: tuple[Tensor, Tensor] | None = None  # the first layer's input with and without its vectors, if recorded
 
     def arguments(self, index: int, device: torch.device) -> dict:
@@ -38,10 +38,8 @@ class Injection:
         }
 
     def ahead(self, index: int, device: torch.device) -> dict:
-        """``arguments`` for a caller that adds the vectors before the pass begins; the pass then leaves its input
-        unchanged.
-        """
-        self.done = index
+        """``arguments`` for a caller that adds the vectors before the pass, which then leaves its input unchanged."""
+        self.fused_pass = index
         return self.arguments(index, device)
 
     def added(self, hidden: Tensor, indices: tuple[int, ...]) -> Tensor:
@@ -51,7 +49,7 @@ class Injection:
             raise RuntimeError(
                 f"PASTA: pass {index} of a forward goes through another layer, got one that takes {indices}"
             )
-        if self.done == index:
+        if self.fused_pass == index:
             return hidden
         width = self.vectors[index].shape[-1]
         if (
@@ -69,17 +67,15 @@ class Injection:
         return result
 
     def restored(self, output):
-        """``output`` of the encoder with the first recorded hidden state as in the stock model: transformers records it
-        with the vectors.
-        """
+        """``output`` of the encoder with the first recorded hidden state without the vectors, as in the stock model."""
         if self.first is None or output is None:
             return output
-        taken, stock = self.first
+        changed, stock = self.first
         if hasattr(output, "items"):
             if output.get("hidden_states") is not None:
-                output["hidden_states"] = tuple(stock if h is taken else h for h in output["hidden_states"])
+                output["hidden_states"] = tuple(stock if h is changed else h for h in output["hidden_states"])
             return output
-        return tuple(tuple(stock if h is taken else h for h in x) if isinstance(x, tuple) else x for x in output)
+        return tuple(tuple(stock if h is changed else h for h in x) if isinstance(x, tuple) else x for x in output)
 
 
 def _is_shared(hidden: Tensor) -> bool:
@@ -95,14 +91,16 @@ class State:
         self.call = CallState()  # within a forward: its Injection, or False if there is nothing to add
 
     def injection(self) -> Injection | None:
-        """The injection of the current forward, or None; raises if an adapter is active and no forward of the encoder
-        is running.
+        """The injection of the current forward, or None.
+
+        Raises:
+            RuntimeError: an adapter is active and no forward of the encoder is running.
         """
         injection = self.call.get()
         if injection is None and self.adapters.is_active():
             raise RuntimeError(
-                "PASTA: a layer runs outside of its encoder's forward, where nobody knows what to add; checkpointing"
-                " other than gradient_checkpointing_enable() does that in the backward pass"
+                "PASTA: a layer runs outside of its encoder's forward, where the special tokens are unknown;"
+                " checkpointing other than gradient_checkpointing_enable() does that in the backward pass"
             )
         return injection or None
 

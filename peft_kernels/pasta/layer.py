@@ -52,8 +52,8 @@ class PASTALayer(AdapterLayer):
         self.pasta_vectors[name] = nn.Parameter(vectors)
 
     def select(self, batch: int) -> Selection:
-        """The adapters for ``batch`` rows; raises as ``chosen`` does."""
-        names, rows = self.chosen(batch)
+        """The adapters for ``batch`` rows; raises as ``adapters_of`` does."""
+        names, rows = self.adapters_of(batch)
         config, special_ids = self.configs[names[0]], self.special_ids[names[0]]
         if rows is None:
             return Selection(config, special_ids, self.pasta_vectors(names[0]).unbind(0))

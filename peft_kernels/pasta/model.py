@@ -15,8 +15,7 @@ from .layer import PASTALayer
 
 
 class PASTAModel(AddedLayerTuner):
-    """PEFT's tuner for PASTA. It replaces no module: it adds a layer with the vectors, which the encoder's layers add
-    to their input.
+    """PEFT's tuner for PASTA: it adds a layer with the vectors, which the encoder's layers add to their input.
 
     In the families of ``family.IN_PLACE``, vectors are added in place: a layer's output, also one that a hook has kept,
     contains the next layer's vectors afterwards. With ``output_hidden_states=True`` they are added out of place, and
@@ -27,7 +26,7 @@ class PASTAModel(AddedLayerTuner):
     tuner_layer_cls = PASTALayer
     why_unmergeable = (
         "PASTA cannot be merged: its vectors are added to the hidden states of special tokens alone, and no weight of"
-        " the model knows where those stand."
+        " the model depends on their positions."
     )
 
     def adapter_layer(self) -> PASTALayer:
@@ -69,9 +68,7 @@ class PASTAModel(AddedLayerTuner):
 
 
 def _complete(config: PASTAConfig, model) -> None:
-    """Fill in the fields that depend on the model or on a tokenizer, so that loading the configuration needs no
-    tokenizer.
-    """
+    """Fill in the fields that depend on the model or a tokenizer, so that loading needs no tokenizer."""
     if config.special_token_ids is None:
         config.special_token_ids = _special_ids(config, model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -85,7 +82,7 @@ def _special_ids(config, model):
     source = config.tokenizer_name_or_path or model.name_or_path
     advice = "give special_token_ids, or a tokenizer_name_or_path with cls_token and sep_token"
     if not source:
-        raise ValueError(f"PASTAConfig: {advice}: the model has no name to find its tokenizer by")
+        raise ValueError(f"PASTAConfig: {advice}: the model has no name_or_path to load a tokenizer from")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=config.tokenizer_name_or_path is None)
     except (OSError, ValueError) as error:
@@ -94,5 +91,7 @@ def _special_ids(config, model):
     last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     ids = list(dict.fromkeys(i for i in (first, last) if i is not None))
     if not ids:
-        raise ValueError(f"PASTAConfig: {advice}: that of {source!r} has neither these nor bos_token and eos_token")
+        raise ValueError(
+            f"PASTAConfig: {advice}: the tokenizer of {source!r} has none of them, nor bos_token or eos_token"
+        )
     return ids

@@ -47,16 +47,16 @@ def writable_folder(folder: Path, option: str = "--out") -> Path:
     """
     made = []
     try:
-        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:  # a trial, because access rights are not the only obstacle
         raise ValueError(f"{option}: cannot write to {folder}: {error.strerror}") from None
     finally:
-        for one in made:
+        for parent in made:
             with suppress(OSError):
-                one.rmdir()
+                parent.rmdir()
 
 
 def writable_file(path: Path, option: str = "--out") -> Path:

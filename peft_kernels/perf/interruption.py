@@ -10,7 +10,7 @@ from .sigint import INTERRUPTED, end_at_once
 
 
 class Keeping:
-    """Postpones the end of a run that has ``found`` results.
+    """Postpones the end of a run that has ``results``.
 
     with Keeping(rows) as kept:
         rows.append(...)
@@ -18,8 +18,8 @@ class Keeping:
     kept.end(console)
     """
 
-    def __init__(self, found: Sized):
-        self.found, self.stop = found, None
+    def __init__(self, results: Sized):
+        self.results, self.stop = results, None
 
     def __enter__(self):
         if signal.getsignal(signal.SIGINT) is end_at_once:
@@ -28,7 +28,7 @@ class Keeping:
 
     def __exit__(self, kind, stop, trace) -> bool:
         self.stop = stop
-        return stop is not None and len(self.found) > 0
+        return stop is not None and len(self.results) > 0
 
     @property
     def partial(self) -> bool:

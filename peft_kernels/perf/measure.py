@@ -222,7 +222,7 @@ class Peaks:
         return max(nbytes / self.bandwidth, operations / self.rate)
 
     def __str__(self):
-        return f"copy {self.bandwidth / 1e9:.1f} GB/s, matrix product {self.rate / 1e9:,.0f} GFLOP/s"
+        return f"copy {self.bandwidth / 1e9:.1f} GB/s, matmul {self.rate / 1e9:,.0f} GFLOP/s"
 
 
 def peaks(dtype: torch.dtype, device: str = "cpu", *, quick: bool = False) -> Peaks:
@@ -241,21 +241,21 @@ def matrix_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None
     size = size or (8192 if device == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    products = {"plain": lambda: torch.mm(a, b, out=out)}
+    matmuls = {"plain": lambda: torch.mm(a, b, out=out)}
     if device == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
         packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
-        products["packed"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
-    return 2 * size**3 / min(timing.median for timing in interleaved(products, 7, device=device).values())
+        matmuls["packed"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+    return 2 * size**3 / min(timing.median for timing in interleaved(matmuls, 7, device=device).values())
 
 
 def versions() -> dict[str, str]:
-    found = {"peft_kernels": __version__, "python": platform.python_version()}
+    by_package = {"peft_kernels": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            by_package[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_package[name] = "not installed"
+    return by_package
 
 
 def cpu_model() -> str:

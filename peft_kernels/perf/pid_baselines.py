@@ -79,7 +79,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def prompt_in_encoder(model: nn.Module, inputs: Sequence[list[int]], prompts: Sequence[list[int]], **kwargs) -> Answers:
     """PiE: the encoder reads every input with every prompt appended; one ``generate`` over all rows."""
-    ids, mask = padded([one + prompt for one in inputs for prompt in prompts], model)
+    ids, mask = padded([input + prompt for input in inputs for prompt in prompts], model)
     output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **kwargs)
     return Answers(output.sequences[:, 1:], cross_bytes(output))
 

@@ -69,9 +69,9 @@ class Row:
         return None if self.roofline_s is None or self.median_s is None else self.roofline_s / self.median_s
 
 
-def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **common) -> list[Row]:
-    """A row for each candidate that was timed, turn by turn. each: candidate -> its own fields; common: fields that all
-    rows share.
+def compared(timings: Mapping[str, Timing], by_candidate: Mapping[str, Mapping] = {}, **common) -> list[Row]:
+    """A row for each candidate that was timed, turn by turn. ``by_candidate``: candidate -> its own fields;
+    ``common``: fields that all rows share.
 
     Without OURS among the candidates there are no ratios.
     """
@@ -81,9 +81,9 @@ def compared(timings: Mapping[str, Timing], each: Mapping[str, Mapping] = {}, **
         ratios = [theirs / own for theirs, own in zip(timing.seconds, ours)]  # zip: a slow candidate has fewer turns
         times = {"median_s": timing.median, "spread": timing.spread, "runs": len(timing.seconds)}
         times["ratio"] = statistics.median(ratios) if ratios else None
-        return Row(**{"candidate": candidate, **times, **common, **each.get(candidate, {})})
+        return Row(**{"candidate": candidate, **times, **common, **by_candidate.get(candidate, {})})
 
-    return [row(*one) for one in timings.items()]
+    return [row(candidate, timing) for candidate, timing in timings.items()]
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Results:
 
     def by_case(self) -> dict[tuple, list[Row]]:
         """Rows that were timed together, in the file's order."""
-        found = {}
+        cases = {}
         for row in self.rows:
-            found.setdefault(row.case, []).append(row)
-        return found
+            cases.setdefault(row.case, []).append(row)
+        return cases
 
     def write(self, path: Path) -> Path:
         """Write JSON to ``path`` and the same rows as CSV beside it. Partial results go to a file beside complete ones
@@ -123,7 +123,7 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
         with path.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [one.name for one in fields(Row)])
+            writer = csv.DictWriter(file, [column.name for column in fields(Row)])
             writer.writeheader()
             writer.writerows(
                 {**asdict(row), "shape": " ".join(f"{k}={v}" for k, v in row.shape.items())} for row in self.rows
@@ -174,21 +174,21 @@ def read(path: Path) -> Results:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        found = content.get("schema") if isinstance(content, dict) else None
-        raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {found!r}")
+        schema = content.get("schema") if isinstance(content, dict) else None
+        raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {schema!r}")
     del content["schema"]
     try:
         content["rows"] = tuple(Row(**row) for row in content["rows"])
-        content["peaks"] = {dtype: Peaks(**one) for dtype, one in content["peaks"].items()}
+        content["peaks"] = {dtype: Peaks(**peaks) for dtype, peaks in content["peaks"].items()}
         missing = ENVIRONMENT - set(content["environment"])
-        found = Results(**content)
+        results = Results(**content)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected results of schema {SCHEMA}, got {type(error).__name__}: {error}") from error
     if missing:
         raise ValueError(
             f"{path}: expected results of schema {SCHEMA}, whose environment has {', '.join(sorted(missing))}"
         )
-    return found
+    return results
 
 
 def default_folder(device: str) -> Path:
@@ -207,4 +207,4 @@ def folder_name(device_name: str) -> str:
 
 
 def _without_defaults(row: Row) -> dict:
-    return {one.name: value for one in fields(Row) if (value := getattr(row, one.name)) != one.default}
+    return {column.name: value for column in fields(Row) if (value := getattr(row, column.name)) != column.default}

@@ -81,7 +81,7 @@ def _span(rows: list[list[int]]) -> str:
     return str(lengths[0]) if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]}"
 
 
-def chosen(input: Path | None, prompts: Path | None) -> Texts:
+def texts_of(input: Path | None, prompts: Path | None) -> Texts:
     """One input and many prompts, from the files or from the package's own texts.
 
     Raises:
@@ -112,12 +112,12 @@ def dialogues(path: Path, limit: int, batch_size: int) -> Texts:
     Raises:
         ValueError: a file that does not have this format, or is empty.
     """
-    found = json_of(path, "--data")
+    content = json_of(path, "--data")
     beside = path.parent / "ontology_en.json"
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"--data: {path} must be a list of dialogues, got {_kind(found)}")
-    taken = found[:limit] if limit else found
-    inputs = [_text(dialogue, f"--data: dialogue {i} of {path}") for i, dialogue in enumerate(taken)]
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"--data: {path} must be a list of dialogues, got {_kind(content)}")
+    selection = content[:limit] if limit else content
+    inputs = [_text(dialogue, f"--data: dialogue {i} of {path}") for i, dialogue in enumerate(selection)]
     if not beside.is_file():
         raise ValueError(f"--data: expected the slots in {beside}, and there is no such file")
     ontology = json_of(beside, "--data")
@@ -137,7 +137,7 @@ def dialogues(path: Path, limit: int, batch_size: int) -> Texts:
         f" {batch_size}"
     )
     return Texts(
-        f"{len(taken)} of the {len(found)} dialogues of {path.name}, last turn", inputs, asked, batch_size, about
+        f"{len(selection)} of the {len(content)} dialogues of {path.name}, last turn", inputs, asked, batch_size, about
     )
 
 
@@ -157,9 +157,9 @@ def _text(dialogue, where: str) -> str:
     return text
 
 
-def _kind(found) -> str:
-    named = {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(found), "a number")
-    return named if found else f"{named} without anything in it"
+def _kind(content) -> str:
+    name = {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(content), "a number")
+    return name if content else f"{name} without anything in it"
 
 
 def _cut(ids: list[int], length: int) -> list[int]:

@@ -16,9 +16,7 @@ NAMES = {"sdpa": "peft_kernels_sdpa", "eager": "peft_kernels_eager"}
 
 
 def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Run our operator for cross-attention with several streams per input, and transformers' own function for
-    everything else.
-    """
+    """Run our operator for cross-attention with several streams per input, otherwise transformers' own function."""
     if not _shares(module, query, key, attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -31,9 +29,7 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *
 
 
 def eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Run the model's own eager function, which can return attention weights; on folded rows where streams share an
-    input.
-    """
+    """Run the model's own eager function, which can return attention weights; streams of one input are folded."""
     stock = sys.modules[type(module).__module__].eager_attention_forward
     if not _shares(module, query, key, attention_mask):
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -47,9 +43,9 @@ def configs_of(model: nn.Module) -> list:
 
 
 def adopt(configs: list) -> None:
-    """Replace the names of stock functions with ours.
+    """Replace the names of stock functions with ours, unless they are ours.
 
-    ``set_attn_implementation`` may restore a stock name at any time; Whisper does so itself.
+    ``set_attn_implementation`` may restore a stock name at any time; Whisper calls it itself.
     """
     if not is_adopted(configs):
         rename(configs, NAMES)

@@ -6,35 +6,33 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from . import families, streams
 
-LOOK_EVERY = 4  # steps between two checks for finished streams: each check synchronizes with the GPU
+CHECK_EVERY = 4  # steps between two checks for finished streams: each check synchronizes with the GPU
 DROP_BELOW = 0.5  # finished streams are dropped once at most this share of the decoded streams is unfinished
 
 
 class GrowingLayer(DynamicLayer):
-    """A dynamic layer with spare capacity: a step writes its token in place, where the stock layer copies all keys and
-    values.
-    """
+    """A dynamic layer with spare capacity: a step writes its token in place; the stock layer copies all tokens."""
 
-    room = 64  # tokens
+    spare_tokens = 64
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self._key_memory = self._value_memory = None
-        self.keys, self._key_memory = self._append(self.keys, self._key_memory, key_states)
-        self.values, self._value_memory = self._append(self.values, self._value_memory, value_states)
+            self._key_buffer = self._value_buffer = None
+        self.keys, self._key_buffer = self._append(self.keys, self._key_buffer, key_states)
+        self.values, self._value_buffer = self._append(self.values, self._value_buffer, value_states)
         return self.keys, self.values
 
-    def _append(self, held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
-        before, after = held.shape[2], held.shape[2] + new.shape[2]
-        ours = memory is not None and held.data_ptr() == memory.data_ptr() and held.stride() == memory.stride()
-        # the first tokens, rows were selected in between, or the capacity is used up
-        if not ours or after > memory.shape[2]:
-            memory = new.new_empty((*held.shape[:2], after + self.room, held.shape[3]))
-            memory[:, :, :before] = held
-        memory[:, :, before:after] = new
-        return memory[:, :, :after], memory
+    def _append(self, states: Tensor, buffer: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = states.shape[2], states.shape[2] + new.shape[2]
+        is_view = buffer is not None and states.data_ptr() == buffer.data_ptr() and states.stride() == buffer.stride()
+        # the first tokens, rows were selected since the last step, or the capacity is used up
+        if not is_view or end > buffer.shape[2]:
+            buffer = new.new_empty((*states.shape[:2], end + self.spare_tokens, states.shape[3]))
+            buffer[:, :, :start] = states
+        buffer[:, :, start:end] = new
+        return buffer[:, :, :end], buffer
 
 
 class SharedEncoderDecoderCache(EncoderDecoderCache):
@@ -80,13 +78,11 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         self.self_attention_cache.batch_select_indices(indices)
 
     def drop_finished(self, input_ids: Tensor):
-        """Stop decoding finished streams once most have finished; called before every step with all (N, length) ids so
-        far.
-        """
+        """Stop decoding finished streams once most have finished; ``input_ids`` are all ids so far, (N, length)."""
         if self._prompt_length is None:
             self._prompt_length = input_ids.shape[1]
         steps = input_ids.shape[1] - self._prompt_length
-        if self._eos_token_ids is None or steps == 0 or steps % LOOK_EVERY:
+        if self._eos_token_ids is None or steps == 0 or steps % CHECK_EVERY:
             return
         unfinished = ~torch.isin(input_ids[:, -steps:], self._eos_token_ids).any(1)
         if self.rows is not None:
@@ -115,13 +111,11 @@ class SharedEncoderDecoderCache(EncoderDecoderCache):
         return self._mask
 
     def for_all_streams(self, logits: Tensor) -> Tensor:
-        """Scatter the logits (k, ...) of the remaining rows into (N, ...); ``generate`` pads finished streams whatever
-        their logits.
-        """
+        """Scatter the logits (k, ...) of the remaining rows into (N, ...); ``generate`` ignores those of the others."""
         return logits.new_zeros(self.num_streams, *logits.shape[1:]).index_copy_(0, self.rows, logits)
 
 
-def filled(model: torch.nn.Module, states: Tensor, self_attention: Cache, **kwargs) -> SharedEncoderDecoderCache:
+def filled_cache(model: torch.nn.Module, states: Tensor, self_attention: Cache, **kwargs) -> SharedEncoderDecoderCache:
     """A cache that holds the cross-attention keys and values of (b, n, d) encoder states, computed once per layer."""
     cache = SharedEncoderDecoderCache(self_attention, DynamicCache(), **kwargs)
     for layer, attention in enumerate(families.cross_attentions(model)):

@@ -11,30 +11,18 @@ CROSS_ATTENTION_NAMES = ("EncDecAttention", "encoder_attn", "crossattention.self
 @dataclass(frozen=True)
 class Family:
     positions: str  # decoder positions: "relative" (T5), "table" (rows of embed_positions) or "argument" (position_ids)
-    views_decoder_batch: bool = (
-        False  # cross-attention reshapes keys and values by the decoder's batch size: it needs a filled cache
-    )
+    views_decoder_batch: bool = False  # cross-attention views keys by the decoder's batch size: it needs a filled cache
     takes_encoder_mask: bool = True
 
 
 _T5, _BART = Family("relative"), Family("table")
+_LIKE_BART = (
+    "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small", "plbart", "bigbird_pegasus",
+)  # fmt: skip
 FAMILIES = {
     **dict.fromkeys(("t5", "mt5", "longt5"), _T5),
     "umt5": Family("relative", views_decoder_batch=True),
-    **dict.fromkeys(
-        (
-            "bart",
-            "mbart",
-            "pegasus",
-            "marian",
-            "m2m_100",
-            "blenderbot",
-            "blenderbot-small",
-            "plbart",
-            "bigbird_pegasus",
-        ),
-        _BART,
-    ),
+    **dict.fromkeys(_LIKE_BART, _BART),
     "encoder-decoder": Family("argument"),
     "whisper": Family("table", views_decoder_batch=True, takes_encoder_mask=False),
 }
@@ -46,12 +34,12 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: the model is of another family; the message lists the supported ones.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in FAMILIES and any(cross_attentions(model)):
-        return FAMILIES[kind]
-    what = f"model_type {kind!r}" if kind else f"a {type(model).__name__}"
-    detail = " whose decoder has no cross-attention that is known" if kind in FAMILIES else ""
-    raise ValueError(f"pid: {what}{detail} is not supported; supported are {', '.join(FAMILIES)}")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in FAMILIES and any(cross_attentions(model)):
+        return FAMILIES[model_type]
+    name = f"model_type {model_type!r}" if model_type else f"a {type(model).__name__}"
+    detail = " without a known cross-attention" if model_type in FAMILIES else ""
+    raise ValueError(f"pid: {name}{detail} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def cross_attentions(model: nn.Module):
@@ -61,11 +49,8 @@ def cross_attentions(model: nn.Module):
 
 def keys_and_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (b, H, n, D) of (b, n, d) encoder states, as the module would put them into its cache."""
-    width = next(
-        getattr(attention, a)
-        for a in ("key_value_proj_dim", "head_dim", "attention_head_size")
-        if hasattr(attention, a)
-    )
+    names = ("key_value_proj_dim", "head_dim", "attention_head_size")
+    width = next(getattr(attention, name) for name in names if hasattr(attention, name))
     shape = (*states.shape[:2], -1, width)
 
     def project(*names):
@@ -101,7 +86,7 @@ def look_up_positions(table: nn.Module, positions: Tensor) -> Tensor:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """The number of positions of the decoder; None if there is no limit."""
+    """The number of positions of the decoder; None without a limit."""
     family = FAMILIES[model.config.model_type]
     if family.positions == "argument":
         return model.decoder.config.max_position_embeddings

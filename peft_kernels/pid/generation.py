@@ -3,14 +3,20 @@
 import copy
 
 import torch
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..hf.class_swap import Swapped
 from ..hf.names import CACHE, cache_of, has_row_adapters
 from . import attention, packing, streams
-from .cache import GrowingLayer, SharedEncoderDecoderCache, filled
+from .cache import GrowingLayer, SharedEncoderDecoderCache, filled_cache
 from .families import family_of
+from .static import FixedCache, fixed
+
+
+def drops_finished(asked: bool | None, device: torch.device) -> bool:
+    """Whether finished streams are dropped; by default not on a GPU, which the check would make wait."""
+    return device.type == "cpu" if asked is None else asked
 
 
 class PiDGenerationMixin(Swapped):
@@ -20,8 +26,28 @@ class PiDGenerationMixin(Swapped):
     """
 
     def generate(self, *args, **kwargs):
-        with packing.packed_linears(self):
-            return super().generate(*args, **kwargs)
+        borrowed, output = self.pid_hooks.borrowed, None
+        outer = borrowed.get()  # of the call that this one is nested in
+        borrowed.set(None)
+        try:
+            with packing.packed_linears(self):
+                output = super().generate(*args, **kwargs)
+            return output
+        finally:
+            cache = borrowed.get()
+            borrowed.set(outer)
+            if cache is not None and not (isinstance(output, dict) and cache_of(output) is cache):
+                cache.release()  # a caller that gets the cache keeps it
+
+    def __call__(self, *args, **kwargs):
+        """Run a step of beam search compiled: transformers does so for greedy search and sampling alone."""
+        cache = None if torch.compiler.is_compiling() else cache_of(kwargs)
+        if isinstance(cache, FixedCache) and cache.beams and not self.pid_hooks.last_only.get():
+            return self.get_compiled_call(cache.compile_config)(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.pid_hooks.encoder_index.set(None)
 
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs(
@@ -66,50 +92,57 @@ class PiDGenerationMixin(Swapped):
         self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
     ):
         """Fill the cross-attention cache with one row per input."""
-        shared = model_kwargs.pop("shared_streams", None)  # N
+        num_streams = model_kwargs.pop("shared_streams", None)  # N; None: as many as inputs
         # (N,), the input of each stream, if streams cannot share
         own_keys = model_kwargs.pop("index_of_own_keys", None)
         left_padded = model_kwargs.pop("left_padded_prompts", False)
         expand_size = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if shared:
-            batch_size = shared // expand_size
+        if num_streams:
+            batch_size = num_streams // expand_size
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
         )
         cache = cache_of(model_kwargs)
-        if not (shared or left_padded) or (cache is None and not left_padded):
+        if not (num_streams or left_padded) or (cache is None and not left_padded):
             return
         if type(cache) is not EncoderDecoderCache or any(cache.is_updated.values()):
             raise ValueError(
                 "pid: streams that share an input need an empty key/value cache of transformers' own,"
                 f" got {'use_cache=False' if cache is None else type(cache).__name__}"
             )
+        if (
+            num_streams
+            and own_keys is None
+            and not cache.self_attention_cache.offloading
+            and all(type(layer) is StaticLayer for layer in cache.self_attention_cache.layers)
+            and self._valid_auto_compile_criteria(model_kwargs, generation_config)
+        ):
+            model_kwargs[CACHE] = fixed(self, self.pid_static_caches, model_kwargs, num_streams, generation_config)
+            self.pid_hooks.borrowed.set(model_kwargs[CACHE])
+            return
         states = model_kwargs["encoder_outputs"][0]
         if getattr(self, "enc_to_dec_proj", None) is not None:
             states = self.enc_to_dec_proj(states)
         if (generation_config.num_beams or 1) == 1:  # reordering beams copies the whole cache at every step anyway
             layers = cache.self_attention_cache.layers
             layers[:] = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
-        eos = None
-        asked_for = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-        greedy_or_sampling = (generation_config.num_beams or 1) == 1 and not any(
-            getattr(generation_config, name) for name in asked_for
-        )
-        droppable = (
-            shared
+        outputs_of_steps = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        can_drop_finished = (
+            num_streams
             and own_keys is None
+            and drops_finished(self.pid_drop_finished, states.device)
             and family_of(self).takes_encoder_mask
             and not isinstance(cache.self_attention_cache, StaticCache)
+            and (generation_config.num_beams or 1) == 1
+            and not any(getattr(generation_config, name) for name in outputs_of_steps)
         )
-        if droppable and greedy_or_sampling:
-            eos = generation_config._eos_token_tensor
-        model_kwargs[CACHE] = filled(
+        model_kwargs[CACHE] = filled_cache(
             self,
             states,
             cache.self_attention_cache,
-            num_streams=shared or states.shape[0],
+            num_streams=num_streams or states.shape[0],
             left_padded=left_padded,
-            eos_token_ids=eos,
+            eos_token_ids=generation_config._eos_token_tensor if can_drop_finished else None,
             encoder_index=own_keys,
         )
 
@@ -117,9 +150,8 @@ class PiDGenerationMixin(Swapped):
         """Give processors that compare with the encoder's input one row of it per stream, not counting beams."""
         cache = cache_of(model_kwargs or {})
         if isinstance(cache, SharedEncoderDecoderCache) and encoder_input_ids is not None:
-            encoder_input_ids = encoder_input_ids[
-                cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]
-            ]
+            index = cache.encoder_index(model_kwargs["attention_mask"])[:: generation_config.num_beams or 1]
+            encoder_input_ids = encoder_input_ids[index]
         return super()._get_logits_processor(
             generation_config, *args, encoder_input_ids=encoder_input_ids, model_kwargs=model_kwargs, **kwargs
         )
@@ -141,6 +173,8 @@ class PiDGenerationMixin(Swapped):
         cache = cache_of(inputs)
         if not isinstance(cache, SharedEncoderDecoderCache):
             return inputs
+        if isinstance(cache, FixedCache):
+            return cache.padded(inputs)
         cache.drop_finished(input_ids)
         if cache.rows is not None:
             inputs = {
@@ -151,6 +185,8 @@ class PiDGenerationMixin(Swapped):
 
     def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
         cache = outputs.get(CACHE)
-        if isinstance(cache, SharedEncoderDecoderCache) and cache.rows is not None:
+        if isinstance(cache, FixedCache):
+            cache.cut(outputs)
+        elif isinstance(cache, SharedEncoderDecoderCache) and cache.rows is not None:
             outputs.logits = cache.for_all_streams(outputs.logits)
         return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)

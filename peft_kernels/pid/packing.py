@@ -24,24 +24,23 @@ from ..ops import native_library
 
 ROWS_HINT = 32  # the number of input rows for which oneDNN picks the layout
 
-_lock = Lock()  # guards the two below
-_copies: WeakKeyDictionary[nn.Linear, tuple[tuple, Tensor]] = WeakKeyDictionary()
-_users: Counter[nn.Linear] = Counter()  # layer -> how many ``generate`` calls run it on its packed weight
+_lock = Lock()  # guards _copies and _users
+_copies: WeakKeyDictionary[nn.Linear, tuple[tuple, Tensor]] = WeakKeyDictionary()  # layer -> contents, packed weight
+_users: Counter[nn.Linear] = Counter()  # layer -> number of ``generate`` calls that run it on its packed weight
 _packed = CallState()  # layer -> packed weight, in this thread's ``generate``
 
 
 @contextmanager
 def packed_linears(model: nn.Module):
-    """Run the plain ``nn.Linear`` modules of encoder, decoder and head on packed weights, in this thread and within the
-    context.
+    """Context in which the plain ``nn.Linear`` modules of the model run on packed weights, in this thread.
 
     Does nothing unless the model was enabled with ``pack_weights=True``, the native library is built, and the weights
     are float32 or bfloat16 on a CPU.
     """
     outer = _packed.get()
-    usable = model.pid_pack_weights and native_library.problem() is None and torch.backends.mkldnn.is_available()
+    usable = model.pid_pack_weights and native_library.load_error() is None and torch.backends.mkldnn.is_available()
     with _lock:
-        weights = _fresh([layer for layer in _linears(model) if _packable(layer)]) if usable else {}
+        weights = _packed_weights([layer for layer in _linears(model) if _packable(layer)]) if usable else {}
         for layer in weights:
             if not _users[layer]:
                 layer.forward = partial(_forward, layer)
@@ -81,7 +80,7 @@ def _packable(layer):
     )
 
 
-def _fresh(layers) -> dict[nn.Linear, Tensor]:
+def _packed_weights(layers) -> dict[nn.Linear, Tensor]:
     """The packed weight of every layer; weights that have changed are packed again."""
     if not layers:
         return {}

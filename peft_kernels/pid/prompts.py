@@ -7,7 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..hf.names import CACHE, cache_of
 from .families import FAMILIES, max_positions
+from .static import FixedCache
 from .swap import _base, is_enabled
 
 Prompts = Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
@@ -22,7 +24,8 @@ class PiDOutput:
             and padding, with the end token; with ``num_return_sequences`` > 1, a list of such lists.
         scores: with ``output_scores=True``, the log-probabilities of these tokens in the same nesting, as 1-d float32
             tensors on the CPU; otherwise None.
-        output: the return value of transformers' ``generate``, with the rows of all streams in order.
+        output: the return value of transformers' ``generate``, with the rows of all streams in order. After a compiled
+            generation with a static cache it has no cache.
     """
 
     sequences: list[list]
@@ -63,7 +66,7 @@ def generate(
     if input_ids.ndim != 2 or input_ids.shape[0] == 0:
         raise ValueError(f"pid.generate: input_ids must be (b, n) with b > 0, got {tuple(input_ids.shape)}")
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
-    flat = [prompt for one in per_input for prompt in one]
+    flat = [prompt for own_prompts in per_input for prompt in own_prompts]
     config, _ = base._prepare_generation_config(
         generate_kwargs.get("generation_config"),
         **{k: v for k, v in generate_kwargs.items() if k != "generation_config"},
@@ -83,24 +86,24 @@ def generate(
     streams = {"decoder_input_ids": ids, "left_padded_prompts": not bool(mask.all())}
     if streams["left_padded_prompts"] or len(flat) != input_ids.shape[0]:
         streams["decoder_attention_mask"] = mask
-    counts = [len(one) for one in per_input]
+    counts = list(map(len, per_input))
     if len(set(counts)) > 1:
-        streams["encoder_index"] = torch.arange(len(counts), device=device).repeat_interleave(
-            torch.tensor(counts, device=device)
-        )
+        streams["encoder_index"] = _index(counts, device)
 
-    want_scores = config.output_scores
     arguments = {**generate_kwargs, "return_dict_in_generate": True}
     output = cast(Any, model).generate(input_ids=input_ids, attention_mask=attention_mask, **streams, **arguments)
+    if isinstance(cache := cache_of(output), FixedCache):  # the next call has its buffers
+        output[CACHE] = None
+        cache.release()
     repeats = config.num_return_sequences or 1
-    tails = _generated(output.sequences[:, longest:], config.eos_token_id, config.pad_token_id)
+    sequences = _cut(output.sequences[:, longest:], config.eos_token_id, config.pad_token_id)
     scores = None
-    if want_scores:
+    if config.output_scores:
         steps = base.compute_transition_scores(
             output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=True
         ).cpu()
-        scores = _nested([row[: len(tail)] for row, tail in zip(steps, tails)], counts, repeats)
-    return PiDOutput(_nested(tails, counts, repeats), scores, output)
+        scores = _nested([row[: len(sequence)] for row, sequence in zip(steps, sequences)], counts, repeats)
+    return PiDOutput(_nested(sequences, counts, repeats), scores, output)
 
 
 def forward(
@@ -112,8 +115,7 @@ def forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run one training forward: the loss over the target tokens of every stream, given its input, its prompt and the
-    preceding tokens.
+    """Compute the loss of the target tokens of every stream, conditioned on its input, prompt and preceding tokens.
 
     The loss is ``-sum log p(y_t | E, prompt, y_<t)`` over all streams, divided by the number of target tokens as in
     transformers. Prompt-in-Decoder, arXiv 2403.13112, equation 4; prompt positions have the label -100.
@@ -136,15 +138,16 @@ def forward(
     """
     base = _checked(model, "forward")
     per_input = _per_input(prompts, input_ids.shape[0], "prompts")
-    wanted = _per_input(targets, input_ids.shape[0], "targets", shared=False)
-    if [len(one) for one in per_input] != [len(one) for one in wanted]:
+    targets_per_input = _per_input(targets, input_ids.shape[0], "targets", shared=False)
+    counts = list(map(len, per_input))
+    if counts != list(map(len, targets_per_input)):
         raise ValueError(
-            f"pid.forward: every prompt needs a target, got {[len(x) for x in per_input]} prompts and"
-            f" {[len(x) for x in wanted]} targets per input"
+            f"pid.forward: every prompt needs a target, got {counts} prompts and"
+            f" {list(map(len, targets_per_input))} targets per input"
         )
-    pairs = [(list(p), list(y)) for ps, ys in zip(per_input, wanted) for p, y in zip(ps, ys)]
+    pairs = [(list(p), list(y)) for ps, ys in zip(per_input, targets_per_input) for p, y in zip(ps, ys)]
     if not any(y for _, y in pairs):
-        raise ValueError("pid.forward: targets hold no token")
+        raise ValueError("pid.forward: targets must have at least one token, got none")
     length = max(len(p) + len(y) for p, y in pairs)
     _check_positions(base, length, max(len(p) for p, _ in pairs))
     start, device = _start_token(base, base.generation_config), input_ids.device
@@ -156,13 +159,8 @@ def forward(
         ids[row, : len(tokens)] = torch.tensor(tokens, device=device)
         mask[row, : len(tokens)] = 1
         labels[row, len(prompt) : len(prompt) + len(target)] = torch.tensor(target, dtype=ids.dtype, device=device)
-    counts = torch.tensor([len(one) for one in per_input], device=device)
     name = "decoder_encoder_index" if base.config.model_type == "encoder-decoder" else "encoder_index"
-    index = (
-        {}
-        if bool((counts == counts[0]).all())
-        else {name: torch.arange(len(counts), device=device).repeat_interleave(counts)}
-    )
+    index = {name: _index(counts, device)} if len(set(counts)) > 1 else {}
     return model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -174,45 +172,52 @@ def forward(
     )
 
 
-def _checked(model, what):
+def _checked(model, function):
+    """The transformers model of an enabled ``model`` whose decoder takes prompts."""
     if not is_enabled(model):
-        raise ValueError(f"pid.{what}: the model is not enabled; call pid.enable(model) first")
+        raise ValueError(f"pid.{function}: the model is not enabled; call pid.enable(model) first")
     base = _base(model)
     if not FAMILIES[base.config.model_type].takes_encoder_mask:
-        raise ValueError(f"pid.{what}: model_type {base.config.model_type!r} takes no text prompts; use model.generate")
+        raise ValueError(
+            f"pid.{function}: model_type {base.config.model_type!r} takes no text prompts; use model.generate"
+        )
     adapter = getattr(model, "active_peft_config", None)
     if adapter is not None and adapter.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         raise ValueError(
-            f"pid.{what}: {adapter.peft_type.value} puts keys of its own in front of the decoder's, where the masks of"
-            " prompts do not count them; use model.generate with decoder_input_ids"
+            f"pid.{function}: {adapter.peft_type.value} puts keys of its own in front of the decoder's, where the masks"
+            " of prompts do not count them; use model.generate with decoder_input_ids"
         )
     return base
 
 
-def _per_input(prompts, inputs: int, label: str, shared: bool = True) -> list[list]:
-    """One list of token-id lists per input."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"pid: {label} must be a list that is not empty, got {prompts!r}")
-    deep = any(
-        isinstance(p, Sequence) and any(isinstance(token, Sequence) and not isinstance(token, str) for token in p)
-        for p in prompts
-    )
-    if not deep and not shared:
-        raise ValueError(f"pid: {label} must be nested: {label}[i][u] is the token-id list of input i, prompt u")
-    per_input = [list(one) for one in prompts] if deep else [list(prompts)] * inputs
+def _per_input(prompts, inputs: int, argument: str, shared: bool = True) -> list[list]:
+    """One list of token-id lists per input; ``shared``: a flat list is that of every input."""
+    if not _is_list(prompts) or len(prompts) == 0:
+        raise ValueError(f"pid: {argument} must be a list that is not empty, got {prompts!r}")
+    nested = any(isinstance(prompt, Sequence) and any(map(_is_list, prompt)) for prompt in prompts)
+    if not nested and not shared:
+        raise ValueError(f"pid: {argument} must be nested: {argument}[i][u] is the token-id list of input i, prompt u")
+    per_input = list(map(list, prompts)) if nested else [list(prompts)] * inputs
     if len(per_input) != inputs:
-        raise ValueError(f"pid: {label} must have one list per input, got {len(per_input)} lists for {inputs} inputs")
+        raise ValueError(
+            f"pid: {argument} must have one list per input, got {len(per_input)} lists for {inputs} inputs"
+        )
     if not any(per_input):
-        raise ValueError(f"pid: {label} are empty for every input")
-    for one in per_input:
-        for prompt in one:
-            if (
-                not isinstance(prompt, Sequence)
-                or isinstance(prompt, str)
-                or any(isinstance(t, bool) or not isinstance(t, int) for t in prompt)
-            ):
-                raise TypeError(f"pid: {label} must hold lists of int token ids, got {prompt!r}")
+        raise ValueError(f"pid: {argument} must not be empty for every input, got {prompts!r}")
+    for own_prompts in per_input:
+        for prompt in own_prompts:
+            if not _is_list(prompt) or any(isinstance(t, bool) or not isinstance(t, int) for t in prompt):
+                raise TypeError(f"pid: {argument} must hold lists of int token ids, got {prompt!r}")
     return per_input
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _index(counts: list[int], device) -> Tensor:
+    """The input of every stream, (N,), where input i has ``counts[i]`` streams."""
+    return torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
 
 def _start_token(base, config) -> int:
@@ -232,16 +237,16 @@ def _check_positions(base, length: int, prompt: int):
     limit = max_positions(base)
     if limit is not None and length > limit:
         raise ValueError(
-            f"pid: the decoder has {limit} positions, but a prompt of {prompt} tokens with its start token and what"
-            f" follows needs {length}"
+            f"pid: the decoder has {limit} positions, but a prompt of {prompt} tokens with its start token and the"
+            f" tokens after it needs {length}"
         )
 
 
-def _generated(tails: Tensor, eos, pad) -> list[list[int]]:
-    """The rows, each cut after its first end token; a row without one loses its trailing padding."""
+def _cut(sequences: Tensor, eos, pad) -> list[list[int]]:
+    """The rows, each cut after its first end token; a row without an end token loses its trailing padding."""
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     result = []
-    for row in tails.tolist():
+    for row in sequences.tolist():
         end = next((i for i, token in enumerate(row) if token in ends), None)
         if end is not None:
             row = row[: end + 1]

@@ -34,8 +34,7 @@ def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | No
 def prepare(
     states: Tensor, mask: Tensor | None, streams: int, encoder_index: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Check the streams against the inputs; return encoder states with every input's keys in front, and the packed
-    lengths and index.
+    """The encoder states with every input's keys in front, and the packed lengths and index, of checked streams.
 
     Cross-attention has no positions, so keys may be reordered: with left padding or holes in the mask they are gathered
     to the front, which is exact. This synchronizes with a GPU, so it runs once per forward pass or generation, never

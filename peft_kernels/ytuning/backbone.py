@@ -15,8 +15,7 @@ _loading = threading.Lock()
 
 
 class FrozenBackbone:
-    """Holds the backbone outside of the model's modules, so that it is not saved or trained with the model and stays in
-    eval mode.
+    """Holds the backbone outside of the model's modules, so that it is not saved, trained or put in training mode.
 
     It is loaded on first use and follows the device of its inputs.
     """
@@ -32,8 +31,8 @@ class FrozenBackbone:
         if self.model is None:
             if self.name is None:
                 raise ValueError(
-                    "YTuningForSequenceClassification: input_ids need a backbone: name one in the config, or give"
-                    " features"
+                    "YTuningForSequenceClassification: input_ids need a backbone: set config.backbone or call"
+                    " set_backbone, or pass features"
                 )
             with _loading, torch.device("cpu"):
                 if self.model is None:
@@ -47,7 +46,8 @@ def encoder_of(method: str, model: torch.nn.Module) -> torch.nn.Module:
     """The part of ``model`` that computes features: the model without its head, or the encoder of an encoder-decoder.
 
     Raises:
-        TypeError: there is no transformers model. ValueError: an adapter works in the wrapper instead of the model.
+        TypeError: there is no transformers model.
+        ValueError: an adapter works in the wrapper instead of the model.
     """
     model = frozen_model(method, model)
     return model.get_encoder() if is_encoder_decoder(model) else model.base_model
@@ -55,7 +55,7 @@ def encoder_of(method: str, model: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def features_of(model, layer: int, **inputs) -> Tensor:
-    """The hidden states number ``layer`` of ``model``, (B, n, d)."""
+    """The element ``layer`` of the hidden states of ``model``, (B, n, d)."""
     inputs = {name: x for name, x in inputs.items() if x is not None}
     if layer == -1:
         return model(**inputs).last_hidden_state
@@ -63,7 +63,7 @@ def features_of(model, layer: int, **inputs) -> Tensor:
 
 
 def right_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Features with the unmasked ones of ``mask`` (B, n) in front, and their number, (B,).
+    """Features with the unmasked features of ``mask`` (B, n) in front, and their number, (B,).
 
     Attention does not depend on their order.
     """

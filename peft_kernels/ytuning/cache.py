@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..hf import durable
 from ..hf.fingerprint import fingerprint
-from ..hf.frozen import evaluating, max_length_of, strings, whole
+from ..hf.frozen import eval_mode, integer, max_length_of, strings
 from .backbone import encoder_of, features_of
 
 __all__ = ["FORMAT", "INDEX", "cache_features", "checksum", "checksum_of_text", "read_index"]
@@ -70,28 +70,27 @@ def cache_features(
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"cache_features: dtype must be torch.bfloat16 or torch.float32, got {dtype}")
-    batch_size = whole("cache_features", "batch_size", batch_size, 1)
+    batch_size = integer("cache_features", "batch_size", batch_size, 1)
     folder = Path(folder)
     model = encoder_of("cache_features", model)
     layers = getattr(model.config, "num_hidden_layers", None)
     if layers is not None and not -layers - 1 <= layer <= layers:
         raise ValueError(f"cache_features: layer must lie in [{-layers - 1}, {layers}], got {layer}")
     texts = strings("cache_features", "texts", texts, pairs=True)
-    most = (
-        max_length_of(model, tokenizer, None)
-        if max_length is None
-        else whole("cache_features", "max_length", max_length, 1)
-    )
-    encoded = _encode(tokenizer, texts, most)
+    if max_length is None:
+        limit = max_length_of(model, tokenizer, None)
+    else:
+        limit = integer("cache_features", "max_length", max_length, 1)
+    encoded = _encode(tokenizer, texts, limit)
     key = fingerprint(model, model, [str(dtype), layer, encoded])
-    head = {"format": FORMAT, "key": key, "texts": len(encoded), "dtype": str(dtype).removeprefix("torch.")}
+    header = {"format": FORMAT, "key": key, "texts": len(encoded), "dtype": str(dtype).removeprefix("torch.")}
     durable.check_writable("cache_features: folder", folder / INDEX)
-    with _alone(folder):
-        _fill(model, tokenizer, encoded, folder, head, batch_size, dtype, layer, overwrite)
+    with _locked(folder):
+        _write_shards(model, tokenizer, encoded, folder, header, batch_size, dtype, layer, overwrite)
     return folder
 
 
-def _alone(folder: Path) -> FileLock:
+def _locked(folder: Path) -> FileLock:
     """Lock ``folder`` for one process or thread; a killed process releases its lock."""
     lock = FileLock(folder / ".lock")
     try:
@@ -102,38 +101,37 @@ def _alone(folder: Path) -> FileLock:
     return lock
 
 
-def _fill(model, tokenizer, encoded, folder, head, batch_size, dtype, layer, overwrite):
+def _write_shards(model, tokenizer, encoded, folder, header, batch_size, dtype, layer, overwrite):
     lengths = [len(row["input_ids"]) for row in encoded]
     plan = _shards(lengths)
-    done = _continue(folder, head, overwrite)
+    done = _finished_shards(folder, header, overwrite)
     for number, rows in enumerate(plan):
         name = f"features-{number:05d}.safetensors"
         if done.get(name) is not None and done[name] == checksum(folder / name):
             continue
         done.pop(name, None)
-        _write_index(folder, head, len(plan), done)
+        _write_index(folder, header, len(plan), done)
         features = _features(model, tokenizer, [encoded[i] for i in rows], batch_size, layer).to(dtype)
         offsets = torch.tensor([0, *(lengths[i] for i in rows)]).cumsum(0)
-        sums = torch.tensor(
-            [checksum_of_text(features[begin:end]) for begin, end in offsets.unfold(0, 2, 1).tolist()],
-            dtype=torch.int64,
-        )
-        tensors = {"features": features, "rows": torch.tensor(rows), "offsets": offsets, "checksums": sums}
+        checksums = [checksum_of_text(features[begin:end]) for begin, end in offsets.unfold(0, 2, 1).tolist()]
+        tensors = {
+            "features": features,
+            "rows": torch.tensor(rows),
+            "offsets": offsets,
+            "checksums": torch.tensor(checksums, dtype=torch.int64),
+        }
         durable.replace(folder / name, lambda part, tensors=tensors: save_file(tensors, part))
         done[name] = checksum(folder / name)
-        _write_index(folder, head, len(plan), done)
-    _write_index(folder, head, len(plan), done)
+        _write_index(folder, header, len(plan), done)
+    _write_index(folder, header, len(plan), done)
 
 
 def read_index(folder: Path) -> dict | None:
-    """The index in ``folder``, of this format or an earlier one; None if there is none or it cannot be read."""
+    """The index in ``folder``, in this format or an earlier one; None if there is none or it cannot be read."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return (
-            index
-            if isinstance(index["format"], int) and isinstance(index["done"], dict) and isinstance(index["key"], str)
-            else None
-        )
+        types = {"format": int, "done": dict, "key": str}
+        return index if all(isinstance(index[name], kind) for name, kind in types.items()) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -154,28 +152,28 @@ def checksum(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _write_index(folder, head, shards, done):
-    content = json.dumps({**head, "shards": shards, "done": dict(sorted(done.items()))}, indent=1)
+def _write_index(folder, header, shards, done):
+    content = json.dumps({**header, "shards": shards, "done": dict(sorted(done.items()))}, indent=1)
     durable.replace(folder / INDEX, lambda part: part.write_text(content + "\n", encoding="utf-8"))
 
 
-def _continue(folder, head, overwrite) -> dict:
+def _finished_shards(folder, header, overwrite) -> dict:
     """The finished shards of a previous run with the same key, from its index."""
     index = read_index(folder)
     shards = [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
     if index is None:
         if (folder / INDEX).exists() and not shards:
             raise ValueError(
-                f"cache_features: folder must be a new one or one of cache_features, got {folder}, whose {INDEX} is"
+                f"cache_features: folder must be new or written by cache_features, got {folder}, whose {INDEX} is"
                 " something else"
             )
         return {}
-    if index["key"] == head["key"] and index["format"] == FORMAT:
+    if index["key"] == header["key"] and index["format"] == FORMAT:
         return index["done"]
     if not overwrite:
         raise ValueError(
             f"cache_features: {folder} holds features of another model, tokenizer or texts, or of another dtype, layer"
-            " or max_length; give overwrite=True to replace them, or another folder"
+            " or max_length; pass overwrite=True to replace them, or another folder"
         )
     for path in shards:
         path.unlink()
@@ -209,25 +207,22 @@ def _features(model, tokenizer, rows, batch_size, layer):
     rows = [row for row in rows if row["input_ids"]]  # a text without tokens has no features
     if not rows:
         return torch.zeros(0, model.config.hidden_size)
-    with evaluating(model):
-        return torch.cat(
-            [_batch(model, tokenizer, rows[i : i + batch_size], layer) for i in range(0, len(rows), batch_size)]
-        )
+    with eval_mode(model):
+        starts = range(0, len(rows), batch_size)
+        return torch.cat([_batch(model, tokenizer, rows[i : i + batch_size], layer) for i in starts])
 
 
 def _batch(model, tokenizer, rows, layer):
     # accelerate's hooks fetch offloaded weights and move the inputs
     device = None if model.device.type == "meta" else model.device
-    mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows], batch_first=True).to(
-        device
-    )
+    ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
+    mask = pad_sequence(ones, batch_first=True).to(device)
     fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0}
-    inputs = {
-        name: pad_sequence([torch.tensor(row[name]) for row in rows], True, fill[name]).to(device) for name in rows[0]
-    }
+    columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+    inputs = {name: pad_sequence(column, True, fill[name]).to(device) for name, column in columns.items()}
     features = features_of(model, layer, attention_mask=mask, **inputs)
     if features.shape[:2] != mask.shape:
         raise ValueError(
-            f"cache_features: model must give a feature for each of {mask.shape[1]} tokens, got {features.shape[1]}"
+            f"cache_features: model must return a feature for each of {mask.shape[1]} tokens, got {features.shape[1]}"
         )
     return features[mask.bool().to(features.device)].cpu()

@@ -9,8 +9,7 @@ PROBLEMS = (None, "single_label_classification")
 
 
 class YTuningConfig(PreTrainedConfig):
-    """Configuration of Y-Tuning (arXiv 2202.09817). The number of labels is ``num_labels``, as in every transformers
-    model.
+    """Configuration of Y-Tuning (arXiv 2202.09817); ``num_labels`` as in every transformers configuration.
 
     Attributes:
         hidden_size: d, the width of the features and of the label blocks.

@@ -16,8 +16,7 @@ __all__ = ["CachedFeatures", "FeatureCollator"]
 
 
 class CachedFeatures(Dataset):
-    """Dataset over a folder of ``cache_features``, in the order of its texts, with items ``{"features": (n, d),
-    "labels": ...}``.
+    """Dataset of the texts in a folder of ``cache_features``: items ``{"features": (n, d), "labels": ...}``.
 
     Shards are memory-mapped: only the items that are read are loaded, and worker processes share them. The features of
     an item are compared with their checksum when it is read.
@@ -48,27 +47,28 @@ class CachedFeatures(Dataset):
             )
         labels = None if labels is None else class_indices("CachedFeatures", labels)
         if labels is not None and len(labels) != index["texts"]:
-            raise ValueError(f"CachedFeatures: labels must be as many as texts, {index['texts']}, got {len(labels)}")
+            raise ValueError(
+                f"CachedFeatures: labels must be one for each of {index['texts']} texts, got {len(labels)}"
+            )
         self.labels = labels
         self.names = sorted(index["done"])
         for name in self.names:
-            found = checksum(self.folder / name) if verify else (self.folder / name).exists()
-            if not found or (verify and found != index["done"][name]):
+            path = self.folder / name
+            if not path.exists() or (verify and checksum(path) != index["done"][name]):
                 raise ValueError(
-                    f"CachedFeatures: {self.folder / name} is damaged or missing: run cache_features again, which"
-                    " repairs it"
+                    f"CachedFeatures: {path} is damaged or missing: run cache_features again, which repairs it"
                 )
         self._shards: list[Tensor] | None = None
-        self._place = torch.zeros(index["texts"], 4, dtype=torch.long)  # shard, begin, end, checksum
+        self._locations = torch.zeros(index["texts"], 4, dtype=torch.long)  # shard, begin, end, checksum
         for number in range(len(self.names)):
             _, rows, offsets, sums = self._tensors(number)
-            self._place[rows] = torch.stack((torch.full_like(rows, number), offsets[:-1], offsets[1:], sums), 1)
+            self._locations[rows] = torch.stack((torch.full_like(rows, number), offsets[:-1], offsets[1:], sums), 1)
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._locations)
 
     def __getitem__(self, i: int) -> dict:
-        shard, begin, end, checksum = self._place[i].tolist()
+        shard, begin, end, checksum = self._locations[i].tolist()
         if self._shards is None:
             self._shards = [self._tensors(number)[0] for number in range(len(self.names))]
         item = {"features": self._shards[shard][begin:end]}
@@ -85,7 +85,7 @@ class CachedFeatures(Dataset):
     @property
     def lengths(self) -> list[int]:
         """The number of features of every text."""
-        return (self._place[:, 2] - self._place[:, 1]).tolist()
+        return (self._locations[:, 2] - self._locations[:, 1]).tolist()
 
     def _tensors(self, number):
         try:
@@ -99,8 +99,9 @@ class CachedFeatures(Dataset):
 
 
 class FeatureCollator:
-    """Collates items to a batch for ``YTuningForSequenceClassification``: ``features`` padded on the right,
-    ``lengths``, any ``labels``.
+    """Collates items to a batch for ``YTuningForSequenceClassification``.
+
+    A batch has ``features`` padded on the right, ``lengths``, and ``labels`` if the items have them.
     """
 
     def __call__(self, items: list[dict]) -> dict:

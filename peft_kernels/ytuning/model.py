@@ -32,9 +32,7 @@ class SelfAttention(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A weight that is read by a call, so that hooks of accelerate and FSDP can load it if it is offloaded or
-    sharded.
-    """
+    """A weight that is read by a call, so that hooks of accelerate and FSDP can load it."""
 
     def __init__(self, width: int):
         super().__init__(width, width, bias=False)
@@ -63,6 +61,8 @@ class CrossAttention(nn.Module):
 
 
 class LabelBlock(nn.Module):
+    """Post-norm block: self-attention among slots, cross-attention to features, feed-forward."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attention = SelfAttention(config)
@@ -121,8 +121,8 @@ class YTuningForSequenceClassification(PreTrainedModel):
         """Classify texts from their features or their token ids.
 
         Args:
-            features: (B, n, d), of any floating-point dtype; or give ``input_ids``.
-            lengths: (B,), numbers of features where they are padded on the right; or give ``attention_mask``.
+            features: (B, n, d), of any floating-point dtype; None: computed from ``input_ids``.
+            lengths: (B,), number of features of each text, if they are padded on the right; or ``attention_mask``.
             attention_mask: (B, n), 1 at tokens and 0 at padding on either side.
             input_ids: (B, n), for the backbone, with ``token_type_ids`` if it takes them.
             labels: (B,) integers in [0, num_labels).
@@ -138,11 +138,11 @@ class YTuningForSequenceClassification(PreTrainedModel):
         """
         if (features is None) == (input_ids is None):
             raise ValueError(
-                "YTuningForSequenceClassification: give features or input_ids, got"
+                "YTuningForSequenceClassification: pass features or input_ids, got"
                 f" {'none' if features is None else 'both'}"
             )
         if lengths is not None and attention_mask is not None:
-            raise ValueError("YTuningForSequenceClassification: give lengths or attention_mask, got both")
+            raise ValueError("YTuningForSequenceClassification: pass lengths or attention_mask, got both")
         if features is None:
             if attention_mask is not None:  # pad as ``cache_features`` does
                 attention_mask, input_ids, token_type_ids = padded_behind(attention_mask, input_ids, token_type_ids)
@@ -150,7 +150,7 @@ class YTuningForSequenceClassification(PreTrainedModel):
             features = self.frozen_backbone(self.config.backbone_layer, **inputs)
         if features.shape[-1] != self.config.hidden_size:
             raise ValueError(
-                f"YTuningForSequenceClassification: features must be {self.config.hidden_size} wide, got"
+                f"YTuningForSequenceClassification: features must be (B, n, {self.config.hidden_size}), got"
                 f" {tuple(features.shape)}"
             )
         if attention_mask is not None:
@@ -179,9 +179,7 @@ class YTuningForSequenceClassification(PreTrainedModel):
 
 
 def triplet_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """The triplet loss: the mean over rows of ``scores`` (B, C) of the sum over ``c != y`` of ``max(0, margin + t_c -
-    t_y)``.
-    """
-    right = scores.gather(1, labels[:, None])
-    hinges = (margin + scores - right).relu()
+    """The mean over rows of ``scores`` (B, C) of the sum over ``c != y`` of ``max(0, margin + t_c - t_y)``."""
+    target_scores = scores.gather(1, labels[:, None])
+    hinges = (margin + scores - target_scores).relu()
     return hinges.scatter(1, labels[:, None], 0).sum(1).mean()

@@ -121,7 +121,7 @@ def test_info_names_every_implementation_or_the_reason():
 def test_info_says_nothing_of_launches_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = invoke("info")
-    assert "none that torch sees" in text and "launch" not in text and "shipped" not in text
+    assert "none that torch sees" in text and "launch" not in text and "default" not in text
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -132,12 +132,12 @@ def test_info_fits_on_a_screen(gpu, monkeypatch):
     monkeypatch.setattr(native_library, "problem", lambda: reason)
     if gpu:
         tuned_ones = {
-            **dict.fromkeys(info.packages(), "shipped"),
+            **dict.fromkeys(info.packages(), "default"),
             "label_logits": f"tuned on 2026-01-02, rows: 3, /{'long/' * 12}gpu.json",
         }
         monkeypatch.setattr(info, "device_types", lambda: ["cpu", "cuda"])
         monkeypatch.setattr(info, "gpus", lambda: ["CUDA 0: NVIDIA H100 80GB HBM3, sm_90, 80 GiB"])
-        monkeypatch.setattr(info, "launch_options", lambda device: tuned_ones)
+        monkeypatch.setattr(info, "launch_configs", lambda device: tuned_ones)
     console = Console(width=80, force_terminal=False)
     with console.capture() as captured:
         info.show(console)
@@ -170,10 +170,10 @@ def test_a_footnote_names_the_dtypes_that_a_reason_holds_for():
 def test_demo_on_a_checkpoint(checkpoint, files, tmp_path):
     text = invoke("demo", "--model", checkpoint, *files, "--new-tokens", 4, "--repeats", 2, "--out", tmp_path / "out")
     assert "identical" in text and "random" not in text.lower()
-    found = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert found["tokens"] == {"streams": 3, "different": 0}
-    assert found["environment"]["versions"]["torch"] == torch.__version__
-    pie, repeated, ours = found["results"]
+    written = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert written["tokens"] == {"streams": 3, "different": 0}
+    assert written["environment"]["versions"]["torch"] == torch.__version__
+    pie, repeated, ours = written["results"]
     assert [pie["runs"], repeated["runs"], ours["runs"]] == [1, 2, 2]
     # one generate for prompts of all lengths
     if json.loads((checkpoint / "config.json").read_text())["model_type"] == "t5":
@@ -261,7 +261,7 @@ def test_benchmark_runs(script, tmp_path, monkeypatch, capsys):
         "sys.argv", [script, "--quick", "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "out.json")]
     )
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
-    found = read(tmp_path / "out.json")
-    assert {row.dtype for row in found.rows} == {"float32", "bfloat16"}
-    assert all(OURS in [row.candidate for row in rows] for rows in found.by_case().values())
+    written = read(tmp_path / "out.json")
+    assert {row.dtype for row in written.rows} == {"float32", "bfloat16"}
+    assert all(OURS in [row.candidate for row in rows] for rows in written.by_case().values())
     assert "spread" in capsys.readouterr().out

@@ -233,9 +233,11 @@ def test_interrupted_demo_keeps_what_it_has(after, candidates, runs, here, monke
     interrupt(monkeypatch, after)
     options = "--input-tokens", 8, "--new-tokens", 2, "--repeats", 3, "--prompts", "prompts", "--out", "out"
     assert "interrupted: what was written is partial" in invoke("demo", *options, code=interruption.INTERRUPTED)
-    found = json.loads((here / "out" / "demo.partial.json").read_text())
-    assert found["partial"] is True and len(found["results"]) == candidates and found["results"][1]["runs"] == runs
-    assert found["tokens"] == {"streams": 2, "different": 0}  # both completed their first run
+    written = json.loads((here / "out" / "demo.partial.json").read_text())
+    assert (
+        written["partial"] is True and len(written["results"]) == candidates and written["results"][1]["runs"] == runs
+    )
+    assert written["tokens"] == {"streams": 2, "different": 0}  # both completed their first run
     assert [path.name for path in (here / "out").iterdir()] == ["demo.partial.json"]
 
 
@@ -249,20 +251,20 @@ def test_interrupted_profile_keeps_its_cases(after, rows, checkpoint, here, monk
     assert "interrupted: what was written is partial" in invoke(
         "profile", "model", *sizes, code=interruption.INTERRUPTED
     )
-    found = results.read(here / "out" / "profile_pid.partial.json")
-    assert found.partial and len(found.rows) == rows
+    written = results.read(here / "out" / "profile_pid.partial.json")
+    assert written.partial and len(written.rows) == rows
     assert not (here / "out" / "profile_pid.json").exists()
 
 
 def test_whole_results_take_the_place_of_partial_ones(here):
-    one = results.measured([], "cpu", partial=True)
-    for found, names in (
-        (one, ["x.partial.csv", "x.partial.json"]),
-        (replace(one, partial=False), ["x.csv", "x.json"]),
+    partial = results.measured([], "cpu", partial=True)
+    for content, names in (
+        (partial, ["x.partial.csv", "x.partial.json"]),
+        (replace(partial, partial=False), ["x.csv", "x.json"]),
     ):
-        assert found.write(here / "x.json").name == names[1]
+        assert content.write(here / "x.json").name == names[1]
         assert sorted(path.name for path in here.iterdir()) == names
-        assert results.read(here / names[1]).partial == found.partial
+        assert results.read(here / names[1]).partial == content.partial
 
 
 @pytest.mark.parametrize("error, ends_as", [(KeyboardInterrupt, interruption.typer.Exit), (MemoryError, MemoryError)])
@@ -294,8 +296,8 @@ def test_interrupted_bench_is_partial_and_leaves_whole_results_alone(here, monke
     (here / "out" / "operators.json").write_text("whole")
     monkeypatch.setattr(operators_command, "compare", compare)
     assert "partial" in invoke(*command, code=interruption.INTERRUPTED)
-    found = results.read(here / "out" / "operators.partial.json")
-    assert found.partial and len(found.rows) == 1
+    written = results.read(here / "out" / "operators.partial.json")
+    assert written.partial and len(written.rows) == 1
     assert (here / "out" / "operators.partial.csv").exists() and (
         here / "out" / "operators.json"
     ).read_text() == "whole"

@@ -69,4 +69,4 @@ def test_interrupted_while_it_imports(module, tmp_path):
 
 def test_names_of_operators_are_known_without_torch():
     assert commands._operator_names() == ops.__all__
-    assert {one.value for one in commands.Operator} == set(kernels())
+    assert {operator.value for operator in commands.Operator} == set(kernels())

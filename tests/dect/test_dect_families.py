@@ -86,7 +86,7 @@ def test_an_encoder_without_a_head(name):
     assert_within_rounding(
         extract(bare, t, TEXTS, template, None).features, lambda: extract(model, t, TEXTS, template, None).features
     )
-    with pytest.raises(ValueError, match="Model has no language model's head, so it gives no scores"):
+    with pytest.raises(ValueError, match="Model has no language model head, so label_words must be None"):
         extract(bare, t, TEXTS, template, WORDS)
 
 

@@ -135,7 +135,7 @@ def test_features_of_the_active_adapter(bert):
 def test_adapters_that_move_the_mask():
     model, t, template = make("gpt2")
     adapted = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="adapter 'default' is PROMPT_TUNING, which works from around the model"):
+    with pytest.raises(ValueError, match="adapter 'default' is PROMPT_TUNING, which works in PEFT's wrapper"):
         extract(adapted, t, TEXTS, template, WORDS)
 
 
@@ -165,7 +165,7 @@ def test_labels_and_modes_of_the_model():
     for labels, message in (
         (
             torch.rand(6),
-            "labels must be integers, the indices of classes, got torch.float32; regression is not supported",
+            "labels must be integers, the class indices, got torch.float32; regression is not supported",
         ),
         (
             torch.eye(2)[torch.tensor(LABELS)].long(),
@@ -176,7 +176,7 @@ def test_labels_and_modes_of_the_model():
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch, labels=labels)
-    with pytest.raises(ValueError, match="is trained already"):
+    with pytest.raises(ValueError, match="is trained by DecoderTuning.fit"):
         model.train()(**batch, labels=torch.tensor(LABELS))
     expected.check(model(**batch).logits)  # also no dropout
     assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).logits)
@@ -197,6 +197,6 @@ def test_backbones_that_could_not_be_loaded_again(bert):
     ):
         with pytest.raises(ValueError, match=message):
             DecTForSequenceClassification.from_classifier(classifier, backbone, t, template, None)
-    with pytest.raises(ValueError, match="must be of the classifier's 2 classes, got 1"):
+    with pytest.raises(ValueError, match="must be those of the classifier's 2 classes, got 1"):
         of_scores = DecoderTuning(dim=4, calibration="none").fit(found.features, LABELS, torch.rand(6, 2))
         DecTForSequenceClassification.from_classifier(of_scores, model, t, template, ["great"])

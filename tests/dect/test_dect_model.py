@@ -83,7 +83,7 @@ def test_trainer_evaluates_and_copies_agree(tmp_path):
     )
     expected = WithinRounding(lambda: logits_of(model, t))
     expected.check(torch.tensor(trainer.predict(rows).predictions))
-    with pytest.raises(ValueError, match="DecTForSequenceClassification is trained already"):
+    with pytest.raises(ValueError, match="DecTForSequenceClassification is trained by DecoderTuning.fit"):
         trainer.train()
     torch.save(model, tmp_path / "whole")
     for twin in (
@@ -101,7 +101,7 @@ def test_trainer_evaluates_and_copies_agree(tmp_path):
 
 def test_errors():
     model, t, _ = trained("bert")
-    with pytest.raises(ValueError, match="row 0 has no mask: texts must stand in the template"):
+    with pytest.raises(ValueError, match="row 0 has no mask: texts must be in the template"):
         model(t("a film", return_tensors="pt")["input_ids"])
-    with pytest.raises(ValueError, match="classifier must be fitted, with scores where label_words are given"):
+    with pytest.raises(ValueError, match="classifier must be fitted, with scores if there are label_words"):
         DecTForSequenceClassification.from_classifier(DecoderTuning(), model.backbone, t, "{text} {mask}", WORDS)

@@ -115,7 +115,7 @@ def refused_by_dept(base, config, sentence):
 
 
 def refused_by_pasta(base, config, sentence):
-    if "is a decoder, whose tokens see only what is before them" in sentence:
+    if "is a decoder, whose tokens see only earlier tokens" in sentence:
         return is_causal(base) or is_of(config, BIDIRECTIONAL)
     if "has a decoder as well" in sentence:
         return base.config.is_encoder_decoder

@@ -137,7 +137,7 @@ def test_positions_of_images_come_from_ids():
     images = {"pixel_values": torch.randn(4, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 2, 2]])}
     for call in (model, model.generate):
         with pytest.raises(
-            ValueError, match="takes positions of images and videos from input_ids.*it can be given text alone"
+            ValueError, match="must be text, because it takes positions of images and videos from input_ids"
         ):
             call(**x, **images)
 

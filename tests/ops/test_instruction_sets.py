@@ -25,8 +25,8 @@ TESTS = {
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 @pytest.mark.parametrize("file", TESTS)
 def test_lesser_instruction_sets(file, capability):
-    if native_library.problem():
-        pytest.skip(native_library.problem())
+    if native_library.load_error():
+        pytest.skip(native_library.load_error())
     environment = {**os.environ, "PEFT_KERNELS_CPU_CAPABILITY": capability}
     command = [
         sys.executable,

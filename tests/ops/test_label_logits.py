@@ -288,8 +288,8 @@ def test_compiles_with_dynamic_shapes(impl):
     [
         ({"hidden": torch.zeros(7)}, ValueError, r"hidden must be \(B, S, H\) or \(B, H\), got \(7,\)"),
         ({"hidden": torch.zeros(3, 7, 32, dtype=torch.int8)}, TypeError, "hidden must be float32"),
-        ({"hidden": torch.zeros(3, 32)}, ValueError, "positions come with hidden"),
-        ({"positions": None}, ValueError, "positions come with hidden"),
+        ({"hidden": torch.zeros(3, 32)}, ValueError, "positions must come with hidden"),
+        ({"positions": None}, ValueError, "positions must come with hidden"),
         ({"weight": torch.zeros(50, 31)}, ValueError, r"weight must be \(V, 32\), got \(50, 31\)"),
         (
             {"weight": torch.zeros(50, 32).half()},

@@ -399,7 +399,7 @@ def test_compiles_with_dynamic_shapes(impl, form):
             TypeError,
             "vectors must be torch.float32 as hidden is, or float32, got torch.float16",
         ),
-        ({"vectors": torch.zeros(3, 2, 32)}, ValueError, "adapter_ids must choose among the 3 adapters"),
+        ({"vectors": torch.zeros(3, 2, 32)}, ValueError, "adapter_ids must select among the 3 adapters"),
         ({"vectors": torch.zeros(2, 32, device="meta")}, ValueError, "vectors must be on cpu as hidden is, got meta"),
         ({"slots": torch.zeros(3, 2, dtype=torch.int32)}, ValueError, r"slots must be \(2, k\), got \(3, 2\)"),
         ({"slots": torch.zeros(2, 2)}, TypeError, "slots must be int32 or int64, got torch.float32"),

@@ -122,7 +122,7 @@ def test_no_value_leads_out_of_bounds(name, shift, device, monkeypatch):
 
 
 def test_values_out_of_range_count_as_none(device):
-    """As -1 does; embeddings and logits of an index that has no such value are NaN, and a length ends at n."""
+    """Slots, adapters and labels count as -1, ids as the last one, offsets and lengths as n; positions give NaN."""
     kernels = {name: import_module(f"peft_kernels.ops.{name}.triton") for name in declared("variants")}
     hidden, vectors, slots = torch.randn(3, 6, 20), torch.randn(2, 2, 20), torch.tensor([[0, 6], [2, 99], [1, -1]])
     sums = []
@@ -136,9 +136,11 @@ def test_values_out_of_range_count_as_none(device):
     weight, label_ids = torch.randn(9, 20), torch.tensor([[3, 9]])
     logits = kernels["label_logits"].forward(hidden, weight, label_ids, None, torch.tensor([0, 6, -1]))
     assert logits[:, 0, 1].eq(-torch.inf).all() and logits[:, 0, 0].isnan().tolist() == [False, True, True]
-    ids = torch.tensor([[3, 9, -1]]), weight, torch.randn(1, 2, 20), None, None, torch.zeros(1, 3, 20), 1.0, 1.0, None
-    embedded = kernels["decomposed_prompt_embedding"].forward(*ids, False, None)
-    assert embedded.isnan().all(2).tolist() == [[False, False, False, True, True]]
+    rows = weight, torch.randn(1, 2, 20), None, None, torch.randn(1, 3, 20), 1.0, 1.0
+    embed = kernels["decomposed_prompt_embedding"].forward
+    wrong = embed(torch.tensor([[3, 9, -1]] * 3), *rows, torch.tensor([0, 4, -1]), False, torch.tensor([1, 0, 0]))
+    right = embed(torch.tensor([[3, 8, 8]] * 3), *rows, torch.tensor([0, 3, 3]), False, torch.tensor([-1, 0, 0]))
+    assert torch.equal(wrong, right)
 
     query, key = torch.randn(2, 1, 3, 16), torch.randn(2, 1, 7, 16)
     lengths = [torch.tensor(x) for x in ([8, 4], [7, 4])]

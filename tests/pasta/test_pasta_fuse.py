@@ -193,10 +193,10 @@ def test_other_families_are_refused(family):
 
 def test_misuse():
     model = models.adapted("bert")
-    with pytest.raises(ValueError, match="unfuse: model must be fused, got BertModel as it was"):
+    with pytest.raises(ValueError, match="unfuse: model must be fused, got BertModel without fused layers"):
         pasta.unfuse(model)
     pasta.fuse(model)
-    with pytest.raises(ValueError, match="fuse: BertModel is fused already"):
+    with pytest.raises(ValueError, match="fuse: model must not be fused, got BertModel fused already"):
         pasta.fuse(model)
     with pytest.raises(ValueError, match="fuse: chunk_size_feed_forward must be 0, got 4"):
         pasta.fuse(models.stock("bert", chunk_size_feed_forward=4))

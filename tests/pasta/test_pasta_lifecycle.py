@@ -85,7 +85,7 @@ def test_special_tokens_of_a_tokenizer(tokens, expected, tmp_path):
     base = models.stock("bert")
     config = PASTAConfig(tokenizer_name_or_path=str(tmp_path / "tokenizer"))
     if expected is None:
-        with pytest.raises(ValueError, match="has neither these nor bos_token and eos_token"):
+        with pytest.raises(ValueError, match="has none of them, nor bos_token or eos_token"):
             get_peft_model(base, config)
         return
     model = get_peft_model(base, config)
@@ -140,7 +140,7 @@ def test_unload_leaves_the_stock_model(family):
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
 def test_merging_is_refused(how):
     model = models.adapted("bert")
-    with pytest.raises(NotImplementedError, match="no weight of the model knows where those stand"):
+    with pytest.raises(NotImplementedError, match="no weight of the model depends on their positions"):
         getattr(model, how)()
     assert torch.isfinite(_out(model, models.inputs())).all()
 

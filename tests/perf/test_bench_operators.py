@@ -89,13 +89,13 @@ def test_every_public_operator_has_cases():
 def test_every_way_is_right_and_in_the_files(name, tmp_path):
     output, rows = bench(name, tmp_path)
     operator = cases.operator(name)
-    found = {}
+    by_case = {}
     for row in rows:
         assert row.candidate in output
-        found.setdefault((row.variant, row.dtype, row.phase), []).append(row)
+        by_case.setdefault((row.variant, row.dtype, row.phase), []).append(row)
     phases = ["forward", "forward + backward"] if operator.has_backward else ["forward"]
-    assert set(found) == {(v, d, p) for v in operator.variants for d in operator.default_dtypes for p in phases}
-    for candidates in found.values():
+    assert set(by_case) == {(v, d, p) for v in operator.variants for d in operator.default_dtypes for p in phases}
+    for candidates in by_case.values():
         assert candidates[0].candidate == "ours" and candidates[0].ratio == 1
         timed, missing = ([row for row in candidates if bool(row.missing) == wanted] for wanted in (False, True))
         assert len(timed) >= 2
@@ -205,9 +205,9 @@ def test_bad_requests_say_what_was_expected(tmp_path):
 
 def test_what_has_nothing_to_measure_is_named(capsys):
     console = Console(width=200)
-    found = operators_command.asked([], ["float16"], [], "backward", True, console)
+    cases = operators_command.asked([], ["float16"], [], "backward", True, console)
     assert "prototype_scores has float32" in capsys.readouterr().out
-    assert {one.dtype for one in found} == {"float16"} and all(one.backward for one in found)
+    assert {case.dtype for case in cases} == {"float16"} and all(case.backward for case in cases)
 
 
 @pytest.fixture
@@ -231,15 +231,15 @@ def repository(tmp_path):
 
 
 def test_against_another_revision(repository):
-    checkout = revision.found("HEAD", repository)
+    checkout = revision.checkout_of("HEAD", repository)
     names = "special_token_add_", "special_token_slots", "label_logits"
     with revision.running(checkout, "cpu") as other:
         rows = {name: compare(case(name), "cpu", LIMITS, repeats=2, seconds=0, revision=other) for name in names}
         process = other.process
-    added, found, logits = (rows[name][-1] for name in names)
-    assert {row.candidate for row in (added, found, logits)} == {"ours at HEAD"}
+    added, slots, logits = (rows[name][-1] for name in names)
+    assert {row.candidate for row in (added, slots, logits)} == {"ours at HEAD"}
     assert added.median_s > 0 and added.ratio > 0 and added.error < 1e-5 and added.runs == 2
-    assert found.missing == "this revision has no operator of that name"
+    assert slots.missing == "this revision has no operator of that name"
     assert logits.missing.startswith("wrong: error")
     assert process.poll() is not None
     listed = subprocess.run(["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True).stdout
@@ -248,7 +248,7 @@ def test_against_another_revision(repository):
 
 def test_a_worktree_is_gone_after_an_interruption(repository, monkeypatch):
     monkeypatch.setattr(revision, "provide_libraries", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt), revision.running(revision.found("HEAD", repository), "cpu"):
+    with pytest.raises(KeyboardInterrupt), revision.running(revision.checkout_of("HEAD", repository), "cpu"):
         pass
     listed = subprocess.run(["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True).stdout
     assert len(listed.splitlines()) == 1
@@ -256,9 +256,9 @@ def test_a_worktree_is_gone_after_an_interruption(repository, monkeypatch):
 
 def test_against_wants_a_checkout_of_its_own(repository, tmp_path):
     with pytest.raises(ValueError, match="must name a revision"):
-        revision.found("no such revision", repository)
+        revision.checkout_of("no such revision", repository)
     with pytest.raises(ValueError, match="its own git checkout"):
-        revision.found("HEAD", repository / "peft_kernels")
+        revision.checkout_of("HEAD", repository / "peft_kernels")
 
 
 def test_pytest_benchmark_has_the_same_cases():

@@ -134,22 +134,22 @@ def test_method(kind, method, train, candidates, checkpoint, tmp_path):
     )
     assert "stock and ours agree" in text and "RANDOM" not in text
     stem = f"profile_{method}{'_train' if train else ''}"
-    found = results.read(tmp_path / "out" / f"{stem}.json")
+    written = results.read(tmp_path / "out" / f"{stem}.json")
     phases = ["training step"] if train else ["generate", "first token"] if method == "pid" else ["forward"]
-    assert [(row.phase, row.candidate) for row in found.rows] == [
+    assert [(row.phase, row.candidate) for row in written.rows] == [
         (phase, candidate) for phase in phases for candidate in candidates
     ]
-    for row in found.rows:
+    for row in written.rows:
         assert row.benchmark == f"profile {method}" and row.variant == kind and row.dtype == "float32"
         assert row.runs == 2 and row.median_s > 0 and row.ratio > 0
-    assert all(row.ratio == 1 for row in found.rows if row.candidate == "ours")
-    assert found.rows[0].shape == SIZES.get(method, OTHER_SIZES)
+    assert all(row.ratio == 1 for row in written.rows if row.candidate == "ours")
+    assert written.rows[0].shape == SIZES.get(method, OTHER_SIZES)
     expected = (
         {"generate": (18, "tokens"), "first token": (6, "tokens"), "training step": (6, "streams")}
         if method == "pid"
         else {}
     )
-    assert {(row.items, row.item) for row in found.rows} == {expected.get(phase, (2, "samples")) for phase in phases}
+    assert {(row.items, row.item) for row in written.rows} == {expected.get(phase, (2, "samples")) for phase in phases}
     assert not operators_in(tmp_path / "out" / f"{stem}_stock.trace.json.gz")
     # T5 trains with attention dropout, which our operators do not support
     assert bool(operators_in(tmp_path / "out" / f"{stem}_ours.trace.json.gz")) == ((method, train) != ("pid", True))
@@ -184,8 +184,8 @@ def test_sweep_makes_a_plot_for_each_axis_and_starts_at_the_first_values(checkpo
     sweep = "--batch", 1, "--length", 8, "--streams", 2, "--streams", 4, "--new-tokens", "2,3"
     text = profile(tmp_path / "out", checkpoint("t5"), *sweep)
     assert "method: pid, which an encoder-decoder model takes" in text and "so in all 5 cases" in text
-    found = results.read(tmp_path / "out" / "profile_pid.json").by_case()
-    shapes = [(phase, dict(shape)) for _, shape, _, _, phase in found]
+    cases = results.read(tmp_path / "out" / "profile_pid.json").by_case()
+    shapes = [(phase, dict(shape)) for _, shape, _, _, phase in cases]
     generated = [(2, 2), (4, 2), (2, 3)]
     assert [(s["streams"], s["new_tokens"]) for phase, s in shapes if phase == "generate"] == generated
     assert [s["streams"] for phase, s in shapes if phase == "first token"] == [2, 4]  # independent of the new tokens
@@ -253,8 +253,8 @@ def test_a_token_that_differs_fails(checkpoint, tmp_path, monkeypatch):
 
 def test_numbers_that_differ_fail(checkpoint, tmp_path, monkeypatch):
     def extract(*args, right=dect.extract, **kwargs):
-        found = right(*args, **kwargs)
-        return dect.Extraction(found.features, found.scores + 1, found.empty_scores)
+        extraction = right(*args, **kwargs)
+        return dect.Extraction(extraction.features, extraction.scores + 1, extraction.empty_scores)
 
     monkeypatch.setattr(dect, "extract", extract)
     assert "DISAGREE: features" in profile(

@@ -14,7 +14,7 @@ from peft_kernels.perf.measure import Peaks
 from peft_kernels.perf.report import load, page, picture, updated
 from peft_kernels.perf.report.bars import RatioAxis
 from peft_kernels.perf.report.methods import METHODS
-from peft_kernels.perf.report.sections import KNOWN, section
+from peft_kernels.perf.report.sections import SECTIONS, section
 from peft_kernels.perf.results import OURS, Results, Row
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
@@ -85,8 +85,8 @@ def test_pages_show_what_the_result_files_give():
         ROOT / "README.md",
         *(ROOT / f"docs/{method}.md" for method in ("pid", "dept", "pasta", "dect", "ytuning")),
     ):
-        found = path.read_text()
-        assert found == updated(found, machines), f"{path.name}: run `make figures`"
+        text = path.read_text()
+        assert text == updated(text, machines), f"{path.name}: run `make figures`"
 
 
 def test_picture_shows_what_the_result_files_give():
@@ -135,10 +135,10 @@ def test_known_names_are_those_of_the_rows():
     for machine in load([ROOT / "benchmarks/results"]):
         for case in machine.cases:
             candidates.setdefault(case.of.benchmark, set()).update(row.candidate for row in case.rows)
-    for one in KNOWN.values():
-        named = {one.published, *one.other_work} - {None}
-        assert named <= candidates.get(one.benchmark, named), one.benchmark
-    assert set(operators) <= set(KNOWN)
+    for entry in SECTIONS.values():
+        named = {entry.published, *entry.other_work} - {None}
+        assert named <= candidates.get(entry.benchmark, named), entry.benchmark
+    assert set(operators) <= set(SECTIONS)
 
 
 def test_page_without_a_gpu_says_so_and_with_one_does_not(folder):

@@ -30,8 +30,8 @@ def test_a_token_is_written_in_place():
     layer = GrowingLayer()
     layer.update(*torch.randn(2, 2, 3, 9, 8))
     before = layer.keys.data_ptr()
-    for _ in range(layer.room):
+    for _ in range(layer.spare_tokens):
         layer.update(*torch.randn(2, 2, 3, 1, 8))
     assert layer.keys.data_ptr() == before
     layer.update(*torch.randn(2, 2, 3, 1, 8))
-    assert layer.keys.data_ptr() != before and layer.keys.shape[2] == 9 + layer.room + 1
+    assert layer.keys.data_ptr() != before and layer.keys.shape[2] == 9 + layer.spare_tokens + 1

@@ -6,6 +6,7 @@ from models import EOS, TEXT_FAMILIES, build, decided, inputs, start_of
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_kernels import pid
+from peft_kernels.pid.generation import drops_finished
 
 STEPS = 20
 
@@ -85,6 +86,15 @@ def test_ragged_prompts_and_streams(family, swapped):
     assert ours.sequences == scored.sequences
     assert min(dropped) == 2 and set(rows) == {6}
     assert [len(s) for one in ours.sequences for s in one] == [min(end + 1, STEPS) for end in ends]
+
+
+def test_off_if_asked_and_on_a_gpu(swapped):
+    """There a look at the tokens would make every fourth step wait."""
+    ends, kwargs = [0, 1, 1, 99, 1, 1, 1, 1, 1], {"do_sample": True, "num_return_sequences": 3}
+    model = swapped(build("t5"), drop_finished=False)
+    assert set(run(model, inputs(), ends, **kwargs)[1]) == {9}
+    assert min(run(pid.enable(model), inputs(), ends, **kwargs)[1]) == 1
+    assert not drops_finished(None, torch.device("cuda")) and drops_finished(True, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

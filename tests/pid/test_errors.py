@@ -123,7 +123,7 @@ def test_prompts(prompts, kind, message, swapped):
         ([[5], [6], [7]], r"targets must be nested: targets\[i\]\[u\]"),
         ([[[5]], [[6]]], "one list per input, got 2 lists for 3"),
         ([[[5]], [[6], [7]], [[8]]], r"every prompt needs a target, got \[1, 1, 1\] prompts and \[1, 2, 1\] targets"),
-        ([[[]], [[]], [[]]], "targets hold no token"),
+        ([[[]], [[]], [[]]], "targets must have at least one token"),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ from peft_kernels.pid import packing
 
 pytestmark = [
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN"),
-    pytest.mark.skipif(native_library.problem() is not None, reason=str(native_library.problem())),
+    pytest.mark.skipif(native_library.load_error() is not None, reason=str(native_library.load_error())),
 ]
 BEAMS = {"num_beams": 3, "max_new_tokens": 10, "no_repeat_ngram_size": 2}
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_kernels import pid
-from peft_kernels.pid.cache import filled
+from peft_kernels.pid.cache import filled_cache
 
 INDEX = {"uniform": torch.tensor([0, 0, 1, 1, 2, 2]), "ragged": torch.tensor([0, 1, 1, 1, 1, 2])}
 
@@ -71,7 +71,9 @@ def test_decoder_step_compiles_as_one_graph(family, attention):
     @torch.no_grad()
     def step(decode):
         states = model.get_encoder()(**x).last_hidden_state
-        cache = filled(model, states, DynamicCache(config=model.config.get_text_config(decoder=True)), num_streams=8)
+        cache = filled_cache(
+            model, states, DynamicCache(config=model.config.get_text_config(decoder=True)), num_streams=8
+        )
         model(encoder_outputs=BaseModelOutput(states), decoder_input_ids=ids[:, :6], past_key_values=cache)
         return decode(
             encoder_outputs=BaseModelOutput(states), decoder_input_ids=ids[:, 6:], past_key_values=cache

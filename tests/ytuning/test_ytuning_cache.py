@@ -182,5 +182,5 @@ def test_errors(given):
     with pytest.raises(ValueError, match="has no index of features"):
         CachedFeatures(folder)
     cache_features(model, tokenizer, texts, folder)
-    with pytest.raises(ValueError, match="labels must be as many as texts, 24, got 3"):
+    with pytest.raises(ValueError, match="labels must be one for each of 24 texts, got 3"):
         CachedFeatures(folder, [0, 1, 2])

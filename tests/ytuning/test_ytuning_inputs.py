@@ -189,7 +189,7 @@ def test_losses_that_are_none():
     x, lengths = torch.randn(2, 3, 32), torch.tensor([3, 2])
     for options, labels, message in (
         ({"num_labels": 1}, torch.tensor([0, 0]), "a loss needs num_labels of at least 2"),
-        ({}, torch.tensor([0.0, 1.0]), "labels must be integers, the indices of classes, got torch.float32"),
+        ({}, torch.tensor([0.0, 1.0]), "labels must be integers, the class indices, got torch.float32"),
         ({}, torch.tensor([[0, 1], [1, 0]]), r"labels must be \(2,\)"),
         ({"loss": "cross_entropy"}, torch.tensor([0, -100]), r"labels must lie in \[0, 3\), got values from -100 to 0"),
     ):
@@ -240,7 +240,7 @@ def test_folders_of_something_else_stay(given, tmp_path):
     (folder / "index.json").write_text('{"my": "index"}')
     with pytest.raises(
         ValueError,
-        match="folder must be a new one or one of cache_features, got .*cache, whose index.json is something else",
+        match="folder must be new or written by cache_features, got .*cache, whose index.json is something else",
     ):
         cache_features(model, tokenizer, texts, folder, overwrite=True)
     assert json.loads((folder / "index.json").read_text()) == {"my": "index"}

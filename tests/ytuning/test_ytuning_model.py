@@ -180,10 +180,10 @@ def test_errors_of_the_config(changed, message):
 def test_errors_of_the_call():
     model, (features, lengths), (ids, mask) = tiny.model(), _features(), _ids()
     for given, message in (
-        ({}, "give features or input_ids, got none"),
+        ({}, "pass features or input_ids, got none"),
         ({"features": features, "input_ids": ids}, "got both"),
-        ({"features": features, "lengths": lengths, "attention_mask": mask}, "give lengths or attention_mask"),
-        ({"features": features[..., :16]}, "features must be 32 wide"),
+        ({"features": features, "lengths": lengths, "attention_mask": mask}, "pass lengths or attention_mask"),
+        ({"features": features[..., :16]}, r"features must be \(B, n, 32\)"),
         ({"input_ids": ids}, "input_ids need a backbone"),
     ):
         with pytest.raises(ValueError, match=message):

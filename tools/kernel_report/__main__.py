@@ -1,10 +1,10 @@
 """Compile every default config of every kernel for GPUs that are not present, and report on the binaries.
 
-    python -m tools.kernel_report [--only "^sm_90 .* bf16"]    one line of JSON for every Triton kernel python -m
-    tools.kernel_report --cuda                       the same for every kernel in the built CUDA library python -m
-    tools.kernel_report --check [--cuda]             and its faults and regressions against the table; the exit status
-    is 1 if any python -m tools.kernel_report --write [--cuda]             the same, into kernels.json and
-    docs/kernels.md
+    python -m tools.kernel_report [--only "^sm_90 .* bf16"]    one line of JSON for every Triton kernel
+    python -m tools.kernel_report --cuda                       the same for every kernel in the built CUDA library
+    python -m tools.kernel_report --check [--cuda]             and its faults and regressions against the table; exit
+                                                               status 1 if there are any
+    python -m tools.kernel_report --write [--cuda]             the same, into kernels.json and docs/kernels.md
 
 ``--write`` keeps for every row the worst of this compiler version and the versions recorded before; delete kernels.json
 first to discard them. A kernel that spills or otherwise violates its operator's expectations keeps its old row, and the
@@ -83,12 +83,12 @@ def main() -> int:
 
     implementation = "cuda" if options.cuda else "triton"
     version = binary.cuda_version() if options.cuda else ".".join(triton.__version__.split(".")[:2])
-    found, problems = {}, {}
+    rows, problems = {}, {}
     for name, row, expected in cuda_rows(options.only) if options.cuda else triton_rows(options.only, options.j):
         print(json.dumps({name: row}), flush=True)
-        found[name] = row
+        rows[name] = row
         problems[name] = check.problems(name, row, expected)
-    if not found:
+    if not rows:
         parser.error(f"no kernel has a name that matches {options.only!r}")
 
     wrong = [problem for of_kernel in problems.values() for problem in of_kernel]
@@ -96,10 +96,10 @@ def main() -> int:
     before = recorded.get(implementation, {})
     if options.check:
         wrong += check.changes(
-            found, {name: row for name, row in before.items() if re.search(options.only, name)}, version
+            rows, {name: row for name, row in before.items() if re.search(options.only, name)}, version
         )
     elif options.write:
-        good = {name: None if problems[name] else row for name, row in found.items()}
+        good = {name: None if problems[name] else row for name, row in rows.items()}
         table.write({**recorded, implementation: table.updated(before, good, version, options.only)})
         page.PATH.write_text(page.text(table.read()))
     print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")

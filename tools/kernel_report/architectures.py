@@ -40,7 +40,7 @@ SCHEDULERS = 4
 SCALARS_OF_TRAP_HANDLER = 16
 
 
-def blocks_per_processor(name: str, warps: int, registers: int, scalars: int, shared: int, tensor_memory: int) -> int:
+def blocks_per_sm(name: str, warps: int, registers: int, scalars: int, shared: int, tensor_memory: int) -> int:
     """The number of blocks of ``warps`` warps that are resident on an SM at once.
 
     ``registers`` per lane, ``scalars`` per warp, ``shared`` bytes and columns of ``tensor_memory`` per block.

@@ -75,9 +75,9 @@ def of_cuda_library(operators: dict[str, str]):
     operator.
     """
     threads = {
-        (architecture, symbol): int(found[1], 16)
+        (architecture, symbol): int(match[1], 16)
         for architecture, symbol, text in _sections(_cuobjdump("-elf", LIBRARY), r"\.nv\.info\.(\S+)")
-        if (found := re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+0x(\w+)", text))
+        if (match := re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+0x(\w+)", text))
     }
     code = {
         (architecture, symbol): {
@@ -88,9 +88,9 @@ def of_cuda_library(operators: dict[str, str]):
     }
     kernels = "|".join(sorted(operators, key=len, reverse=True))
     for architecture, symbol, text in _sections(_cuobjdump("--dump-resource-usage", LIBRARY), r"Function (\S+):"):
-        if not (found := re.search(rf"\d({kernels})(?:E|I(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E)", symbol)):
+        if not (match := re.search(rf"\d({kernels})(?:E|I(f|6__half|13__nv_bfloat16)((?:Li\d+E)+)E)", symbol)):
             continue
-        kernel, storage, constants = found.groups("")
+        kernel, storage, constants = match.groups("")
         registers, stack, shared, local = map(int, re.search(RESOURCES, text).groups())
         if shared and architecture != "sm_80":
             shared -= ARCHITECTURES[architecture].shared_reserved  # from sm_90 on the compiler includes it
@@ -101,8 +101,8 @@ def of_cuda_library(operators: dict[str, str]):
 
 def cuda_version() -> str:
     """The version of the compiler that built the library."""
-    found = re.search(rb"Cuda compilation tools, release ([0-9.]+)", LIBRARY.read_bytes())
-    return found[1].decode() if found else "unknown"
+    match = re.search(rb"Cuda compilation tools, release ([0-9.]+)", LIBRARY.read_bytes())
+    return match[1].decode() if match else "unknown"
 
 
 def _cuobjdump(option: str, file) -> str:
@@ -132,5 +132,5 @@ def _amdgcn_bytes(suffix: str) -> int:
 
 def _sass_bytes(modifiers: str) -> int:
     """Bytes of modifiers such as .U16 or .128; without a size it is a 32-bit register."""
-    found = re.search(r"\.[SU]?(8|16|64|128|256)\b", modifiers)
-    return int(found[1]) // 8 if found else 4
+    match = re.search(r"\.[SU]?(8|16|64|128|256)\b", modifiers)
+    return int(match[1]) // 8 if match else 4

@@ -28,8 +28,8 @@ does. sm_80 also serves 8.6 and 8.9, so its kernels request at most 99 KiB.
 
 Blocks of CUDA C++ kernels have the warps of their launch bounds. `add_layer_norm_inject` and its backward pass launch
 4 warps up to a width of 4096, 8 up to 8192 and 16 beyond; the table shows 16. `V` is the number of elements per
-access, 1 for rows that are not aligned to 16 bytes. Only `embedding_forward` has a matmul: its low-rank product in
-float32, without tensor cores, with `P` positions per warp.
+access, 1 for rows that are not aligned to 16 bytes. Only `decomposed_prompt_embedding_fwd_kernel` has a matmul: its
+low-rank product in float32, without tensor cores, with `P` positions per warp.
 """
 COLUMNS = {
     "kernel": "kernel", "dtype": "dtype", "configuration": "configuration",

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from .architectures import ARCHITECTURES, blocks_per_processor
+from .architectures import ARCHITECTURES, blocks_per_sm
 
 PATH = Path(__file__).with_name("kernels.json")
 WORST = {
@@ -36,20 +36,20 @@ def write(table: dict) -> None:
     PATH.write_text("{" + ",\n".join(sections) + "}\n")
 
 
-def updated(before: dict[str, dict], found: dict[str, dict | None], version: str, only: str) -> dict[str, dict]:
-    """Update the rows with ``found``.
+def updated(before: dict[str, dict], compiled: dict[str, dict | None], version: str, only: str) -> dict[str, dict]:
+    """Update the rows with ``compiled``.
 
-    A kernel found as None keeps its row; names that match ``only`` and were not found are removed.
+    A kernel that is None in it keeps its row; names that match ``only`` and are not in it are removed.
     """
     rows = {
         name: row
         for name, row in before.items()
-        if not re.search(only, name) or (name in found and found[name] is None)
+        if not re.search(only, name) or (name in compiled and compiled[name] is None)
     }
-    for name, row in found.items():
+    for name, row in compiled.items():
         if row is not None:
-            known = before.get(name, {**row, "versions": []})
-            rows[name] = {**with_occupancy(name, worst(row, known)), "versions": sorted({*known["versions"], version})}
+            old = before.get(name, {**row, "versions": []})
+            rows[name] = {**with_occupancy(name, worst(row, old)), "versions": sorted({*old["versions"], version})}
     return rows
 
 
@@ -60,7 +60,7 @@ def worst(row: dict, before: dict) -> dict:
 def with_occupancy(name: str, row: dict) -> dict:
     """Add the blocks that an SM holds, and the share of its warps that they fill."""
     architecture = name.split()[0]
-    blocks = blocks_per_processor(
+    blocks = blocks_per_sm(
         architecture, *(row[key] for key in ("warps", "registers", "scalars", "shared", "tensor_memory"))
     )
     return {**row, "blocks": blocks, "occupancy": blocks * row["warps"] / ARCHITECTURES[architecture].warps}

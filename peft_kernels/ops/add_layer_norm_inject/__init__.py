@@ -1,6 +1,4 @@
-"""The residual add and the norm between two transformer layers, fused with the addition of the next layer's
-special-token vectors.
-"""
+"""The residual add and the norm between two transformer layers, fused with the next layer's special-token vectors."""
 
 import torch
 from torch import Tensor
@@ -46,8 +44,7 @@ def add_layer_norm_inject(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Add, norm and inject between two post-norm layers: ``special_token_add(layer_norm(x + residual), vectors,
-    slots)`` in one pass.
+    """Compute ``special_token_add(layer_norm(x + residual), vectors, slots)`` in one pass, for post-norm layers.
 
     Layer normalisation: arXiv 1607.06450; RMS norm: arXiv 1910.07467; the vectors: special token adaptation (PASTA),
     arXiv 2210.04382.
@@ -78,22 +75,8 @@ def add_layer_norm_inject(
             why.
         TypeError: invalid dtypes.
     """
-    return _apply(
-        "add_layer_norm_inject",
-        x,
-        residual,
-        weight,
-        bias,
-        vectors,
-        slots,
-        eps,
-        rms,
-        False,
-        dropout_p,
-        seed,
-        adapter_ids,
-        impl,
-    )[0]
+    arguments = x, residual, weight, bias, vectors, slots, eps, rms, False, dropout_p, seed, adapter_ids, impl
+    return _apply("add_layer_norm_inject", *arguments)[0]
 
 
 def add_inject_layer_norm(
@@ -111,27 +94,15 @@ def add_inject_layer_norm(
     adapter_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add, inject and norm between two pre-norm layers: ``h = special_token_add(x + residual, vectors, slots)``;
-    returns ``layer_norm(h), h``.
+    """Compute ``h = special_token_add(x + residual, vectors, slots)`` and its norm in one pass, for pre-norm layers.
 
-    Arguments, gradients and errors as in ``add_layer_norm_inject``.
+    Arguments, gradients and errors are those of ``add_layer_norm_inject``.
+
+    Returns:
+        ``layer_norm(h)`` and ``h``, both (B, S, d) in ``x``'s dtype, contiguous.
     """
-    return _apply(
-        "add_inject_layer_norm",
-        x,
-        residual,
-        weight,
-        bias,
-        vectors,
-        slots,
-        eps,
-        rms,
-        True,
-        dropout_p,
-        seed,
-        adapter_ids,
-        impl,
-    )[:2]
+    arguments = x, residual, weight, bias, vectors, slots, eps, rms, True, dropout_p, seed, adapter_ids, impl
+    return _apply("add_inject_layer_norm", *arguments)[:2]
 
 
 def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropout_p, seed, adapter_ids, impl):
@@ -140,7 +111,7 @@ def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropo
     _check(name, x, residual, weight, bias)
     if (vectors is None) != (slots is None):
         raise ValueError(
-            f"{name}: vectors and slots come together, got {'slots' if vectors is None else 'vectors'} alone"
+            f"{name}: vectors and slots must come together, got {'slots' if vectors is None else 'vectors'} alone"
         )
     if vectors is None:
         dropout_p, seed, adapter_ids = 0.0, None, None
@@ -148,8 +119,8 @@ def _apply(name, x, residual, weight, bias, vectors, slots, eps, rms, pre, dropo
         vectors, seed = check_injection(name, "x", x, vectors, slots, dropout_p, seed, adapter_ids)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(wide), bias if bias is None else bias.to(wide)
-    given = [t for t in (x, residual, weight, bias, vectors) if t is not None]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    tensors = [t for t in (x, residual, weight, bias, vectors) if t is not None]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return torch.ops.peft_kernels.add_layer_norm_inject.default(
         x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pre, dropout_p, seed, keep, impl
     )
@@ -164,14 +135,14 @@ def _check(name, x, residual, weight, bias):
         raise ValueError(f"{name}: residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
         raise TypeError(f"{name}: residual must be {x.dtype} as x is, got {residual.dtype}")
-    for which, t in (("weight", weight), ("bias", bias)):
+    for argument, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.shape != x.shape[2:]:
-            raise ValueError(f"{name}: {which} must be ({x.shape[2]},), got {tuple(t.shape)}")
+            raise ValueError(f"{name}: {argument} must be ({x.shape[2]},), got {tuple(t.shape)}")
         if t is not None and t.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name}: {which} must be {x.dtype} as x is, or float32, got {t.dtype}")
-    for which, t in (("residual", residual), ("weight", weight), ("bias", bias)):
+            raise TypeError(f"{name}: {argument} must be {x.dtype} as x is, or float32, got {t.dtype}")
+    for argument, t in (("residual", residual), ("weight", weight), ("bias", bias)):
         if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: {which} must be on {x.device} as x is, got {t.device}")
+            raise ValueError(f"{name}: {argument} must be on {x.device} as x is, got {t.device}")
 
 
 @torch.library.impl(_lib, "add_layer_norm_inject", "CompositeExplicitAutograd")
@@ -193,26 +164,19 @@ def _backward(
     need_weight,
     need_bias, need_vectors, impl,
 ):  # fmt: skip
-    """Returns the gradients of x and residual (one tensor), weight, bias and vectors; one that is not needed is
-    empty.
-    """
+    """Returns the gradients of x and residual (one tensor), weight, bias and vectors; empty if not needed."""
     implementation = implementations.resolve("add_layer_norm_inject", impl, grad.device.type, grad.dtype)
     weight = weight.contiguous()
     grad_x, grad_vectors = None, None
     if need_x or need_vectors:
         grad_x, grad_vectors = implementation.backward(
             grad, grad_sum, sum, None if rms else mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre,
-            dropout_p,
-            seed, need_x, need_vectors,
+            dropout_p, seed, need_x, need_vectors,
         )  # fmt: skip
     grad_weight = grad_bias = None
     if need_weight:
-        normal = (
-            sum.to(weight.dtype) * rstd[..., None]
-            if rms
-            else (sum.to(weight.dtype) - mean[..., None]) * rstd[..., None]
-        )
-        grad_weight = (grad * normal).sum((0, 1))
+        centred = sum.to(weight.dtype) if rms else sum.to(weight.dtype) - mean[..., None]
+        grad_weight = (grad * (centred * rstd[..., None])).sum((0, 1))
     if need_bias:
         grad_bias = grad.sum((0, 1), dtype=weight.dtype)
     results = grad_x, grad_weight, grad_bias, grad_vectors

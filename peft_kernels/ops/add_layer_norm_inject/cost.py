@@ -19,9 +19,9 @@ def add_layer_norm_inject(
     adapter_ids: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """``x`` and ``residual`` are read, the result is written.
+    """The cost of reading ``x`` and ``residual`` and writing the result.
 
-    Backward reads its gradient and writes one for both ``x`` and ``residual``.
+    Backward reads the result's gradient and writes one gradient for both ``x`` and ``residual``.
     """
     return _cost(x, residual, (weight, bias, vectors), (slots, adapter_ids), 1, backward)
 
@@ -45,8 +45,6 @@ def _cost(x, residual, parameters, indices, results, backward):
     cost = Cost(nbytes(x, residual, *parameters, *indices) + results * x.nbytes, FORWARD_OPERATIONS * x.numel())
     if not backward:
         return cost
-    of_inputs = x.nbytes if x.requires_grad or residual.requires_grad else 0
-    return Cost(
-        cost.bytes + results * x.nbytes + of_inputs + gradient_bytes(*parameters),
-        cost.operations + BACKWARD_OPERATIONS * x.numel(),
-    )
+    grad_x = x.nbytes if x.requires_grad or residual.requires_grad else 0
+    moved = cost.bytes + results * x.nbytes + grad_x + gradient_bytes(*parameters)
+    return Cost(moved, cost.operations + BACKWARD_OPERATIONS * x.numel())

@@ -15,23 +15,9 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
 
 
 def backward(
-    grad,
-    grad_sum,
-    sum,
-    mean,
-    rstd,
-    weight,
-    slots,
-    adapter_ids,
-    adapters,
-    vectors,
-    rms,
-    pre,
-    dropout_p,
-    seed,
-    need_x,
+    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
     need_vectors,
-):
+):  # fmt: skip
     grad = _dense(grad)
     grad_x, rows, columns = None, grad, slots
     if need_x or (pre and need_vectors):

@@ -23,23 +23,9 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
 
 
 def backward(
-    grad,
-    grad_sum,
-    sum,
-    mean,
-    rstd,
-    weight,
-    slots,
-    adapter_ids,
-    adapters,
-    vectors,
-    rms,
-    pre,
-    dropout_p,
-    seed,
-    need_x,
+    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
     need_vectors,
-):
+):  # fmt: skip
     grad_x = grad_vectors = grad_slots = None
     from_rows = need_vectors and pre
     if need_x or from_rows:
@@ -50,7 +36,7 @@ def backward(
     if need_vectors:
         rows = grad_slots if pre else grad
         grad_vectors = special_tokens.backward(
-            rows, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=pre
+            rows, slots, adapters, vectors, dropout_p, seed, adapter_ids, length=sum.shape[1] if pre else None
         )
     return grad_x if need_x else None, grad_vectors
 

@@ -25,15 +25,15 @@ def pre_norm(weight, bias, one_hot):
     return inject
 
 
-def of(name, separate, results, title, about):
-    """Returns the operator of one of the two forms."""
+def operator(name, separate, results, title, about):
+    """Returns the benchmark of one of the two forms."""
 
     def problem(shape, variant, dtype, device, backward) -> Problem:
         batch, length, width, count = (shape[letter] for letter in "BSdk")
-        numbers = RandomInputs(device, dtype)
-        slots = special_positions(numbers, batch, length, count)
-        x, residual, *grads = (numbers.normal(batch, length, width) for _ in range(2 + results))
-        weight, bias, vectors = 1 + numbers.normal(width) / 8, numbers.normal(width), numbers.normal(count, width)
+        random = RandomInputs(device, dtype)
+        slots = special_positions(random, batch, length, count)
+        x, residual, *grads = (random.normal(batch, length, width) for _ in range(2 + results))
+        weight, bias, vectors = 1 + random.normal(width) / 8, random.normal(width), random.normal(count, width)
 
         def ours(impl):
             return Candidate(
@@ -76,16 +76,15 @@ def of(name, separate, results, title, about):
 
 
 OPERATORS = {
-    "add_layer_norm_inject": of(
+    "add_layer_norm_inject": operator(
         "add_layer_norm_inject",
         post_norm,
         results=1,
         title="Addition, layer norm and injection",
         about="PASTA in a post-norm layer: residual, norm and the vectors of the next layer in one pass, for B rows of"
-        " S tokens of width d with"
-        " k vectors.",
+        " S tokens of width d with k vectors.",
     ),
-    "add_inject_layer_norm": of(
+    "add_inject_layer_norm": operator(
         "add_inject_layer_norm",
         pre_norm,
         results=2,

@@ -29,23 +29,9 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
 
 
 def backward(
-    grad,
-    grad_sum,
-    sum,
-    mean,
-    rstd,
-    weight,
-    slots,
-    adapter_ids,
-    adapters,
-    vectors,
-    rms,
-    pre,
-    dropout_p,
-    seed,
-    need_x,
+    grad, grad_sum, sum, mean, rstd, weight, slots, adapter_ids, adapters, vectors, rms, pre, dropout_p, seed, need_x,
     need_vectors,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     normal = sum.to(weight.dtype) if rms else sum.to(weight.dtype) - mean[..., None]
     normal = normal * rstd[..., None]
     scaled = grad.to(weight.dtype) * weight

@@ -19,9 +19,9 @@ KERNELS = {
 def targets(setting: Setting):
     """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     for width in setting.sizes.norm_widths:
-        shipped = triton.row_options(width)
+        default = triton.row_options(width)
         for kernel, make in (("forward", _norm_forward), ("backward", _norm_backward)):
-            yield kernel, (setting.dtype.itemsize, shipped["BD"]), shipped, partial(make, width=width)
+            yield kernel, (setting.dtype.itemsize, default["BD"]), default, partial(make, width=width)
 
 
 def _norm_inputs(setting, width):

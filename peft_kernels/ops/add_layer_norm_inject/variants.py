@@ -5,7 +5,7 @@ from . import triton as implementation
 from . import triton_kernels
 
 OPERATOR = "add_layer_norm_inject"
-CUDA_KERNELS = ("add_layer_norm_inject", "add_layer_norm_inject_backward")
+CUDA_KERNELS = ("add_layer_norm_inject_fwd_kernel", "add_layer_norm_inject_bwd_kernel")
 WIDTHS = (1024, 8192)  # four warps and sixteen; in between, a thread has as many elements
 EXPECTED = Expected(store=16, warps=12)
 OTHERS = {

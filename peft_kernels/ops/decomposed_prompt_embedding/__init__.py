@@ -103,8 +103,8 @@ def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
     if input_ids.ndim != 2:
         raise ValueError(f"{_NAME}: input_ids must be (B, L), got {tuple(input_ids.shape)}")
     if (delta is None) == (a is None) or (a is None) != (b is None):
-        given = [name for name, x in (("a", a), ("b", b), ("delta", delta)) if x is not None]
-        raise ValueError(f"{_NAME}: give either a and b, or delta, got {given or 'none of them'}")
+        names = [name for name, x in (("a", a), ("b", b), ("delta", delta)) if x is not None]
+        raise ValueError(f"{_NAME}: pass either a and b, or delta, got {names or 'none of them'}")
     batch, length = input_ids.shape
     width = weight.shape[1]
     parameters = {name: x for name, x in (("prompt", prompt), ("a", a), ("b", b), ("delta", delta)) if x is not None}
@@ -132,7 +132,7 @@ def _check(input_ids, weight, prompt, a, b, delta, offsets, adapter_ids):
             f"{_NAME}: input_ids has {length} tokens, but {'a' if delta is None else 'delta'} has rows for {positions}"
         )
     if adapter_ids is None and prompt.ndim == 3 and prompt.shape[0] != 1:
-        raise ValueError(f"{_NAME}: adapter_ids must choose among the {prompt.shape[0]} adapters of prompt")
+        raise ValueError(f"{_NAME}: adapter_ids must select among the {prompt.shape[0]} adapters of prompt, got None")
     for name, x in (("input_ids", input_ids), ("offsets", offsets), ("adapter_ids", adapter_ids)):
         if x is None:
             continue
@@ -153,9 +153,9 @@ def _check_values(input_ids, weight, prompt, offsets, adapter_ids):
     )
     for name, x, low, end in limits:
         if x is not None and x.numel():
-            least, most = (int(v) for v in x.aminmax())
-            if least < low or most >= end:
-                raise ValueError(f"{_NAME}: {name} must lie in [{low}, {end}), got values from {least} to {most}")
+            smallest, largest = (int(v) for v in x.aminmax())
+            if smallest < low or largest >= end:
+                raise ValueError(f"{_NAME}: {name} must lie in [{low}, {end}), got values from {smallest} to {largest}")
 
 
 @torch.library.impl(_lib, _NAME, "CompositeExplicitAutograd")
@@ -173,34 +173,23 @@ def _forward(
 
 @torch.library.impl(_lib, f"{_NAME}_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad,
-    adapters,
-    virtual,
-    positions,
-    a,
-    b,
-    scale,
-    offsets,
-    insert_after_first,
-    adapter_ids,
-    need_prompt,
-    need_delta,
+    grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta,
     impl,
-):
-    """Returns the gradients of prompt, a, b and delta; one that is not needed is empty.
+):  # fmt: skip
+    """Returns the gradients of prompt, a, b and delta; empty if not needed.
 
-    The gradient of b needs a, and the gradient of a needs b, so passing one requests the gradient of the other.
+    The gradient of b needs a, and the gradient of a needs b: passing a requests the gradient of b, and vice versa.
     """
     implementation = implementations.resolve(_NAME, impl, grad.device.type, grad.dtype)
-    sizes, where = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
+    sizes, options = (adapters, virtual, positions), (offsets, insert_after_first, adapter_ids)
     grad_a = grad_b = None
     rank = 0 if a is None and b is None else b.shape[1] if a is None else a.shape[2]
     if 0 < rank <= getattr(implementation, "MAX_RANK", 0) and not need_delta:
-        grad_prompt, grad_a, grad_b = implementation.backward_low_rank(grad, *sizes, a, b, scale, *where, need_prompt)
+        grad_prompt, grad_a, grad_b = implementation.backward_low_rank(grad, *sizes, a, b, scale, *options, need_prompt)
         grad_delta = None
     else:
         grad_prompt, grad_delta = implementation.backward(
-            grad, *sizes, *where, need_prompt, need_delta or a is not None or b is not None
+            grad, *sizes, *options, need_prompt, need_delta or a is not None or b is not None
         )
         with without_autocast(grad.device.type):
             if b is not None:
@@ -218,20 +207,9 @@ def _(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets, inser
 
 @torch.library.register_fake(f"peft_kernels::{_NAME}_backward", lib=_lib)
 def _(
-    grad,
-    adapters,
-    virtual,
-    positions,
-    a,
-    b,
-    scale,
-    offsets,
-    insert_after_first,
-    adapter_ids,
-    need_prompt,
-    need_delta,
+    grad, adapters, virtual, positions, a, b, scale, offsets, insert_after_first, adapter_ids, need_prompt, need_delta,
     impl,
-):
+):  # fmt: skip
     width = grad.shape[2]
     grad_prompt = _wide(grad, adapters, virtual, width) if need_prompt else _wide(grad, 0)
     grad_a = _wide(grad, 0) if b is None else _wide(grad, adapters, positions, b.shape[1])
@@ -244,20 +222,8 @@ def _wide(like: Tensor, *shape) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    (
-        input_ids,
-        weight,
-        prompt,
-        a,
-        b,
-        delta,
-        ctx.scale,
-        ctx.embed_scale,
-        offsets,
-        ctx.insert_after_first,
-        adapter_ids,
-        ctx.impl,
-    ) = inputs
+    input_ids, weight, prompt, a, b, delta, ctx.scale, ctx.embed_scale, offsets, *rest = inputs
+    ctx.insert_after_first, adapter_ids, ctx.impl = rest
     ctx.sizes = prompt.shape[0], prompt.shape[1], (a if delta is None else delta).shape[1]
     ctx.rows = weight.shape[0]
     _, need_weight, _, need_a, need_b, *_ = ctx.needs_input_grad
@@ -270,31 +236,12 @@ def _autograd(ctx, grad):
     input_ids, a, b, offsets, adapter_ids = ctx.saved_tensors
     _, need_weight, need_prompt, need_a, need_b, need_delta, *_ = ctx.needs_input_grad
     grad_weight = _embedding_gradient(ctx, grad, input_ids) if need_weight else None
+    options = offsets, ctx.insert_after_first, adapter_ids, need_prompt, need_delta, ctx.impl
     grads = torch.ops.peft_kernels.decomposed_prompt_embedding_backward.default(
-        grad,
-        *ctx.sizes,
-        a,
-        b,
-        ctx.scale,
-        offsets,
-        ctx.insert_after_first,
-        adapter_ids,
-        need_prompt,
-        need_delta,
-        ctx.impl,
+        grad, *ctx.sizes, a, b, ctx.scale, *options
     )
     needs = need_prompt, need_a, need_b, need_delta
-    return (
-        None,
-        grad_weight,
-        *(x if needed else None for x, needed in zip(grads, needs)),
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    return None, grad_weight, *(x if needed else None for x, needed in zip(grads, needs)), *(None,) * 6
 
 
 def _embedding_gradient(ctx, grad, input_ids):

@@ -19,8 +19,7 @@ def decomposed_prompt_embedding(
     adapter_ids: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """Each token's row of the table, the parameters and the output; ``a @ b`` once per adapter, and one addition per
-    element.
+    """The cost of a table row per token, the parameters, the output, ``a @ b`` per adapter and an addition per element.
 
     Backward sums the output's gradient over the batch and multiplies it by ``a`` and by ``b``. A repeated token is read
     again each time. A table that requires a gradient gets a dense one.

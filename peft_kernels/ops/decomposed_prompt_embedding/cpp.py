@@ -24,20 +24,9 @@ def forward(input_ids, weight, prompt, a, b, delta, scale, embed_scale, offsets,
 
 def backward(grad, adapters, virtual, positions, offsets, insert_after_first, adapter_ids, need_prompt, need_delta):
     grad_prompt, _, _, grad_delta = torch.ops.peft_kernels.decomposed_prompt_embedding_backward_cpu.default(
-        _dense(grad),
-        adapters,
-        virtual,
-        positions,
-        0,
-        None,
-        None,
-        0.0,
-        offsets,
-        insert_after_first,
-        adapter_ids,
-        need_prompt,
-        need_delta,
-    )
+        _dense(grad), adapters, virtual, positions, 0, None, None, 0.0, offsets, insert_after_first, adapter_ids,
+        need_prompt, need_delta,
+    )  # fmt: skip
     return grad_prompt if need_prompt else None, grad_delta if need_delta else None
 
 
@@ -49,20 +38,9 @@ def backward_low_rank(
     a = None if a is None else a.contiguous()
     transposed = None if b is None else pad(b, (0, 0, 0, -rank % COLUMN_MULTIPLE)).mT.contiguous()
     grad_prompt, grad_a, grad_b, _ = torch.ops.peft_kernels.decomposed_prompt_embedding_backward_cpu.default(
-        _dense(grad),
-        adapters,
-        virtual,
-        positions,
-        rank,
-        a,
-        transposed,
-        scale,
-        offsets,
-        insert_after_first,
-        adapter_ids,
-        need_prompt,
-        False,
-    )
+        _dense(grad), adapters, virtual, positions, rank, a, transposed, scale, offsets, insert_after_first,
+        adapter_ids, need_prompt, False,
+    )  # fmt: skip
     return grad_prompt if need_prompt else None, None if b is None else grad_a, None if a is None else grad_b
 
 

@@ -16,12 +16,12 @@ SCALE = 1.5
 def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, length, virtual, rank, width = (shape[letter] for letter in "BLmrd")
     adapters = 16 if variant == "16 adapters" else 1
-    numbers = RandomInputs(device, dtype)
-    ids = numbers.integers(0, VOCABULARY, batch, length)
-    table = numbers.normal(VOCABULARY, width)
+    random = RandomInputs(device, dtype)
+    ids = random.integers(0, VOCABULARY, batch, length)
+    table = random.normal(VOCABULARY, width)
     sizes = (virtual, width), (length, rank), (rank, width)
     adapter_ids = torch.arange(batch, device=device) % adapters if adapters > 1 else None
-    grad = numbers.normal(batch, virtual + length, width)
+    grad = random.normal(batch, virtual + length, width)
 
     def ours(impl):
         return Candidate(
@@ -41,7 +41,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
 
     views = expanded(ids, table, adapter_ids)
     return Problem(
-        leaves=tuple(numbers.normal(adapters, *size, dtype=torch.float32) for size in sizes),
+        leaves=tuple(random.normal(adapters, *size, dtype=torch.float32) for size in sizes),
         grads=(grad,),
         ours=ours,
         truth=truth,

@@ -1,8 +1,8 @@
 """Triton kernels. Every element of a result is written by one program.
 
 Prefixes: o_ offsets, m_ masks, b_ blocks in registers. A token of a row has the position token - offset; the tokens
-before the offset take the remaining positions at the end, so tokens and positions map one to one. Out of range, a
-token's embedding is NaN, an adapter is none, and an offset is the nearest in range.
+before the offset take the remaining positions at the end, so tokens and positions map one to one. An adapter out of
+range counts as none, an id as the last one, an offset as the length.
 """
 
 import triton
@@ -52,13 +52,19 @@ def _product(
 
 
 @triton.jit
-def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row):
+def _offset_in_range(offset, length):
+    return tl.where((offset >= 0) & (offset <= length), offset, length)
+
+
+@triton.jit
+def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, vocabulary, o_row, m_row):
     """Returns, for a row of the batch, its offset, the tokens at the positions o_row, and their ids, [BP]."""
-    offset = tl.minimum(tl.maximum(_integer_or_zero(offsets, row, stride_o), 0), length)
+    offset = _offset_in_range(_integer_or_zero(offsets, row, stride_o), length)
     o_token = o_row + offset
     o_token = tl.where(o_token < length, o_token, o_token - length)
     b_id = tl.load(input_ids + row * stride_ib + o_token.to(tl.int64) * stride_il, mask=m_row, other=0)
-    return offset, o_token, b_id.to(tl.int32)
+    b_id = tl.where((b_id >= 0) & (b_id < vocabulary), b_id, vocabulary - 1).to(tl.int32)
+    return offset, o_token, b_id
 
 
 @triton.jit(
@@ -115,18 +121,18 @@ def decomposed_prompt_embedding_fwd_kernel(
         o_row = (tile - prompt_tiles) * BP + tl.arange(0, BP)
         m_row = o_row < length
         m_out = m_row[:, None] & m_d[None, :]  # [BP, BD]
-        offset, o_token, b_id = _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row)
+        offset, o_token, b_id = _load_ids(
+            input_ids, offsets, row, stride_ib, stride_il, stride_o, length, vocabulary, o_row, m_row
+        )
         for _ in range(begin, end):
             # [BP, BD]
-            m_id = (b_id >= 0) & (b_id < vocabulary)
-            p_x = weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :]
-            b_x = tl.load(p_x, mask=m_out & m_id[:, None], other=float("nan"))
+            b_x = tl.load(weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0)
             m_update = o_token >= offset
             o_column = tl.where(o_token < FIRST, o_token, o_token + virtual)
             # The ids of the next row are loaded while this row is written.
             next_row = tl.minimum(row + 1, end - 1)
             offset, o_token, b_id = _load_ids(
-                input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, o_row, m_row
+                input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, vocabulary, o_row, m_row
             )
             adapter = _adapter_of(adapter_ids, row, stride_k, adapters)
             if adapter != current:
@@ -169,7 +175,7 @@ def decomposed_prompt_embedding_bwd_kernel(
         b_token = o_n * 0 + position
         if offsets is not None:
             b_offset = tl.load(offsets + o_n.to(tl.int64) * stride_o, mask=m_n, other=0).to(tl.int32)
-            b_token += tl.minimum(tl.maximum(b_offset, 0), length)
+            b_token += _offset_in_range(b_offset, length)
         b_column = tl.where(b_token < FIRST, b_token, b_token + virtual)
         b_column = tl.where(o_n * 0 + position < 0, FIRST + position + prompt_rows, b_column)
         m_n = m_n & ((b_token < length) | (o_n * 0 + position < 0))

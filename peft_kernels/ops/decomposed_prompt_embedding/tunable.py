@@ -19,31 +19,20 @@ def targets(setting: Setting):
     """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     size = setting.dtype.itemsize
     configs, _ = triton.configs_of(setting.device, size)
-    yield (
-        "product",
-        (size,),
-        triton.forward_options(configs.forward, False, with_product=True),
-        partial(_embedding_forward, with_product=True),
-    )
-    yield (
-        "delta",
-        (size,),
-        triton.forward_options(configs.forward, False, with_product=False),
-        partial(_embedding_forward, with_product=False),
-    )
+    for kernel, with_product in (("product", True), ("delta", False)):
+        default = triton.forward_options(configs.forward, False, with_product=with_product)
+        yield kernel, (size,), default, partial(_embedding_forward, with_product=with_product)
     yield "backward", (size,), triton.backward_options(configs.backward, False), _embedding_backward
 
 
 def _embedding_forward(setting, with_product):
     random, sizes = RandomInputs.of(setting), setting.sizes
-    tables = (
-        random.integers(0, sizes.vocabulary, sizes.batch, sizes.tokens),
-        random.normal(sizes.vocabulary, sizes.width),
-    )
+    ids = random.integers(0, sizes.vocabulary, sizes.batch, sizes.tokens)
+    table = random.normal(sizes.vocabulary, sizes.width)
     shapes = (sizes.prompt, sizes.width), (sizes.tokens, sizes.rank), (sizes.rank, sizes.width)
     prompt, a, b = (random.normal(1, *shape, dtype=torch.float32) for shape in shapes)
     update = (a, b, None) if with_product else (None, None, a @ b)
-    return lambda: (triton.forward(*tables, prompt, *update, 1.0, 1.0, None, False, None),)
+    return lambda: (triton.forward(ids, table, prompt, *update, 1.0, 1.0, None, False, None),)
 
 
 def _embedding_backward(setting):

@@ -3,7 +3,7 @@ from . import triton as implementation
 from . import triton_kernels
 
 OPERATOR = "decomposed_prompt_embedding"
-CUDA_KERNELS = ("embedding_forward", "embedding_backward")
+CUDA_KERNELS = ("decomposed_prompt_embedding_fwd_kernel", "decomposed_prompt_embedding_bwd_kernel")
 OTHERS = {
     **dict.fromkeys(("prompt", "a", "b", "delta", "grad_prompt", "grad_delta"), "*fp32"),
     **dict.fromkeys(("input_ids", "offsets", "adapter_ids"), "*i64"),

@@ -1,6 +1,4 @@
-"""Cross-attention of a few label slots over frozen features, without computing keys and values where that is
-cheaper.
-"""
+"""Cross-attention of a few label slots over frozen features, without keys and values where that is cheaper."""
 
 import os
 
@@ -14,7 +12,7 @@ from . import absorbed
 __all__ = ["label_cross_attention"]
 
 # Implementations have one of two interfaces. With keys and values: forward(query, features, w_k, w_v, lengths, offsets,
-# heads, keep) -> out, kept; and backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads) -> gradients
+# heads, keep) -> out, saved; and backward(grad, query, features, w_k, w_v, saved, lengths, offsets, heads) -> gradients
 # of query, w_k, w_v. Absorbed, where absorbed.py multiplies by the weights: pool(queries, features, lengths, offsets,
 # scale, keep) -> pooled (H, B, S, d) in the queries' dtype, weights (B, n, H * S) or (total, H * S) float32, 0 in the
 # padding, None without keep; and pool_backward(grad_pooled, features, weights, lengths, offsets, scale, shared) ->
@@ -30,7 +28,7 @@ _lib.define(
 )
 _lib.define(
     "label_cross_attention_backward(Tensor grad, Tensor query, Tensor features, Tensor w_k, Tensor w_v, Tensor weights,"
-    " Tensor kept, Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value,"
+    " Tensor saved, Tensor? lengths, Tensor? offsets, int num_heads, bool need_query, bool need_key, bool need_value,"
     " str impl) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -47,12 +45,11 @@ def label_cross_attention(
     num_heads: int,
     impl: str = "auto",
 ) -> Tensor:
-    """Multi-head attention of S slots over the features of every row, without an output projection: Y-Tuning (arXiv
-    2202.09817).
+    """Multi-head attention of S slots over the features of every row, without an output projection.
 
-    With few slots it is cheaper to apply the weights on the side of the slots (the absorbed form): ``(W_q s)_h . (W_k
-    f)_h = (W_k,h^T (W_q s)_h) . f``, and ``sum_i p_i (W_v f_i)_h = W_v,h sum_i p_i f_i``. Then every matmul over the
-    tokens has S * num_heads columns instead of d.
+    Y-Tuning, arXiv 2202.09817. With few slots it is cheaper to apply the weights on the side of the slots (the absorbed
+    form): ``(W_q s)_h . (W_k f)_h = (W_k,h^T (W_q s)_h) . f``, and ``sum_i p_i (W_v f_i)_h = W_v,h sum_i p_i f_i``.
+    Then every matmul over the tokens has S * num_heads columns instead of d.
 
     Args:
         slots: (S, d), the same for every row, or (B, S, d); float32 or in ``features``'s dtype.
@@ -103,18 +100,15 @@ def _check(name, slots, features, weights, lengths, offsets, num_heads):
     if features.requires_grad:
         raise ValueError(f"{name}: features must not require a gradient: they are constants, detach them")
     width = features.shape[-1]
-    for which, x in (("lengths", lengths), ("offsets", offsets)):
+    for argument, x in (("lengths", lengths), ("offsets", offsets)):
         if x is None:
             continue
-        if (
-            x.ndim != 1
-            or (which == "lengths" and x.shape[0] != features.shape[0])
-            or (which == "offsets" and x.shape[0] == 0)
-        ):
-            expected = f"({features.shape[0]},)" if which == "lengths" else "(B + 1,)"
-            raise ValueError(f"{name}: {which} must be {expected}, got {tuple(x.shape)}")
+        fits = x.ndim == 1 and (x.shape[0] == features.shape[0] if argument == "lengths" else x.shape[0] > 0)
+        if not fits:
+            expected = f"({features.shape[0]},)" if argument == "lengths" else "(B + 1,)"
+            raise ValueError(f"{name}: {argument} must be {expected}, got {tuple(x.shape)}")
         if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {which} must be int32 or int64, got {x.dtype}")
+            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
     batch = features.shape[0] if offsets is None else offsets.shape[0] - 1
     if slots.ndim not in (2, 3) or slots.shape[-1] != width or (slots.ndim == 3 and slots.shape[0] != batch):
         raise ValueError(f"{name}: slots must be (S, {width}) or ({batch}, S, {width}), got {tuple(slots.shape)}")
@@ -124,21 +118,22 @@ def _check(name, slots, features, weights, lengths, offsets, num_heads):
         raise TypeError(
             f"{name}: slots must be {features.dtype} as features are, or float32 (not under float64), got {slots.dtype}"
         )
-    for which, x in weights.items():
+    for argument, x in weights.items():
         if x.shape != (width, width):
-            raise ValueError(f"{name}: {which} must be ({width}, {width}), got {tuple(x.shape)}")
+            raise ValueError(f"{name}: {argument} must be ({width}, {width}), got {tuple(x.shape)}")
         if x.dtype != slots.dtype:
-            raise TypeError(f"{name}: {which} must be {slots.dtype} as slots are, got {x.dtype}")
+            raise TypeError(f"{name}: {argument} must be {slots.dtype} as slots are, got {x.dtype}")
     if not isinstance(num_heads, int) or num_heads < 1 or width % num_heads:
         raise ValueError(f"{name}: num_heads must divide d = {width}, got {num_heads!r}")
-    for which, x in {"slots": slots, **weights, "lengths": lengths, "offsets": offsets}.items():
+    for argument, x in {"slots": slots, **weights, "lengths": lengths, "offsets": offsets}.items():
         if x is not None and x.device != features.device:
-            raise ValueError(f"{name}: {which} must be on {features.device} as features are, got {x.device}")
+            raise ValueError(f"{name}: {argument} must be on {features.device} as features are, got {x.device}")
 
 
 def choose(device: str, features: torch.dtype, queries: int, width: int) -> str:
-    """Returns the implementation behind ``impl="auto"``, forward and backward: the first row that applies. queries: S *
-    num_heads.
+    """Returns the implementation behind ``impl="auto"``, forward and backward: the first row that applies.
+
+    ``queries`` is S * num_heads.
 
     | case                          | implementation |
     | ----------------------------- | -------------- |
@@ -174,44 +169,42 @@ def _check_values(features, lengths, offsets):
         if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
             raise ValueError(f"{name}: offsets must go from 0 to {total} and not decrease, got {offsets.tolist()}")
     elif lengths.numel():
-        least, most = (int(v) for v in lengths.aminmax())
-        if least < 0 or most > features.shape[1]:
-            raise ValueError(f"{name}: lengths must lie in [0, {features.shape[1]}], got values from {least} to {most}")
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 0 or high > features.shape[1]:
+            raise ValueError(f"{name}: lengths must lie in [0, {features.shape[1]}], got values from {low} to {high}")
 
 
 @torch.library.impl(_lib, "label_cross_attention", "CompositeExplicitAutograd")
 def _forward(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
-    """Returns the result, the attention weights, and the other tensor that backward needs; the last two are empty if
-    the form has none.
-    """
+    """Returns the result, the attention weights, and the form's other saved tensor; the last two may be empty."""
     _check_values(features, lengths, offsets)
     impl, implementation = _resolve(impl, query, features, num_heads)
     arguments = query, features, w_k, w_v, lengths, offsets, num_heads, keep
     with torch.autocast(features.device.type, enabled=False):
         if impl in ABSORBED:
-            out, weights, kept = absorbed.forward(implementation.pool, *arguments)
+            out, weights, saved = absorbed.forward(implementation.pool, *arguments)
         else:
-            weights, (out, kept) = None, implementation.forward(*arguments)
+            weights, (out, saved) = None, implementation.forward(*arguments)
     return (
         out,
         query.new_empty(0, dtype=torch.float32) if weights is None else weights,
-        query.new_empty(0) if kept is None else kept,
+        query.new_empty(0) if saved is None else saved,
     )
 
 
 @torch.library.impl(_lib, "label_cross_attention_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl
+    grad, query, features, w_k, w_v, weights, saved, lengths, offsets, num_heads, need_query, need_key, need_value, impl
 ):
     impl, implementation = _resolve(impl, query, features, num_heads)
     needs = need_query, need_key, need_value
     if impl in ABSORBED:
         backward = implementation.pool_backward
         grads = absorbed.backward(
-            backward, grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, *needs
+            backward, grad, query, features, w_k, w_v, weights, saved, lengths, offsets, num_heads, *needs
         )
     else:
-        grads = implementation.backward(grad, query, features, w_k, w_v, kept, lengths, offsets, num_heads)
+        grads = implementation.backward(grad, query, features, w_k, w_v, saved, lengths, offsets, num_heads)
     return tuple(g.contiguous() if needed else query.new_empty(0) for g, needed in zip(grads, needs))
 
 
@@ -221,18 +214,18 @@ def _(query, features, w_k, w_v, lengths, offsets, num_heads, keep, impl):
     batch = features.shape[0] if offsets is None else offsets.shape[0] - 1
     _, slots, width = query.shape
     out = query.new_empty(batch, slots, width)
-    weights, kept = query.new_empty(0, dtype=torch.float32), query.new_empty(0)
+    weights, saved = query.new_empty(0, dtype=torch.float32), query.new_empty(0)
     if keep and impl in ABSORBED:
         weights = query.new_empty(*features.shape[:-1], num_heads * slots, dtype=torch.float32)
-        kept = query.new_empty(num_heads, batch, slots, width)
+        saved = query.new_empty(num_heads, batch, slots, width)
     elif keep and impl == "explicit":
-        kept = query.new_empty(*features.shape[:-1], 2 * width)
-    return out, weights, kept
+        saved = query.new_empty(*features.shape[:-1], 2 * width)
+    return out, weights, saved
 
 
 @torch.library.register_fake("peft_kernels::label_cross_attention_backward", lib=_lib)
 def _(
-    grad, query, features, w_k, w_v, weights, kept, lengths, offsets, num_heads, need_query, need_key, need_value, impl
+    grad, query, features, w_k, w_v, weights, saved, lengths, offsets, num_heads, need_query, need_key, need_value, impl
 ):
     pairs = (query, need_query), (w_k, need_key), (w_v, need_value)
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in pairs)
@@ -240,20 +233,20 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     query, features, w_k, w_v, lengths, offsets, ctx.num_heads, _, ctx.impl = inputs
-    _, weights, kept = output
-    ctx.mark_non_differentiable(weights, kept)
-    ctx.set_materialize_grads(False)  # no zeros as gradients of weights and kept
-    ctx.save_for_backward(query, features, w_k, w_v, weights, kept, lengths, offsets)
+    _, weights, saved = output
+    ctx.mark_non_differentiable(weights, saved)
+    ctx.set_materialize_grads(False)  # no zeros as gradients of weights and saved
+    ctx.save_for_backward(query, features, w_k, w_v, weights, saved, lengths, offsets)
 
 
 def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
-    query, features, w_k, w_v, weights, kept, lengths, offsets = ctx.saved_tensors
+    query, features, w_k, w_v, weights, saved, lengths, offsets = ctx.saved_tensors
     need_query, _, need_key, need_value, *_ = ctx.needs_input_grad
     needs = need_query, need_key, need_value
     grads = torch.ops.peft_kernels.label_cross_attention_backward.default(
-        grad, query, features, w_k, w_v, weights, kept, lengths, offsets, ctx.num_heads, *needs, ctx.impl
+        grad, query, features, w_k, w_v, weights, saved, lengths, offsets, ctx.num_heads, *needs, ctx.impl
     )
     grad_query, grad_key, grad_value = (g if needed else None for g, needed in zip(grads, needs))
     return grad_query, None, grad_key, grad_value, *(None,) * 5

@@ -1,6 +1,4 @@
-"""The absorbed form: small library matmuls apply the weights of the keys to the queries, and those of the values to the
-pooled features.
-"""
+"""The absorbed form: small library matmuls apply ``w_k`` to the queries and ``w_v`` to the pooled features."""
 
 import torch
 
@@ -8,10 +6,7 @@ __all__ = ["backward", "forward"]
 
 
 def forward(pool, query, features, w_k, w_v, lengths, offsets, heads, keep):
-    """Returns the result (B, S, d), the attention weights, and the pooled features.
-
-    ``pool`` is the implementation's function.
-    """
+    """Returns the result (B, S, d), the attention weights and the pooled features, by the implementation's ``pool``."""
     rows, slots, width = query.shape
     queries = torch.bmm(_by_head(query, heads), _of_heads(w_k, heads)).view(heads, rows, slots, width)
     pooled, weights = pool(queries, features, lengths, offsets, _scale(width, heads), keep)
@@ -22,7 +17,7 @@ def forward(pool, query, features, w_k, w_v, lengths, offsets, heads, keep):
 
 def backward(
     pool_backward, grad, query, features, w_k, w_v, weights, pooled, lengths, offsets, heads, need_query, need_key,
-    need_value
+    need_value,
 ):  # fmt: skip
     rows, slots, width = query.shape
     batch = grad.shape[0]

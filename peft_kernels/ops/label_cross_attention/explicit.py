@@ -1,6 +1,4 @@
-"""Keys and values with library matmuls in the weights' dtype: for so many slots that the matmuls of the absorbed form
-would be larger.
-"""
+"""Keys and values with library matmuls in the weights' dtype, for many slots: the absorbed form's would be larger."""
 
 import torch
 from torch.nn.functional import linear
@@ -15,14 +13,14 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 
 
 def forward(query, features, w_k, w_v, lengths, offsets, heads, keep):
-    kept = linear(features.to(query.dtype), torch.cat((w_k, w_v)))  # (..., 2 d)
-    key, value, mask = _heads(kept, lengths, offsets, heads)
+    keys_values = linear(features.to(query.dtype), torch.cat((w_k, w_v)))  # (..., 2 d)
+    key, value, mask = _heads(keys_values, lengths, offsets, heads)
     out = _weights(_split(query, heads), key, mask) @ value  # (B, H, S, d / H)
-    return out.transpose(1, 2).flatten(2), kept if keep else None
+    return out.transpose(1, 2).flatten(2), keys_values if keep else None
 
 
-def backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads):
-    key, value, mask = _heads(kept, lengths, offsets, heads)
+def backward(grad, query, features, w_k, w_v, keys_values, lengths, offsets, heads):
+    key, value, mask = _heads(keys_values, lengths, offsets, heads)
     q, grad = _split(query, heads), _split(grad, heads)
     weights = _weights(q, key, mask)
     grad_weights = (grad @ value.mT).float()
@@ -37,9 +35,9 @@ def backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads):
     return grad_query, *(g.flatten(0, -2).mT @ features for g in grads)
 
 
-def _heads(kept, lengths, offsets, heads):
-    kept, mask = padded(kept, lengths, offsets)
-    return *(_split(x, heads) for x in kept.chunk(2, -1)), mask
+def _heads(keys_values, lengths, offsets, heads):
+    keys_values, mask = padded(keys_values, lengths, offsets)
+    return *(_split(x, heads) for x in keys_values.chunk(2, -1)), mask
 
 
 def _weights(q, key, mask):

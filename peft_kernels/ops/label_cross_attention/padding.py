@@ -6,8 +6,9 @@ __all__ = ["padded", "unpadded"]
 
 
 def padded(x, lengths, offsets):
-    """Returns ``x``, (B, n, ...) or with offsets (total, ...), as (B, n, ...) padded with 0, and a mask of the valid
-    positions; None: all valid.
+    """Returns ``x``, (B, n, ...) or with offsets (total, ...), as (B, n, ...) padded with 0, and its mask.
+
+    The mask, (B, n), is true at valid positions; None: all are valid.
     """
     if offsets is None and lengths is None:
         return x, None

@@ -12,23 +12,16 @@ from ..problem import Candidate, Operator, Problem, RandomInputs, plain
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, n, width, heads, slots = (shape[name] for name in ("B", "n", "d", "num_heads", "S"))
-    numbers = RandomInputs(device, dtype)
-    lengths = numbers.integers(1, n + 1, batch) if variant == "padded" else None
+    random = RandomInputs(device, dtype)
+    lengths = random.integers(1, n + 1, batch) if variant == "padded" else None
     # [B, 1, 1, n]
     visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
-    weights = ((numbers.normal(width, width, dtype=torch.float32) / width**0.5).to(dtype) for _ in range(3))
-    features, grad = numbers.normal(batch, n, width), numbers.normal(batch, slots, width)
+    weights = ((random.normal(width, width, dtype=torch.float32) / width**0.5).to(dtype) for _ in range(3))
+    features, grad = random.normal(batch, n, width), random.normal(batch, slots, width)
 
     def arguments(slots, w_q, w_k, w_v):
-        return {
-            "slots": slots,
-            "features": features,
-            "w_q": w_q,
-            "w_k": w_k,
-            "w_v": w_v,
-            "lengths": lengths,
-            "num_heads": heads,
-        }
+        weights = {"w_q": w_q, "w_k": w_k, "w_v": w_v}
+        return {"slots": slots, "features": features, **weights, "lengths": lengths, "num_heads": heads}
 
     def ours(impl):
         return Candidate(lambda *leaves: ops.label_cross_attention(**arguments(*leaves), impl=impl))
@@ -39,7 +32,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
         return cost.label_cross_attention(**arguments(*leaves), backward=backward)
 
     return Problem(
-        leaves=(numbers.normal(slots, width), *weights),
+        leaves=(random.normal(slots, width), *weights),
         grads=(grad,),
         ours=ours,
         truth=keys_and_values(features.double(), visible, heads),

@@ -19,7 +19,7 @@ def forward(query, features, w_k, w_v, lengths, offsets, heads, keep):
     return out.transpose(1, 2).flatten(2).to(query.dtype), None
 
 
-def backward(grad, query, features, w_k, w_v, kept, lengths, offsets, heads):
+def backward(grad, query, features, w_k, w_v, saved, lengths, offsets, heads):
     wide = torch.promote_types(query.dtype, torch.float32)
     features, mask = padded(features.to(wide), lengths, offsets)
     q, k, v = _heads(query, features, w_k, w_v, heads, wide)

@@ -19,7 +19,7 @@ KERNELS = {
 def targets(setting: Setting):
     """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     unit, size = triton.unit_of(setting.device, setting.dtype), setting.dtype.itemsize
-    blocks = [block for of_unit, block in triton.CONFIGS if of_unit == unit]
+    blocks = [block for config_unit, block in triton.CONFIGS if config_unit == unit]
     for block in blocks:
         pool = partial(_pool, queries=block)
         yield "scores", (size, block), triton.scores_options(unit, block), pool
@@ -30,20 +30,18 @@ def targets(setting: Setting):
 
 
 def _pool_inputs(setting, queries):
-    """Draws, for one head, queries (1, 1, S, d), features (B, n, d) and the gradient of the pooled features (1, B, S,
-    d).
-    """
+    """Draws queries (1, 1, S, d), features (B, n, d) and the pooled features' gradient (1, B, S, d) of one head."""
     random, sizes = RandomInputs.of(setting), setting.sizes
     features = random.normal(sizes.batch, sizes.tokens, sizes.width)
     return random.normal(1, 1, queries, sizes.width), features, random.normal(1, sizes.batch, queries, sizes.width)
 
 
 def _pool(setting, queries):
-    of_slots, features, _ = _pool_inputs(setting, queries)
-    return lambda: triton.pool(of_slots, features, None, None, setting.sizes.width**-0.5, True)
+    query, features, _ = _pool_inputs(setting, queries)
+    return lambda: triton.pool(query, features, None, None, setting.sizes.width**-0.5, True)
 
 
 def _pool_backward(setting, queries):
-    of_slots, features, grad = _pool_inputs(setting, queries)
-    _, weights = triton.pool(of_slots, features, None, None, setting.sizes.width**-0.5, True)
+    query, features, grad = _pool_inputs(setting, queries)
+    _, weights = triton.pool(query, features, None, None, setting.sizes.width**-0.5, True)
     return lambda: (triton.pool_backward(grad, features, weights, None, None, setting.sizes.width**-0.5, True),)

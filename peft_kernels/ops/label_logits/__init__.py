@@ -33,10 +33,10 @@ def label_logits(
     reduce: str = "max",
     impl: str = "auto",
 ) -> Tensor:
-    """Compute a logit per class from its label words: ``reduce over w of hidden[b, positions[b]] . weight[label_ids[c,
-    w]] + bias[...]``.
+    """Compute a logit per class from those of its label words.
 
-    Decoder tuning (DecT), arXiv 2212.08408, section 3.1, reduces by the maximum.
+    ``out[b, c] = reduce_w(hidden[b, positions[b]] . weight[label_ids[c, w]] + bias[label_ids[c, w]])``. Decoder tuning
+    (DecT), arXiv 2212.08408, section 3.1, reduces by the maximum.
 
     Args:
         hidden: (B, S, H) with ``positions``, or (B, H); float32, float16, bfloat16 or float64.
@@ -73,8 +73,8 @@ def label_logits(
         return words.gather(2, words.argmax(2, keepdim=True)).squeeze(2)
     if reduce == "logsumexp":
         return words.logsumexp(2)
-    given = label_ids >= 0
-    return words.masked_fill(~given, 0).sum(2) / given.sum(1)
+    is_word = label_ids >= 0
+    return words.masked_fill(~is_word, 0).sum(2) / is_word.sum(1)
 
 
 def _check(name, hidden, weight, label_ids, bias, positions):
@@ -94,22 +94,20 @@ def _check(name, hidden, weight, label_ids, bias, positions):
         raise TypeError(f"{name}: bias must be {hidden.dtype} as hidden is, or float32, got {bias.dtype}")
     if (positions is None) != (hidden.ndim == 2):
         raise ValueError(
-            f"{name}: positions come with hidden (B, S, H) and not with (B, H), got hidden {tuple(hidden.shape)}"
+            f"{name}: positions must come with hidden (B, S, H) and not with (B, H), got hidden {tuple(hidden.shape)}"
         )
     if positions is not None and positions.shape != hidden.shape[:1]:
         raise ValueError(f"{name}: positions must be ({hidden.shape[0]},), got {tuple(positions.shape)}")
-    for which, x in (("label_ids", label_ids), ("positions", positions)):
+    for argument, x in (("label_ids", label_ids), ("positions", positions)):
         if x is not None and x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {which} must be int32 or int64, got {x.dtype}")
-    for which, x in (("weight", weight), ("label_ids", label_ids), ("bias", bias), ("positions", positions)):
+            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
+    for argument, x in (("weight", weight), ("label_ids", label_ids), ("bias", bias), ("positions", positions)):
         if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name}: {which} must be on {hidden.device} as hidden is, got {x.device}")
+            raise ValueError(f"{name}: {argument} must be on {hidden.device} as hidden is, got {x.device}")
 
 
 def _check_values(hidden, weight, label_ids, positions):
-    """Checks the values in Python: for so few numbers, a single call of a tensor function would cost as much as the
-    logits.
-    """
+    """Checks the values in Python: for so few, a single call of a tensor function would cost as much as the logits."""
     classes = label_ids.tolist()
     for c, words in enumerate(classes):
         if max(words) < 0:
@@ -117,9 +115,11 @@ def _check_values(hidden, weight, label_ids, positions):
     values = {"label_ids": ([word for words in classes for word in words], -1, weight.shape[0])}
     if positions is not None:
         values["positions"] = positions.tolist(), 0, hidden.shape[1]
-    for which, (x, low, end) in values.items():
+    for argument, (x, low, end) in values.items():
         if x and not low <= min(x) <= max(x) < end:
-            raise ValueError(f"label_logits: {which} must lie in [{low}, {end}), got values from {min(x)} to {max(x)}")
+            raise ValueError(
+                f"label_logits: {argument} must lie in [{low}, {end}), got values from {min(x)} to {max(x)}"
+            )
 
 
 @torch.library.impl(_lib, "label_logits", "CompositeExplicitAutograd")
@@ -161,22 +161,18 @@ def _autograd(ctx, grad_words):
     ids = label_ids.clamp_min(0).flatten().long()
     grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
-        # [B, H]
-        rows = torch.ops.peft_kernels.label_logits_backward.default(grad_words, weight, label_ids, ctx.impl).to(
-            weight.dtype
-        )
-        grad_hidden = (
-            rows
-            if positions is None
-            else rows.new_zeros(ctx.shape).index_put_((_texts(positions), positions.long()), rows)
-        )
+        grad_hidden = torch.ops.peft_kernels.label_logits_backward.default(grad_words, weight, label_ids, ctx.impl)
+        grad_hidden = grad_hidden.to(weight.dtype)  # [B, H]
+        if positions is not None:
+            indices = _texts(positions), positions.long()
+            grad_hidden = grad_hidden.new_zeros(ctx.shape).index_put_(indices, grad_hidden)
     if need_weight:
-        taken = hidden if positions is None else hidden[_texts(positions), positions.long()]
-        of_words = grad_words.flatten(1).mT @ taken.to(grad_words.dtype)  # [C * w, H]
-        grad_weight = of_words.new_zeros(weight.shape).index_put_((ids,), of_words, accumulate=True).to(weight.dtype)
+        rows = hidden if positions is None else hidden[_texts(positions), positions.long()]  # [B, H]
+        grads = grad_words.flatten(1).mT @ rows.to(grad_words.dtype)  # [C * w, H]
+        grad_weight = grads.new_zeros(weight.shape).index_put_((ids,), grads, accumulate=True).to(weight.dtype)
     if need_bias:
-        of_words = grad_words.flatten(1).sum(0)
-        grad_bias = of_words.new_zeros(weight.shape[0]).index_put_((ids,), of_words, accumulate=True).to(ctx.bias_dtype)
+        grads = grad_words.flatten(1).sum(0)  # [C * w]
+        grad_bias = grads.new_zeros(weight.shape[0]).index_put_((ids,), grads, accumulate=True).to(ctx.bias_dtype)
     return grad_hidden, grad_weight, None, grad_bias, None, None
 
 

@@ -16,14 +16,14 @@ def label_logits(
     positions: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """One row of ``hidden`` per text and one of ``weight`` per word; backward, a matmul for each of them that requires
-    a gradient.
+    """The cost of a row of ``hidden`` per text, a row of ``weight`` per word, and their matmul.
 
-    Gradients are dense: they have the full size of their tensors.
+    Backward has a matmul for each of ``hidden`` and ``weight`` that requires a gradient. Gradients are dense: they have
+    the full size of their tensors.
     """
     batch, width = hidden.shape[0], hidden.shape[-1]
     words = int((label_ids >= 0).sum())
-    out = batch * label_ids.shape[0] * 4 if hidden.element_size() < 8 else batch * label_ids.shape[0] * 8
+    out = batch * label_ids.shape[0] * max(4, hidden.element_size())
     rows = (batch + words) * width * hidden.element_size()
     biases = 0 if bias is None else words * bias.element_size()
     cost = Cost(rows + biases + nbytes(label_ids, positions) + out, 2 * batch * words * width)

@@ -19,12 +19,12 @@ def backward(grad_words, weight, label_ids):
 
 
 def _dense(weight, label_ids, bias):
-    """Returns a table with dense rows.
+    """Returns a table with dense rows, and the ids and biases for it.
 
-    If they are not dense, only the needed rows are copied, since the table has the vocabulary's size.
+    If the rows are not dense, only the needed ones are copied, because the table has the vocabulary's size.
     """
     if weight.stride(1) == 1:
         return weight, label_ids, bias
     ids = label_ids.flatten().clamp_min(0)
-    again = torch.arange(ids.numel(), device=ids.device).view(label_ids.shape).masked_fill(label_ids < 0, -1)
-    return weight[ids].contiguous(), again, None if bias is None else bias[ids]
+    rows = torch.arange(ids.numel(), device=ids.device).view(label_ids.shape).masked_fill(label_ids < 0, -1)
+    return weight[ids].contiguous(), rows, None if bias is None else bias[ids]

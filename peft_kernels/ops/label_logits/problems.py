@@ -11,14 +11,11 @@ from ..problem import Candidate, Operator, Problem, RandomInputs, compiled, plai
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
     batch, length, vocabulary, width, classes, count = (shape[letter] for letter in "BSVHCw")
-    numbers = RandomInputs(device, dtype)
-    hidden, weight, bias = (
-        numbers.normal(batch, length, width),
-        numbers.normal(vocabulary, width),
-        numbers.normal(vocabulary),
-    )
-    positions = numbers.integers(0, length, batch)
-    words = torch.randperm(vocabulary, generator=numbers.generator)[: classes * count].to(device)
+    random = RandomInputs(device, dtype)
+    hidden, weight = random.normal(batch, length, width), random.normal(vocabulary, width)
+    bias = random.normal(vocabulary)
+    positions = random.integers(0, length, batch)
+    words = torch.randperm(vocabulary, generator=random.generator)[: classes * count].to(device)
     ids, texts = words.view(classes, count), torch.arange(batch, device=device)
 
     def ours(impl):
@@ -42,7 +39,7 @@ def problem(shape, variant, dtype, device, backward) -> Problem:
 
     return Problem(
         leaves=(hidden,),
-        grads=(numbers.normal(batch, classes, dtype=torch.float32),),
+        grads=(random.normal(batch, classes, dtype=torch.float32),),
         ours=ours,
         truth=lambda hidden: largest(hidden[texts, positions] @ weight[words].double().T + bias[words].double()),
         cost=cost,

@@ -9,11 +9,10 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 
 def forward(hidden, weight, label_ids, bias, positions):
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = (
-        hidden if positions is None else hidden[torch.arange(hidden.shape[0], device=hidden.device), positions.long()]
-    )
+    if positions is not None:
+        hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), positions.long()]
     ids = label_ids.clamp_min(0).flatten().long()
-    words = rows.to(wide) @ weight[ids].to(wide).mT  # [B, C * w]
+    words = hidden.to(wide) @ weight[ids].to(wide).mT  # [B, C * w]
     if bias is not None:
         words = words + bias[ids].to(wide)
     return words.masked_fill((label_ids < 0).flatten(), -torch.inf).view(hidden.shape[0], *label_ids.shape)

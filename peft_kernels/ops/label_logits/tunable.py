@@ -18,12 +18,8 @@ def targets(setting: Setting):
     """Yields (kernel, key, default config, maker of a call) for every row of the tables of default configs."""
     size = setting.dtype.itemsize
     for config in triton.FORWARD:
-        yield (
-            "forward",
-            (size, config.words),
-            triton.launch_options(config),
-            partial(_logits_forward, words=config.words),
-        )
+        make = partial(_logits_forward, words=config.words)
+        yield "forward", (size, config.words), triton.launch_options(config), make
     yield "backward", (size,), triton.launch_options(triton.BACKWARD), _logits_backward
 
 
@@ -37,9 +33,7 @@ def _logits_forward(setting, words):
 def _logits_backward(setting):
     random, sizes = RandomInputs.of(setting), setting.sizes
     words = triton.FORWARD[-1].words
-    grad, weight = (
-        random.normal(sizes.texts, 1, words, dtype=torch.float32),
-        random.normal(sizes.vocabulary, sizes.width),
-    )
+    grad = random.normal(sizes.texts, 1, words, dtype=torch.float32)
+    weight = random.normal(sizes.vocabulary, sizes.width)
     label_ids = random.integers(0, sizes.vocabulary, 1, words)
     return lambda: (triton.backward(grad, weight, label_ids),)

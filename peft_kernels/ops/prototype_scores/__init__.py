@@ -102,10 +102,10 @@ def prototype_cross_entropy(
 def prototype_objective(
     prototypes: Tensor, scores: Tensor | None, labels: Tensor, *, weight: float = 1.0, impl: str = "auto"
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Return the loss of ``prototype_cross_entropy`` as a function for a training loop without autograd; constant
-    arguments are checked once.
+    """Return the loss of ``prototype_cross_entropy`` as a function, for a training loop without autograd.
 
-    Arguments and errors are those of ``prototype_cross_entropy``; scores (N, C) and labels (N,) determine N.
+    The constant arguments are checked once. Arguments and errors are those of ``prototype_cross_entropy``; scores
+    (N, C) and labels (N,) determine N.
 
     Returns:
         A function of the projected features, (N, D) contiguous, and of ``radius`` (C,). It returns the loss (), the
@@ -151,31 +151,31 @@ def _check(name, features, projection, prototypes, radius, scores, impl):
     _check_like(name, "features", features, projection=projection, prototypes=prototypes, radius=radius, scores=scores)
 
 
-def _check_like(name, what, like, **tensors):
+def _check_like(name, like_name, like, **tensors):
     if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: {what} must be float32 or float64, got {like.dtype}")
-    for which, x in tensors.items():
+        raise TypeError(f"{name}: {like_name} must be float32 or float64, got {like.dtype}")
+    for argument, x in tensors.items():
         if x is not None and x.dtype != like.dtype:
-            raise TypeError(f"{name}: {which} must be {like.dtype} as {what} is, got {x.dtype}")
+            raise TypeError(f"{name}: {argument} must be {like.dtype} as {like_name} is, got {x.dtype}")
         if x is not None and x.device != like.device:
-            raise ValueError(f"{name}: {which} must be on {like.device} as {what} is, got {x.device}")
+            raise ValueError(f"{name}: {argument} must be on {like.device} as {like_name} is, got {x.device}")
 
 
-def _check_labels(name, what, like, labels, shape):
+def _check_labels(name, like_name, like, labels, shape):
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: labels must be int64, got {labels.dtype}")
     if labels.ndim != 1 or labels.shape != shape or labels.device != like.device:
         raise ValueError(
-            f"{name}: labels must be {tuple(shape)} on {like.device} as {what} is, got {tuple(labels.shape)} on"
+            f"{name}: labels must be {tuple(shape)} on {like.device} as {like_name} is, got {tuple(labels.shape)} on"
             f" {labels.device}"
         )
 
 
 def _check_values(name, labels, classes):
     if labels.numel() and (labels.device.type == "cpu" or os.environ.get("PEFT_KERNELS_DEBUG") == "1"):
-        least, most = (int(v) for v in labels.aminmax())
-        if least < 0 or most >= classes:
-            raise ValueError(f"{name}: labels must lie in [0, {classes}), got values from {least} to {most}")
+        low, high = (int(v) for v in labels.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"{name}: labels must lie in [0, {classes}), got values from {low} to {high}")
 
 
 def _dense(*tensors):
@@ -241,8 +241,8 @@ def _setup_context_of_loss(ctx, inputs, output):
     ctx.save_for_backward(grad_projected, grad_radius)
 
 
-def _autograd_of_loss(ctx, grad, *of_gradients):
-    if any(x is not None for x in of_gradients):
+def _autograd_of_loss(ctx, grad, *grads_of_gradients):
+    if any(x is not None for x in grads_of_gradients):
         raise NotImplementedError("prototype_cross_entropy: second derivatives are not implemented")
     if grad is None:
         return (None,) * 7

@@ -17,8 +17,9 @@ def prototype_scores(
     *,
     backward: bool = False,
 ) -> Cost:
-    """A matmul with the projection and (N, C) distances; backward, a matmul for each of features and projection that
-    requires a gradient.
+    """The cost of a matmul with the projection and of (N, C) distances.
+
+    Backward has a matmul for each of ``features`` and ``projection`` that requires a gradient.
     """
     out = features.shape[0] * prototypes.shape[0] * features.element_size()
     return _cost(features, projection, prototypes, radius, (scores,), out, backward)
@@ -53,12 +54,12 @@ def prototype_objective(
     return Cost(moved, (DISTANCE_OPERATIONS + PULL_OPERATIONS) * distances)
 
 
-def _cost(features, projection, prototypes, radius, others, out, backward):
+def _cost(features, projection, prototypes, radius, other_inputs, out, backward):
     count, width = features.shape
     product = 2 * count * width * projection.shape[0]
     distances = count * prototypes.numel()
     trained = features, projection, prototypes, radius
-    cost = Cost(nbytes(*trained, *others) + out, product + DISTANCE_OPERATIONS * distances)
+    cost = Cost(nbytes(*trained, *other_inputs) + out, product + DISTANCE_OPERATIONS * distances)
     if not backward:
         return cost
     products = features.requires_grad + projection.requires_grad

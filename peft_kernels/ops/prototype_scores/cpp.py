@@ -2,7 +2,7 @@
 
 import torch
 
-from ..native_library import problem
+from ..native_library import load_error
 
 __all__ = ["backward", "cross_entropy", "forward", "unavailable"]
 
@@ -12,7 +12,7 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels run on the CPU, not on {device}"
     if dtype != torch.float32:
         return f"its kernels take torch.float32, not {dtype}"
-    return problem()
+    return load_error()
 
 
 def forward(projected, prototypes, radius, scores, weight):

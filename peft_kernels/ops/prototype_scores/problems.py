@@ -17,19 +17,20 @@ def scores_of(projected, prototypes, radius, scores):
     return radius - (normalize(projected, dim=1)[:, None] - prototypes).norm(dim=2) + WEIGHT * scores
 
 
-def numbers_of(shape, device):
-    """Draws features (N, H), projection (D, H), prototypes (C, D), radius (C,), scores (N, C), labels (N,); also
-    returns the generator.
+def random_inputs(shape, device):
+    """Draws features (N, H), projection (D, H), prototypes (C, D), radius (C,), scores (N, C) and labels (N,).
+
+    Also returns the source of random numbers, for more draws.
     """
     count, width, dim, classes = (shape[letter] for letter in "NHDC")
-    numbers = RandomInputs(device, torch.float32)
-    features, projection = numbers.normal(count, width), numbers.normal(dim, width) / width**0.5
-    prototypes, radius, scores = numbers.normal(classes, dim), numbers.normal(classes), numbers.normal(count, classes)
-    return features, projection, prototypes, radius, scores, numbers.integers(0, classes, count), numbers
+    random = RandomInputs(device, torch.float32)
+    features, projection = random.normal(count, width), random.normal(dim, width) / width**0.5
+    prototypes, radius, scores = random.normal(classes, dim), random.normal(classes), random.normal(count, classes)
+    return features, projection, prototypes, radius, scores, random.integers(0, classes, count), random
 
 
 def scoring(shape, variant, dtype, device, backward) -> Problem:
-    features, projection, prototypes, radius, scores, _, numbers = numbers_of(shape, device)
+    features, projection, prototypes, radius, scores, _, random = random_inputs(shape, device)
 
     def ours(impl):
         return Candidate(lambda *leaves: ops.prototype_scores(features, *leaves, scores, weight=WEIGHT, impl=impl))
@@ -44,7 +45,7 @@ def scoring(shape, variant, dtype, device, backward) -> Problem:
 
     return Problem(
         leaves=(projection, prototypes, radius),
-        grads=(numbers.normal(*scores.shape),),
+        grads=(random.normal(*scores.shape),),
         ours=ours,
         truth=formula(features.double(), scores.double()),
         cost=cost,
@@ -53,7 +54,7 @@ def scoring(shape, variant, dtype, device, backward) -> Problem:
 
 
 def loss(shape, variant, dtype, device, backward) -> Problem:
-    features, projection, prototypes, radius, scores, labels, _ = numbers_of(shape, device)
+    features, projection, prototypes, radius, scores, labels, _ = random_inputs(shape, device)
 
     def ours(impl):
         return Candidate(
@@ -84,7 +85,7 @@ def loss(shape, variant, dtype, device, backward) -> Problem:
 
 def objective(shape, variant, dtype, device, backward) -> Problem:
     """The problem of the objective. The gradients are part of the result, so there is only a forward."""
-    features, projection, prototypes, radius, scores, labels, _ = numbers_of(shape, device)
+    features, projection, prototypes, radius, scores, labels, _ = random_inputs(shape, device)
     projected = features @ projection.mT
 
     def ours(impl):
@@ -106,12 +107,12 @@ def objective(shape, variant, dtype, device, backward) -> Problem:
 
         return loss_and_gradients
 
-    numbers = projected, radius, prototypes, scores
+    tensors = projected, radius, prototypes, scores
     return Problem(
         leaves=(),
         grads=(),
         ours=ours,
-        truth=formula(*(x.double() for x in numbers)),
+        truth=formula(*(x.double() for x in tensors)),
         cost=cost,
         baselines={"formula, autograd": plain(formula(projected.clone(), radius.clone(), prototypes, scores))},
     )
@@ -121,7 +122,7 @@ def in_pytorch(formula):
     return {"formula": plain(formula), "formula, compiled": compiled(formula)}
 
 
-def of(name, problem, **rest):
+def operator(name, problem, **rest):
     shapes = [dict(zip("NHDC", size)) for size in ((32, 1024, 128, 2), (224, 1024, 128, 14), (64, 512, 128, 4))]
     return Operator(
         name=name,
@@ -134,17 +135,20 @@ def of(name, problem, **rest):
 
 
 OPERATORS = {
-    "prototype_scores": of(
+    "prototype_scores": operator(
         "prototype_scores",
         scoring,
         title="Prototype scores",
         about="DecT: N features of width H projected to width D, their distances to C prototypes, and the model's own"
         " scores.",
     ),
-    "prototype_cross_entropy": of(
-        "prototype_cross_entropy", loss, title="Prototype cross-entropy", about="DecT: the loss of prototype scores."
+    "prototype_cross_entropy": operator(
+        "prototype_cross_entropy",
+        loss,
+        title="Prototype cross-entropy",
+        about="DecT: the loss of prototype scores.",
     ),
-    "prototype_objective": of(
+    "prototype_objective": operator(
         "prototype_objective",
         objective,
         title="Prototype objective",

@@ -20,13 +20,13 @@ def backward(grad, projected, prototypes):
     normal, inverse_length = _normalise(projected)
     grad_normal, grads = torch.zeros_like(normal), []
     for p, g in zip(prototypes, grad.mT):
-        away = normal - p
-        distance = away.norm(dim=1)
-        pull = torch.where(distance > 0, g / distance, 0)[:, None] * away
-        grad_normal -= pull
-        grads.append(pull.sum(0))
-    along = (grad_normal * normal).sum(1, keepdim=True)
-    return (grad_normal - along * normal) * inverse_length, torch.stack(grads)
+        difference = normal - p
+        distance = difference.norm(dim=1)
+        grad_p = torch.where(distance > 0, g / distance, 0)[:, None] * difference
+        grad_normal -= grad_p
+        grads.append(grad_p.sum(0))
+    radial = (grad_normal * normal).sum(1, keepdim=True)
+    return (grad_normal - radial * normal) * inverse_length, torch.stack(grads)
 
 
 def cross_entropy(projected, prototypes, radius, scores, weight, labels):

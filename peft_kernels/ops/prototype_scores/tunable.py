@@ -27,9 +27,9 @@ def targets(setting: Setting):
         "cross_entropy": _cross_entropy,
     }
     for width in setting.sizes.prototype_widths if setting.dtype == torch.float32 else ():
-        shipped = triton.row_options(width)
+        default = triton.row_options(width)
         for kernel, make in makers.items():
-            yield kernel, (shipped["BD"],), shipped, partial(make, width=width)
+            yield kernel, (default["BD"],), default, partial(make, width=width)
 
 
 def _score_inputs(setting, width):
@@ -44,8 +44,8 @@ def _scores(setting, width):
 
 
 def _scores_backward(setting, width):
-    projected, of_classes, _, grad, _ = _score_inputs(setting, width)
-    return lambda: triton.backward(grad, projected, of_classes)
+    projected, prototypes, _, grad, _ = _score_inputs(setting, width)
+    return lambda: triton.backward(grad, projected, prototypes)
 
 
 def _cross_entropy(setting, width):

@@ -14,14 +14,11 @@ __all__ = ["shared_cross_attention"]
 implementations = Implementations(__name__, "reference", "sdpa", "matmul", "cpp", "triton")
 MAX_HEAD_DIM = 256
 
-# Without the native library a CPU takes PyTorch's flash attention or two matmuls on folded rows, whichever
-# `peft-kernels bench shared_cross_attention` showed to be faster: matmuls in these dtypes, while the scores of one head
-# and input fit in the cache.
+# Without the native library, a CPU takes two matmuls on folded rows in these dtypes, while the scores of one head and
+# input are at most this large, and PyTorch's flash attention otherwise (`peft-kernels bench shared_cross_attention`).
 MATMUL_DTYPES = (torch.bfloat16,)
 MATMUL_MAX_SCORE_BYTES = 8 << 20
-AMX_ROWS = (
-    64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles are faster than our vector kernels
-)
+AMX_ROWS = 64  # query rows per input from which the library's bfloat16 matmuls on AMX tiles beat our vector kernels
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -128,12 +125,12 @@ def _rows(query, key):
 
 def _check(query, key, value, key_lengths, encoder_index):
     name = "shared_cross_attention"
-    for label, x in (("query", query), ("key", key), ("value", value)):
+    for argument, x in (("query", query), ("key", key), ("value", value)):
         if type(x) is not Tensor and hasattr(x, "placements"):
-            raise TypeError(f"{name}: {label} is a DTensor, which is not supported: pass its local tensor")
+            raise TypeError(f"{name}: {argument} is a DTensor, which is not supported: pass its local tensor")
         if x.is_nested or x.ndim != 4:
-            got = "a nested tensor" if x.is_nested else tuple(x.shape)
-            raise ValueError(f"{name}: {label} must be a dense tensor of 4 dimensions, got {got}")
+            layout = "a nested tensor" if x.is_nested else tuple(x.shape)
+            raise ValueError(f"{name}: {argument} must be a dense tensor of 4 dimensions, got {layout}")
     n_streams, heads, _, head_dim = query.shape
     inputs = key.shape[0]
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -146,20 +143,20 @@ def _check(query, key, value, key_lengths, encoder_index):
             f" got {tuple(key.shape)} and {tuple(value.shape)}"
         )
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{name}: head width D must be between 1 and {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"{name}: the width D of query must lie in [1, {MAX_HEAD_DIM}], got {head_dim}")
     if key.device != query.device or value.device != query.device:
         raise ValueError(
             f"{name}: key and value must be on {query.device} as query is, got {key.device} and {value.device}"
         )
-    for label, x, length in (("key_lengths", key_lengths, inputs), ("encoder_index", encoder_index, n_streams)):
+    for argument, x, length in (("key_lengths", key_lengths, inputs), ("encoder_index", encoder_index, n_streams)):
         if x is None:
             continue
         if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {label} must be int32 or int64, got {x.dtype}")
+            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
         if x.shape != (length,):
-            raise ValueError(f"{name}: {label} must be ({length},), got {tuple(x.shape)}")
+            raise ValueError(f"{name}: {argument} must be ({length},), got {tuple(x.shape)}")
         if x.device != query.device:
-            raise ValueError(f"{name}: {label} must be on {query.device} as query is, got {x.device}")
+            raise ValueError(f"{name}: {argument} must be on {query.device} as query is, got {x.device}")
     if n_streams and not inputs:
         raise ValueError(f"{name}: {n_streams} streams need at least one input, got key {tuple(key.shape)}")
     if encoder_index is None and inputs and n_streams % inputs:
@@ -202,21 +199,9 @@ def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, imp
 
 @torch.library.impl(_lib, "shared_cross_attention_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_out,
-    grad_lse,
-    query,
-    key,
-    value,
-    out,
-    lse,
-    key_lengths,
-    encoder_index,
-    scale,
-    need_query,
-    need_key,
-    need_value,
-    impl,
-):
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
+    need_value, impl,
+):  # fmt: skip
     needs = (need_query, need_key, need_value)
     if impl == "auto":
         impl = choose(query, key)
@@ -230,33 +215,20 @@ def _backward(
 def _(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
     streams, heads, tokens, _ = query.shape
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    lse = (
-        token_major(streams, heads, tokens, like=query, dtype=lse_dtype)
-        if need_lse
-        else query.new_empty(0, dtype=lse_dtype)
-    )
+    if need_lse:
+        lse = token_major(streams, heads, tokens, like=query, dtype=lse_dtype)
+    else:
+        lse = query.new_empty(0, dtype=lse_dtype)
     return token_major(*query.shape, like=query), lse
 
 
 @torch.library.register_fake("peft_kernels::shared_cross_attention_backward", lib=_lib)
 def _(
-    grad_out,
-    grad_lse,
-    query,
-    key,
-    value,
-    out,
-    lse,
-    key_lengths,
-    encoder_index,
-    scale,
-    need_query,
-    need_key,
-    need_value,
-    impl,
-):
-    wanted = ((query, need_query), (key, need_key), (value, need_value))
-    return tuple(token_major(*x.shape, like=x) if needed else x.new_empty(0) for x, needed in wanted)
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
+    need_value, impl,
+):  # fmt: skip
+    pairs = (query, need_query), (key, need_key), (value, need_value)
+    return tuple(token_major(*x.shape, like=x) if needed else x.new_empty(0) for x, needed in pairs)
 
 
 def _setup_context(ctx, inputs, output):

@@ -7,9 +7,7 @@ from torch import Tensor
 def token_major(
     batch: int, heads: int, tokens: int, *width: int, like: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Returns an uninitialised (batch, heads, tokens, ...) tensor, laid out as (batch, tokens, heads, ...), on
-    ``like``'s device.
-    """
+    """Returns an uninitialised (batch, heads, tokens, ...) tensor, laid out as (batch, tokens, heads, ...)."""
     return torch.empty((batch, tokens, heads, *width), dtype=dtype or like.dtype, device=like.device).transpose(1, 2)
 
 

@@ -53,10 +53,8 @@ def _attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, nee
     g, heads = query.shape[:2]
     do, q, k, v = _heads_first(grad_out, query, key, value)
     dlse = None if grad_lse is None else grad_lse.flatten(0, 1).to(q.dtype)
-    grads = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
-        for x, needed in zip((q, k, v), needs)
-    ]
+    pairs = zip((q, k, v), needs)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None for x, needed in pairs]
     dq, dk, dv = grads
     blocks, p_buffer = _blocks(q, k)
     ds_buffer = torch.empty_like(p_buffer) if dq is not None or dk is not None else None

@@ -17,10 +17,10 @@ HEADS = {"H": 12, "D": 64}
 
 def problem(shape, variant, dtype, device, backward) -> Problem:
     inputs, streams, tokens, n, heads, width = (shape[letter] for letter in "bMtnHD")
-    numbers = RandomInputs(device, dtype)
-    query, grad = (numbers.normal(inputs * streams, tokens, heads, width).transpose(1, 2) for _ in range(2))
-    key, value = (numbers.normal(inputs, heads, n, width) for _ in range(2))
-    lengths = numbers.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
+    random = RandomInputs(device, dtype)
+    query, grad = (random.normal(inputs * streams, tokens, heads, width).transpose(1, 2) for _ in range(2))
+    key, value = (random.normal(inputs, heads, n, width) for _ in range(2))
+    lengths = random.integers(n // 2, n + 1, inputs) if variant == "ragged" else None
     # [b, 1, 1, n]
     visible = None if lengths is None else (torch.arange(n, device=device) < lengths[:, None])[:, None, None]
 
@@ -64,12 +64,8 @@ def folded(attention, inputs):
 
     def attend(query, key, value):
         streams, heads, tokens, width = query.shape
-        return (
-            attention(fold(query, inputs), key, value)
-            .transpose(1, 2)
-            .reshape(streams, tokens, heads, width)
-            .transpose(1, 2)
-        )
+        out = attention(fold(query, inputs), key, value).transpose(1, 2)
+        return out.reshape(streams, tokens, heads, width).transpose(1, 2)
 
     return attend
 
@@ -99,11 +95,9 @@ def expanded(attend, leaves, streams) -> Candidate:
 
 def eager(visible, streams, dtype):
     """Attention like transformers' eager_attention_forward: an additive mask, softmax in float32."""
-    mask = (
-        None
-        if visible is None
-        else torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype).repeat_interleave(streams, 0)
-    )
+    mask = None
+    if visible is not None:
+        mask = torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype).repeat_interleave(streams, 0)
 
     def attend(query, key, value):
         scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5
@@ -148,12 +142,12 @@ def varlen(leaves, inputs, lengths, backward) -> Candidate:
     counts = lengths if packed else torch.full((inputs,), n, device=device)
     cu_rows = torch.arange(inputs + 1, device=device, dtype=torch.int32) * rows
     cu_keys = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    used = None if packed or lengths is None else lengths.to(torch.int32)
+    seqused_k = None if packed or lengths is None else lengths.to(torch.int32)
     keep = torch.arange(n, device=device) < counts[:, None]  # [b, n]
 
     def attend(query, key, value):
         flat = query.transpose(1, 2).flatten(0, 1)  # [N * t, H, D], a view
-        out = varlen_attn(flat, key, value, cu_rows, cu_keys, rows, n, seqused_k=used)
+        out = varlen_attn(flat, key, value, cu_rows, cu_keys, rows, n, seqused_k=seqused_k)
         return out.unflatten(0, (-1, tokens)).transpose(1, 2)
 
     def restore(results):
@@ -175,8 +169,7 @@ OPERATORS = {
         name="shared_cross_attention",
         title="Shared cross-attention",
         about="PiD: all streams of an input read its keys and values, which lie in memory once. b inputs of n keys, M"
-        " streams each of t queries,"
-        " H heads of width D. Ragged: inputs of 50 to 100% of n.",
+        " streams each of t queries, H heads of width D. Ragged: inputs of 50 to 100% of n.",
         published="sdpa expanded",
         shapes=shapes((1, 30, 1, 512), (4, 30, 1, 512), (1, 8, 1, 2048), (4, 30, 16, 512), (8, 5, 64, 1024)),
         quick_shapes=shapes((2, 16, 1, 256), (2, 8, 8, 128)),

@@ -1,5 +1,4 @@
-"""The reference in plain PyTorch, which tests compare with: attention of every stream over its own input, on expanded
-tensors.
+"""The reference in plain PyTorch, which tests compare with: attention of every stream over its own input.
 
     S = scale * Q K^T over the input's first key_lengths keys,  lse = log sum_j exp S_j,  P = exp(S - lse),  O = P V
     dV = P^T dO,  dS = P (dO V^T - rowsum(dO O) + dlse),  dQ = scale dS K,  dK = scale dS^T Q
@@ -20,9 +19,8 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
 def _per_stream(query: Tensor, key: Tensor, key_lengths: Tensor | None, encoder_index: Tensor | None):
     """Returns the input of every stream, (N,), and the mask of the keys that each stream sees, (N, 1, 1, n)."""
     if encoder_index is None:
-        index = torch.arange(key.shape[0], device=query.device).repeat_interleave(
-            query.shape[0] // max(key.shape[0], 1)
-        )
+        repeats = query.shape[0] // max(key.shape[0], 1)
+        index = torch.arange(key.shape[0], device=query.device).repeat_interleave(repeats)
     else:
         index = encoder_index.long()
     positions = torch.arange(key.shape[2], device=query.device)
@@ -34,9 +32,8 @@ def _probabilities(query: Tensor, key: Tensor, visible: Tensor, scale: float):
     scores = torch.einsum("uhtd,uhnd->uhtn", query, key) * scale  # (N, H, t, n)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)  # (N, H, t)
-    return torch.softmax(scores, -1).masked_fill(
-        ~visible, 0
-    ), lse  # not exp(scores - lse), which inherits the rounding error of a large lse
+    # not exp(scores - lse), which inherits the rounding error of a large lse
+    return torch.softmax(scores, -1).masked_fill(~visible, 0), lse
 
 
 def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True) -> tuple[Tensor, Tensor]:
@@ -56,9 +53,8 @@ def backward(
 
     def over_streams(per_stream):  # (N, H, n, D) -> (b, H, n, D)
         wide = per_stream.to(torch.promote_types(per_stream.dtype, torch.float32))
-        return as_token_major(
-            torch.zeros(key.shape, dtype=wide.dtype, device=key.device).index_add(0, index, wide).to(key.dtype)
-        )
+        total = torch.zeros(key.shape, dtype=wide.dtype, device=key.device).index_add(0, index, wide)
+        return as_token_major(total.to(key.dtype))
 
     if need_query or need_key:
         delta = (grad_out * out).sum(-1, keepdim=True)

@@ -35,11 +35,8 @@ def _attend_backward(grad_out, grad_lse, query, key, value, out, lse, scale, nee
         )
 
     dq, dk, dv = library(grad_out)
-    if (
-        grad_lse is not None
-        # d lse / dS = P: its gradient for the queries is an attention with values K, its gradient for the keys a value
-        # gradient
-    ):
+    # d lse / dS = P: its gradient of the queries is an attention with values K, that of the keys a gradient of values
+    if grad_lse is not None:
         weight = scale * grad_lse[..., None].to(query.dtype)
         dq = dq + weight * _attend(query, key, key, scale, False)[0]
         dk = dk + library(weight * query)[2]

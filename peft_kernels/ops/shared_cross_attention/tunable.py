@@ -23,7 +23,7 @@ def targets(setting: Setting):
         configs = triton.configs_of(family, size, head_dim)
         key = size, triton.table_d(head_dim)
 
-        def shipped(config, head_dim=head_dim):
+        def default(config, head_dim=head_dim):
             return triton.launch_options(config, family, size, head_dim)
 
         for config in configs.forward:
@@ -32,18 +32,16 @@ def targets(setting: Setting):
             yield (
                 "forward",
                 (*key, config.rows),
-                shipped(config),
+                default(config),
                 partial(_attention_forward, head_dim=head_dim, rows=rows),
             )
         grad = partial(_attention_backward, head_dim=head_dim)
-        yield "query_grad", key, shipped(configs.query_grad), partial(grad, needs=(True, False, False))
-        yield "key_value_grad", key, shipped(configs.key_value_grad), partial(grad, needs=(False, True, True))
+        yield "query_grad", key, default(configs.query_grad), partial(grad, needs=(True, False, False))
+        yield "key_value_grad", key, default(configs.key_value_grad), partial(grad, needs=(False, True, True))
 
 
 def _attention_inputs(setting, head_dim, rows):
-    """Draws query, key, value and gradient with one token per stream, laid out as (streams, tokens, heads, D), as
-    projections produce them.
-    """
+    """Draws query, key, value and gradient with one token per stream, token-major as projections produce them."""
     random, sizes = RandomInputs.of(setting), setting.sizes
     heads = max(1, sizes.width // head_dim)
     query, grad = (random.normal(sizes.documents * rows, 1, heads, head_dim).transpose(1, 2) for _ in range(2))

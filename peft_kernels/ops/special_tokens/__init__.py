@@ -16,7 +16,7 @@ __all__ = ["special_token_add", "special_token_add_", "special_token_slots"]
 # adapter_ids) -> gradient of the vectors.
 implementations = Implementations(__name__)
 
-FEW_SLOTS = 256
+MAX_LISTED_SLOTS = 256  # up to this number, slots are checked in Python: a call of a tensor function would cost more
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -74,14 +74,15 @@ def special_token_slots(
         raise ValueError(f"{name}: input_ids must be (B, S), got {tuple(input_ids.shape)}")
     if not isinstance(special_ids, Tensor):
         special_ids = list(special_ids)
-        if wrong := [x for x in special_ids if isinstance(x, float) or x is None]:
-            raise TypeError(f"{name}: special_ids must be integers, got {wrong[0]!r}")
+        for token in special_ids:
+            if isinstance(token, float) or token is None:
+                raise TypeError(f"{name}: special_ids must be integers, got {token!r}")
         special_ids = torch.tensor(special_ids, dtype=torch.long).to(input_ids.device, non_blocking=True)
     if special_ids.ndim != 1:
         raise ValueError(f"{name}: special_ids must be (n,), got {tuple(special_ids.shape)}")
-    for what, x in (("input_ids", input_ids), ("special_ids", special_ids)):
+    for argument, x in (("input_ids", input_ids), ("special_ids", special_ids)):
         if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {what} must be int32 or int64, got {x.dtype}")
+            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"{name}: attention_mask must be {tuple(input_ids.shape)} as input_ids is, got"
@@ -114,8 +115,8 @@ def special_token_add(
             without repeats; -1: an unused slot. Slots from P on get the last vector.
         dropout_p: probability, in [0, 1), that an element of a vector is dropped, drawn for every row and slot; the
             kept elements are divided by 1 - dropout_p.
-        seed: seed of the draws, which also depend on row, slot and column: a number or (1,) int64. None: drawn from
-            torch's generator.
+        seed: seed of the dropout, a number or (1,) int64; None: drawn from torch's generator. The draws also depend on
+            row, slot and column.
         adapter_ids: (B,) int32 or int64 in [-1, K): the adapter of each row; -1: nothing is added. Required if K > 1.
         impl: ``"auto"``, or ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
 
@@ -163,15 +164,15 @@ def _checked(name, hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
     return hidden, vectors, slots, dropout_p, seed, adapter_ids, impl
 
 
-def check_injection(name, what, hidden, vectors, slots, dropout_p, seed, adapter_ids) -> tuple[Tensor, Tensor | None]:
-    """Checks the arguments; returns ``vectors`` with an adapter dimension and in at least float32, and the seed as a
-    tensor.
-    """
+def check_injection(
+    name, hidden_name, hidden, vectors, slots, dropout_p, seed, adapter_ids
+) -> tuple[Tensor, Tensor | None]:
+    """Checks the arguments; returns ``vectors`` as (K, P, d) in at least float32, and the seed as a tensor."""
     batch, _, width = hidden.shape
     if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: {what} must be float32, float16, bfloat16 or float64, got {hidden.dtype}")
+        raise TypeError(f"{name}: {hidden_name} must be float32, float16, bfloat16 or float64, got {hidden.dtype}")
     if vectors.dtype not in (hidden.dtype, torch.float32):
-        raise TypeError(f"{name}: vectors must be {hidden.dtype} as {what} is, or float32, got {vectors.dtype}")
+        raise TypeError(f"{name}: vectors must be {hidden.dtype} as {hidden_name} is, or float32, got {vectors.dtype}")
     if vectors.ndim not in (2, 3) or vectors.shape[-1] != width or vectors.shape[-2] < 1:
         raise ValueError(
             f"{name}: vectors must be (P, {width}) or (K, P, {width}) with at least one row, got {tuple(vectors.shape)}"
@@ -179,12 +180,12 @@ def check_injection(name, what, hidden, vectors, slots, dropout_p, seed, adapter
     if slots.ndim != 2 or slots.shape[0] != batch:
         raise ValueError(f"{name}: slots must be ({batch}, k), got {tuple(slots.shape)}")
     if adapter_ids is None and vectors.ndim == 3 and vectors.shape[0] != 1:
-        raise ValueError(f"{name}: adapter_ids must choose among the {vectors.shape[0]} adapters of vectors")
+        raise ValueError(f"{name}: adapter_ids must select among the {vectors.shape[0]} adapters of vectors, got None")
     if adapter_ids is not None and adapter_ids.shape != (batch,):
         raise ValueError(f"{name}: adapter_ids must be ({batch},), got {tuple(adapter_ids.shape)}")
-    for which, x in (("slots", slots), ("adapter_ids", adapter_ids)):
+    for argument, x in (("slots", slots), ("adapter_ids", adapter_ids)):
         if x is not None and x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {which} must be int32 or int64, got {x.dtype}")
+            raise TypeError(f"{name}: {argument} must be int32 or int64, got {x.dtype}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{name}: dropout_p must lie in [0, 1), got {dropout_p}")
     check_numbers(name, dropout_p=dropout_p)
@@ -194,75 +195,70 @@ def check_injection(name, what, hidden, vectors, slots, dropout_p, seed, adapter
         raise ValueError(f"{name}: seed must lie in [-2**63, 2**63), got {seed}")
     if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"{name}: seed must be a number or one int64, got {tuple(seed.shape)} of {seed.dtype}")
-    given_seed = seed if isinstance(seed, Tensor) else None
-    _check_devices(name, what, hidden, vectors=vectors, slots=slots, seed=given_seed, adapter_ids=adapter_ids)
+    seed_tensor = seed if isinstance(seed, Tensor) else None
+    _check_devices(name, hidden_name, hidden, vectors=vectors, slots=slots, seed=seed_tensor, adapter_ids=adapter_ids)
     vectors = vectors.to(torch.promote_types(hidden.dtype, torch.float32))
     return vectors if vectors.ndim == 3 else vectors[None], draw_seed(seed, hidden.device) if dropout_p else None
 
 
-def _check_devices(name, what, like, **tensors):
-    for which, x in tensors.items():
+def _check_devices(name, like_name, like, **tensors):
+    for argument, x in tensors.items():
         if x is not None and x.device != like.device:
-            raise ValueError(f"{name}: {which} must be on {like.device} as {what} is, got {x.device}")
+            raise ValueError(f"{name}: {argument} must be on {like.device} as {like_name} is, got {x.device}")
 
 
 def check_injection_values(name, length, vectors, slots, adapter_ids):
-    """Checks for values that would make a kernel read out of bounds or write twice; on a GPU only with
-    ``PEFT_KERNELS_DEBUG=1``.
-    """
+    """Checks that no kernel reads out of bounds or writes a row twice; on a GPU only with ``PEFT_KERNELS_DEBUG=1``."""
     if slots.device.type != "cpu" and os.environ.get("PEFT_KERNELS_DEBUG") != "1":
         return
-    # A few slots are checked in Python: a single call of a tensor function would cost more.
-    rows = slots.tolist() if 0 < slots.numel() <= FEW_SLOTS else None
-    for which, x, end in (("slots", slots, length), ("adapter_ids", adapter_ids, vectors.shape[0])):
+    rows = slots.tolist() if 0 < slots.numel() <= MAX_LISTED_SLOTS else None
+    for argument, x, end in (("slots", slots, length), ("adapter_ids", adapter_ids, vectors.shape[0])):
         if x is not None and x.numel():
-            if which == "slots" and rows is not None:
-                least, most = min(map(min, rows)), max(map(max, rows))
+            if argument == "slots" and rows is not None:
+                low, high = min(map(min, rows)), max(map(max, rows))
             else:
-                least, most = (int(v) for v in x.aminmax())
-            if least < -1 or most >= end:
-                raise ValueError(f"{name}: {which} must lie in [-1, {end}), got values from {least} to {most}")
+                low, high = (int(v) for v in x.aminmax())
+            if low < -1 or high >= end:
+                raise ValueError(f"{name}: {argument} must lie in [-1, {end}), got values from {low} to {high}")
     if rows is None:
-        repeats = _repeats(slots)
+        repeated = _row_with_repeats(slots)
     else:
-        repeats = next(
-            (row for row in rows if len(set(row)) < len(row) and len(set(row)) != len(row) - row.count(-1) + 1), None
-        )
-    if repeats is not None:
-        raise ValueError(f"{name}: slots must have every position of a row once, got {repeats}")
+        repeated = next((row for row in rows if _has_repeats(row)), None)
+    if repeated is not None:
+        raise ValueError(f"{name}: slots must have every position of a row once, got {repeated}")
 
 
-def _repeats(slots: Tensor) -> list[int] | None:
+def _has_repeats(row: list[int]) -> bool:
+    return len(set(row)) < len(row) and len(set(row)) != len(row) - row.count(-1) + 1
+
+
+def _row_with_repeats(slots: Tensor) -> list[int] | None:
     """Returns a row that has a position twice, or None."""
     ordered = slots.sort(1).values
-    wrong = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
-    return slots[int(wrong.int().argmax())].tolist() if bool(wrong.any()) else None
+    has_repeats = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    return slots[int(has_repeats.int().argmax())].tolist() if bool(has_repeats.any()) else None
 
 
 @torch.library.impl(_lib, "special_token_slots", "CompositeExplicitAutograd")
 def _slots(input_ids, special_ids, attention_mask, max_slots, impl):
     name = "special_token_slots"
-    slots, counts = implementations.resolve(name, impl, input_ids.device.type, torch.float32).slots(
-        input_ids, special_ids, attention_mask, max_slots
-    )
+    implementation = implementations.resolve(name, impl, input_ids.device.type, torch.float32)
+    slots, counts = implementation.slots(input_ids, special_ids, attention_mask, max_slots)
     if counts.device.type != "cpu":
-        torch._assert_async(
-            (counts <= max_slots).all(), f"{name}: a row has more than max_slots={max_slots} special tokens"
-        )
-    elif counts.numel() and (most := int(counts.max())) > max_slots:
+        message = f"{name}: a row has more than max_slots={max_slots} special tokens"
+        torch._assert_async((counts <= max_slots).all(), message)
+    elif counts.numel() and int(counts.max()) > max_slots:
         row = int(counts.argmax())
-        raise ValueError(f"{name}: max_slots={max_slots}, but row {row} has {most} special tokens")
+        raise ValueError(f"{name}: max_slots={max_slots}, but row {row} has {int(counts[row])} special tokens")
     return slots
 
 
 @torch.library.impl(_lib, "special_token_add_", "CompositeExplicitAutograd")
 def _add_(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
-    """Adds in place, and handles what torch's own in-place operators handle: shared memory, inference tensors,
-    autograd's version counter.
-    """
+    """Adds in place, with the checks of torch's own in-place operators, and counts a version for autograd."""
     if hidden.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
-            "special_token_add_: hidden is an inference tensor, which changes in torch.inference_mode() alone: clone it"
+            "special_token_add_: hidden is an inference tensor, which changes only in torch.inference_mode(): clone it"
         )
     if _overlaps(hidden):
         raise ValueError(
@@ -284,14 +280,15 @@ def _add_to(hidden, vectors, slots, dropout_p, seed, adapter_ids, impl):
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Returns whether elements share memory: some stride is no larger than the extent of the smaller ones, as in
-    expanded or windowed tensors.
+    """Returns whether elements share memory, as in expanded or windowed tensors.
+
+    They do if a stride is no larger than the extent of the dimensions with smaller strides.
     """
-    reach = 0
+    extent = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
-        if stride <= reach:
+        if stride <= extent:
             return x.numel() > 0
-        reach += stride * (size - 1)
+        extent += stride * (size - 1)
     return False
 
 

@@ -17,16 +17,17 @@ def special_token_slots(
     attention_mask: Tensor | None = None,
     backward: bool = False,
 ) -> Cost:
-    """Ids and mask are read, positions written; comparisons are not counted. There is no backward."""
-    listed = special_ids.nbytes if isinstance(special_ids, Tensor) else 8 * len(special_ids)
-    return Cost(nbytes(input_ids, attention_mask) + listed + input_ids.shape[0] * max_slots * SLOT_BYTES, 0)
+    """The cost of reading ids and mask and writing positions; comparisons are not counted. There is no backward."""
+    special_bytes = special_ids.nbytes if isinstance(special_ids, Tensor) else 8 * len(special_ids)
+    return Cost(nbytes(input_ids, attention_mask) + special_bytes + input_ids.shape[0] * max_slots * SLOT_BYTES, 0)
 
 
 def special_token_add(
     hidden: Tensor, vectors: Tensor, slots: Tensor, *, adapter_ids: Tensor | None = None, backward: bool = False
 ) -> Cost:
-    """All of ``hidden`` is read and written; backward as in ``special_token_add_``, since the gradient of ``hidden`` is
-    that of the result.
+    """The cost of reading and writing all of ``hidden``.
+
+    Backward costs as much as that of ``special_token_add_``: the gradient of ``hidden`` is that of the result.
     """
     cost = special_token_add_(hidden, vectors, slots, adapter_ids=adapter_ids, backward=backward)
     return Cost(cost.bytes + 2 * (hidden.nbytes - _rows_bytes(hidden, slots)), cost.operations)
@@ -35,8 +36,9 @@ def special_token_add(
 def special_token_add_(
     hidden: Tensor, vectors: Tensor, slots: Tensor, *, adapter_ids: Tensor | None = None, backward: bool = False
 ) -> Cost:
-    """The rows in ``slots`` are read and written; backward, if ``vectors`` require a gradient, the same rows of the
-    gradient are summed.
+    """The cost of reading and writing the rows in ``slots``.
+
+    Backward sums the same rows of the gradient if ``vectors`` require one.
     """
     rows = _rows_bytes(hidden, slots)
     elements = rows // hidden.element_size()

@@ -8,8 +8,8 @@ __all__ = ["add_", "backward", "slots", "unavailable"]
 
 
 def slots(input_ids, special_ids, attention_mask, max_slots):
-    seen = None if attention_mask is None else attention_mask != 0
-    return torch.ops.peft_kernels.special_token_slots_cpu.default(input_ids, special_ids, seen, max_slots)
+    mask = None if attention_mask is None else attention_mask != 0
+    return torch.ops.peft_kernels.special_token_slots_cpu.default(input_ids, special_ids, mask, max_slots)
 
 
 def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids):

@@ -17,11 +17,11 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids):
     )
 
 
-def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=False):
-    """Returns the gradient of the vectors. ``by_slot``: grad is (B, k, d), a row for every slot."""
+def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, length=None):
+    """Returns the gradient of the vectors. ``length``: S, if grad is (B, k, d), with a row for every slot."""
     if grad.stride(2) != 1:
         grad = grad.contiguous()
     partial = torch.ops.peft_kernels.special_token_add_backward_cuda.default(
-        grad, slots, adapters, vectors, by_slot, dropout_p, seed, adapter_ids
+        grad, slots, adapters, vectors, length, dropout_p, seed, adapter_ids
     )
     return partial[0] if len(partial) == 1 else partial.sum(0)

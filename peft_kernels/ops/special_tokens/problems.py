@@ -16,32 +16,31 @@ VOCABULARY = 30_522
 
 def finding(shape, variant, dtype, device, backward) -> Problem:
     batch, length, count = (shape[letter] for letter in "BSk")
-    numbers = RandomInputs(device, dtype)
-    ids = numbers.integers(ORDINARY, VOCABULARY, batch, length)
-    slots = special_positions(numbers, batch, length, count)
-    ids.scatter_(1, slots, numbers.integers(SPECIAL[0], SPECIAL[-1] + 1, batch, count))
-    listed = torch.tensor(SPECIAL, device=device)
+    random = RandomInputs(device, dtype)
+    ids = random.integers(ORDINARY, VOCABULARY, batch, length)
+    slots = special_positions(random, batch, length, count)
+    ids.scatter_(1, slots, random.integers(SPECIAL[0], SPECIAL[-1] + 1, batch, count))
+    special_ids = torch.tensor(SPECIAL, device=device)
 
     def ours(impl):
-        return Candidate(lambda: ops.special_token_slots(ids, listed, max_slots=count, impl=impl))
+        return Candidate(lambda: ops.special_token_slots(ids, special_ids, max_slots=count, impl=impl))
 
     def cost(backward):
         from . import cost
 
-        return cost.special_token_slots(ids, listed, max_slots=count, backward=backward)
+        return cost.special_token_slots(ids, special_ids, max_slots=count, backward=backward)
 
     def official():
-        found = [[position for position, token in enumerate(row) if token in SPECIAL] for row in ids.tolist()]
-        return torch.tensor([(row + [-1] * count)[:count] for row in found], dtype=torch.int32, device=device)
+        rows = [[position for position, token in enumerate(row) if token in SPECIAL] for row in ids.tolist()]
+        return torch.tensor([(row + [-1] * count)[:count] for row in rows], dtype=torch.int32, device=device)
 
     def scattered():
-        special = torch.isin(ids, listed)
+        special = torch.isin(ids, special_ids)
         # the extra column past the end takes all other tokens
         column = (special.cumsum(1) - 1).masked_fill(~special, count)
         positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch, -1)
-        return torch.full((batch, count + 1), -1, dtype=torch.int32, device=device).scatter_(1, column, positions)[
-            :, :count
-        ]
+        slots = torch.full((batch, count + 1), -1, dtype=torch.int32, device=device)
+        return slots.scatter_(1, column, positions)[:, :count]
 
     return Problem(
         leaves=(),
@@ -50,7 +49,7 @@ def finding(shape, variant, dtype, device, backward) -> Problem:
         truth=lambda: slots,
         cost=cost,
         baselines={
-            "official": lambda: Candidate(official, waits=True),
+            "official": lambda: Candidate(official, synchronizes=True),
             "isin, cumsum, scatter": plain(scattered),
             "isin, cumsum, scatter, compiled": compiled(scattered),
         },
@@ -90,13 +89,10 @@ def adding(shape, variant, dtype, device, backward) -> Problem:
 
 
 def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
-    """The problem in place.
-
-    Each candidate repeatedly adds to its own tensor; ``detach`` keeps one iteration's graph out of the next.
-    """
+    """The problem in place: each candidate repeatedly adds to its own tensor, detached from the last iteration."""
     hidden, vectors, grad, slots = addition(shape, dtype, device)
 
-    def own(add):
+    def on_its_own_tensor(add):
         def prepare():
             target = hidden.clone()
             return Candidate(lambda vectors: add(target.detach(), vectors))
@@ -104,7 +100,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
         return prepare
 
     def ours(impl):
-        return own(lambda target, vectors: ops.special_token_add_(target, vectors, slots, impl=impl))()
+        return on_its_own_tensor(lambda target, vectors: ops.special_token_add_(target, vectors, slots, impl=impl))()
 
     def cost(vectors, backward):
         from . import cost
@@ -127,7 +123,7 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
             "official": plain(lambda vectors: official(hidden, vectors)),
             "dense add": plain(lambda vectors: dense(hidden, vectors)),
             "dense add, compiled": compiled(lambda vectors: dense(hidden, vectors)),
-            "index_add_": own(indexed),
+            "index_add_": on_its_own_tensor(indexed),
         },
     )
 
@@ -135,15 +131,15 @@ def adding_in_place(shape, variant, dtype, device, backward) -> Problem:
 def addition(shape, dtype, device):
     """Draws hidden (B, S, d), vectors (k, d), gradient (B, S, d), slots (B, k)."""
     batch, length, width, count = (shape[letter] for letter in "BSdk")
-    numbers = RandomInputs(device, dtype)
-    hidden, grad = (numbers.normal(batch, length, width) for _ in range(2))
-    return hidden, numbers.normal(count, width), grad, special_positions(numbers, batch, length, count)
+    random = RandomInputs(device, dtype)
+    hidden, grad = (random.normal(batch, length, width) for _ in range(2))
+    return hidden, random.normal(count, width), grad, special_positions(random, batch, length, count)
 
 
-def special_positions(numbers, batch, length, count):
+def special_positions(random, batch, length, count):
     """Draws positions, (B, k), ascending; the first is 0."""
-    drawn = torch.rand(batch, length - 1, generator=numbers.generator).argsort(1)[:, : count - 1] + 1
-    return torch.cat((torch.zeros(batch, 1, dtype=torch.int64), drawn.sort(1).values), 1).to(numbers.device)
+    drawn = torch.rand(batch, length - 1, generator=random.generator).argsort(1)[:, : count - 1] + 1
+    return torch.cat((torch.zeros(batch, 1, dtype=torch.int64), drawn.sort(1).values), 1).to(random.device)
 
 
 def one_hot_of(slots, like):

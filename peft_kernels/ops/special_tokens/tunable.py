@@ -25,8 +25,8 @@ def targets(setting: Setting):
 def spread_slots(setting):
     """Returns slots, (B, k), spread evenly over the tokens."""
     sizes = setting.sizes
-    apart = torch.arange(sizes.specials, dtype=torch.int32, device=setting.device) * (sizes.tokens // sizes.specials)
-    return apart.repeat(sizes.batch, 1)
+    row = torch.arange(sizes.specials, dtype=torch.int32, device=setting.device) * (sizes.tokens // sizes.specials)
+    return row.repeat(sizes.batch, 1)
 
 
 def random_vectors(random, setting, width):
@@ -35,20 +35,15 @@ def random_vectors(random, setting, width):
 
 def _find_slots(setting):
     sizes = setting.sizes
-    ids, specials = (
-        RandomInputs.of(setting).integers(0, sizes.vocabulary, sizes.batch, sizes.tokens),
-        torch.arange(sizes.specials, device=setting.device),
-    )
+    ids = RandomInputs.of(setting).integers(0, sizes.vocabulary, sizes.batch, sizes.tokens)
+    specials = torch.arange(sizes.specials, device=setting.device)
     return lambda: triton.slots(ids, specials, None, sizes.tokens)
 
 
 def _add(setting):
     random, sizes = RandomInputs.of(setting), setting.sizes
-    hidden, vectors, slots = (
-        random.normal(sizes.batch, sizes.tokens, sizes.width),
-        random_vectors(random, setting, sizes.width),
-        spread_slots(setting),
-    )
+    hidden = random.normal(sizes.batch, sizes.tokens, sizes.width)
+    vectors, slots = random_vectors(random, setting, sizes.width), spread_slots(setting)
 
     def call():
         triton.add_(hidden, vectors, slots, 0.0, None, None)

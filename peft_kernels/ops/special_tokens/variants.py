@@ -3,7 +3,7 @@ from . import triton as implementation
 from . import triton_kernels
 
 OPERATOR = "special_tokens"
-CUDA_KERNELS = ("special_token_slots", "special_token_add", "special_token_add_backward")
+CUDA_KERNELS = ("special_token_slots_kernel", "special_token_add_kernel", "special_token_add_bwd_kernel")
 WARPS = 12
 TYPES = {
     **dict.fromkeys(("input_ids", "special_ids", "attention_mask", "adapter_ids", "seed"), "*i64"),

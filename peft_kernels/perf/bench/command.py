@@ -50,17 +50,17 @@ def run(
     revisions = nullcontext() if against is None else starting(against, device, console)
     with Keeping(rows) as kept, revisions as revision, progress_bar(console, len(wanted)) as step:
         for i, case in enumerate(wanted):
-            found = compare(
+            case_rows = compare(
                 case,
                 device,
                 limits[rate_dtype(case.dtype)],
                 repeats=repeats,
                 revision=revision,
                 seconds=QUICK_SECONDS if quick else SECONDS,
-                notify=lambda what, share, i=i, case=case: step(f"{case}: {what}", i + share),
+                notify=lambda step_name, share, i=i, case=case: step(f"{case}: {step_name}", i + share),
             )
-            rows += found
-            console.print(table(found))
+            rows += case_rows
+            console.print(table(case_rows))
     path = measured(rows, device, limits, kept.partial).write(out / "operators.json")
     console.print(f"written: {path} and {path.with_suffix('.csv').name}")
     kept.end(console)
@@ -84,28 +84,28 @@ def asked(
     operators = [operator(name) for name in dict.fromkeys(names or ops.__all__)]
     if shapes and len(operators) != 1:
         raise ValueError(f"--shapes needs exactly one operator, whose letters it uses; got {len(operators)} operators")
-    found = []
-    for one in operators:
-        sizes = [parsed(text, one) for text in shapes] or list(one.quick_shapes if quick else one.shapes)
-        here = cases_of(
-            one,
+    cases = []
+    for op in operators:
+        sizes = [parsed(text, op) for text in shapes] or list(op.quick_shapes if quick else op.shapes)
+        operator_cases = cases_of(
+            op,
             sizes,
-            one.dtypes if one.is_integer else list(dict.fromkeys(dtypes)) or one.default_dtypes,
+            op.dtypes if op.is_integer else list(dict.fromkeys(dtypes)) or op.default_dtypes,
             PHASES[phase],
         )
-        if not here:
+        if not operator_cases:
             lacks = (
-                f"{one.name} has {', '.join(one.dtypes)}{'' if one.has_backward else ' and no backward pass'}:"
+                f"{op.name} has {', '.join(op.dtypes)}{'' if op.has_backward else ' and no backward pass'}:"
                 " nothing to measure"
             )
             if names:
                 raise ValueError(lacks)
             console.print(lacks)
-        found += here
-    return found
+        cases += operator_cases
+    return cases
 
 
-def parsed(text: str, one: Operator) -> dict[str, int]:
+def parsed(text: str, op: Operator) -> dict[str, int]:
     """Parse ``"B=16,L=256"`` into sizes, in the operator's order of letters.
 
     Raises:
@@ -114,18 +114,17 @@ def parsed(text: str, one: Operator) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         letter, _, size = (x.strip() for x in part.partition("="))
-        if letter not in one.letters or letter in sizes or not size.isdecimal() or not int(size):
+        if letter not in op.letters or letter in sizes or not size.isdecimal() or not int(size):
             raise ValueError(
-                f"--shapes of {one.name} must be {','.join(f'{x}=<size>' for x in one.letters)}; got {part!r} in"
-                f" {text!r}"
+                f"--shapes of {op.name} must be {','.join(f'{x}=<size>' for x in op.letters)}; got {part!r} in {text!r}"
             )
         sizes[letter] = int(size)
-    if missing := [letter for letter in one.letters if letter not in sizes]:
+    if missing := [letter for letter in op.letters if letter not in sizes]:
         raise ValueError(
-            f"--shapes of {one.name} must be {','.join(f'{x}=<size>' for x in one.letters)}; {text!r} has no"
+            f"--shapes of {op.name} must be {','.join(f'{x}=<size>' for x in op.letters)}; {text!r} has no"
             f" {', '.join(missing)}"
         )
-    return {letter: sizes[letter] for letter in one.letters}
+    return {letter: sizes[letter] for letter in op.letters}
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Checkout:
     root: Path
 
 
-def found(ref: str, root: Path = ROOT) -> Checkout:
+def checkout_of(ref: str, root: Path = ROOT) -> Checkout:
     """Resolve ``ref`` in the repository at ``root``.
 
     Raises:

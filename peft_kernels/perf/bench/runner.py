@@ -15,6 +15,7 @@ from ... import ops
 from ...ops.problem import Candidate, Operator, Problem
 from ..measure import Peaks, Timing, captured, interleaved
 from ..results import OURS, Row, compared, first_line
+from ..tables import title
 from .revision import Missing, Revision
 
 # Norm of the error over norm of the truth, for the output and every gradient. Integers must be equal.
@@ -52,8 +53,7 @@ class Case:
         }
 
     def __str__(self):
-        sizes = " ".join(f"{letter}={size}" for letter, size in self.shape.items())
-        return ", ".join(filter(None, (self.operator.name, sizes, self.variant, self.dtype, self.phase)))
+        return title(**self.named)
 
 
 def cases_of(operator: Operator, shapes: list[dict[str, int]], dtypes: list[str], phases: list[bool]) -> list[Case]:
@@ -136,8 +136,8 @@ def candidates(case: Case, problem: Problem, device: str) -> dict[str, Callable[
     dtype = getattr(torch, rate_dtype(case.dtype))
     names = [name for name in implementations.names if name != "reference" and (name, device) != ("triton", "cpu")]
     names = [name for name in names if implementations.unavailable(name, device, dtype) is None]
-    chosen = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
-    return {OURS: partial(problem.ours, "auto"), **chosen, **problem.baselines}
+    by_name = {f"{OURS}, {name}": partial(problem.ours, name) for name in names} if len(names) > 1 else {}
+    return {OURS: partial(problem.ours, "auto"), **by_name, **problem.baselines}
 
 
 def rate_dtype(dtype: str) -> str:
@@ -170,7 +170,7 @@ def checked(
         candidate.restore(results) if candidate.restore else results, expected, TOLERANCE.get(case.dtype, 0.0)
     )
     del results
-    return captured(function) if device == "cuda" and not candidate.waits else function, error
+    return captured(function) if device == "cuda" and not candidate.synchronizes else function, error
 
 
 def prepared(

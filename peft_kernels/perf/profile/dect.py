@@ -52,10 +52,8 @@ class DecT:
         texts = [self.text(point["length"], start) for start in range(point["batch"])]
 
         def check(outputs) -> Agreement:
-            found, expected = outputs[OURS], outputs[STOCK]
-            return close(
-                self.dtype, {name: difference(getattr(found, name), getattr(expected, name)) for name in vars(found)}
-            )
+            ours, stock = vars(outputs[OURS]), vars(outputs[STOCK])
+            return close(self.dtype, {name: difference(ours[name], stock[name]) for name in ours})
 
         candidates = {STOCK: lambda: lambda: self.by_hand(texts), OURS: lambda: lambda: self.extract(texts, len(texts))}
         yield Measurement("forward", point, len(texts), "samples", candidates, check)

@@ -68,10 +68,10 @@ class DePT:
 
         def check(outputs) -> Agreement:
             with evaluating(self.models.values()):
-                found, expected = (self.models[candidate](**inputs) for candidate in (OURS, STOCK))
-            logits = expected.logits[:, -point["length"] :] if self.kind == "causal" else expected.logits
+                ours, stock = (self.models[candidate](**inputs) for candidate in (OURS, STOCK))
+            logits = stock.logits[:, -point["length"] :] if self.kind == "causal" else stock.logits
             return close(
-                self.dtype, {"logits": difference(found.logits, logits), "loss": difference(found.loss, expected.loss)}
+                self.dtype, {"logits": difference(ours.logits, logits), "loss": difference(ours.loss, stock.loss)}
             )
 
         candidates = {

@@ -91,9 +91,9 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(result: Tensor, expected: Tensor) -> float:
     """Norm of the difference over norm of the expected tensor."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+    return float((result.float() - expected.float()).norm() / expected.float().norm())
 
 
 def close(dtype: torch.dtype, differences: dict[str, float]) -> Agreement:

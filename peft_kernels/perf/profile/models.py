@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ...dept.family import most_columns
+from ...dept.family import max_columns
 from ..pid_baselines import sharpened
 from ..results import first_line
 from ..workloads import VOCAB_SIZE
@@ -117,7 +117,7 @@ def check_length(encoder: nn.Module, length: int, prompt_rows: int = 0) -> None:
     Raises:
         typer.BadParameter: the position table, if there is one, has fewer rows.
     """
-    limit = most_columns(encoder)
+    limit = max_columns(encoder)
     if limit is not None and length + prompt_rows > limit:
         prompt = f" and a prompt of {prompt_rows} rows" if prompt_rows else ""
         raise typer.BadParameter(f"the model has {limit} positions, got {length} tokens{prompt}", param_hint="--length")

@@ -71,15 +71,15 @@ class PASTA:
     def differences(self, inputs: dict) -> dict[str, float]:
         """Differences between our candidates, and from the stock model with vectors of zero."""
         stock, ours = (self.models[candidate](**inputs).logits for candidate in (STOCK, OURS))
-        found = {}
+        errors = {}
         if FUSED in self.models:
-            found["logits, fused and not"] = difference(self.models[FUSED](**inputs).logits, ours)
+            errors["logits, fused and not"] = difference(self.models[FUSED](**inputs).logits, ours)
         vectors = vectors_of(self.models[OURS])
         before = vectors.clone()
         vectors.zero_()
-        found["logits with vectors of zero"] = difference(self.models[OURS](**inputs).logits, stock)
+        errors["logits with vectors of zero"] = difference(self.models[OURS](**inputs).logits, stock)
         vectors.copy_(before)
-        return found
+        return errors
 
 
 def vectors_of(model) -> torch.Tensor:

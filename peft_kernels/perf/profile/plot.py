@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from ..results import OURS, Row
 from .measurement import STOCK
 
-matplotlib.use("Agg")
 COLOURS = {STOCK: "#5b7c99", OURS: "#d1603d"}
 OTHER_COLOURS = ("#9aa5b1", "#7a9e7e")
 
 
 def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
     """Plot throughput, time to first token if measured, and peak memory over ``axis``, a line for each candidate."""
-    from matplotlib import pyplot as plt
-
     along = _along([row for row in rows if axis in row.shape and not row.missing], axis)
     main = next(iter(along))
     panels = [(main, f"{along[main][0].item} per second", f"{main}: throughput", lambda row: row.items / row.median_s)]
@@ -24,7 +21,8 @@ def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
         panels.append(("first token", "seconds", "time to first token", lambda row: row.median_s))
     if along[main][0].peak_bytes is not None:
         panels.append((main, "MB", f"{main}: peak memory above the model", lambda row: row.peak_bytes / 1e6))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
+    figure = Figure((4.2 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     candidates = list(dict.fromkeys(row.candidate for row in along[main]))
     colours = COLOURS | dict(zip((candidate for candidate in candidates if candidate not in COLOURS), OTHER_COLOURS))
     for panel, (phase, unit, title, value) in zip(axes[0], panels):
@@ -47,17 +45,14 @@ def sweep(rows: Sequence[Row], axis: str, path: Path) -> Path:
     figure.suptitle(f"{row.variant}, {row.benchmark.removeprefix('profile ')}, {row.dtype}; {fixed}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path
 
 
 def _along(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
     """Phase -> the rows that differ only in ``axis`` from the first one, where all sweeps start."""
-    found = {}
-    for phase in dict.fromkeys(row.phase for row in rows):
-        of_phase = [row for row in rows if row.phase == phase]
-        start = of_phase[0].shape
-        found[phase] = [
-            row for row in of_phase if all(row.shape[name] == size for name, size in start.items() if name != axis)
-        ]
-    return found
+    along: dict[str, list[Row]] = {}
+    for row in rows:
+        points = along.setdefault(row.phase, [])
+        if not points or row.shape | {axis: 0} == points[0].shape | {axis: 0}:
+            points.append(row)
+    return along

@@ -30,7 +30,7 @@ METHODS: dict[str, type[Subject]] = {"pid": PiD, "dept": DePT, "pasta": PASTA, "
 
 
 @dataclass
-class Found:
+class Findings:
     """Rows and agreement of every case, and the operators' times in the first."""
 
     rows: list[Row] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Found:
 def run(
     name: str,
     method: str | None,
-    given: Mapping[str, tuple[int, ...]],
+    options: Mapping[str, tuple[int, ...]],
     *,
     dtype: torch.dtype,
     device: str,
@@ -65,11 +65,11 @@ def run(
     kind = METHODS[method]
     if source.kind not in kind.kinds:
         raise typer.BadParameter(
-            f"{method} takes {' or '.join(NAMES[one] for one in kind.kinds)}, got {source}", param_hint="--method"
+            f"{method} takes {' or '.join(map(NAMES.get, kind.kinds))}, got {source}", param_hint="--method"
         )
     if train and not kind.trains:
         raise typer.BadParameter(f"does not apply to {method}, which trains nothing in the model", param_hint="--train")
-    sizes = sizes_of(given, kind.quick if quick else kind.sizes, method)
+    sizes = sizes_of(options, kind.quick if quick else kind.sizes, method)
     repeats = repeats or (2 if quick else 5)
 
     show.header(console, source, method, follows, sizes, train, repeats)
@@ -79,25 +79,25 @@ def run(
     show.candidates(console, subject.candidates)
     stem = f"profile_{method}{'_train' if train else ''}"
     traces = {candidate: out / f"{stem}_{candidate}.trace.json.gz" for candidate in (STOCK, OURS)}
-    found = Found()
+    findings = Findings()
     with (
-        Keeping(found.rows) as kept,
+        Keeping(findings.rows) as kept,
         progress_bar(
             console,
             len(cases[0].candidates) + len(traces) + sum(len(case.candidates) * (1 + repeats) for case in cases),
         ) as step,
     ):
-        _measure(found, cases, repeats, source, method, traces, step)
+        _measure(findings, cases, repeats, source, method, traces, step)
 
-    path = measured(found.rows, device, partial=kept.partial).write(out / f"{stem}.json")
+    path = measured(findings.rows, device, partial=kept.partial).write(out / f"{stem}.json")
     axes = [axis for axis, values in sizes.items() if len(values) > 1 and not kept.partial]
-    plots = [plot.sweep(found.rows, axis, out / f"{stem}_{axis}.png") for axis in axes]
-    show.results(console, found.rows, sizes)
-    agree = show.agreements(console, found.agreements, dtype)
-    if len(found.operators) == len(traces):
-        show.operators(console, found.operators)
+    plots = [plot.sweep(findings.rows, axis, out / f"{stem}_{axis}.png") for axis in axes]
+    show.results(console, findings.rows, sizes)
+    agree = show.agreements(console, findings.agreements, dtype)
+    if len(findings.operators) == len(traces):
+        show.operators(console, findings.operators)
     show.written(
-        console, [path, path.with_suffix(".csv"), *plots, *(traces[candidate] for candidate in found.operators)]
+        console, [path, path.with_suffix(".csv"), *plots, *(traces[candidate] for candidate in findings.operators)]
     )
     kept.end(console)
     return agree
@@ -119,7 +119,7 @@ def _method_for(source: Source) -> str:
 
 
 def _measure(
-    found: Found,
+    findings: Findings,
     cases: Sequence[Measurement],
     repeats: int,
     source: Source,
@@ -147,25 +147,25 @@ def _measure(
             )
         except Interrupted as stop:
             if stop.timings:
-                found.rows += _rows(case, stop.timings, peaks, source, method)
-                found.agreements.append((case, agreement))
+                findings.rows += _rows(case, stop.timings, peaks, source, method)
+                findings.agreements.append((case, agreement))
             raise
-        found.rows += _rows(case, timings, peaks, source, method)
-        found.agreements.append((case, agreement))
+        findings.rows += _rows(case, timings, peaks, source, method)
+        findings.agreements.append((case, agreement))
         for candidate, trace in traces.items() if case is cases[0] else ():
             step(f"torch.profiler: {candidate}")
-            found.operators[candidate] = self_times(runs[candidate], source.device, trace)
+            findings.operators[candidate] = self_times(runs[candidate], source.device, trace)
 
 
 def _rows(
     case: Measurement, timings: Mapping[str, Timing], peaks: Mapping[str, int | None], source: Source, method: str
 ) -> Iterator[Row]:
-    what = {
+    common = {
         "benchmark": f"profile {method}",
         "variant": source.title,
         "dtype": str(source.dtype).removeprefix("torch."),
     }
-    what |= {"shape": case.shape, "phase": case.phase, "items": case.items, "item": case.item}
-    yield from compared(timings, {candidate: {"peak_bytes": peak} for candidate, peak in peaks.items()}, **what)
+    common |= {"shape": case.shape, "phase": case.phase, "items": case.items, "item": case.item}
+    yield from compared(timings, {candidate: {"peak_bytes": peak} for candidate, peak in peaks.items()}, **common)
     for candidate, reason in case.missing.items():
-        yield Row(**what, candidate=candidate, missing=reason)
+        yield Row(**common, candidate=candidate, missing=reason)

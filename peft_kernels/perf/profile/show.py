@@ -4,13 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ..results import OURS, Row, device_name
-from ..tables import seconds
+from ..tables import FittingTable, cells, missing, seconds, table_of
 from .measurement import Agreement, Measurement
 from .models import NAMES, Source
 from .operator_times import NAMESPACE
@@ -61,29 +59,20 @@ def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int
     points = {}
     for row in rows:
         points.setdefault(row.phase, {}).setdefault(row.case, []).append(row)
-    for phase, of_phase in points.items():
-        first, *_ = next(iter(of_phase.values()))
-        axes = [axis for axis, values in sizes.items() if len(values) > 1 and axis in first.shape]
-        table = Table(title=_title(phase), title_justify="left", box=box.SIMPLE_HEAD)
-        for axis in axes:
-            table.add_column(axis.replace("_", " "), justify="right")
-        table.add_column("candidate")
-        for column in ("time", "spread", f"{first.item}/s", "x stock", "peak MB"):
-            table.add_column(column, justify="right")
-        for candidates in of_phase.values():
-            stock, *_ = candidates
-            for row in candidates:
-                cells = [
-                    *(str(row.shape[axis]) for axis in axes),
-                    row.candidate,
-                    *(["-"] * 5 if row.missing else _cells(row, stock)),
-                ]
-                table.add_row(*cells, style="bold" if row.candidate == OURS else None)
-            if axes:
-                table.add_section()
-        console.print(table)
-    for candidate, why in {row.candidate: row.missing for row in rows if row.missing}.items():
-        console.print(f"{candidate}: {escape(why)}", highlight=False)
+    for phase, cases in points.items():
+        lines = []
+        for stock, *others in cases.values():
+            axes = [axis for axis, values in sizes.items() if len(values) > 1 and axis in stock.shape]
+            for row in (stock, *others):
+                point = {axis.replace("_", " "): str(row.shape[axis]) for axis in axes}
+                ratio = None if stock.ratio is None or row.ratio is None else f"{stock.ratio / row.ratio:.2f}"
+                name = f"[bold]{OURS}[/bold]" if row.candidate == OURS else escape(row.candidate)
+                lines.append({**point, "candidate": name, **cells(row), "x ours": None, "x stock": ratio})
+            lines += [{}] if axes else []
+        console.print(_title(phase))
+        console.print(table_of(lines, stock.item))
+    for line in missing(rows):
+        console.print(line, highlight=False)
     console.print(
         "time: median; spread: interquartile range over it; x stock: how many times faster; peak MB: above the loaded"
         " models\n",
@@ -91,66 +80,46 @@ def results(console: Console, rows: Sequence[Row], sizes: Mapping[str, tuple[int
     )
 
 
-def _cells(row: Row, stock: Row) -> list[str]:
-    return [
-        seconds(row.median_s),
-        "-" if row.spread is None else f"{row.spread:.0%}",
-        f"{row.items / row.median_s:,.1f}",
-        "-" if stock.ratio is None or row.ratio is None else f"{stock.ratio / row.ratio:.2f}",
-        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
-    ]
-
-
-def agreements(console: Console, found: Iterable[tuple[Measurement, Agreement]], dtype: torch.dtype) -> bool:
+def agreements(console: Console, checks: Iterable[tuple[Measurement, Agreement]], dtype: torch.dtype) -> bool:
     """Whether the candidates agree or need not: in 16 bits the summation order may decide a near-tie, which is reported
     and is no failure.
     """
-    found = list(found)
-    for case, agreement in found:
+    checks = list(checks)
+    for case, agreement in checks:
         if not agreement.agrees:
             style = "bold red" if dtype == torch.float32 else "yellow"
             why = "DISAGREE" if dtype == torch.float32 else "differ, as 16 bits may; --dtype float32 compares exactly"
             console.print(f"[{style}]{point(case)}: stock and ours {why}: {agreement.text}[/{style}]", highlight=False)
-    wrong = [agreement for _, agreement in found if not agreement.agrees]
-    if found and not wrong:
-        case, agreement = found[0]
-        more = f"; so in all {len(found)} cases" if len(found) > 1 else ""
+    wrong = [agreement for _, agreement in checks if not agreement.agrees]
+    if checks and not wrong:
+        case, agreement = checks[0]
+        more = f"; so in all {len(checks)} cases" if len(checks) > 1 else ""
         console.print(f"[green]stock and ours agree: {agreement.text}{more}[/green]", highlight=False)
     return not wrong or dtype != torch.float32
 
 
 def operators(console: Console, times: Mapping[str, Mapping[str, float]]) -> None:
     """Print self times side by side, with this package's operators marked."""
-    totals = {candidate: sum(of_candidate.values()) for candidate, of_candidate in times.items()}
-    names = {name for of_candidate in times.values() for name in of_candidate}
-    largest = sorted(
-        names,
-        key=lambda name: (
-            -max(of_candidate.get(name, 0.0) / totals[candidate] for candidate, of_candidate in times.items())
-        ),
-    )
-    mine = [name for name in largest if name.startswith(NAMESPACE)]
-    shown = [name for name in largest if name in mine or name in largest[: LONGEST_TABLE - len(mine)]]
-    table = Table(
-        "operator",
-        title="[bold]self time by operator[/bold], one run under torch.profiler",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for candidate in times:
-        table.add_column(candidate, justify="right")
-        table.add_column("share", justify="right")
-    rest = [name for name in names if name not in shown]
-    lines = [(name, [name]) for name in shown] + [(f"{len(rest)} others", rest)] + [("all", list(names))]
-    for label, group in lines:
-        cells = []
-        for candidate, of_candidate in times.items():
-            time = sum(of_candidate.get(name, 0.0) for name in group)
-            cells += [seconds(time), f"{time / totals[candidate]:.1%}"] if time else ["-", "-"]
-        table.add_row(
-            label.removeprefix(NAMESPACE).removeprefix("aten::"), *cells, style="bold cyan" if label in mine else None
-        )
-    console.print(table)
+    totals = {candidate: sum(self_times.values()) for candidate, self_times in times.items()}
+
+    def largest_share(name: str) -> float:
+        return max(self_times.get(name, 0.0) / totals[candidate] for candidate, self_times in times.items())
+
+    names = sorted({name for self_times in times.values() for name in self_times}, key=largest_share, reverse=True)
+    mine = [name for name in names if name.startswith(NAMESPACE)]
+    shown = [name for name in names if name in mine or name in names[: LONGEST_TABLE - len(mine)]]
+    others = [name for name in names if name not in shown]
+    lines = []
+    for label, group in [*((name, [name]) for name in shown), (f"{len(others)} others", others), ("all", names)]:
+        operator = escape(label.removeprefix(NAMESPACE).removeprefix("aten::"))
+        line = {"operator": f"[bold cyan]{operator}[/bold cyan]" if label in mine else operator}
+        for candidate, self_times in times.items():
+            time = sum(self_times.get(name, 0.0) for name in group)
+            if time:
+                line |= {candidate: seconds(time), f"{candidate} %": f"{100 * time / totals[candidate]:.1f}"}
+        lines.append(line)
+    console.print("[bold]self time by operator[/bold], one run under torch.profiler")
+    console.print(FittingTable(lines, ("operator",), [f"{candidate} %" for candidate in times]))
     if mine:
         console.print("in colour: the operators of this package\n", style="dim")
 

@@ -8,28 +8,28 @@ LARGEST = 1 << 20
 AXES = {"batch": "--batch", "streams": "--streams", "length": "--length", "new_tokens": "--new-tokens"}
 
 
-def parsed(given: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[int, ...]]:
+def parsed(options: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[int, ...]]:
     """Values for the axes that the command line names.
 
     Raises:
         typer.BadParameter: a value that is not a positive integer.
     """
-    return {axis: _values(axis, texts) for axis, texts in given.items() if texts}
+    return {axis: _values(axis, texts) for axis, texts in options.items() if texts}
 
 
 def sizes_of(
-    given: Mapping[str, tuple[int, ...]], defaults: Mapping[str, int], method: str
+    options: Mapping[str, tuple[int, ...]], defaults: Mapping[str, int], method: str
 ) -> dict[str, tuple[int, ...]]:
     """Values of every axis of a method: those from the command line, or the default.
 
     Raises:
         typer.BadParameter: an axis that the method does not have.
     """
-    for axis in given:
+    for axis in options:
         if axis not in defaults:
-            known = ", ".join(AXES[one] for one in defaults)
-            raise typer.BadParameter(f"does not apply to {method}, which has {known}", param_hint=AXES[axis])
-    return {axis: given.get(axis, (default,)) for axis, default in defaults.items()}
+            has = ", ".join(map(AXES.get, defaults))
+            raise typer.BadParameter(f"does not apply to {method}, which has {has}", param_hint=AXES[axis])
+    return {axis: options.get(axis, (default,)) for axis, default in defaults.items()}
 
 
 def points(sizes: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..results import OURS, Row
+from ..tables import count
 from .cases import CaseResult, is_ours
 from .words import megabytes, percent, times
 
@@ -85,8 +86,8 @@ def speed(cases: list[CaseResult]) -> list[Panel]:
 
 def _ratio(row: Row, case: CaseResult, axis: RatioAxis) -> Bar:
     """A bar from 1 to the ratio."""
-    one, here = axis.at(1), axis.at(row.ratio)
-    return Bar(row.candidate, min(one, here), round(abs(here - one), 2), _tone(row, case), times(row.ratio))
+    start, end = axis.at(1), axis.at(row.ratio)
+    return Bar(row.candidate, min(start, end), round(abs(end - start), 2), _tone(row, case), times(row.ratio))
 
 
 def _tone(row: Row, case: CaseResult) -> str:
@@ -99,14 +100,14 @@ def _tone(row: Row, case: CaseResult) -> str:
 
 def rooflines(cases: list[CaseResult]) -> list[Panel]:
     """The share of the roofline bound that ours reaches."""
-    found = [case for case in cases if case.ours and case.ours.share_of_roofline is not None]
-    full = max([1.0, *(case.ours.share_of_roofline for case in found)])
+    bounded = [case for case in cases if case.ours and case.ours.share_of_roofline is not None]
+    full = max([1.0, *(case.ours.share_of_roofline for case in bounded)])
 
     def group(case):
         share = case.ours.share_of_roofline
         return Group("", (Bar(case.problem, 0, round(100 * share / full, 2), "roofline", percent(share)),))
 
-    return _panels(found, group, ((0, "0"), (round(100 / full, 2), "100%")))
+    return _panels(bounded, group, ((0, "0"), (round(100 / full, 2), "100%")))
 
 
 def amounts(cases: list[CaseResult]) -> dict[str, list[Panel]]:
@@ -114,34 +115,30 @@ def amounts(cases: list[CaseResult]) -> dict[str, list[Panel]]:
     kinds = {
         "Throughput": (
             lambda row: row.items and row.median_s and row.items / row.median_s,
-            lambda value, row: f"{_count(value)} {row.item}/s",
+            lambda value, row: f"{count(value)} {row.item}/s",
         ),
         "Peak memory, above what stood before": (lambda row: row.peak_bytes, lambda value, row: megabytes(value)),
         "Memory kept from step to step": (lambda row: row.kept_bytes, lambda value, row: megabytes(value)),
     }
-    found = {name: _panels(cases, lambda case, kind=kind: _amounts(case, *kind)) for name, kind in kinds.items()}
-    return {name: panels for name, panels in found.items() if panels}
+    by_kind = {name: _panels(cases, lambda case, kind=kind: _amounts(case, *kind)) for name, kind in kinds.items()}
+    return {name: panels for name, panels in by_kind.items() if panels}
 
 
 def _amounts(case: CaseResult, value: Callable, word: Callable) -> Group:
-    known = [(row, number) for row in case.timed if (number := value(row)) is not None]
-    full = max((number for _, number in known), default=0) or 1
+    amounts = [(row, number) for row in case.timed if (number := value(row)) is not None]
+    full = max((number for _, number in amounts), default=0) or 1
 
     def bar(row, number):
         tone = "ours" if row.candidate == OURS else "own" if is_ours(row.candidate) else "other"
         return Bar(row.candidate, 0, round(100 * number / full, 2), tone, word(number, row))
 
-    return Group(case.problem, tuple(bar(*one) for one in known))
+    return Group(case.problem, tuple(bar(row, number) for row, number in amounts))
 
 
 def _panels(cases: list[CaseResult], group: Callable[[CaseResult], Group], ticks=()) -> list[Panel]:
     """A panel for each phase and dtype that has bars."""
-    found: dict[str, list[Group]] = {}
+    by_title: dict[str, list[Group]] = {}
     for case in cases:
-        if (one := group(case)).bars:
-            found.setdefault(f"{case.of.phase}, {case.of.dtype}", []).append(one)
-    return [Panel(title, tuple(groups), ticks) for title, groups in found.items()]
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+        if (case_group := group(case)).bars:
+            by_title.setdefault(f"{case.of.phase}, {case.of.dtype}", []).append(case_group)
+    return [Panel(title, tuple(groups), ticks) for title, groups in by_title.items()]

@@ -106,8 +106,8 @@ def _machine(device: str, name: str, files: list[tuple[Path, Results]]) -> Machi
     shapes: dict[str, list[dict[str, int]]] = {}
     for (benchmark, *_), (rows, _) in newest.items():
         shapes.setdefault(benchmark, []).append(rows[0].shape)
-    fixed = {benchmark: frozenset(_fixed(some)) for benchmark, some in shapes.items()}
-    return Machine(device, name, tuple(files), tuple(CaseResult(*one, fixed[case[0]]) for case, one in newest.items()))
+    fixed = {benchmark: frozenset(_fixed(sizes)) for benchmark, sizes in shapes.items()}
+    return Machine(device, name, tuple(files), tuple(CaseResult(*new, fixed[case[0]]) for case, new in newest.items()))
 
 
 def _fixed(shapes: list[dict[str, int]]) -> dict[str, int]:

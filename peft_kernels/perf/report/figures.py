@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -25,10 +24,17 @@ VARIABLES = {
     "panel": "#fe0004",
     **{f"series-{i}": f"#fe001{i}" for i in range(7)},
 }
+REWRITTEN = {
+    r'<g id="[^"]*"': "<g",
+    "xlink:href": "href",
+    r"font: ([\d.]+px)[^;]*": r"font-size: \1",
+    r"font-family: [^;]*; ": "",
+    r"\s*\n\s*": "\n",
+    **{colour: f"var(--{variable})" for variable, colour in VARIABLES.items()},
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "peft_kernels",
     "text.parse_math": False,
     "font.size": 9,
     "font.family": "sans-serif",
@@ -77,7 +83,7 @@ def roofline(rows: Sequence[Row], peaks: Peaks, name: str) -> Markup:
         axes.text(
             high,
             peaks.rate * 1.15,
-            f"products {rate(peaks.rate)}op/s ",
+            f"matmul {rate(peaks.rate)}op/s ",
             ha="right",
             va="bottom",
             color=VARIABLES["muted"],
@@ -127,16 +133,16 @@ def methods(comparisons: Sequence[Comparison], name: str) -> str:
     """
     rows = [(-i, comparison) for i, comparison in enumerate(comparisons)]
     names = list(dict.fromkeys(comparison.method.name for comparison in comparisons))
-    text = [f"{one.subject} against {one.against}" for one in comparisons]
+    text = [f"{comparison.subject} against {comparison.against}" for comparison in comparisons]
 
     def draw(axes):
         axes.figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # inches: the reader's font may be wider
         axes.set_xscale("log")
         axes.axvline(1, color=VARIABLES["ink"], linewidth=1)
-        for y, one in rows:
-            color = VARIABLES[f"series-{names.index(one.method.name) % 7}"]
-            axes.plot([min(one.ratios), max(one.ratios)], [y, y], color=color, linewidth=1)
-            xs, ys = zip(*((x, y + dy) for x in one.ratios for dy in (-0.32, 0.32, math.nan)))
+        for y, comparison in rows:
+            color = VARIABLES[f"series-{names.index(comparison.method.name) % 7}"]
+            axes.plot([min(comparison.ratios), max(comparison.ratios)], [y, y], color=color, linewidth=1)
+            xs, ys = zip(*((x, y + dy) for x in comparison.ratios for dy in (-0.32, 0.32, math.nan)))
             axes.plot(xs, ys, color=color, linewidth=2)  # one path for all ticks
         axes.set_yticks([y for y, _ in rows], text)
         axes.set_ylim(-len(rows) + 0.3, 0.7)
@@ -146,8 +152,8 @@ def methods(comparisons: Sequence[Comparison], name: str) -> str:
         axes.minorticks_off()
         axes.set_xlabel("times as long as ours, a tick for each case; below 1x ours is slower")
 
-    description = "\n".join(f"{label}: {timeses(one.ratios)}" for label, one in zip(text, comparisons))
-    return _standalone(_svg(draw, name, (7.6, 0.24 * len(rows) + 0.7), "m"), description)
+    description = "\n".join(f"{label}: {timeses(comparison.ratios)}" for label, comparison in zip(text, comparisons))
+    return _standalone(_svg(draw, name, (7.6, 0.24 * len(rows) + 0.7)), description)
 
 
 def _standalone(svg: str, description: str) -> str:
@@ -162,8 +168,8 @@ def _standalone(svg: str, description: str) -> str:
         f"<desc>{escape(description)}</desc><style>{style}</style><rect width='100%' height='100%' rx='6'"
         " fill='var(--panel)'/>"
     )
-    opening, rest = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", svg).split(">", 1)
-    return f'<svg xmlns="http://www.w3.org/2000/svg"{opening.removeprefix("<svg")} {size}>{head}{rest}\n'
+    opening, _, body = svg.partition(">")
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{opening.removeprefix("<svg")} {size}>{head}{body}'
 
 
 def _look(i: int) -> dict:
@@ -171,36 +177,18 @@ def _look(i: int) -> dict:
     return {"color": VARIABLES[f"series-{i % 7}"], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _svg(draw, name: str, size: tuple[float, float] = SIZE, prefix: str | None = None) -> Markup:
-    """``name`` is the drawing's accessible name; its ids begin with ``prefix``, or with the name, which is unique."""
-    with matplotlib.rc_context(STYLE):
+def _svg(draw, name: str, size: tuple[float, float] = SIZE) -> Markup:
+    """``name`` is the drawing's accessible name, and unique: it salts the ids of clip paths and markers. Ids of groups,
+    which are the same in every drawing and refer to nothing, are removed, and so are fonts, which the page sets.
+    """
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(size, layout="constrained")
         draw(figure.subplots())
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    root = ElementTree.fromstring(text.getvalue())
-    for metadata in root.findall("{http://www.w3.org/2000/svg}metadata"):
-        root.remove(metadata)
-    prefix = prefix or re.sub(r"\W+", "-", name)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {
-            key.rpartition("}")[2]: _ours(key.rpartition("}")[2], value, prefix)
-            for key, value in element.attrib.items()
-        }
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": name}
-    # ElementTree escapes its text
-    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
-
-
-def _ours(key: str, value: str, prefix: str) -> str:
-    """An attribute with ids unique to this drawing, the page's fonts and its colours."""
-    if key == "id":
-        return f"{prefix}-{value}"
-    if key == "href":
-        return f"#{prefix}-{value[1:]}"
-    value = value.replace("url(#", f"url(#{prefix}-")
-    value = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
-    for variable, colour in VARIABLES.items():
-        value = value.replace(colour, f"var(--{variable})")
-    return value
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    body = text.getvalue().partition("<svg ")[2].partition(">")[2]
+    for pattern, replacement in REWRITTEN.items():
+        body = re.sub(pattern, replacement, body)
+    body = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", body)
+    width, height = figure.get_size_inches() * 72
+    return Markup(f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(name)}">{body}')

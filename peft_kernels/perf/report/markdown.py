@@ -37,7 +37,7 @@ def figures(machines: list[Machine], named: Sequence[str] | None = None) -> str:
     Profiles measure the user's own models and appear on the page only.
     """
     measured = {case.of.benchmark for machine in machines for case in machine.cases if not case.section.is_profile}
-    if unknown := [one for one in named or () if one not in measured]:
+    if unknown := [name for name in named or () if name not in measured]:
         raise ValueError(f"no results of {', '.join(unknown)}; there are {', '.join(sorted(measured, key=order))}")
     lines = []
     for machine in machines:
@@ -48,7 +48,7 @@ def figures(machines: list[Machine], named: Sequence[str] | None = None) -> str:
             lines += [
                 _heading(machine),
                 "",
-                *(line for one in benchmarks for line in [*_table(section(one), machine.of(one)), ""]),
+                *(line for name in benchmarks for line in [*_table(section(name), machine.of(name)), ""]),
             ]
     return "\n".join([*lines, *_without_gpu(machines)])
 
@@ -66,7 +66,7 @@ def methods(machines: list[Machine]) -> str:
     for method in METHODS:
         ratios = operators(method, machines).ratios
         counts = f"slower in {sum(ratio < 1 for ratio in ratios)} of {counted(len(ratios), 'case')}"
-        baselines = [f"over {one.against} {timeses(one.ratios)}" for one in end_to_end(method, machines)]
+        baselines = [f"over {pair.against} {timeses(pair.ratios)}" for pair in end_to_end(method, machines)]
         memories = memory(method, machines)
         cells = [
             f"`{section(method.benchmark).command}`: {'; '.join(baselines)}" if baselines else "-",
@@ -95,40 +95,40 @@ def _heading(machine: Machine) -> str:
     return ", ".join([f"**{machine.name}**", *what, " to ".join(dict.fromkeys((dates[0], dates[-1]))), *partial]) + ":"
 
 
-def _table(one: Section, cases: list[CaseResult]) -> list[str]:
+def _table(topic: Section, cases: list[CaseResult]) -> list[str]:
     dtypes = list(dict.fromkeys(case.of.dtype for case in cases))
-    over = [f"over {candidate}" for candidate in ("the best alternative", one.published) if candidate]
-    head = [f"`{one.command}`" + (f": {'; '.join(over)}; % of roofline" if one.is_operator else ""), *dtypes]
+    over = [f"over {candidate}" for candidate in ("the best alternative", topic.published) if candidate]
+    head = [f"`{topic.command}`" + (f": {'; '.join(over)}; % of roofline" if topic.is_operator else ""), *dtypes]
     rows: dict[tuple, list[CaseResult]] = {}
     for case in cases:
-        where = (case.of.phase, case.of.variant) if one.is_operator else (case.of.phase, case.problem)
+        where = (case.of.phase, case.of.variant) if topic.is_operator else (case.of.phase, case.problem)
         rows.setdefault(where, []).append(case)
     lines = [head, ["---"] * len(head)]
-    for where, some in rows.items():
-        by_dtype = [[case for case in some if case.of.dtype == dtype] for dtype in dtypes]
-        lines += [_operator(where, by_dtype, one)] if one.is_operator else _end_to_end(where, by_dtype)
+    for where, row_cases in rows.items():
+        by_dtype = [[case for case in row_cases if case.of.dtype == dtype] for dtype in dtypes]
+        lines += [_operator(where, by_dtype, topic)] if topic.is_operator else _end_to_end(where, by_dtype)
     return _rows(lines)
 
 
-def _operator(where: Iterable[str], by_dtype: list[list[CaseResult]], one: Section) -> list[str]:
+def _operator(where: Iterable[str], by_dtype: list[list[CaseResult]], topic: Section) -> list[str]:
     """One line with ranges over the shapes."""
     shapes = max(map(len, by_dtype))
-    return [", ".join(filter(None, [*where, counted(shapes, "shape")])), *(_ranges(cases, one) for cases in by_dtype)]
+    return [", ".join(filter(None, [*where, counted(shapes, "shape")])), *(_ranges(cases, topic) for cases in by_dtype)]
 
 
-def _ranges(cases: list[CaseResult], one: Section) -> str:
+def _ranges(cases: list[CaseResult], topic: Section) -> str:
     strongest = [case.strongest.ratio for case in cases if case.strongest]
-    published = [row.ratio for case in cases for row in case.baselines if row.candidate == one.published]
+    published = [row.ratio for case in cases for row in case.baselines if row.candidate == topic.published]
     shares = [case.ours.share_of_roofline for case in cases if case.ours and case.ours.share_of_roofline is not None]
     words = [timeses(strongest) if strongest else "-"]
-    words += [timeses(published) if published else "-"] if one.published else []
+    words += [timeses(published) if published else "-"] if topic.published else []
     return "; ".join([*words, percents(shares) if shares else "-"])
 
 
 def _end_to_end(where: Iterable[str], by_dtype: list[list[CaseResult]]) -> list[list[str]]:
     """A line for each candidate, then % of roofline and memory; a dtype has one case at most."""
-    cases = [some[0] if some else None for some in by_dtype]
-    known = [case for case in cases if case]
+    cases = [dtype_cases[0] if dtype_cases else None for dtype_cases in by_dtype]
+    measured = [case for case in cases if case]
     lines = []
 
     def line(what, cell):
@@ -141,9 +141,9 @@ def _end_to_end(where: Iterable[str], by_dtype: list[list[CaseResult]]) -> list[
             (word(row.ratio) for row in case.timed if row.candidate == candidate and row.ratio is not None), None
         )
 
-    for candidate in dict.fromkeys(row.candidate for case in known for row in case.baselines):
+    for candidate in dict.fromkeys(row.candidate for case in measured for row in case.baselines):
         line(f"over {candidate}", of(candidate, times))
-    for candidate in known[0].section.other_work:
+    for candidate in measured[0].section.other_work:
         line(f"{candidate}, share of our time", of(candidate, percent))
     line(
         "% of roofline", lambda case: case.ours and case.ours.share_of_roofline and percent(case.ours.share_of_roofline)

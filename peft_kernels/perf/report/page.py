@@ -39,9 +39,8 @@ def page(machines: list[Machine]) -> str:
 
 def picture(machines: list[Machine]) -> str:
     """SVG of all methods in one drawing, end to end and by their operators."""
-    comparisons = [
-        one for method in METHODS for one in (*end_to_end(method, machines), operators(method, machines)) if one.ratios
-    ]
+    pairs = [pair for method in METHODS for pair in (*end_to_end(method, machines), operators(method, machines))]
+    comparisons = [pair for pair in pairs if pair.ratios]
     if not comparisons:
         raise ValueError("expected results of at least one method, found none")
     return figures.methods(
@@ -82,9 +81,9 @@ def _facts(machine: Machine) -> dict:
 
 def _overviews(machines, benchmarks, axis) -> dict[str, list[dict]]:
     kinds = {"Operators": [], "Methods, end to end": []}
-    for one in map(section, benchmarks):
-        cells = [_cell(machine.of(one.benchmark), axis) for machine in machines]
-        kinds["Operators" if one.is_operator else "Methods, end to end"].append({"section": one, "cells": cells})
+    for topic in map(section, benchmarks):
+        cells = [_cell(machine.of(topic.benchmark), axis) for machine in machines]
+        kinds["Operators" if topic.is_operator else "Methods, end to end"].append({"section": topic, "cells": cells})
     return {kind: rows for kind, rows in kinds.items() if rows}
 
 
@@ -113,11 +112,11 @@ def _named(case: CaseResult) -> str:
 
 
 def _section(machines: list[Machine], benchmark: str) -> dict:
-    found = [(machine, machine.of(benchmark)) for machine in machines]
-    blocks = [_block(machine, cases) for machine, cases in found if cases]
+    by_machine = [(machine, machine.of(benchmark)) for machine in machines]
+    blocks = [_block(machine, cases) for machine, cases in by_machine if cases]
     fixed = [
         f"{letter}={count}"
-        for _, cases in found
+        for _, cases in by_machine
         for case in cases
         for letter, count in case.of.shape.items()
         if letter in case.fixed
@@ -126,13 +125,13 @@ def _section(machines: list[Machine], benchmark: str) -> dict:
         "section": section(benchmark),
         "fixed": list(dict.fromkeys(fixed)),
         "blocks": blocks,
-        "common": _common(found),
+        "common": _common(by_machine),
     }
 
 
-def _common(found: list[tuple[Machine, list[CaseResult]]]) -> dict | None:
+def _common(by_machine: list[tuple[Machine, list[CaseResult]]]) -> dict | None:
     """Cases that several machines measured, side by side."""
-    columns = [(machine, {case.of.case: case for case in cases}) for machine, cases in found if cases]
+    columns = [(machine, {case.of.case: case for case in cases}) for machine, cases in by_machine if cases]
     counts = Counter(case for _, by_case in columns for case in by_case)
     rows = [[by_case.get(case) for _, by_case in columns] for case, count in counts.items() if count > 1]
     return {"machines": [machine.name for machine, _ in columns], "rows": rows} if rows else None
@@ -159,8 +158,8 @@ def _block(machine: Machine, cases: list[CaseResult]) -> dict:
 
 def _intensity(case: CaseResult) -> float | None:
     """Operations per byte, if the roofline bound is known."""
-    known = case.ours and case.ours.bytes and case.ours.operations and case.peaks
-    return case.ours.operations / case.ours.bytes if known else None
+    bounded = case.ours and case.ours.bytes and case.ours.operations and case.peaks
+    return case.ours.operations / case.ours.bytes if bounded else None
 
 
 def _roofs(machine: Machine, cases: list[CaseResult]) -> list[dict]:
@@ -168,11 +167,11 @@ def _roofs(machine: Machine, cases: list[CaseResult]) -> list[dict]:
     by_roof: dict[tuple, list[CaseResult]] = {}
     for case in cases:
         by_roof.setdefault((case.of.dtype, case.peaks.bandwidth, case.peaks.rate), []).append(case)
-    found = []
-    for number, ((dtype, *_), some) in enumerate(by_roof.items()):
-        name = f"roofline {number} of {some[0].of.benchmark}, {dtype}, {machine.name}"
-        found.append({"title": dtype, "svg": figures.roofline([case.ours for case in some], some[0].peaks, name)})
-    return found
+    drawings = []
+    for number, ((dtype, *_), group) in enumerate(by_roof.items()):
+        name = f"roofline {number} of {group[0].of.benchmark}, {dtype}, {machine.name}"
+        drawings.append({"title": dtype, "svg": figures.roofline([case.ours for case in group], group[0].peaks, name)})
+    return drawings
 
 
 def _scaling(machine: Machine, cases: list[CaseResult]) -> list[dict]:
@@ -184,7 +183,7 @@ def _scaling(machine: Machine, cases: list[CaseResult]) -> list[dict]:
         for letter, count in sizes.items():
             rest = " ".join(f"{other}={count}" for other, count in sizes.items() if other not in (letter, *case.fixed))
             sweeps.setdefault((letter, rest, variant, case.of.phase, case.of.dtype), []).append((count, case))
-    found = []
+    drawings = []
     for (letter, *rest), sweep in sweeps.items():
         sweep = sorted(sweep, key=lambda point: point[0])
         if sweep[-1][0] >= 2 * sweep[0][0] > 0:
@@ -199,19 +198,19 @@ def _scaling(machine: Machine, cases: list[CaseResult]) -> list[dict]:
             svg = figures.scaling(
                 lines, letter, candidates, f"time over {letter} of {cases[0].of.benchmark}, {title}, {machine.name}"
             )
-            found.append({"letter": letter, "title": title, "svg": svg})
-    return found
+            drawings.append({"letter": letter, "title": title, "svg": svg})
+    return drawings
 
 
 def _sizes(case: CaseResult, cases: list[CaseResult]) -> tuple[dict[str, int], str]:
     """Shape and variant; a variant that counts something ("16 adapters") becomes one more size, 1 if there is no
     variant.
     """
-    counts = {one.of.variant: match for one in cases if (match := re.fullmatch(r"(\d+) (\w+)", one.of.variant))}
+    counts = {other.of.variant: match for other in cases if (match := re.fullmatch(r"(\d+) (\w+)", other.of.variant))}
     if not counts or case.of.variant not in ("", *counts):
         return case.of.shape, case.of.variant
-    what = {match[2]: int(match[1]) if variant == case.of.variant else 1 for variant, match in counts.items()}
-    return case.of.shape | what, ""
+    counted = {match[2]: int(match[1]) if variant == case.of.variant else 1 for variant, match in counts.items()}
+    return case.of.shape | counted, ""
 
 
 def _missing(cases: Iterable[CaseResult]) -> list[tuple[str, str, int]]:

@@ -71,15 +71,15 @@ def _of_operator(name: str) -> Section:
     return Section(name, declared.title, declared.about, declared.published)
 
 
-KNOWN = {one.benchmark: one for one in (*map(_of_operator, ops.__all__), *END_TO_END)}
+SECTIONS = {entry.benchmark: entry for entry in (*map(_of_operator, ops.__all__), *END_TO_END)}
 
 
 def section(benchmark: str) -> Section:
     """The section of a benchmark; an unknown one has its name as the title."""
-    return KNOWN.get(benchmark, Section(benchmark, benchmark))
+    return SECTIONS.get(benchmark, Section(benchmark, benchmark))
 
 
 def order(benchmark: str) -> tuple[int, str]:
     """Sort key: the known benchmarks in the order of this file, then all others by name."""
-    names = list(KNOWN)
+    names = list(SECTIONS)
     return (names.index(benchmark) if benchmark in names else len(names), benchmark)

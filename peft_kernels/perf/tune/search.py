@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from ...ops import triton_runtime, tuned
 from ..interruption import Keeping
 from ..measure import Timing, captured, interleaved
+from ..tables import FittingTable, seconds
 from .targets import Target, targets
 
 # norm of the difference over norm of the default config's result
@@ -35,18 +35,18 @@ REPEATS = 31
 WRONG = "wrong result"
 
 Timer = Callable[[Mapping[str, Callable]], dict[str, Timing]]
-Options = dict[str, int]
+Config = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``options`` are the values that differ in the faster config, None if none is faster; ``rejected`` says why a
-    candidate was not timed.
+    """``config``: the values that differ in the faster config, None if none is faster; ``rejected``: candidate -> the
+    reason that it was not timed.
     """
 
     target: Target
-    options: Options | None
-    shipped: Timing
+    config: Config | None
+    default: Timing
     best: Timing
     tried: int
     rejected: dict[str, str]
@@ -87,18 +87,19 @@ def tune(
     until then.
     """
     for operator in operators:
-        given = [target for dtype in dtypes for target in targets(operator, dtype, device)]
-        if not given:
+        operator_targets = [target for dtype in dtypes for target in targets(operator, dtype, device)]
+        if not operator_targets:
             console.print(f"{operator} has no kernels in {', '.join(map(str, dtypes))}")
             continue
         outcomes = []
         with Keeping(outcomes) as kept, Progress(console=console, transient=True) as progress:
-            bar = progress.add_task(operator, total=len(given))
-            for target in given:
+            bar = progress.add_task(operator, total=len(operator_targets))
+            for target in operator_targets:
                 progress.update(bar, description=f"{operator}, {target.site.kernel}")
                 outcomes.append(search(target, device, timer, rounds))
                 progress.advance(bar)
         save(path, device, outcomes, console)
+        console.print(f"[bold]{operator}[/bold]")
         console.print(table(operator, outcomes))
         for mistake in mistakes(outcomes):
             console.print(f"[red]{escape(mistake)}[/red]", soft_wrap=True)
@@ -119,39 +120,38 @@ def search(target: Target, device: torch.device, timer: Timer, rounds: int) -> O
     kernel = tuned.kernels()[target.site.operator][target.site.kernel]
     expected, call = target.make()(), target.make()
 
-    def launched(options, call):
-        launches[target.site] = options
+    def launched(config, call):
+        launches[target.site] = config
         return call()
 
-    shipped = best = {name: target.shipped[name] for name in (*kernel.blocks, "num_warps", "num_stages")}
-    seen, rejected = [shipped], {}
+    default = best = {name: target.default[name] for name in (*kernel.blocks, "num_warps", "num_stages")}
+    seen, rejected = [default], {}
     for _ in range(rounds):
         candidates = []
-        for options in neighbours(best, target.shipped, kernel):
-            if options not in seen:
-                seen.append(options)
-                if reason := wrong(partial(launched, options, target.make()), expected, TOLERANCE[target.dtype]):
-                    rejected[described(options)] = reason
+        for config in neighbours(best, target.default, kernel):
+            if config not in seen:
+                seen.append(config)
+                if reason := wrong(partial(launched, config, target.make()), expected, TOLERANCE[target.dtype]):
+                    rejected[described(config)] = reason
                 else:
-                    candidates.append(options)
+                    candidates.append(config)
         if not candidates:
             break
-        timings = timer({described(options): partial(launched, options, call) for options in (best, *candidates)})
-        fastest = min(candidates, key=lambda options: timings[described(options)].median)
+        timings = timer({described(config): partial(launched, config, call) for config in (best, *candidates)})
+        fastest = min(candidates, key=lambda config: timings[described(config)].median)
         if not is_faster(timings[described(fastest)], timings[described(best)]):
             break
         best = fastest
-    timings = timer({described(options): partial(launched, options, call) for options in (shipped, best)})
-    of_shipped, of_best = timings[described(shipped)], timings[described(best)]
-    won = is_faster(of_best, of_shipped)
-    changed = {name: value for name, value in best.items() if value != shipped[name]}
-    launches[target.site] = changed if won else {}
-    return Outcome(
-        target, changed if won else None, of_shipped, of_best if won else of_shipped, len(seen) - 1, rejected
-    )
+    timings = timer({described(config): partial(launched, config, call) for config in (default, best)})
+    default_timing, best_timing = timings[described(default)], timings[described(best)]
+    changed = {name: value for name, value in best.items() if value != default[name]}
+    if not is_faster(best_timing, default_timing):
+        changed, best_timing = None, default_timing
+    launches[target.site] = changed or {}
+    return Outcome(target, changed, default_timing, best_timing, len(seen) - 1, rejected)
 
 
-def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterator[Options]:
+def neighbours(config: Config, default: dict, kernel: tuned.Kernel) -> Iterator[Config]:
     """Configs one step away: one size halved or doubled, with threads unchanged or to match; half or twice the threads;
     one stage fewer or more.
     """
@@ -159,26 +159,26 @@ def neighbours(options: Options, shipped: dict, kernel: tuned.Kernel) -> Iterato
     steps = [{"num_warps": factor} for factor in (0.5, 2)]
     for block in kernel.blocks:
         steps += [step for factor in (0.5, 2) for step in ({block: factor}, {block: factor, "num_warps": factor})]
-    found = [{**options, **{name: int(options[name] * factor) for name, factor in step.items()}} for step in steps]
-    if options["num_stages"] > 1:  # 1: no loop worth pipelining
-        found += [{**options, "num_stages": options["num_stages"] + step} for step in (-1, 1)]
-    for one in found:
-        if all(least <= one[name] <= most for name, (least, most) in allowed.items()) and fits(one, shipped, kernel):
-            yield one
+    configs = [{**config, **{name: int(config[name] * factor) for name, factor in step.items()}} for step in steps]
+    if config["num_stages"] > 1:  # 1: no loop worth pipelining
+        configs += [{**config, "num_stages": config["num_stages"] + step} for step in (-1, 1)]
+    for near in configs:
+        if all(least <= near[name] <= most for name, (least, most) in allowed.items()) and fits(near, default, kernel):
+            yield near
 
 
-def fits(options: Options, shipped: dict, kernel: tuned.Kernel) -> bool:
+def fits(config: Config, default: dict, kernel: tuned.Kernel) -> bool:
     """Whether all tiles leave a thread some of its registers: configs that would spill are not compiled.
 
     The compiler checks shared memory.
     """
-    sizes = [options[name] for name in kernel.blocks] + [
-        shipped[name] for name in {"BLOCK_D", "BD", "BQ"} - {*kernel.blocks} if name in shipped
+    sizes = [config[name] for name in kernel.blocks] + [
+        default[name] for name in {"BLOCK_D", "BD", "BQ"} - {*kernel.blocks} if name in default
     ]
     tiles = [prod(pair) for pair in combinations([*sizes, 1], 2)]
     lanes, most = (64, 512) if torch.version.hip else (32, 255)
-    registers = min(most, 2048 // options["num_warps"], shipped.get("maxnreg", most))
-    return sum(tiles) + (kernel.tiles - 1) * max(tiles) <= MOST_REGISTERS * registers * lanes * options["num_warps"]
+    registers = min(most, 2048 // config["num_warps"], default.get("maxnreg", most))
+    return sum(tiles) + (kernel.tiles - 1) * max(tiles) <= MOST_REGISTERS * registers * lanes * config["num_warps"]
 
 
 def wrong(function: Callable[[], tuple], expected: tuple, tolerance: float) -> str | None:
@@ -190,7 +190,7 @@ def wrong(function: Callable[[], tuple], expected: tuple, tolerance: float) -> s
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if all(error <= tolerance for error in errors):  # False for NaN
         return None
-    return f"{WRONG}: differs from the shipped result by {max(errors):.2g}, allowed {tolerance:.2g}"
+    return f"{WRONG}: differs from the default config's by {max(errors):.2g}, allowed {tolerance:.2g}"
 
 
 def difference(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -199,12 +199,12 @@ def difference(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x.double() - y.double()).norm() / y.double().norm())
 
 
-def is_faster(one: Timing, other: Timing) -> bool:
-    return one.median < other.median * (1 - max(LEAST_GAIN, one.spread or 0, other.spread or 0))
+def is_faster(timing: Timing, other: Timing) -> bool:
+    return timing.median < other.median * (1 - max(LEAST_GAIN, timing.spread or 0, other.spread or 0))
 
 
-def described(options: Options) -> str:
-    return " ".join(f"{name}={value}" for name, value in options.items())
+def described(config: Config) -> str:
+    return " ".join(f"{name}={value}" for name, value in config.items())
 
 
 def save(path: Path, device: torch.device, outcomes: Sequence[Outcome], console: Console):
@@ -220,34 +220,37 @@ def save(path: Path, device: torch.device, outcomes: Sequence[Outcome], console:
         before = []
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     measured = {outcome.target.site for outcome in outcomes}
-    found = [
-        tuned.Entry(one.target.site, one.options, one.shipped.median, one.best.median, date)
-        for one in outcomes
-        if one.options is not None
+    faster = [
+        tuned.Entry(outcome.target.site, outcome.config, outcome.default.median, outcome.best.median, date)
+        for outcome in outcomes
+        if outcome.config is not None
     ]
-    tuned.write(path, device, [*(entry for entry in before if entry.site not in measured), *found])
+    tuned.write(path, device, [*(entry for entry in before if entry.site not in measured), *faster])
 
 
-def table(operator: str, outcomes: Sequence[Outcome]) -> Table:
-    found = Table("kernel", "for", title=operator, title_justify="left")
-    for heading in ("shipped, ms", "best, ms", "tried"):
-        found.add_column(heading, justify="right")
-    found.add_column("of them rejected")
-    found.add_column("instead of the shipped options")
-    for one in outcomes:
-        names = tuned.kernels()[operator][one.target.site.kernel].key
-        sizes = ", ".join(f"{name} {value}" for name, value in zip(names, one.target.site.key)) or "all"
-        times = (f"{1e3 * timing.median:.4f}" for timing in (one.shipped, one.best))
-        kinds = Counter(reason.partition(":")[0] for reason in one.rejected.values())
-        rejected = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
-        won = "[dim]none is faster[/dim]" if one.options is None else f"[green]{described(one.options)}[/green]"
-        found.add_row(one.target.site.kernel, sizes, *times, str(one.tried), rejected, won)
-    return found
+def table(operator: str, outcomes: Sequence[Outcome]) -> FittingTable:
+    lines = []
+    for outcome in outcomes:
+        names = tuned.kernels()[operator][outcome.target.site.kernel].key
+        sizes = ", ".join(f"{name} {value}" for name, value in zip(names, outcome.target.site.key)) or "all"
+        kinds = Counter(reason.partition(":")[0] for reason in outcome.rejected.values())
+        line = {
+            "kernel": outcome.target.site.kernel,
+            "for": sizes,
+            "default": seconds(outcome.default.median),
+            "best": seconds(outcome.best.median),
+            "tried": str(outcome.tried),
+            "rejected": ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or None,
+            "faster config": None if outcome.config is None else f"[green]{described(outcome.config)}[/green]",
+        }
+        lines.append(line)
+    return FittingTable(lines, ("kernel", "for", "rejected", "faster config"), ("tried", "rejected"))
 
 
 def mistakes(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """A message for each kernel whose results depend on the config: a bug here or in the compiler."""
-    for one in outcomes:
-        for options, reason in one.rejected.items():
+    for outcome in outcomes:
+        site = outcome.target.site
+        for config, reason in outcome.rejected.items():
             if reason.startswith(WRONG):
-                yield f"{one.target.site.operator}, {one.target.site.kernel} in {one.target.dtype}, {options}: {reason}"
+                yield f"{site.operator}, {site.kernel} in {outcome.target.dtype}, {config}: {reason}"

@@ -22,7 +22,7 @@ class Target(NamedTuple):
     """
 
     site: Site
-    shipped: dict[str, Any]
+    default: dict[str, Any]
     dtype: torch.dtype
     make: Callable[[], Callable[[], tuple]]
 
@@ -30,5 +30,5 @@ class Target(NamedTuple):
 def targets(operator: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = LARGE) -> Iterator[Target]:
     """The targets of one package of operators. Targets that depend on no dtype belong to float32."""
     setting = Setting(dtype, device, sizes)
-    for kernel, key, shipped, make in declared("tunable")[operator].targets(setting):
-        yield Target(Site(operator, kernel, key), shipped, dtype, partial(make, setting))
+    for kernel, key, default, make in declared("tunable")[operator].targets(setting):
+        yield Target(Site(operator, kernel, key), default, dtype, partial(make, setting))
