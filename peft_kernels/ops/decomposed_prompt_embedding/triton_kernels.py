@@ -52,19 +52,18 @@ def _product(
 
 
 @triton.jit
-def _offset_in_range(offset, length):
-    return tl.where((offset >= 0) & (offset <= length), offset, length)
+def _last_if_out_of_range(x, last):
+    return tl.minimum(x.to(tl.uint32, bitcast=True), last.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, vocabulary, o_row, m_row):
     """Returns, for a row of the batch, its offset, the tokens at the positions o_row, and their ids, [BP]."""
-    offset = _offset_in_range(_integer_or_zero(offsets, row, stride_o), length)
+    offset = _last_if_out_of_range(_integer_or_zero(offsets, row, stride_o), length)
     o_token = o_row + offset
     o_token = tl.where(o_token < length, o_token, o_token - length)
     b_id = tl.load(input_ids + row * stride_ib + o_token.to(tl.int64) * stride_il, mask=m_row, other=0)
-    b_id = tl.where((b_id >= 0) & (b_id < vocabulary), b_id, vocabulary - 1).to(tl.int32)
-    return offset, o_token, b_id
+    return offset, o_token, _last_if_out_of_range(b_id.to(tl.int32), vocabulary - 1)
 
 
 @triton.jit(
@@ -175,7 +174,7 @@ def decomposed_prompt_embedding_bwd_kernel(
         b_token = o_n * 0 + position
         if offsets is not None:
             b_offset = tl.load(offsets + o_n.to(tl.int64) * stride_o, mask=m_n, other=0).to(tl.int32)
-            b_token += _offset_in_range(b_offset, length)
+            b_token += _last_if_out_of_range(b_offset, length)
         b_column = tl.where(b_token < FIRST, b_token, b_token + virtual)
         b_column = tl.where(o_n * 0 + position < 0, FIRST + position + prompt_rows, b_column)
         m_n = m_n & ((b_token < length) | (o_n * 0 + position < 0))
