@@ -23,8 +23,10 @@ def sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, *
         )
     if dropout:
         return _folded(sdpa_attention_forward, module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    lengths, index = streams.unpack(attention_mask, key.shape[0])
-    out = shared_cross_attention(query, key, value, key_lengths=lengths, encoder_index=index, scale=scaling)
+    lengths, index, starts = streams.unpack(attention_mask, key.shape[0])
+    out = shared_cross_attention(
+        query, key, value, key_lengths=lengths, encoder_index=index, cu_streams=starts, scale=scaling
+    )
     return out.transpose(1, 2), None
 
 
@@ -77,7 +79,7 @@ def _shares(module, query, key, attention_mask) -> bool:
 def _folded(stock, module, query, key, value, packed, dropout, scaling, kwargs) -> tuple[Tensor, Tensor | None]:
     """Run a stock function on (b, H, M*t, D) queries; for ragged streams, keys and values are gathered per stream."""
     inputs, tokens = key.shape[0], query.shape[2]
-    lengths, index = streams.unpack(packed, inputs)
+    lengths, index, _ = streams.unpack(packed, inputs)
     if index is not None:
         key, value = key[index], value[index]
         lengths, inputs = lengths[index], index.shape[0]

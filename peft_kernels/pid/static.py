@@ -57,7 +57,8 @@ class Buffers:
         self.bucket = bucket
         self.self_attention = [FixedLayer(bucket.tokens) for _ in range(layers)]
         self.cross_attention = [FixedLayer(bucket.keys) for _ in range(layers)]
-        self.packed = torch.zeros(1, 1, 1, bucket.inputs + bucket.streams, dtype=torch.int64, device=bucket.device)
+        vectors = 2 * bucket.inputs + 1 + bucket.streams  # as streams.pack
+        self.packed = torch.zeros(1, 1, 1, vectors, dtype=torch.int64, device=bucket.device)
         torch._dynamo.mark_static_address(self.packed)
 
     def fill(self, model: torch.nn.Module, states: Tensor, mask: Tensor | None, num_streams: int) -> None:
@@ -77,10 +78,10 @@ class Buffers:
             layer.cumulative_length.fill_(n)
         lengths = streams.unpack(mask, inputs)[0]
         index = streams.index_of(mask, inputs, num_streams)
-        flat = self.packed.view(-1)
-        flat[:inputs] = n if lengths is None else lengths
-        flat[inputs : inputs + num_streams] = index
-        flat[inputs + num_streams :] = index[-1]
+        if lengths is None:
+            lengths = torch.full((inputs,), n, device=self.packed.device)
+        rows = torch.arange(self.bucket.streams, device=self.packed.device).clamp_max(num_streams - 1)
+        self.packed.copy_(streams.pack(lengths, index[rows]))
 
 
 class StaticCaches:

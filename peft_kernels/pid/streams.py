@@ -1,9 +1,9 @@
 """Key lengths and the input of each decoder stream, packed so that they pass through a stock model.
 
 Decoders hand their ``encoder_attention_mask`` to every cross-attention, and a four-dimensional mask passes through
-unchanged. It carries two small int64 vectors: (1, 1, 1, b) key lengths, followed by (N,) stream-to-input indices if
-streams are ragged. No mask is built, and an argument, unlike state on a module, is still correct when a checkpointed
-layer runs again.
+unchanged. It carries small int64 vectors: (1, 1, 1, b) key lengths, followed, if streams are ragged, by the input of
+each stream, (N,), and the first stream of each input, (b + 1,). No mask is built, and an argument, unlike state on a
+module, is still correct when a checkpointed layer runs again.
 """
 
 import torch
@@ -11,24 +11,28 @@ from torch import Tensor
 
 
 def pack(key_lengths: Tensor, encoder_index: Tensor | None) -> Tensor:
-    parts = [key_lengths] if encoder_index is None else [key_lengths, encoder_index]
-    return torch.cat([x.to(torch.int64) for x in parts])[None, None, None]
+    if encoder_index is None:
+        return key_lengths.to(torch.int64)[None, None, None]
+    inputs = torch.arange(key_lengths.shape[0] + 1, dtype=encoder_index.dtype, device=encoder_index.device)
+    vectors = key_lengths, encoder_index, torch.searchsorted(encoder_index, inputs)
+    return torch.cat([x.to(torch.int64) for x in vectors])[None, None, None]
 
 
 def is_packed(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.int64 and mask.ndim == 4
 
 
-def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | None]:
-    """The key lengths and the encoder index; each is None if the mask does not restrict it.
+def unpack(mask: Tensor | None, inputs: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The key lengths, the encoder index and the first stream of each input; each is None if the mask has none.
 
     A mask that is not packed was created by transformers in place of None, under ``torch.compile``: every key is
     visible.
     """
     if not is_packed(mask):
-        return None, None
+        return None, None, None
     flat = mask.view(-1)
-    return flat[:inputs], flat[inputs:] if flat.shape[0] > inputs else None
+    streams = flat.shape[0] - 2 * inputs - 1
+    return flat.split((inputs, streams, inputs + 1)) if streams > 0 else (flat, None, None)
 
 
 def prepare(

@@ -32,6 +32,7 @@ ARGUMENTS = Arguments(
     value=Argument("b H n D", like="query"),
     key_lengths=Argument("b", INTEGERS, values="[0, n]", optional=True),
     encoder_index=Argument("N", INTEGERS, values="[0, b)", optional=True),
+    cu_streams=Argument("ends", INTEGERS, optional=True),  # b + 1
 )
 
 # Without the native library a CPU takes PyTorch's flash attention or two matmuls on folded rows, whichever
@@ -43,13 +44,13 @@ AMX_ROWS = 64  # query rows per input from which the library's bfloat16 matmuls 
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
-    "shared_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? encoder_index,"
-    " float scale, bool need_lse, str impl) -> (Tensor, Tensor)"
+    "shared_cross_attention(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? encoder_index, Tensor?"
+    " cu_streams, float scale, bool need_lse, str impl) -> (Tensor, Tensor)"
 )
 _lib.define(
     "shared_cross_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor"
-    " out, Tensor lse, Tensor? key_lengths, Tensor? encoder_index, float scale, bool need_query, bool need_key, bool"
-    " need_value, str impl) -> (Tensor, Tensor, Tensor)"
+    " out, Tensor lse, Tensor? key_lengths, Tensor? encoder_index, Tensor? cu_streams, float scale, bool need_query,"
+    " bool need_key, bool need_value, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -60,6 +61,7 @@ def shared_cross_attention(
     *,
     key_lengths: Tensor | None = None,
     encoder_index: Tensor | None = None,
+    cu_streams: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -79,6 +81,8 @@ def shared_cross_attention(
             and gradient 0.
         encoder_index: (N,) int32 or int64, non-decreasing, in [0, b): the input that each stream belongs to. None: N =
             b*M and stream u belongs to input u // M.
+        cu_streams: (b + 1,) int32 or int64, with ``encoder_index``: the first stream of each input, and N. The Triton
+            kernels need it; passing it saves its computation, where several calls have the same streams.
         scale: factor on the scores; ``D ** -0.5`` by default (T5: 1.0).
         return_lse: also return the natural log-sum-exp of the scaled scores; gradients flow through it.
         impl: ``"auto"``, or ``"reference"``, ``"sdpa"``, ``"matmul"``, ``"cpp"`` or ``"triton"``.
@@ -87,8 +91,8 @@ def shared_cross_attention(
         (N, H, t, D) in ``query``'s dtype, laid out in memory as (N, t, H, D), so that ``out.transpose(1, 2)`` is
         contiguous. With ``return_lse``, also (N, H, t) in float32 (float64 for float64 inputs).
 
-    Values of ``key_lengths`` and ``encoder_index`` are checked on the CPU. On a GPU the check would synchronize with
-    the device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
+    Values of ``key_lengths``, ``encoder_index`` and ``cu_streams`` are checked on the CPU. On a GPU the check would
+    synchronize with the device, so it runs only if the environment variable ``PEFT_KERNELS_DEBUG`` is 1.
 
     Raises:
         ValueError: invalid shapes, devices or values, or a named implementation that cannot run here; the message says
@@ -99,16 +103,20 @@ def shared_cross_attention(
     if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    _check(query, key, value, key_lengths, encoder_index)
+    _check(query, key, value, key_lengths, encoder_index, cu_streams)
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    elif type(scale) is not float:
+        check_numbers("shared_cross_attention", scale=scale)
     implementations.check("shared_cross_attention", impl)
-    check_numbers("shared_cross_attention", scale=scale)
     need_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     need_lse = return_lse or need_grad
-    out, lse = torch.ops.peft_kernels.shared_cross_attention.default(
-        query, key, value, key_lengths, encoder_index, scale, need_lse, impl
-    )
+    arguments = query, key, value, key_lengths, encoder_index, cu_streams, scale, need_lse, impl
+    if need_grad or torch.compiler.is_compiling():
+        out, lse = torch.ops.peft_kernels.shared_cross_attention.default(*arguments)
+    else:  # a third of the dispatcher's time is the layer that records gradients
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.peft_kernels.shared_cross_attention.default(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -144,9 +152,9 @@ def _rows(query, key):
     return query.shape[0] * query.shape[2] // max(key.shape[0], 1)
 
 
-def _check(query, key, value, key_lengths, encoder_index):
+def _check(query, key, value, key_lengths, encoder_index, cu_streams):
     name = "shared_cross_attention"
-    sizes = ARGUMENTS.check(name, query, key, value, key_lengths, encoder_index)
+    sizes = ARGUMENTS.check(name, query, key, value, key_lengths, encoder_index, cu_streams)
     if not 1 <= sizes.D <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: head width D must be between 1 and {MAX_HEAD_DIM}, got {sizes.D}")
     if sizes.N and not sizes.b:
@@ -156,44 +164,55 @@ def _check(query, key, value, key_lengths, encoder_index):
             f"{name}: without encoder_index the number of streams must be a multiple of the number of inputs,"
             f" got {sizes.N} streams and {sizes.b} inputs"
         )
+    if cu_streams is not None and (encoder_index is None or sizes.ends != sizes.b + 1):
+        given = "no encoder_index" if encoder_index is None else f"{sizes.ends} values for {sizes.b} inputs"
+        raise ValueError(f"{name}: cu_streams must be (b + 1,) and come with encoder_index, got {given}")
 
 
-def _check_values(key, key_lengths, encoder_index):
+def _check_values(key, key_lengths, encoder_index, cu_streams):
     name, sizes = "shared_cross_attention", {"b": key.shape[0], "n": key.shape[2]}
     lists = ARGUMENTS.check_values(name, key_lengths=key_lengths, encoder_index=encoder_index, **sizes)
     if encoder_index is not None:
         index = lists.get("encoder_index")
         if (encoder_index[1:] < encoder_index[:-1]).any() if index is None else index != sorted(index):
             raise ValueError(f"{name}: encoder_index must not decrease")
+    if cu_streams is not None:
+        starts = torch.searchsorted(encoder_index, torch.arange(key.shape[0] + 1, dtype=encoder_index.dtype))
+        if not torch.equal(cu_streams.long(), starts):
+            raise ValueError(
+                f"{name}: cu_streams must be {starts.tolist()} for encoder_index, got {cu_streams.tolist()}"
+            )
 
 
 @torch.library.impl(_lib, "shared_cross_attention", "CompositeExplicitAutograd")
-def _forward(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
+def _forward(query, key, value, key_lengths, encoder_index, cu_streams, scale, need_lse, impl):
     if (key_lengths is not None or encoder_index is not None) and values_are_checked(query):
-        _check_values(key, key_lengths, encoder_index)
+        _check_values(key, key_lengths, encoder_index, cu_streams)
     if impl == "auto":  # resolved here, below the dispatcher, where shapes are never symbolic
         impl = choose(query, key)
     implementation = implementations.runnable("shared_cross_attention", impl, query.device.type, query.dtype)
-    out, lse = implementation.forward(query, key, value, key_lengths, encoder_index, scale, need_lse)
+    starts = {"cu_streams": cu_streams} if impl == "triton" else {}
+    out, lse = implementation.forward(query, key, value, key_lengths, encoder_index, scale, need_lse, **starts)
     return out, lse if need_lse else out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
 @torch.library.impl(_lib, "shared_cross_attention_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
-    need_value, impl,
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, cu_streams, scale, need_query,
+    need_key, need_value, impl,
 ):  # fmt: skip
     needs = (need_query, need_key, need_value)
     if impl == "auto":
         impl = choose(query, key)
+    starts = {"cu_streams": cu_streams} if impl == "triton" else {}
     gradients = implementations.module(impl).backward(
-        grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs
+        grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs, **starts
     )
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 
 
 @torch.library.register_fake("peft_kernels::shared_cross_attention", lib=_lib)
-def _(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
+def _(query, key, value, key_lengths, encoder_index, cu_streams, scale, need_lse, impl):
     streams, heads, tokens, _ = query.shape
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     if need_lse:
@@ -205,30 +224,31 @@ def _(query, key, value, key_lengths, encoder_index, scale, need_lse, impl):
 
 @torch.library.register_fake("peft_kernels::shared_cross_attention_backward", lib=_lib)
 def _(
-    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
-    need_value, impl,
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, cu_streams, scale, need_query,
+    need_key, need_value, impl,
 ):  # fmt: skip
     pairs = (query, need_query), (key, need_key), (value, need_value)
     return tuple(token_major(*x.shape, like=x) if needed else x.new_empty(0) for x, needed in pairs)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, key_lengths, encoder_index, ctx.scale, _, ctx.impl = inputs
-    ctx.save_for_backward(query, key, value, *output, key_lengths, encoder_index)
+    query, key, value, key_lengths, encoder_index, cu_streams, ctx.scale, _, ctx.impl = inputs
+    ctx.save_for_backward(query, key, value, *output, key_lengths, encoder_index, cu_streams)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, key_lengths, encoder_index = ctx.saved_tensors
+    query, key, value, out, lse, key_lengths, encoder_index, cu_streams = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     if grad_out is None and grad_lse is None:
-        return (None,) * 8
+        return (None,) * 9
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     gradients = torch.ops.peft_kernels.shared_cross_attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, ctx.scale, *needs, ctx.impl
-    )
-    return *(g if needed else None for g, needed in zip(gradients, needs)), None, None, None, None, None
+        grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, cu_streams, ctx.scale, *needs,
+        ctx.impl,
+    )  # fmt: skip
+    return *(g if needed else None for g, needed in zip(gradients, needs)), *(None,) * 6
 
 
 torch.library.register_autograd(

@@ -38,7 +38,19 @@ def _forward_flops(query, key, value, *args, out_shape=None) -> int:
 
 
 def _backward_flops(
-    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs, out_shape=None
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    key_lengths,
+    encoder_index,
+    cu_streams,
+    scale,
+    *needs,
+    out_shape=None,
 ) -> int:
     """Returns the operations of the recomputed scores, dP, and one matmul per needed gradient."""
     need_query, need_key, need_value, _ = needs

@@ -6,7 +6,7 @@ contiguous, and lengths or indices with a stride other than 1. No launch synchro
 value there.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -105,35 +105,73 @@ CONFIGS = {
 }
 
 
-def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True) -> tuple[Tensor, Tensor | None]:
+class Plan(NamedTuple):
+    """What a forward launch needs to know and shapes alone decide."""
+
+    copied: tuple[bool, bool, bool]  # whether query, key and value are copied to another layout
+    site: tuple[str, str, tuple[int, ...]]  # of the table of tuned configs
+    default: dict[str, int]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def plan(shape, strides, key_shape, key_strides, value_strides, size: int, device: torch.device) -> Plan:
+    """Returns the plan of a forward launch. A copied tensor is token-major, so its strides are known."""
+    (streams, heads, tokens, head_dim), (inputs, _, n, _) = shape, key_shape
+    copied = not _folds(shape, strides), not _loads(key_strides), not _loads(value_strides)
+
+    def token_major_strides(tokens):
+        return tokens * heads * head_dim, head_dim, heads * head_dim, 1
+
+    strides = token_major_strides(tokens) if copied[0] else strides
+    key_strides, value_strides = (
+        token_major_strides(n) if copy else x for copy, x in zip(copied[1:], (key_strides, value_strides))
+    )
+    rows = streams * tokens
+    family, _ = device_of(device)
+    configs = configs_of(family, size, head_dim)
+    config = next((c for c in configs.forward if c.rows * inputs >= rows), configs.forward[-1])
+    return Plan(
+        copied,
+        ("shared_cross_attention", "forward", (size, table_d(head_dim), config.rows)),
+        launch_options(config, family, size, head_dim),
+        (tokens, rows // inputs, rows, inputs, n),
+        (*_row_strides_of(shape, strides), *key_strides[:3], *value_strides[:3]),
+    )
+
+
+def forward(
+    query, key, value, key_lengths, encoder_index, scale, need_lse=True, cu_streams=None
+) -> tuple[Tensor, Tensor | None]:
     streams, heads, tokens, head_dim = query.shape
-    inputs, n = key.shape[0], key.shape[2]
-    out = token_major(*query.shape, like=query)
+    out = token_major(streams, heads, tokens, head_dim, like=query)
     lse = token_major(streams, heads, tokens, like=query, dtype=torch.float32) if need_lse else None
     if not query.numel():
         return out, lse
     if scale < 0:  # the kernel takes the maximum score before it scales
         query, scale = -query, -scale
-    query, key, value = _rows(query), _keys(key), _keys(value)
-    key_lengths, encoder_index = contiguous(key_lengths, encoder_index)
-    rows = streams * tokens
-    family, processors = device_of(query.device)
-    configs = configs_of(family, query.element_size(), head_dim)
-    config = next((c for c in configs.forward if c.rows * inputs >= rows), configs.forward[-1])
-    options = _tuned("forward", config, query, config.rows)
-    with guard(query.device):
-        cu_streams = _cu_streams(encoder_index, inputs)
+    device = query.device
+    copied, site, options, sizes, strides = plan(
+        query.shape, query.stride(), key.shape, key.stride(), value.stride(), query.element_size(), device
+    )
+    if any(copied):
+        query, key, value = (as_token_major(x) if copy else x for copy, x in zip(copied, (query, key, value)))
+    if key_lengths is not None:
+        (key_lengths,) = contiguous(key_lengths)
+    _, _, rows, inputs, n = sizes
+    changes = tuned.entries(device).get(site)
+    options = {**options, **changes} if changes else options
+    with guard(device):
+        cu_streams = _cu_streams(encoder_index, cu_streams, inputs)
         tiles = _tiles(options["BM"], rows, inputs, cu_streams)
-        splits = num_splits(tiles * heads, n, processors)
+        splits = num_splits(tiles * heads, n, device_of(device)[1])
         part_out, part_lse = out, lse
         if splits > 1:
             part_out = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=query.device)
             part_lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=query.device)
         triton_forward.shared_cross_attention_fwd_kernel[tiles, heads, splits](
-            query, key, value, part_out, part_lse, key_lengths, cu_streams,
-            tokens, rows // inputs, rows, inputs, n, scale,
-            *_row_strides(query), *key.stride()[:3], *value.stride()[:3],
-            **options,
+            query, key, value, part_out, part_lse, key_lengths, cu_streams, *sizes, scale, *strides, **options
         )  # fmt: skip
         if splits > 1:
             triton_forward.shared_cross_attention_fwd_merge_kernel[cdiv(rows * heads, ROW_HEADS),](
@@ -144,8 +182,9 @@ def forward(query, key, value, key_lengths, encoder_index, scale, need_lse=True)
 
 
 def backward(
-    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key, need_value
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, need_query, need_key,
+    need_value, cu_streams=None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     _, heads, tokens, head_dim = query.shape
     inputs, n = key.shape[0], key.shape[2]
     grad_query, grad_key, grad_value = (
@@ -160,7 +199,7 @@ def backward(
         _keys(value),
         as_token_major(lse),
     )
-    key_lengths, encoder_index = contiguous(key_lengths, encoder_index)
+    (key_lengths,) = contiguous(key_lengths)
     rows = query.shape[0] * tokens
     family, _ = device_of(query.device)
     configs = configs_of(family, query.element_size(), head_dim)
@@ -173,7 +212,7 @@ def backward(
                 *_row_strides(grad_out), *_row_strides(out), *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
                 **row_options(head_dim),
             )  # fmt: skip
-        cu_streams = _cu_streams(encoder_index, inputs)
+        cu_streams = _cu_streams(encoder_index, cu_streams, inputs)
         if rows * heads and need_query:
             options = _tuned("query_grad", configs.query_grad, query)
             tiles = _tiles(options["BM"], rows, inputs, cu_streams)
@@ -243,29 +282,42 @@ def row_options(head_dim: int) -> dict[str, int]:
     }
 
 
+def _folds(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Returns whether one stride leads from each (stream, token) row to the next."""
+    streams, _, tokens, _ = shape
+    rows = tokens == 1 or streams == 1 or strides[0] == tokens * strides[2]
+    return strides[3] == 1 and rows and _row_strides_of(shape, strides)[0] < MAX_STRIDE
+
+
 def _rows(x: Tensor) -> Tensor:
-    streams, _, tokens, _ = x.shape
-    s = x.stride()
-    folds = s[3] == 1 and (tokens == 1 or streams == 1 or s[0] == tokens * s[2]) and _row_strides(x)[0] < MAX_STRIDE
-    return x if folds else as_token_major(x)
+    return x if _folds(x.shape, x.stride()) else as_token_major(x)
 
 
 def _row_strides(x: Tensor) -> tuple[int, int]:
+    return _row_strides_of(x.shape, x.stride())
+
+
+def _row_strides_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int]:
     """Returns the strides of (stream, token) rows and of heads."""
-    return x.stride(0 if x.shape[2] == 1 else 2), x.stride(1)
+    return strides[0 if shape[2] == 1 else 2], strides[1]
+
+
+def _loads(strides: tuple[int, ...]) -> bool:
+    return strides[3] == 1 and strides[2] < MAX_STRIDE
 
 
 def _keys(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 and x.stride(2) < MAX_STRIDE else as_token_major(x)
+    return x if _loads(x.stride()) else as_token_major(x)
 
 
-def _cu_streams(encoder_index: Tensor | None, inputs: int) -> Tensor | None:
-    """Returns the first stream of each input, (b + 1,); None if every input has the same number of streams."""
+def _cu_streams(encoder_index: Tensor | None, cu_streams: Tensor | None, inputs: int) -> Tensor | None:
+    """Returns the first stream of each input, (b + 1,), int64; None if every input has the same number of streams."""
     if encoder_index is None:
         return None
-    return torch.searchsorted(
-        encoder_index, torch.arange(inputs + 1, dtype=encoder_index.dtype, device=encoder_index.device), out_int32=True
-    )
+    if cu_streams is not None:
+        return cu_streams.to(torch.int64).contiguous()
+    values = torch.arange(inputs + 1, dtype=encoder_index.dtype, device=encoder_index.device)
+    return torch.searchsorted(encoder_index.contiguous(), values)
 
 
 def _tiles(block: int, rows: int, inputs: int, cu_streams: Tensor | None) -> int:

@@ -6,7 +6,7 @@ OPERATOR = "shared_cross_attention"
 IN_STORAGE = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
 OTHERS = {
     **dict.fromkeys(("lse", "delta", "grad_lse", "partial_out", "partial_lse"), "*fp32"),
-    "key_lengths": "*i64", "cu_streams": "*i32",
+    "key_lengths": "*i64", "cu_streams": "*i64",
 }  # fmt: skip
 KERNELS = {
     **dict.fromkeys(("attend", "attend_split"), triton_forward.shared_cross_attention_fwd_kernel),
