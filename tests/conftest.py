@@ -8,9 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # read when torch is loaded: with as many workers as cores, spinning threads stall each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["PEFT_KERNELS_TUNED"] = "0"  # tests the default configs, whatever was tuned on this machine
+import numpy as np
 import odd_addresses
 import pytest
 import torch
+import triton_checker
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True)  # pytest --hypothesis-profile=default searches further
@@ -18,11 +20,14 @@ settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated, on the first use of impl="triton"
+    if find_spec("triton"):
+        triton_checker.install()
 
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.manual_seed(0)
+    triton_checker.draws = np.random.default_rng(0)
 
 
 def pytest_addoption(parser):

@@ -171,7 +171,8 @@ class Hooks:
         if not self.placeholders or kwargs.get("input_ids") is None or not family.is_multimodal(kwargs):
             return embeddings
         ids = insertion.widen(kwargs["input_ids"], -1)
-        is_placeholder = torch.isin(ids, torch.tensor(self.placeholders, device=ids.device))[..., None]
+        placeholders = torch.tensor(self.placeholders).to(ids.device, non_blocking=True)
+        is_placeholder = torch.isin(ids, placeholders)[..., None]
         return torch.where(is_placeholder, self.layer.reading.table(ids.clamp_min(0)).to(embeddings.dtype), embeddings)
 
     def plain_positions(self, kwargs: dict, past_length: int, embeddings: Tensor) -> dict:

@@ -79,7 +79,7 @@ class DePTLayer(AdapterLayer):
         if rows is None:
             return Selection(config, *(lookup.gathered(p(names[0])) for p in parameters))
         stacks = [torch.stack([lookup.gathered(p(n)) for n in names]) for p in parameters]
-        return Selection(config, *stacks, torch.tensor(rows, device=stacks[0].device), -1 in rows)
+        return Selection(config, *stacks, torch.tensor(rows).to(stacks[0].device, non_blocking=True), -1 in rows)
 
     def embed(
         self, selection: Selection, input_ids: Tensor | None, inputs_embeds: Tensor | None, offsets: Tensor | None

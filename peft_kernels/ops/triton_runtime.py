@@ -12,6 +12,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = find_spec("triton") is not None
+INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter's arithmetic is wrong in bfloat16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated, on import
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 MAX_PROGRAMS = 512  # a sum over the batch is split into parts, which need a second sum, up to this many programs
@@ -25,7 +26,7 @@ def unavailable(device: str, dtype: torch.dtype) -> str | None:
         return f"its kernels are for float32, float16 and bfloat16, not {dtype}"
     if device == "cpu" and not INTERPRETED:
         return "on a CPU it runs only in Triton's interpreter, with TRITON_INTERPRET=1 set before the first call"
-    if device == "cpu" and dtype == torch.bfloat16:
+    if device == "cpu" and dtype not in INTERPRETED_DTYPES:
         return "the arithmetic of Triton's interpreter is wrong in bfloat16"
     if device not in ("cpu", "cuda"):
         return f"its kernels are for CUDA and ROCm devices, not {device}"

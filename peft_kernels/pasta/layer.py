@@ -58,4 +58,5 @@ class PASTALayer(AdapterLayer):
         if rows is None:
             return Selection(config, special_ids, self.pasta_vectors(names[0]).unbind(0))
         vectors = torch.stack([self.pasta_vectors(n) for n in names], 1).unbind(0)
-        return Selection(config, special_ids, vectors, torch.tensor(rows, device=special_ids.device), -1 in rows)
+        adapter_ids = torch.tensor(rows).to(special_ids.device, non_blocking=True)
+        return Selection(config, special_ids, vectors, adapter_ids, -1 in rows)

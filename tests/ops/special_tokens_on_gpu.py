@@ -11,9 +11,7 @@ from against_reference import assert_like, expected_of
 from peft_kernels.ops.special_tokens import reference, special_token_add, special_token_add_, special_token_slots
 from peft_kernels.ops.vector_dropout import factors
 
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():  # it breaks the arithmetic of Triton's interpreter
-    DTYPES.append(torch.bfloat16)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Problem(NamedTuple):

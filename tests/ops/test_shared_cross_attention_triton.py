@@ -14,9 +14,7 @@ from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.shared_cross_attention import reference, shared_cross_attention
 from peft_kernels.ops.shared_cross_attention import triton as implementation
 
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():  # it breaks the interpreter's arithmetic
-    DTYPES.append(torch.bfloat16)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_cases import assert_refused, impl_fixture, skip_unless_taken
 from special_tokens_cases import CASES, DTYPES, by_hand, compare, in_place, make, of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_kernels.ops import special_token_add, special_token_add_, special_token_slots
 from peft_kernels.ops.special_tokens import implementations
@@ -312,3 +313,17 @@ def test_the_native_operators_refuse_what_would_read_beyond_their_tensors():
         backward(hidden, slots, 1, 0, 0.0, None, None)
     with pytest.raises(RuntimeError, match="bool CPU tensor"):
         torch.ops.peft_kernels.special_token_slots_cpu(slots, torch.tensor([1]), torch.ones(2, 1, dtype=torch.bool), 2)
+
+
+def test_a_list_of_ids_is_copied_without_waiting_for_the_device():
+    class Copies(TorchDispatchMode):
+        blocking = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                self.blocking.append(not kwargs.get("non_blocking"))
+            return function(*args, **(kwargs or {}))
+
+    with Copies() as copies:
+        special_token_slots(torch.zeros(2, 3, dtype=torch.long, device="meta"), [1, 2], max_slots=2)
+    assert copies.blocking == [False]

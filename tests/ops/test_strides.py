@@ -76,23 +76,33 @@ class Recorder:
         return called
 
 
-@pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
-def test_implementation_honours_strides_of_integers(runs, device, monkeypatch):
-    """Below the operator: each implementation accepts index vectors with any stride."""
-    name, impl = runs
-    case = CASES[name]()
+def recorded_calls(name, impl, case, device, monkeypatch):
+    """The functions of an implementation that an operator calls, forward and backward, and their arguments; integers
+    are int32.
+    """
     package = implementations_of(case.package)
     recorder = Recorder(package.module(impl))
     with monkeypatch.context() as patch:
         patch.setattr(package, "module", lambda _: recorder)
         run(name, impl, laid_out(case, torch.Tensor.contiguous, torch.int32, device))
     assert recorder.calls
-    for function, arguments in recorder.calls:
+    return recorder.calls
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("runs", PAIRS, ids=by_name, indirect=True)
+def test_implementation_honours_strides_of_integers(runs, layout, device, monkeypatch):
+    """Below the operator: each implementation accepts index vectors with any stride."""
+    case = CASES[runs[0]]()
+    for function, arguments in recorded_calls(*runs, case, device, monkeypatch):
+
+        def laid(x):
+            varies = layout is expanded and x.shape in [case.tensors[key].shape for key in case.varying]
+            return layout(x) if x.ndim and not x.is_floating_point() and not varies else x.clone()
 
         def results(layout, function=function, arguments=arguments):
-            given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
-            given = [layout(x) if isinstance(x, Tensor) and x.ndim and not x.is_floating_point() else x for x in given]
+            given = [layout(laid(x)) if isinstance(x, Tensor) else x for x in arguments]
             result = function(*given)
             return given[0] if result is None else result
 
-        WithinRounding(lambda results=results: results(torch.Tensor.contiguous)).check(results(column))
+        WithinRounding(lambda results=results: results(torch.Tensor.contiguous)).check(results(lambda x: x))

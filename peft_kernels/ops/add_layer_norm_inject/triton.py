@@ -34,12 +34,12 @@ def forward(x, residual, weight, bias, vectors, slots, adapter_ids, eps, rms, pr
     rstd = weight.new_empty(batch, length) if keep else None
     if batch * length:
         options = _tuned("forward", x)
-        vectors_per_adapter = 0 if vectors is None else vectors.shape[1]
+        adapters, vectors_per_adapter = (0, 0) if vectors is None else vectors.shape[:2]
         slots_per_row = 0 if slots is None else slots.shape[1]
         with guard(x.device):
             triton_kernels.add_layer_norm_inject_fwd_kernel[cdiv(batch * length, options["BR"]),](
                 out, total, mean, rstd, x, residual, weight, bias, vectors, slots, adapter_ids, seed,
-                batch * length, length, slots_per_row, vectors_per_adapter, width, eps, *dropout(dropout_p),
+                batch * length, length, slots_per_row, adapters, vectors_per_adapter, width, eps, *dropout(dropout_p),
                 *x.stride()[:2], *residual.stride()[:2], *strides(slots, 2), *strides(adapter_ids, 1),
                 RMS=rms, PRE=pre, **options,
             )  # fmt: skip
@@ -73,7 +73,9 @@ def backward(
         )
     if not need_vectors:
         return grad_x, None
-    return grad_x, special_tokens.backward(grad_slots if pre else grad, *rest, by_slot=pre)
+    return grad_x, special_tokens.backward(
+        grad_slots if pre else grad, *rest, by_slot_of=grad.shape[1] if pre else None
+    )
 
 
 def _rows(grad, grad_sum, total, mean, rstd, weight, slots, need_x, need_slots):

@@ -39,6 +39,7 @@ def _inject(b_x, vectors, seed, threshold, scale, o_row, b_slot, b_adapter, o_d,
         "tokens",
         "length",
         "slots_per_row",
+        "adapters",
         "vectors_per_adapter",
         "threshold",
         "stride_sb",
@@ -48,7 +49,7 @@ def _inject(b_x, vectors, seed, threshold, scale, o_row, b_slot, b_adapter, o_d,
 )
 def add_layer_norm_inject_fwd_kernel(
     out, total, mean, rstd, x, residual, weight, bias, vectors, slots, adapter_ids, seed,
-    tokens, length, slots_per_row, vectors_per_adapter, d, eps, threshold, scale,
+    tokens, length, slots_per_row, adapters, vectors_per_adapter, d, eps, threshold, scale,
     stride_xb, stride_xs, stride_rb, stride_rs, stride_sb, stride_sj, stride_k,
     RMS: tl.constexpr, PRE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +66,7 @@ def add_layer_norm_inject_fwd_kernel(
     p_residual = residual + (o_row.to(tl.int64) * stride_rb + o_s.to(tl.int64) * stride_rs)[:, None] + o_d[None, :]
     b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32) + tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
     if vectors is not None:
-        b_adapter = adapters_of(adapter_ids, o_row, stride_k, m_t)
+        b_adapter = adapters_of(adapter_ids, o_row, stride_k, adapters, m_t)
         b_slot = _slots_of(slots, o_row, o_s, m_t, slots_per_row, stride_sb, stride_sj, BK)
         b_slot = tl.where(b_adapter >= 0, b_slot, -1)
         if PRE:
@@ -102,7 +103,7 @@ def add_layer_norm_inject_bwd_kernel(
     alone.
 
     grad_x, (B, S, d), gets every row of the gradient; grad_slots, (B, k, d) float32, gets the rows of special tokens
-    before rounding.
+    before rounding. The rows of slots out of range are not written.
     """
     o_t = tl.program_id(0) * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD)
@@ -112,7 +113,7 @@ def add_layer_norm_inject_bwd_kernel(
         o_s = tl.load(slots + o_row.to(tl.int64) * stride_sb + b_slot.to(tl.int64) * stride_sj, mask=m_t, other=-1).to(
             tl.int32
         )
-        m_t = m_t & (o_s >= 0)
+        m_t = m_t & (o_s >= 0) & (o_s < length)
         o_t = o_row.to(tl.int64) * length + o_s
     else:
         o_row, o_s = o_t // length, o_t % length

@@ -1,10 +1,12 @@
+from itertools import product
+
 from ..variant import ARCHITECTURES, Expected, Variant
 from . import triton as implementation
 from . import triton_kernels
 
 OPERATOR = "add_layer_norm_inject"
 CUDA_KERNELS = ("add_layer_norm_inject_fwd_kernel", "add_layer_norm_inject_bwd_kernel")
-WIDTHS = (1024, 8192)
+WIDTHS = (1024, 8192)  # four warps and sixteen; in between, a thread has as many elements
 EXPECTED = Expected(store=16, warps=12)
 OTHERS = {
     **dict.fromkeys(("adapter_ids", "seed"), "*i64"),
@@ -23,9 +25,9 @@ def variants():
     for architecture in ARCHITECTURES:
         for dtype in ("fp32", "bf16"):
             types = {**OTHERS, **dict.fromkeys(IN_STORAGE, f"*{dtype}")}
-            for width, pre in (*((width, False) for width in WIDTHS), (WIDTHS[0], True)):
-                options = {"RMS": False, "PRE": pre, **implementation.row_options(width)}
+            for width, rms, pre in product(WIDTHS, (False, True), (False, True)):
+                options = {"RMS": rms, "PRE": pre, **implementation.row_options(width)}
                 yield Variant(architecture, OPERATOR, "forward", dtype, KERNELS["forward"], options, types, EXPECTED)
-            for width in WIDTHS:
-                options = {"LISTED": False, **implementation.row_options(width)}
+            for width, listed in product(WIDTHS, (False, True)):
+                options = {"LISTED": listed, **implementation.row_options(width)}
                 yield Variant(architecture, OPERATOR, "backward", dtype, KERNELS["backward"], options, types, EXPECTED)

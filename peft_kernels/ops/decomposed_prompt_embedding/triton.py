@@ -67,7 +67,7 @@ def forward(
     with guard(weight.device):
         triton_kernels.decomposed_prompt_embedding_fwd_kernel[programs_per_row * cdiv(batch, rows),](
             out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
-            batch, length, virtual, positions, rank, width, rows, scale, embed_scale,
+            batch, length, virtual, positions, rank, width, rows, weight.shape[0], len(prompt), scale, embed_scale,
             *input_ids.stride(), weight.stride(0), _stride(offsets), _stride(adapter_ids),
             **options,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Triton kernels. Every element of a result is written by one program.
 
 Prefixes: o_ offsets, m_ masks, b_ blocks in registers. A token of a row has the position token - offset; the tokens
-before the offset take the remaining positions at the end, so tokens and positions map one to one.
+before the offset take the remaining positions at the end, so tokens and positions map one to one. An adapter out of
+range counts as none, an id as the last one, an offset as the length.
 """
 
 import triton
@@ -15,6 +16,12 @@ def _integer_or_zero(p, i, stride):
     else:
         x = tl.load(p + i * stride).to(tl.int32)
     return x
+
+
+@triton.jit
+def _adapter_of(adapter_ids, row, stride_k, adapters):
+    adapter = _integer_or_zero(adapter_ids, row, stride_k)
+    return tl.where(adapter < adapters, adapter, -1)
 
 
 @triton.jit
@@ -45,13 +52,18 @@ def _product(
 
 
 @triton.jit
-def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row):
+def _last_if_out_of_range(x, last):
+    return tl.minimum(x.to(tl.uint32, bitcast=True), last.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, vocabulary, o_row, m_row):
     """Returns, for a row of the batch, its offset, the tokens at the positions o_row, and their ids, [BP]."""
-    offset = _integer_or_zero(offsets, row, stride_o)
+    offset = _last_if_out_of_range(_integer_or_zero(offsets, row, stride_o), length)
     o_token = o_row + offset
     o_token = tl.where(o_token < length, o_token, o_token - length)
     b_id = tl.load(input_ids + row * stride_ib + o_token.to(tl.int64) * stride_il, mask=m_row, other=0)
-    return offset, o_token, b_id.to(tl.int32)
+    return offset, o_token, _last_if_out_of_range(b_id.to(tl.int32), vocabulary - 1)
 
 
 @triton.jit(
@@ -62,6 +74,8 @@ def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o
         "positions",
         "rank",
         "rows",
+        "vocabulary",
+        "adapters",
         "stride_ib",
         "stride_il",
         "stride_o",
@@ -70,7 +84,7 @@ def _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o
 )
 def decomposed_prompt_embedding_fwd_kernel(
     out, input_ids, weight, prompt, a, b, delta, offsets, adapter_ids,
-    batch, length, virtual, positions, rank, d, rows, scale, embed_scale,
+    batch, length, virtual, positions, rank, d, rows, vocabulary, adapters, scale, embed_scale,
     stride_ib, stride_il, stride_w, stride_o, stride_k,
     FIRST: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +109,7 @@ def decomposed_prompt_embedding_fwd_kernel(
         m_out = (o_row < virtual)[:, None] & m_d[None, :]  # [BP, BD]
         o_out = (FIRST + o_row).to(tl.int64)[:, None] * d + o_d[None, :]
         for _ in range(begin, end):
-            adapter = _integer_or_zero(adapter_ids, row, stride_k)
+            adapter = _adapter_of(adapter_ids, row, stride_k, adapters)
             if adapter != current:
                 b_update = _load_rows(prompt, adapter, virtual, d, o_row, o_d, m_out)
                 b_update = tl.where(adapter >= 0, b_update, 0.0)
@@ -106,7 +120,9 @@ def decomposed_prompt_embedding_fwd_kernel(
         o_row = (tile - prompt_tiles) * BP + tl.arange(0, BP)
         m_row = o_row < length
         m_out = m_row[:, None] & m_d[None, :]  # [BP, BD]
-        offset, o_token, b_id = _load_ids(input_ids, offsets, row, stride_ib, stride_il, stride_o, length, o_row, m_row)
+        offset, o_token, b_id = _load_ids(
+            input_ids, offsets, row, stride_ib, stride_il, stride_o, length, vocabulary, o_row, m_row
+        )
         for _ in range(begin, end):
             # [BP, BD]
             b_x = tl.load(weight + (b_id.to(tl.int64) * stride_w)[:, None] + o_d[None, :], mask=m_out, other=0.0)
@@ -115,9 +131,9 @@ def decomposed_prompt_embedding_fwd_kernel(
             # The ids of the next row are loaded while this row is written.
             next_row = tl.minimum(row + 1, end - 1)
             offset, o_token, b_id = _load_ids(
-                input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, o_row, m_row
+                input_ids, offsets, next_row, stride_ib, stride_il, stride_o, length, vocabulary, o_row, m_row
             )
-            adapter = _integer_or_zero(adapter_ids, row, stride_k)
+            adapter = _adapter_of(adapter_ids, row, stride_k, adapters)
             if adapter != current:
                 if delta is None:
                     b_update = _product(a, b, adapter, positions, rank, d, o_row, o_d, m_row, m_d, scale, BR, PRECISION)
@@ -157,7 +173,8 @@ def decomposed_prompt_embedding_bwd_kernel(
             m_n = m_n & (b_adapter == adapter)
         b_token = o_n * 0 + position
         if offsets is not None:
-            b_token += tl.load(offsets + o_n.to(tl.int64) * stride_o, mask=m_n, other=0).to(tl.int32)
+            b_offset = tl.load(offsets + o_n.to(tl.int64) * stride_o, mask=m_n, other=0).to(tl.int32)
+            b_token += _last_if_out_of_range(b_offset, length)
         b_column = tl.where(b_token < FIRST, b_token, b_token + virtual)
         b_column = tl.where(o_n * 0 + position < 0, FIRST + position + prompt_rows, b_column)
         m_n = m_n & ((b_token < length) | (o_n * 0 + position < 0))

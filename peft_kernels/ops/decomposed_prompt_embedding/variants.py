@@ -23,24 +23,13 @@ def variants():
                 "amd" if architecture == "gfx942" else "nvidia", 4 if dtype == "fp32" else 2
             ]
             types = {**OTHERS, **dict.fromkeys(("out", "weight", "grad"), f"*{dtype}")}
-            for kernel, absent in (("forward_product", ("delta",)), ("forward_delta", ("a", "b"))):
-                product = kernel == "forward_product"
-                # 16 bits: three TF32 matmuls
-                unit = matrix_unit(architecture, dtype == "fp32", configs.forward.rows) if product else None
-                options, given = (
-                    implementation.forward_options(configs.forward, True, product),
-                    {**types, **dict.fromkeys(absent)},
-                )
-                expected = Expected(unit, store=16, warps=WARPS)
-                yield Variant(architecture, OPERATOR, kernel, dtype, KERNELS["forward"], options, given, expected)
-            options = implementation.backward_options(configs.backward, True)
-            yield Variant(
-                architecture,
-                OPERATOR,
-                "backward",
-                dtype,
-                KERNELS["backward"],
-                options,
-                types,
-                Expected(warps=WARPS),
-            )
+            for first in (False, True):
+                for kernel, absent in (("forward_product", ("delta",)), ("forward_delta", ("a", "b"))):
+                    product = kernel == "forward_product"
+                    # 16 bits: three TF32 matmuls
+                    unit = matrix_unit(architecture, dtype == "fp32", configs.forward.rows) if product else None
+                    options = implementation.forward_options(configs.forward, first, product)
+                    expected, present = Expected(unit, store=16, warps=WARPS), {**types, **dict.fromkeys(absent)}
+                    yield Variant(architecture, OPERATOR, kernel, dtype, KERNELS["forward"], options, present, expected)
+                options, expected = implementation.backward_options(configs.backward, first), Expected(warps=WARPS)
+                yield Variant(architecture, OPERATOR, "backward", dtype, KERNELS["backward"], options, types, expected)

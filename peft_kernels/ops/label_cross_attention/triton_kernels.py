@@ -21,9 +21,13 @@ def tokens_of_row(lengths, offsets, n, b):
     without padding.
     """
     first, tokens = rows_of_input(offsets, 1, n, b)
+    if offsets is not None:
+        end = tl.minimum(tl.maximum(first + tokens, 0), n)
+        first = tl.minimum(tl.maximum(first, 0), n)
+        tokens = (end - first).to(tl.int32)
     given = tokens
     if lengths is not None:
-        given = tl.load(lengths + b).to(tl.int32)
+        given = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), n)
     return first, tokens, given
 
 
@@ -64,7 +68,7 @@ def label_cross_attention_scores_kernel(
     blocks = tl.cdiv(queries, BQ)
     b, first, tokens = tile_of_rows(offsets, 1, n, batch, tl.program_id(0) // blocks, BN)
     row, _, given = tokens_of_row(lengths, offsets, n, b)
-    tokens = tl.minimum(tokens, given - (first - row).to(tl.int32))
+    tokens = tl.where(first < row, 0, tl.minimum(tokens, given - (first - row).to(tl.int32)))
     if tokens <= 0:
         return
     o_n, o_k = tl.arange(0, BN), tl.arange(0, BK)

@@ -29,8 +29,8 @@ def variants():
         for dtype in ("fp32", "mixed", "bf16"):
             for unit, queries in implementation.CONFIGS:
                 if unit == unit_of(architecture, dtype):
-                    yield from (product(architecture, kernel, dtype, queries) for kernel in ("scores", "pool"))
-        yield product(architecture, "pool_float", "bf16", 64)
+                    kernels = ("scores", "pool", "pool_float") if dtype == "bf16" else ("scores", "pool")
+                    yield from (product(architecture, kernel, dtype, queries) for kernel in kernels)
         yield from (product(architecture, kernel, "fp16", 32) for kernel in ("scores", "pool"))
 
 

@@ -42,8 +42,8 @@ def forward(hidden, weight, label_ids, bias, positions):
         with guard(hidden.device):
             triton_kernels.label_logits_fwd_kernel[cdiv(words, options["BW"]) * batch,](
                 out, hidden, weight, label_ids, bias, positions,
-                words, width, hidden.stride(0), hidden.stride(-2), hidden.stride(-1), *weight.stride(), *strides(bias,
-                1), *strides(positions, 1),
+                hidden.shape[1], words, weight.shape[0], width, hidden.stride(0), hidden.stride(-2), hidden.stride(-1),
+                *weight.stride(), *strides(bias, 1), *strides(positions, 1),
                 **options,
             )  # fmt: skip
     return out
@@ -59,7 +59,7 @@ def backward(grad_words, weight, label_ids):
         )
         with guard(weight.device):
             triton_kernels.label_logits_bwd_kernel[cdiv(width, options["BD"]) * batch,](
-                grad_rows, grad_words, weight, label_ids, label_ids.numel(), width, *weight.stride(), **options
+                grad_rows, grad_words, weight, label_ids, label_ids.numel(), *weight.shape, *weight.stride(), **options
             )
     return grad_rows
 

@@ -1,3 +1,5 @@
+from itertools import product
+
 from ..variant import ARCHITECTURES, Expected, Variant
 from . import triton as implementation
 from . import triton_kernels
@@ -5,8 +7,7 @@ from . import triton_kernels
 OPERATOR = "prototype_scores"
 FLOATS = ("out", "grad_projected", "grad", "projected", "prototypes", "partial", "radius", "scores", "losses")
 TYPES = {**dict.fromkeys(FLOATS, "*fp32"), "labels": "*i64", "weight": "fp32"}
-WIDTH = 128
-WIDE = 8192
+WIDTHS = (128, 8192)  # one warp and sixteen; in between, a thread has as many elements
 KERNELS = {
     "forward": triton_kernels.prototype_scores_fwd_kernel,
     "backward": triton_kernels.prototype_scores_bwd_kernel,
@@ -16,11 +17,6 @@ KERNELS = {
 
 
 def variants():
-    """Yields every kernel, and the loss with wide rows as well, since it needs the most registers."""
-    for architecture in ARCHITECTURES:
-        kernels = [(kernel, WIDTH) for kernel in ("forward", "backward", "prototypes", "cross_entropy")]
-        for kernel, width in (*kernels, ("cross_entropy", WIDE)):
-            function = KERNELS[kernel]
-            yield Variant(
-                architecture, OPERATOR, kernel, "fp32", function, implementation.row_options(width), TYPES, Expected()
-            )
+    for architecture, (kernel, function), width in product(ARCHITECTURES, KERNELS.items(), WIDTHS):
+        options = implementation.row_options(width)
+        yield Variant(architecture, OPERATOR, kernel, "fp32", function, options, TYPES, Expected())

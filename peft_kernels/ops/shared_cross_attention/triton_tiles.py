@@ -54,7 +54,7 @@ def length_of_input(key_lengths, n, i):
     if key_lengths is None:
         length = n
     else:
-        length = tl.load(key_lengths + i).to(tl.int32)
+        length = tl.minimum(tl.maximum(tl.load(key_lengths + i).to(tl.int32), 0), n)
     return length
 
 

@@ -102,7 +102,7 @@ def special_token_slots(
         for token in special_ids:
             if isinstance(token, float) or token is None:
                 raise TypeError(f"{name}: special_ids must be integers, got {token!r}")
-        special_ids = torch.tensor(special_ids, dtype=torch.long, device=input_ids.device)
+        special_ids = torch.tensor(special_ids, dtype=torch.long).to(input_ids.device, non_blocking=True)
     SLOTS.check(name, input_ids, special_ids, attention_mask)
     if max_slots < 0:
         raise ValueError(f"{name}: max_slots must be at least 0, got {max_slots}")

@@ -58,7 +58,7 @@ def slots(input_ids, special_ids, attention_mask, max_slots) -> tuple[Tensor, Te
 
 
 def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
-    (batch, slots_per_row), (_, vectors_per_adapter, width) = slots.shape, vectors.shape
+    (batch, slots_per_row), (adapters, vectors_per_adapter, width) = slots.shape, vectors.shape
     if not batch * slots_per_row * width:
         return
     (vectors,) = contiguous(vectors)
@@ -68,15 +68,15 @@ def add_(hidden, vectors, slots, dropout_p, seed, adapter_ids) -> None:
     with guard(hidden.device):
         triton_kernels.special_token_add_kernel[cdiv(width, options["BD"]) * batch * slots_per_row,](
             hidden, vectors, slots, adapter_ids, seed,
-            slots_per_row, vectors_per_adapter, width, *dropout(dropout_p), *hidden.stride(), *slots.stride(),
-            *strides(adapter_ids, 1),
+            hidden.shape[1], slots_per_row, adapters, vectors_per_adapter, width, *dropout(dropout_p),
+            *hidden.stride(), *slots.stride(), *strides(adapter_ids, 1),
             **options,
         )  # fmt: skip
 
 
-def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot=False) -> Tensor:
-    """Returns the gradient of the vectors. ``by_slot``: grad is (B, k, d), a row for every slot."""
-    (batch, slots_per_row), width = slots.shape, grad.shape[2]
+def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_slot_of=None) -> Tensor:
+    """Returns the gradient of the vectors. ``by_slot_of``: S; grad is (B, k, d), a row for every slot."""
+    (batch, slots_per_row), width, by_slot = slots.shape, grad.shape[2], by_slot_of is not None
     grad = dense(grad)
     options = tuned.options(
         "special_tokens", "backward", grad.device, backward_options(grad.element_size(), by_slot), grad.element_size()
@@ -88,7 +88,8 @@ def backward(grad, slots, adapters, vectors, dropout_p, seed, adapter_ids, by_sl
         with guard(grad.device):
             triton_kernels.special_token_add_bwd_kernel[parts * programs,](
                 partial, grad, slots, adapter_ids, seed,
-                batch, rows, slots_per_row, adapters, vectors, width, *dropout(dropout_p),
+                batch, by_slot_of if by_slot else grad.shape[1], rows, slots_per_row, adapters, vectors, width,
+                *dropout(dropout_p),
                 *grad.stride()[:2], *slots.stride(), *strides(adapter_ids, 1),
                 **options,
             )  # fmt: skip

@@ -1,6 +1,7 @@
 """Triton kernels. Every element of a result is written by one program.
 
-Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are in elements; offsets computed from them are 64-bit.
+A position or adapter out of range counts as none. Prefixes: o_ offsets, m_ masks, b_ blocks in registers. Strides are
+in elements; offsets computed from them are 64-bit.
 """
 
 import triton
@@ -8,12 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def adapters_of(adapter_ids, o_row, stride_k, mask):
-    """Returns the adapters of the rows, [BR]; without adapter_ids every row has adapter 0."""
+def adapters_of(adapter_ids, o_row, stride_k, adapters, mask):
+    """Returns the adapters of the rows, [BR]; negative: none. Without adapter_ids every row has adapter 0."""
     if adapter_ids is None:
         adapter = o_row * 0
     else:
         adapter = tl.load(adapter_ids + o_row.to(tl.int64) * stride_k, mask=mask, other=-1).to(tl.int32)
+        adapter = tl.where(adapter < adapters, adapter, -1)
     return adapter
 
 
@@ -81,12 +83,21 @@ def special_token_slots_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["slots_per_row", "vectors_per_adapter", "threshold", "stride_sb", "stride_sj", "stride_k"]
+    do_not_specialize=[
+        "length",
+        "slots_per_row",
+        "adapters",
+        "vectors_per_adapter",
+        "threshold",
+        "stride_sb",
+        "stride_sj",
+        "stride_k",
+    ]
 )
 def special_token_add_kernel(
     hidden, vectors, slots, adapter_ids, seed,
-    slots_per_row, vectors_per_adapter, d, threshold, scale, stride_hb, stride_hs, stride_hd, stride_sb, stride_sj,
-    stride_k,
+    length, slots_per_row, adapters, vectors_per_adapter, d, threshold, scale,
+    stride_hb, stride_hs, stride_hd, stride_sb, stride_sj, stride_k,
     BD: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of one vector in place. Grid: tiles of columns, then (B, k).
@@ -98,7 +109,8 @@ def special_token_add_kernel(
     o_slot = tl.program_id(0) // tiles % slots_per_row + tl.arange(0, 1)
     o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     b_position = tl.load(slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj).to(tl.int64)  # [1]
-    b_adapter = adapters_of(adapter_ids, o_row, stride_k, o_row >= 0)
+    b_position = tl.where(b_position < length, b_position, -1)
+    b_adapter = adapters_of(adapter_ids, o_row, stride_k, adapters, o_row >= 0)
     if tl.max(tl.minimum(b_position, b_adapter.to(tl.int64)), 0) >= 0:
         mask = (o_d < d)[None, :]
         p = (
@@ -117,6 +129,7 @@ def special_token_add_kernel(
 @triton.jit(
     do_not_specialize=[
         "batch",
+        "length",
         "rows",
         "slots_per_row",
         "adapters",
@@ -129,14 +142,14 @@ def special_token_add_kernel(
 )
 def special_token_add_bwd_kernel(
     partial, grad, slots, adapter_ids, seed,
-    batch, rows, slots_per_row, adapters, vectors_per_adapter, d, threshold, scale, stride_gb, stride_gs, stride_sb,
-    stride_sj, stride_k,
+    batch, length, rows, slots_per_row, adapters, vectors_per_adapter, d, threshold, scale,
+    stride_gb, stride_gs, stride_sb, stride_sj, stride_k,
     BY_SLOT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Sums the gradient of one vector over ``rows`` rows of the batch, BN pairs of row and slot at a time, in order.
 
     Grid: tiles of columns, then (K, P), then parts of the batch. BY_SLOT: grad is (B, k, d), a row for every slot, in
-    place of (B, S, d).
+    place of (B, S, d); ``length`` is S.
     """
     tiles = tl.cdiv(d, BD)
     o_d = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
@@ -157,7 +170,8 @@ def special_token_add_bwd_kernel(
         b_position = tl.load(
             slots + o_row.to(tl.int64) * stride_sb + o_slot.to(tl.int64) * stride_sj, mask=m_n, other=-1
         )
-        m_n = m_n & (b_position >= 0) & (adapters_of(adapter_ids, o_row, stride_k, m_n) == adapter)
+        m_n = m_n & (b_position >= 0) & (b_position < length)
+        m_n = m_n & (adapters_of(adapter_ids, o_row, stride_k, adapters, m_n) == adapter)
         if BY_SLOT:
             b_token = o_slot.to(tl.int64)
         else:
