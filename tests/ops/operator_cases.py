@@ -77,7 +77,7 @@ def label_attention_of(slots, features, **rows):
         {"slots": slots, "features": features, **weights, **rows},
         tuple(rows),
         {"num_heads": 2},
-        ("offsets",),
+        tuple(rows) if "offsets" in rows else (),
         ("features",),
     )
 

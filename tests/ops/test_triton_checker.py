@@ -7,8 +7,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 import pytest
 import torch
 import triton_checker
-from operator_cases import CASES
-from test_strides import column, expected_of, laid_out, recorded_calls, run
+from layouts import column, laid_out, recorded_calls
+from operator_cases import CASES, expected_of, run
 
 from peft_kernels.ops import triton_runtime
 from peft_kernels.ops.registry import declared
@@ -42,9 +42,9 @@ def test_planted_faults_are_caught(fault, device, tmp_path, monkeypatch):
     name, (code, planted), message = FAULTS[fault]
     case = CASES[name]()
     launcher = import_module(f"peft_kernels.ops.{case.package}.triton")
-    tensors = laid_out(case, column, torch.int64, device)
-    expected = expected_of(name, tensors, case.options)
-    expected.check(run(name, "triton", tensors, case.options))
+    case = laid_out(case, column, torch.int64, device)
+    expected = expected_of(name, case)
+    expected.check(run(name, "triton", case))
 
     source = inspect.getsource(launcher.triton_kernels)
     assert code in source
@@ -55,7 +55,7 @@ def test_planted_faults_are_caught(fault, device, tmp_path, monkeypatch):
     spec.loader.exec_module(kernels)
     monkeypatch.setattr(launcher, "triton_kernels", kernels)
     with pytest.raises(AssertionError, match=message):
-        expected.check(run(name, "triton", tensors, case.options))
+        expected.check(run(name, "triton", case))
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def test_every_kernel_runs_checked(device, monkeypatch):
     attention = import_module("peft_kernels.ops.shared_cross_attention.triton")
     monkeypatch.setattr(attention, "num_splits", lambda programs, n, processors: 2)
     for name, case in CASES.items():
-        run(name, "triton", laid_out(case(), column, torch.int64, device), case().options)
+        run(name, "triton", laid_out(case(), column, torch.int64, device))
     kernels = [kernel for module in declared("variants").values() for kernel in module.KERNELS.values()]
     assert launched == {kernel.__name__ for kernel in kernels}
 
