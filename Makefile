@@ -46,7 +46,7 @@ test-arithmetic: env
 	done
 lint: env
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
+	.venv/bin/clang-format --dry-run -Werror $(shell find csrc tests/cuda_on_host -type f ! -name '*.py*')
 	.venv/bin/mypy
 docs: env
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
