@@ -76,16 +76,13 @@ def generate(
 
     start = _start_token(base, config)
     device = input_ids.device
-    ids = torch.full((len(flat), longest), start, device=device)
-    if config.pad_token_id is not None:
-        ids.fill_(config.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(flat):
-        ids[row, longest - 1 - len(prompt) :] = torch.tensor([start, *prompt], device=device)
-        mask[row, longest - 1 - len(prompt) :] = 1
-    streams = {"decoder_input_ids": ids, "left_padded_prompts": not bool(mask.all())}
-    if streams["left_padded_prompts"] or len(flat) != input_ids.shape[0]:
-        streams["decoder_attention_mask"] = mask
+    pad = start if config.pad_token_id is None else config.pad_token_id
+    padding = [longest - 1 - len(prompt) for prompt in flat]
+    rows = [[pad] * columns + [start, *prompt] for columns, prompt in zip(padding, flat)]
+    streams = {"decoder_input_ids": torch.tensor(rows).to(device), "left_padded_prompts": any(padding)}
+    if any(padding):  # without a mask, no step has to build and read one
+        mask = [[0] * columns + [1] * (longest - columns) for columns in padding]
+        streams["decoder_attention_mask"] = torch.tensor(mask).to(device)
     counts = list(map(len, per_input))
     if len(set(counts)) > 1:
         streams["encoder_index"] = _index(counts, device)

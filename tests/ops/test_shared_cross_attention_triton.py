@@ -190,9 +190,11 @@ def test_the_grid_of_ragged_streams_covers_every_row(rows, block):
 
 def test_splits_fill_the_device_and_stay_long_enough():
     assert implementation.num_splits(1000, 1 << 20, 132) == 1
-    assert implementation.num_splits(8, 4096, 132) == 16
-    assert implementation.num_splits(8, 300, 132) == 1
-    assert implementation.num_splits(1, 1 << 20, 132) == implementation.MAX_SPLITS
+    assert implementation.num_splits(106, 4096, 132) == 1  # 80 % of the SMs are busy
+    assert implementation.num_splits(12, 512, 132) == 7  # 84 programs of 73 keys and more
+    assert implementation.num_splits(48, 4096, 132) == 5  # 240 programs in two waves; 96, in one, fill 73 %
+    assert implementation.num_splits(12, 127, 132) == 1
+    assert implementation.num_splits(1, 1 << 20, 132) == 55
 
 
 @pytest.mark.parametrize(

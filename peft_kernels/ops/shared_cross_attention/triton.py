@@ -22,7 +22,9 @@ __all__ = ["backward", "forward", "unavailable"]
 
 MAX_STRIDE = (1 << 31) // 128  # limit for rows and keys: offsets inside a tile are int32
 MAX_SPLITS = 64
-SPLIT_KEYS = 256  # a split of fewer keys costs more in the merge than it saves
+SPLIT_KEYS = 64  # a split has at least so many keys
+FULL = 0.8  # the share of the SMs from which keys are not split
+NEAR_BEST = 0.85  # of the best share of busy SMs, from which fewer splits are taken: each costs the merge time
 FMA_DEPTH = 16  # columns at a time without tensor cores
 ROW_HEADS = 16  # (row, head) pairs per program in kernels without a matmul
 
@@ -233,9 +235,20 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
-def num_splits(programs: int, n: int, processors: int) -> int:
-    """Returns the number of key ranges per tile, so that every SM runs two programs."""
-    return max(1, min(2 * processors // programs, n // SPLIT_KEYS, MAX_SPLITS))
+@cache
+def num_splits(programs: int, n: int, sms: int) -> int:
+    """Returns the number of key ranges per tile: the fewest with which the waves of programs keep nearly as many SMs
+    busy as with the best number. FlashAttention 2 splits by the same rule.
+    """
+    if programs >= FULL * sms:
+        return 1
+
+    def busy(splits):
+        return programs * splits / sms / cdiv(programs * splits, sms)
+
+    numbers = range(1, max(1, min(n // SPLIT_KEYS, MAX_SPLITS)) + 1)
+    best = max(map(busy, numbers))
+    return next(splits for splits in numbers if busy(splits) >= NEAR_BEST * best)
 
 
 def block_d(head_dim: int) -> int:
