@@ -56,7 +56,7 @@ PARAMETERS = {
     "ops.prototype_cross_entropy": "features projection prototypes radius scores labels *weight *impl",
     "ops.prototype_objective": "prototypes scores labels *weight *impl",
     "ops.prototype_scores": "features projection prototypes radius scores *weight *impl",
-    "ops.shared_cross_attention": "query key value *key_lengths *encoder_index *scale *return_lse *impl",
+    "ops.shared_cross_attention": "query key value *key_lengths *encoder_index *cu_streams *scale *return_lse *impl",
     "ops.special_token_add": "hidden vectors slots *dropout_p *seed *adapter_ids *impl",
     "ops.special_token_add_": "hidden vectors slots *dropout_p *seed *adapter_ids *impl",
     "ops.special_token_slots": "input_ids special_ids *max_slots *attention_mask *impl",

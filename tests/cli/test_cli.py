@@ -129,7 +129,7 @@ def test_info_fits_on_a_screen(gpu, monkeypatch):
     """80 columns and 40 lines, with a compiler's longest message, and with a GPU that uses tuned configs."""
     error = "csrc/cpu/x.cpp:7: error: 'y' was not declared in this scope" + 12 * " word"
     reason = f"the native library is not built (g++ failed (exit status 1): {error})"
-    monkeypatch.setattr(native_library, "problem", lambda: reason)
+    monkeypatch.setattr(native_library, "load_error", lambda: reason)
     if gpu:
         tuned_ones = {
             **dict.fromkeys(info.packages(), "default"),

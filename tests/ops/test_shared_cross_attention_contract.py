@@ -29,7 +29,7 @@ def test_opcheck(case, impl, need_lse):
     if not need_lse:
         tensors = [x.detach() for x in tensors]
     torch.library.opcheck(
-        torch.ops.peft_kernels.shared_cross_attention.default, (*tensors, *where.values(), 0.3, need_lse, impl)
+        torch.ops.peft_kernels.shared_cross_attention.default, (*tensors, *where.values(), None, 0.3, need_lse, impl)
     )
 
 
@@ -38,8 +38,8 @@ def test_opcheck(case, impl, need_lse):
 def test_opcheck_backward(case, impl, needs):
     tensors, where = leaves(case)
     tensors = [x.detach() for x in tensors]
-    out, lse = torch.ops.peft_kernels.shared_cross_attention(*tensors, *where.values(), 0.3, True, impl)
-    args = (torch.ones_like(out), torch.ones_like(lse), *tensors, out, lse, *where.values(), 0.3, *needs, impl)
+    out, lse = torch.ops.peft_kernels.shared_cross_attention(*tensors, *where.values(), None, 0.3, True, impl)
+    args = (torch.ones_like(out), torch.ones_like(lse), *tensors, out, lse, *where.values(), None, 0.3, *needs, impl)
     torch.library.opcheck(torch.ops.peft_kernels.shared_cross_attention_backward.default, args)
 
 
@@ -121,6 +121,7 @@ def ints(*values, dtype=torch.int64):
     return torch.tensor(values, dtype=dtype)
 
 
+RAGGED = {"encoder_index": ints(0, 0, 0, 1)}
 WRONG = [
     ({"query": X[0]}, ValueError, r"query must be \(N, H, t, D\), got \(2, 3, 8\)"),
     (
@@ -162,8 +163,27 @@ WRONG = [
     ({"encoder_index": ints(0, 0, 1, 1).bool()}, TypeError, "encoder_index must be int32 or int64, got torch.bool"),
     ({"encoder_index": ints(0, 1, 0, 1)}, ValueError, "encoder_index must not decrease"),
     ({"encoder_index": ints(0, 1, 1, 2)}, ValueError, r"encoder_index must lie in \[0, 2\), got values from 0 to 2"),
+    ({"cu_streams": ints(0, 2, 4)}, ValueError, "cu_streams must be .* with encoder_index, got no encoder_index"),
+    ({**RAGGED, "cu_streams": ints(0, 4)}, ValueError, r"cu_streams must be \(b \+ 1,\) .* got 2 values for 2 inputs"),
+    ({**RAGGED, "cu_streams": ints(0, 2, 4)}, ValueError, r"cu_streams must be \[0, 3, 4\] .* got \[0, 2, 4\]"),
+    ({**RAGGED, "cu_streams": ints(0, 3, 4) / 1}, TypeError, "cu_streams must be int32 or int64, got torch.float32"),
     ({"encoder_index": ints(-1, 0, 0, 1)}, ValueError, r"encoder_index must lie in \[0, 2\), got values from -1 to 1"),
 ]
+
+
+@pytest.mark.parametrize("impl", implementations.names)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_streams_that_are_passed_are_those_that_are_computed(impl, dtype):
+    if reason := implementations.unavailable(impl, "cpu", torch.float32):
+        pytest.skip(reason)
+    query, key, value = torch.randn(4, 2, 3, 8), *torch.randn(2, 3, 2, 5, 8)
+    results = []
+    for starts in ({}, {"cu_streams": torch.tensor([0, 3, 3, 4], dtype=dtype)}):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out = shared_cross_attention(*leaves, encoder_index=torch.tensor([0, 0, 0, 2]), **starts, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("change", "kind", "message"), WRONG, ids=[w[2][:40] for w in WRONG])

@@ -191,8 +191,8 @@ def _forward(query, key, value, key_lengths, encoder_index, cu_streams, scale, n
     if impl == "auto":  # resolved here, below the dispatcher, where shapes are never symbolic
         impl = choose(query, key)
     implementation = implementations.runnable("shared_cross_attention", impl, query.device.type, query.dtype)
-    starts = {"cu_streams": cu_streams} if impl == "triton" else {}
-    out, lse = implementation.forward(query, key, value, key_lengths, encoder_index, scale, need_lse, **starts)
+    starts = (cu_streams,) if impl == "triton" else ()
+    out, lse = implementation.forward(query, key, value, key_lengths, encoder_index, scale, need_lse, *starts)
     return out, lse if need_lse else out.new_empty(0, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
@@ -204,9 +204,9 @@ def _backward(
     needs = (need_query, need_key, need_value)
     if impl == "auto":
         impl = choose(query, key)
-    starts = {"cu_streams": cu_streams} if impl == "triton" else {}
+    starts = (cu_streams,) if impl == "triton" else ()
     gradients = implementations.module(impl).backward(
-        grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs, **starts
+        grad_out, grad_lse, query, key, value, out, lse, key_lengths, encoder_index, scale, *needs, *starts
     )
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 

@@ -111,14 +111,14 @@ class Plan(NamedTuple):
     """What a forward launch needs to know and shapes alone decide."""
 
     copied: tuple[bool, bool, bool]  # whether query, key and value are copied to another layout
-    site: tuple[str, str, tuple[int, ...]]  # of the table of tuned configs
-    default: dict[str, int]
+    default: dict[str, int]  # config
+    key: tuple[int, ...]  # of its row in the table of tuned configs
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
-def plan(shape, strides, key_shape, key_strides, value_strides, size: int, device: torch.device) -> Plan:
+def plan(shape, strides, key_shape, key_strides, value_strides, size: int, family: str) -> Plan:
     """Returns the plan of a forward launch. A copied tensor is token-major, so its strides are known."""
     (streams, heads, tokens, head_dim), (inputs, _, n, _) = shape, key_shape
     copied = not _folds(shape, strides), not _loads(key_strides), not _loads(value_strides)
@@ -131,13 +131,12 @@ def plan(shape, strides, key_shape, key_strides, value_strides, size: int, devic
         token_major_strides(n) if copy else x for copy, x in zip(copied[1:], (key_strides, value_strides))
     )
     rows = streams * tokens
-    family, _ = device_of(device)
     configs = configs_of(family, size, head_dim)
     config = next((c for c in configs.forward if c.rows * inputs >= rows), configs.forward[-1])
     return Plan(
         copied,
-        ("shared_cross_attention", "forward", (size, table_d(head_dim), config.rows)),
         launch_options(config, family, size, head_dim),
+        (size, table_d(head_dim), config.rows),
         (tokens, rows // inputs, rows, inputs, n),
         (*_row_strides_of(shape, strides), *key_strides[:3], *value_strides[:3]),
     )
@@ -154,20 +153,20 @@ def forward(
     if scale < 0:  # the kernel takes the maximum score before it scales
         query, scale = -query, -scale
     device = query.device
-    copied, site, options, sizes, strides = plan(
-        query.shape, query.stride(), key.shape, key.stride(), value.stride(), query.element_size(), device
+    family, sms = device_of(device)
+    copied, default, row, sizes, strides = plan(
+        query.shape, query.stride(), key.shape, key.stride(), value.stride(), query.element_size(), family
     )
     if any(copied):
         query, key, value = (as_token_major(x) if copy else x for copy, x in zip(copied, (query, key, value)))
     if key_lengths is not None:
         (key_lengths,) = contiguous(key_lengths)
     _, _, rows, inputs, n = sizes
-    changes = tuned.entries(device).get(site)
-    options = {**options, **changes} if changes else options
+    options = tuned.options("shared_cross_attention", "forward", device, default, *row)
     with guard(device):
         cu_streams = _cu_streams(encoder_index, cu_streams, inputs)
         tiles = _tiles(options["BM"], rows, inputs, cu_streams)
-        splits = num_splits(tiles * heads, n, device_of(device)[1])
+        splits = num_splits(tiles * heads, n, sms)
         part_out, part_lse = out, lse
         if splits > 1:
             part_out = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=query.device)
