@@ -18,7 +18,7 @@ QUICK = (any_shape and not triton) or saved_and_loaded or weights_are_stock or w
 FULL = not triton and not cuda and not instruction_sets and not errors
 ARITHMETIC ?= QUICK
 
-.PHONY: env demo figures test test-arithmetic test-oldest test-newest test-kernels test-cuda-on-host test-families lint docs kernels clean FORCE
+.PHONY: env demo figures test test-arithmetic test-oldest test-newest test-kernels test-cuda-on-host test-gpu-check test-families lint docs kernels clean FORCE
 
 env: .venv/.ready
 demo: env
@@ -57,6 +57,9 @@ test-kernels: env
 # the CUDA C++ kernels on the CPU: every case under ASan and UBSan, and faults that are planted in copies of the kernels
 test-cuda-on-host: env
 	$(call PYTEST,.venv) tests/cuda_on_host/full.py
+# scripts/gpu_check.sh, which checks a machine with a GPU, in a small form on the CPU
+test-gpu-check: env
+	for part in A B C; do OUT=build PYTHON=.venv/bin/python scripts/gpu_check.sh $$part --dry-run || exit 1; done
 # the table, and docs/kernels.md, written anew
 kernels: env
 	.venv/bin/python -m tools.kernel_report --write >/dev/null

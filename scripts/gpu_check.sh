@@ -66,10 +66,10 @@ case $part in
     step every_kernel 150 "$python" scripts/every_kernel.py --device $device $(on_gpu_or_dry "" special_token_add)
     step operators 170 "$python" -m pytest $(on_gpu_or_dry "tests/ops -n 8 --dist loadfile" tests/ops/test_special_tokens.py) \
       --device $device -m "not large_memory" --maxfail 20 -p no:cacheprovider
-    step large_memory 60 "$python" -m pytest $(on_gpu_or_dry tests/ops "tests/ops --collect-only") \
+    step large_memory 60 "$python" -m pytest $(on_gpu_or_dry tests/ops "tests/ops/test_label_logits.py") \
       --device $device -m large_memory -p no:cacheprovider
     step methods 170 "$python" -m pytest tests/workflows/on_device.py --device $device -p no:cacheprovider \
-      $(on_gpu_or_dry "-n 4" "-k PASTA-or-static") ;;
+      $(on_gpu_or_dry "-n 4" "-k PASTA") ;;
   B)
     step warm_cache 120 "$python" scripts/every_kernel.py --device $device $(on_gpu_or_dry "" special_token_add)
     for tool in memcheck racecheck synccheck initcheck; do sanitize $tool; done

@@ -52,7 +52,11 @@ def pytest_configure(config):
         names.TESTED = (names.TESTED[0], (math.inf, math.inf))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") != "cpu":  # the others have nothing to do with a GPU
+        elsewhere = [item for item in items if "device" not in item.fixturenames]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if "device" in item.fixturenames]
     if find_spec("expecttest") is None:
         for item in items:
             if "opcheck" in item.name:

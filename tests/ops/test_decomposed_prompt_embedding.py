@@ -71,6 +71,7 @@ def test_strides(impl, device):
     compare(of(impl), (row, weight[:1].expand(50, -1)), (prompt, a, b), **where)
 
 
+@pytest.mark.large_memory
 def test_table_rows_more_than_2_31_elements_apart(impl, device, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # untouched pages take no memory
     step = 2**31 // 3 + 64

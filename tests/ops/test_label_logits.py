@@ -88,6 +88,7 @@ def test_the_first_of_equal_words_takes_the_gradient(impl, device):
     assert weight.grad.sum(1).tolist() == [0, 0, 4]
 
 
+@pytest.mark.large_memory
 def test_tables_past_2_31_elements(impl, device, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # untouched pages take no memory
     rows, width = 2**31 // 64 + 100, 64

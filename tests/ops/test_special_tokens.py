@@ -69,6 +69,7 @@ def test_strides(impl, device):
         assert hidden.stride() == strides
 
 
+@pytest.mark.large_memory
 def test_rows_more_than_2_31_elements_apart(impl, device, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # untouched pages take no memory
     step = 2**31 // 3 + 64
