@@ -49,6 +49,15 @@ class PiDGenerationMixin(Swapped):
         finally:
             self.pid_hooks.encoder_index.set(None)
 
+    def get_compiled_call(self, compile_config):
+        """Drop a call that was compiled for another model: transformers keeps it here, and a deep copy keeps that of
+        its original.
+        """
+        function = getattr(vars(self).get("_compiled_call"), "_torchdynamo_orig_callable", None)
+        if getattr(function, "__self__", self) is not self:
+            del self._compiled_call
+        return super().get_compiled_call(compile_config)
+
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs(
             {k: v for k, v in model_kwargs.items() if k not in ("encoder_index", "left_padded_prompts")}

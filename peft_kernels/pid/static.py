@@ -37,7 +37,7 @@ class Bucket(NamedTuple):
     keys: int  # n of cross-attention
     streams: int  # N
     tokens: int  # capacity of self-attention
-    dtype: torch.dtype
+    dtype: torch.dtype  # of keys and values
     device: torch.device
 
 
@@ -167,7 +167,10 @@ def fixed(
     masked = families.family_of(model).takes_encoder_mask
     # without a mask, key lengths and the input of each stream would not reach the decoder
     keys, rows = (rounded_up(n, KEYS), rounded_up(num_streams, STREAMS)) if masked else (n, num_streams)
-    bucket = Bucket(inputs, keys, rows, rounded_up(tokens, TOKENS), states.dtype, states.device)
+    device = states.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else states.dtype
+    bucket = Bucket(inputs, keys, rows, rounded_up(tokens, TOKENS), dtype, device)
     buffers = caches.take(bucket, len(cache))
     buffers.fill(model, states, model_kwargs.get("attention_mask"), num_streams)
     return FixedCache(caches, buffers, states, tokens, config, num_streams=num_streams, left_padded=masked)

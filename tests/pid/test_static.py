@@ -156,6 +156,28 @@ def test_threads_have_caches_of_their_own(graphs):
     assert all(torch.equal(x, expected[i % 4]) for i, x in enumerate(got))
 
 
+def test_autocast_has_caches_of_its_own_dtype(graphs):
+    model = pid.enable(build("bart"), pack_weights=False)
+    expected = decided(model, lambda: generate(model, X["text"], num_beams=3))
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            tokens = generate(model, X["text"], num_beams=3, **compiled(graphs))
+        assert enabled or torch.equal(tokens, expected)  # in bfloat16 rounding may decide a token
+    dtypes = [buffers.cross_attention[0].keys.dtype for buffers in model.pid_static_caches._free]
+    assert sorted(map(str, dtypes)) == ["torch.bfloat16", "torch.float32"]
+
+
+def test_a_deep_copy_runs_its_own_weights(graphs):
+    """transformers keeps the compiled call on the model, and a deep copy keeps that of its original."""
+    model = pid.enable(build("t5"), pack_weights=False)
+    generate(model, X["text"], num_beams=3, **compiled(graphs))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.copy_(twin.lm_head.weight.flip(0))
+    expected = decided(twin, lambda: generate(twin, X["text"], num_beams=3))
+    assert torch.equal(generate(twin, X["text"], num_beams=3, **compiled(graphs)), expected)
+
+
 def test_memory_is_bounded_and_belongs_to_no_copy(graphs, monkeypatch):
     monkeypatch.setattr(static, "KEPT", 2)
     model = pid.enable(build("t5"), pack_weights=False)
