@@ -11,6 +11,7 @@ from models import build, decided, inputs
 from transformers import CompileConfig
 
 from peft_kernels import pid
+from peft_kernels.hf.names import CACHE
 from peft_kernels.pid import static
 
 PROMPTS = [[[5, 6], [7, 8]], [[9, 10], [11, 12]]]
@@ -79,7 +80,8 @@ def test_one_graph_for_the_calls_of_a_bucket(family, graphs):
         assert torch.equal(continued(model, x, prompts, new, **compiled(graphs)), expected)
         if seed == 2:
             pid.enable(pid.disable(model), pack_weights=False)
-    assert len(graphs.graphs) == 1
+    # older versions of transformers pass a mask to the step only if prompts are padded: a graph for each
+    assert len(graphs.graphs) == (1 if CACHE == "cache" else 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
