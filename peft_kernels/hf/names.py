@@ -12,6 +12,9 @@ TESTED = ((5, 17), (5, 24))  # the oldest and the newest release; pyproject.toml
 # the name of the key/value cache in a forward's arguments and output: "past_key_values" until 5.23, "cache" since
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
+# until 5.23 a compiled step that gets no mask builds one inside, and breaks its graph
+BUILDS_MASKS_IN_STEPS = CACHE != "cache"
+
 
 def cache_of(kwargs: dict):
     """The key/value cache among the keyword arguments of a forward or of ``generate``; None if there is none.

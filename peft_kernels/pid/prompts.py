@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..hf.names import CACHE, cache_of
+from ..hf.names import BUILDS_MASKS_IN_STEPS, CACHE, cache_of
 from .families import FAMILIES, max_positions
 from .static import FixedCache
 from .swap import _base, is_enabled
@@ -80,7 +80,8 @@ def generate(
     padding = [longest - 1 - len(prompt) for prompt in flat]
     rows = [[pad] * columns + [start, *prompt] for columns, prompt in zip(padding, flat)]
     streams = {"decoder_input_ids": torch.tensor(rows).to(device), "left_padded_prompts": any(padding)}
-    if any(padding):  # without a mask, no step has to build and read one
+    # without a mask, no step has to read one
+    if any(padding) or (config.cache_implementation and BUILDS_MASKS_IN_STEPS):
         mask = [[0] * columns + [1] * (longest - columns) for columns in padding]
         streams["decoder_attention_mask"] = torch.tensor(mask).to(device)
     counts = list(map(len, per_input))
